@@ -1,0 +1,23 @@
+// x' = x + a d + b z: the arguments of one call, shared by the three CPU copies.
+#pragma once
+#include "dtype_cpu.h"
+#include "isa.h"
+
+namespace fastscore {
+
+struct UpdateArgs {
+  void* out;
+  const void* x;           // null: no x term
+  const void* direction;   // null: no direction term
+  DType dtype;
+  Nest nest;               // tensors: out, x, direction
+  const void *drift_each, *diffusion_each;   // (B,) in the compute type, or null
+  double drift, diffusion;
+  int64_t per_sample;
+  bool bypass_cache;
+  NoiseKey key;
+};
+
+FS_DECLARE(noisy_update, const UpdateArgs&, int64_t begin, int64_t end)
+
+}  // namespace fastscore

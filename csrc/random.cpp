@@ -1,0 +1,88 @@
+#include "random.h"
+
+namespace fastscore {
+namespace {
+
+// Words [first, first + n), n <= kTile, from a group boundary on.
+FS_INLINE const uint32_t* tile_words(uint32_t* buffer, uint64_t first, int64_t n, const NoiseKey& key) {
+  const uint64_t start = first / kGroup * kGroup;
+  fill_words(buffer, start / 4, static_cast<int64_t>((first + n - start + kGroup - 1) / kGroup), key);
+  return buffer + (first - start);
+}
+
+FS_INLINE void signs(uint32_t* buffer, float* out, uint64_t first, int64_t n, const NoiseKey& key) {
+  const uint64_t word = first / 32;
+  const uint32_t* w = tile_words(buffer, word, static_cast<int64_t>((first + n - 1) / 32 - word + 1), key);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint64_t bit = first + i - 32 * word;
+    out[i] = (w[bit / 32] >> (bit % 32)) & 1 ? -1.0f : 1.0f;
+  }
+}
+
+template <class T>
+void run(const FillArgs& p, int64_t begin, int64_t end) {
+  alignas(64) uint32_t words[kTile + 2 * kGroup];
+  alignas(64) float noise[kTile + 2 * kGroup];
+  using A = typename Compute<T>::type;
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t n = end - at < kTile ? end - at : kTile;
+    const uint64_t first = p.key.offset + static_cast<uint64_t>(at);
+    const float* z = noise;
+    if (p.kind == kNormal) {
+      z = tile_normals(noise, first, n, p.key);
+    } else if (p.kind == kRademacher) {
+      signs(words, noise, first, n, p.key);
+    } else {
+      const uint32_t* w = tile_words(words, first, n, p.key);
+      for (int64_t i = 0; i < n; ++i) noise[i] = uniform(w[i]);
+    }
+    T* out = static_cast<T*>(p.out) + at;
+    for (int64_t i = 0; i < n; ++i) narrow(static_cast<A>(z[i]), out[i]);
+  }
+}
+
+void run_words(const FillArgs& p, int64_t begin, int64_t end) {
+  alignas(64) uint32_t words[kTile + 2 * kGroup];
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t n = end - at < kTile ? end - at : kTile;
+    const uint32_t* w = tile_words(words, p.key.offset + static_cast<uint64_t>(at), n, p.key);
+    int64_t* out = static_cast<int64_t*>(p.out) + at;
+    for (int64_t i = 0; i < n; ++i) out[i] = w[i];
+  }
+}
+
+}  // namespace
+
+void FS_KERNEL(fill)(const FillArgs& p, int64_t begin, int64_t end) {
+  if (p.kind == kWords) run_words(p, begin, end);
+  else if (p.dtype == kFloat32) run<float>(p, begin, end);
+  else if (p.dtype == kFloat64) run<double>(p, begin, end);
+  else if (p.dtype == kBFloat16) run<BFloat16>(p, begin, end);
+  else run<Float16>(p, begin, end);
+}
+
+}  // namespace fastscore
+
+#if defined(FASTSCORE_REGISTER)
+#include "torch_cpu.h"
+
+namespace fastscore {
+namespace {
+
+void fill(Tensor out, int64_t kind, OptionalTensor key, int64_t seed, int64_t step, int64_t stream, int64_t offset) {
+  STD_TORCH_CHECK(out.is_contiguous(), "fastscore: fill needs a contiguous tensor");
+  STD_TORCH_CHECK((kind == kWords) == (dtype_of(out) == kInt64), "fastscore: words are int64, noise is floating point");
+  const FillArgs p{out.mutable_data_ptr(), dtype_of(out), static_cast<FillKind>(kind), noise_key(key, seed, step, stream, offset)};
+  const auto kernel = FS_PICK(fill);
+  for_tiles(out.numel(), kTile, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastscore, m) {
+  m.def("fill(Tensor(a!) out, int kind, Tensor? key, int seed, int step, int stream, int offset) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastscore, CPU, m) { m.impl("fill", TORCH_BOX(&fill)); }
+
+}  // namespace fastscore
+#endif

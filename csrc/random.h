@@ -1,0 +1,19 @@
+// A tensor of words, uniforms, normals or signs: the arguments of one call.
+#pragma once
+#include "dtype_cpu.h"
+#include "isa.h"
+
+namespace fastscore {
+
+enum FillKind : int { kWords, kUniform, kNormal, kRademacher };
+
+struct FillArgs {
+  void* out;
+  DType dtype;
+  FillKind kind;
+  NoiseKey key;
+};
+
+FS_DECLARE(fill, const FillArgs&, int64_t begin, int64_t end)
+
+}  // namespace fastscore

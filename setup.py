@@ -1,0 +1,46 @@
+"""What pyproject.toml cannot say: one optional abi3 extension, built by build_support/native.py."""
+
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_support"))
+import native  # noqa: E402
+
+
+class BuildNative(build_ext):
+    def run(self):
+        try:
+            native.find_torch()
+            self.outcome = {"mode": native.mode(), "cpp": "FASTSCORE_BUILD=none", "cuda": "FASTSCORE_BUILD=none"}
+        except native.BuildError as error:
+            sys.exit(f"error: {error}")
+        if native.mode() == "none":
+            self.extensions = []
+        super().run()
+        targets = {Path(self.build_lib) / "fastscore", ROOT / "fastscore"} if not self.inplace else {ROOT / "fastscore"}
+        for folder in targets:
+            if folder == ROOT / "fastscore" and not (self.inplace or getattr(self, "editable_mode", False)):
+                continue
+            native.record(folder / "_build_info.json", self.outcome)
+
+    def build_extension(self, ext):
+        try:
+            output = Path(self.get_ext_fullpath(ext.name))
+            self.outcome = native.compile_extension((ROOT / "build" / "native").resolve(), output)
+        except native.BuildError as error:
+            if native.mode() != "auto":
+                sys.exit(f"error: {error}")
+            self.outcome = {"mode": "auto", "cpp": str(error), "cuda": str(error)}
+            self.warn(f"fastscore is installed without its C++ kernels: {error}")
+
+
+sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.c*"))]
+setup(
+    ext_modules=[Extension("fastscore._C", sources, py_limited_api=True, optional=True)],
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
