@@ -1,4 +1,4 @@
-// Sixteen Philox blocks at a time on the CPU, for whichever instruction set this file is compiled with
+// Thirty-two Philox blocks at a time on the CPU, for whichever instruction set this file is compiled with
 // (FASTSCORE_ISA = avx512, avx2 or baseline). Words are identical on all three; normals differ by rounding only.
 //
 // Everything here has internal linkage: a function compiled for AVX-512 must never be the copy the linker keeps.
@@ -25,8 +25,7 @@ typedef int32_t vi __attribute__((vector_size(kBytes)));
 typedef uint32_t vu __attribute__((vector_size(kBytes)));
 typedef uint64_t vq __attribute__((vector_size(kBytes)));     // half as many lanes
 
-constexpr int kGroup = 64;                                    // elements per group: 16 blocks
-constexpr int kBatches = 16 / kLanes;                         // vectors of blocks per group
+constexpr int kGroup = 128;                                   // elements per group: 32 blocks
 
 #define FS_INLINE inline __attribute__((always_inline))
 #define FS_LAMBDA __attribute__((always_inline))
@@ -62,9 +61,10 @@ FS_INLINE vf select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b &
 FS_INLINE vf to_float(vu a) { return __builtin_convertvector(a, vf); }
 FS_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
 
-// The state stays in 64-bit lanes, garbage in the upper half: mul_low ignores it, so a round is
-// two products, two shifts and two three-way XORs, and no shuffle.
-struct State { vq c0, c1, c2, c3; };
+// The state stays in 64-bit lanes, garbage in the upper half: mul_low ignores it, so a round is two products, two
+// shifts and two three-way XORs, and no shuffle. A round waits for its own products, so kChains states run side by side.
+constexpr int kChains = 4;
+struct State { vq c0[kChains], c1[kChains], c2[kChains], c3[kChains]; };
 
 struct RoundKeys {
   uint32_t k0[10], k1[10];
@@ -80,27 +80,33 @@ FS_INLINE RoundKeys round_keys(const NoiseKey& key) {
 }
 
 // Blocks that share their upper counter word: c1, c2 and c3 start as scalars, so the first two rounds cost half.
-FS_INLINE State philox_lanes(vq block_low, uint32_t block_high, const NoiseKey& key, const RoundKeys& r) {
+FS_INLINE State philox_lanes(const vq* block_low, uint32_t block_high, const NoiseKey& key, const RoundKeys& r) {
   const vq m0 = vq{} + kPhiloxM0, m1 = vq{} + kPhiloxM1;
   const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * key.step;
   const uint32_t s0 = static_cast<uint32_t>(p1 >> 32) ^ block_high ^ r.k0[0], s1 = static_cast<uint32_t>(p1);
   const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * s0;
-  vq v0 = mul_low(m0, block_low);
-  vq c2 = (v0 >> 32) ^ static_cast<uint64_t>(key.stream ^ r.k1[0]);
-  vq v1 = mul_low(m1, c2);
   State c;
-  c.c0 = (v1 >> 32) ^ static_cast<uint64_t>(s1 ^ r.k0[1]);
-  c.c1 = v1;
-  c.c2 = v0 ^ static_cast<uint64_t>(static_cast<uint32_t>(p0 >> 32) ^ r.k1[1]);
-  c.c3 = vq{} + static_cast<uint32_t>(p0);
+#pragma GCC unroll 4
+  for (int j = 0; j < kChains; ++j) {
+    const vq v0 = mul_low(m0, block_low[j]);
+    const vq v1 = mul_low(m1, (v0 >> 32) ^ static_cast<uint64_t>(key.stream ^ r.k1[0]));
+    c.c0[j] = (v1 >> 32) ^ static_cast<uint64_t>(s1 ^ r.k0[1]);
+    c.c1[j] = v1;
+    c.c2[j] = v0 ^ static_cast<uint64_t>(static_cast<uint32_t>(p0 >> 32) ^ r.k1[1]);
+    c.c3[j] = vq{} + static_cast<uint32_t>(p0);
+  }
 #pragma GCC unroll 8
   for (int i = 2; i < 10; ++i) {
-    v0 = mul_low(m0, c.c0);
-    v1 = mul_low(m1, c.c2);
-    c.c0 = (v1 >> 32) ^ c.c1 ^ static_cast<uint64_t>(r.k0[i]);
-    c.c2 = (v0 >> 32) ^ c.c3 ^ static_cast<uint64_t>(r.k1[i]);
-    c.c1 = v1;
-    c.c3 = v0;
+    vq v0[kChains], v1[kChains];
+#pragma GCC unroll 4
+    for (int j = 0; j < kChains; ++j) v0[j] = mul_low(m0, c.c0[j]), v1[j] = mul_low(m1, c.c2[j]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kChains; ++j) {
+      c.c0[j] = (v1[j] >> 32) ^ c.c1[j] ^ static_cast<uint64_t>(r.k0[i]);
+      c.c2[j] = (v0[j] >> 32) ^ c.c3[j] ^ static_cast<uint64_t>(r.k1[i]);
+      c.c1[j] = v1[j];
+      c.c3[j] = v0[j];
+    }
   }
   return c;
 }
@@ -108,7 +114,7 @@ FS_INLINE State philox_lanes(vq block_low, uint32_t block_high, const NoiseKey& 
 // Two half vectors of blocks interleaved into one: lane 2j from a, lane 2j + 1 from b.
 FS_INLINE vu interleave(vq a, vq b) { return (vu)((a & 0xffffffffu) | (b << 32)); }
 
-// Which block (0..15, relative to the group) sits in a lane: after the 4x4 transposition inside each 128-bit lane,
+// Which block of a vector sits in a lane: after the 4x4 transposition inside each 128-bit lane,
 // output vector r must hold blocks that follow one another.
 FS_INLINE constexpr int block_of_lane(int lane) { return (lane % 4) * (kLanes / 4) + lane / 4; }
 
@@ -119,45 +125,67 @@ FS_INLINE void block_numbers(vq& even, vq& odd) {
   }
 }
 
-struct Words4 { vu w[4]; };
+// Words of 2 kLanes blocks: w[v][k] is word k of the blocks of vector v.
+struct WordVectors { vu w[kChains / 2][4]; };
 
-FS_INLINE Words4 philox_words(uint64_t block, const NoiseKey& key, const RoundKeys& r, vq even, vq odd) {
-  const uint64_t low = static_cast<uint32_t>(block);
-  const uint32_t high = static_cast<uint32_t>(block >> 32);
-  const State a = philox_lanes(even + low, high, key, r), b = philox_lanes(odd + low, high, key, r);
-  return {{interleave(a.c0, b.c0), interleave(a.c1, b.c1), interleave(a.c2, b.c2), interleave(a.c3, b.c3)}};
+FS_INLINE WordVectors philox_words(uint64_t block, const NoiseKey& key, const RoundKeys& r, vq even, vq odd) {
+  vq low[kChains];
+  for (int j = 0; j < kChains; ++j) low[j] = (j % 2 ? odd : even) + (static_cast<uint32_t>(block) + j / 2 * kLanes);
+  const State c = philox_lanes(low, static_cast<uint32_t>(block >> 32), key, r);
+  WordVectors words;
+  for (int v = 0; v < kChains / 2; ++v) {
+    words.w[v][0] = interleave(c.c0[2 * v], c.c0[2 * v + 1]);
+    words.w[v][1] = interleave(c.c1[2 * v], c.c1[2 * v + 1]);
+    words.w[v][2] = interleave(c.c2[2 * v], c.c2[2 * v + 1]);
+    words.w[v][3] = interleave(c.c3[2 * v], c.c3[2 * v + 1]);
+  }
+  return words;
 }
+
+#define FS_EACH for (int j = 0; j < kChains; ++j)
 
 // -2 ln((w + 1/2) 2^-32), relative error 1e-7 for every word: near u = 1 the exact 1 - u is kept.
-FS_INLINE vf minus_two_log(vu w) {
-  const vi near_one = (vi)(w >= kNearOne);
-  const vf far = to_float(w) + 0.5f, gap = (to_float((vu)~w) + 0.5f) * -kTwoM32;
-  const vi e = ((vi)far - kTwoThirdsBits) >> 23;
-  const vf m = (vf)((vi)far - (e << 23));
-  const vf f = select(near_one, gap, m - 1.0f);
-  const vf exponent = select(near_one, vf{}, to_float(e - 32));
-  vf p = f * kLog[7] + kLog[6];
-  p = p * f + kLog[5];
-  p = p * f + kLog[4];
-  p = p * f + kLog[3];
-  p = p * f + kLog[2];
-  p = p * f + kLog[1];
-  p = p * f + kLog[0];
-  return exponent * kMinus2Ln2 + (-2.0f * f) * (p * f + 1.0f);
+FS_INLINE void minus_two_log(const vu* w, vf* out) {
+  vf f[kChains], exponent[kChains], p[kChains];
+#pragma GCC unroll 4
+  FS_EACH {
+    const vi near_one = (vi)(w[j] >= kNearOne);
+    const vf far = to_float(w[j]) + 0.5f, gap = (to_float((vu)~w[j]) + 0.5f) * -kTwoM32;
+    const vi e = ((vi)far - kTwoThirdsBits) >> 23;
+    const vf m = (vf)((vi)far - (e << 23));
+    f[j] = select(near_one, gap, m - 1.0f);
+    exponent[j] = select(near_one, vf{}, to_float(e - 32));
+    p[j] = f[j] * kLog[7] + kLog[6];
+  }
+#pragma GCC unroll 8
+  for (int k = 5; k >= 0; --k)
+#pragma GCC unroll 4
+    FS_EACH p[j] = p[j] * f[j] + kLog[k];
+#pragma GCC unroll 4
+  FS_EACH out[j] = exponent[j] * kMinus2Ln2 + (-2.0f * f[j]) * (p[j] * f[j] + 1.0f);
 }
 
-FS_INLINE void box_muller(vu even, vu odd, vf& z_even, vf& z_odd) {
-  const vf radius = vector_sqrt(minus_two_log(even));
-  const vu quadrant = odd + 0x20000000u;                                 // bits 31, 30: nearest quarter turn
-  const vf t = to_float((vi)odd - (vi)(quadrant & 0xC0000000u)) * kTwoPi32;   // in [-pi/4, pi/4]
-  const vf y = t * t;
-  const vf s = t + t * y * ((y * kSin[2] + kSin[1]) * y + kSin[0]);
-  const vf c = (((y * kCos[3] + kCos[2]) * y + kCos[1]) * y + kCos[0]) * y + 1.0f;
-  const vi swap = (vi)(quadrant << 1) >> 31;
-  const vu sign_cos = (quadrant + 0x40000000u) & 0x80000000u, sign_sin = quadrant & 0x80000000u;
-  z_even = (vf)((vu)(radius * select(swap, s, c)) ^ sign_cos);
-  z_odd = (vf)((vu)(radius * select(swap, c, s)) ^ sign_sin);
+// z[v][0], z[v][1] from the pair of words 0, 1 and z[v][2], z[v][3] from 2, 3.
+FS_INLINE void box_muller(const WordVectors& words, vf (*z)[4]) {
+  vu even[kChains];
+  vf radius[kChains];
+#pragma GCC unroll 4
+  FS_EACH even[j] = words.w[j / 2][j % 2 * 2];
+  minus_two_log(even, radius);
+#pragma GCC unroll 4
+  FS_EACH {
+    const vu odd = words.w[j / 2][j % 2 * 2 + 1];
+    // A residual in [-pi/2, pi/2] and a sign, which goes to the radius.
+    const vf r = (vf)((vu)vector_sqrt(radius[j]) ^ ((odd + 0x40000000u) & 0x80000000u));
+    const vf t = to_float((vi)(odd << 1)) * kPi32, y = t * t;
+    const vf s = t + t * y * (((y * kSin[3] + kSin[2]) * y + kSin[1]) * y + kSin[0]);
+    const vf c = ((((y * kCos[4] + kCos[3]) * y + kCos[2]) * y + kCos[1]) * y + kCos[0]) * y + 1.0f;
+    z[j / 2][j % 2 * 2] = r * c;
+    z[j / 2][j % 2 * 2 + 1] = r * s;
+  }
 }
+
+#undef FS_EACH
 
 // 4x4 transposition inside every 128-bit lane.
 template <class V>
@@ -185,34 +213,38 @@ FS_INLINE void transpose4(V v[4]) {
 template <class V>
 FS_INLINE void store(void* p, V v) { __builtin_memcpy(p, &v, kBytes); }
 
-// `block` is a multiple of 16, so the upper counter word never changes inside a group.
+// `block` is a multiple of 32, so the upper counter word never changes inside a group.
 template <class Element, class Finish>
 FS_INLINE void fill_groups(Element* out, uint64_t block, int64_t groups, const NoiseKey& key, Finish finish) {
   const RoundKeys r = round_keys(key);
   vq even, odd;
   block_numbers(even, odd);
-  for (int64_t g = 0; g < groups * kBatches; ++g, block += kLanes, out += 4 * kLanes) {
-    Words4 words = philox_words(block, key, r, even, odd);
-    finish(out, words.w);
+  constexpr int kStep = kChains / 2 * kLanes;   // blocks per pass
+  for (const uint64_t end = block + kGroup / 4 * groups; block != end; block += kStep, out += 4 * kStep) {
+    WordVectors words = philox_words(block, key, r, even, odd);
+    finish(out, words);
   }
 }
 
-// Raw words of `groups` groups of 64 elements.
+// Raw words of `groups` groups of elements.
 __attribute__((noinline)) void fill_words(uint32_t* out, uint64_t block, int64_t groups, const NoiseKey& key) {
-  fill_groups(out, block, groups, key, [](uint32_t* o, vu w[4]) FS_LAMBDA {
-    transpose4(w);
-    for (int i = 0; i < 4; ++i) store(o + i * kLanes, w[i]);
+  fill_groups(out, block, groups, key, [](uint32_t* o, WordVectors& words) FS_LAMBDA {
+    for (auto& w : words.w) {
+      transpose4(w);
+      for (int i = 0; i < 4; ++i, o += kLanes) store(o, w[i]);
+    }
   });
 }
 
-// Standard normals of `groups` groups of 64 elements, in element order.
+// Standard normals of `groups` groups of elements, in element order.
 __attribute__((noinline)) void fill_normal(float* out, uint64_t block, int64_t groups, const NoiseKey& key) {
-  fill_groups(out, block, groups, key, [](float* o, vu w[4]) FS_LAMBDA {
-    vf z[4];
-    box_muller(w[0], w[1], z[0], z[1]);
-    box_muller(w[2], w[3], z[2], z[3]);
-    transpose4(z);
-    for (int i = 0; i < 4; ++i) store(o + i * kLanes, z[i]);
+  fill_groups(out, block, groups, key, [](float* o, WordVectors& words) FS_LAMBDA {
+    vf z[kChains / 2][4];
+    box_muller(words, z);
+    for (auto& v : z) {
+      transpose4(v);
+      for (int i = 0; i < 4; ++i, o += kLanes) store(o, v[i]);
+    }
   });
 }
 
