@@ -124,7 +124,7 @@ void noise_reduce(Tensor out, Tensor score, OptionalTensor sigma_each, double si
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastscore, m) {
   m.def("noise_reduce(Tensor(a!) out, Tensor score, Tensor? sigma_each, float sigma, Tensor? key, int seed, int step, int stream, "
-        "int offset, int mode) -> ()");
+        "int offset, int reduction) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastscore, CPU, m) { m.impl("noise_reduce", TORCH_BOX(&noise_reduce)); }
 

@@ -1,0 +1,169 @@
+"""Which implementation of an op runs, and why the others do not.
+
+Order of preference: cuda, triton, cpp, reference. A request (`backend=`, `use_backend`, FASTSCORE_BACKEND) that cannot be
+served raises; only the automatic choice falls back.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import warnings
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("cuda", "triton", "cpp", "reference")
+OPS = ("words", "uniform", "normal", "rademacher", "noisy_update", "langevin_step", "perturb", "denoising_loss")
+_requested: ContextVar[str | None] = ContextVar("fastscore_backend", default=None)
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}; got {name!r}.")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str):
+    """Run every op inside the `with` block on one back end: 'auto', 'reference', 'cpp', 'triton' or 'cuda'.
+
+    Raises:
+        ValueError: the name is unknown, or (when an op is called) the back end cannot serve it here.
+    """
+    token = _requested.set(_check_name(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def build_info() -> dict:
+    """What the installation recorded: for cpp and cuda, None where they were built, else the reason why not."""
+    path = Path(__file__).with_name("_build_info.json")
+    missing = "fastscore was not installed with pip (no build record)"
+    return json.loads(path.read_text()) if path.exists() else {"cpp": missing, "cuda": missing}
+
+
+@functools.cache
+def load_extension() -> str | None:
+    """Register the C++ and CUDA ops; the reason where that is impossible."""
+    files = list(Path(__file__).parent.glob("_C*.so"))
+    if not files:
+        return f"the extension is not built: {build_info().get('cpp') or 'its file is gone'}. Reinstall with FASTSCORE_BUILD=cpu"
+    try:
+        torch.ops.load_library(str(files[0]))
+    except OSError as error:
+        return f"the extension does not load ({str(error).splitlines()[0]}). Reinstall fastscore"
+    for name in ("fill", "noisy_update", "noise_reduce"):
+        _finish(f"fastscore::{name}")
+    return None
+
+
+@functools.cache
+def load_triton() -> str | None:
+    """Register the Triton launchers as torch ops; the reason where that is impossible."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed. pip install triton"
+    from fastscore import kernels
+
+    kernels.register()
+    for name in ("fill", "noisy_update", "noise_reduce"):
+        _finish(f"fastscore_triton::{name}")
+    return None
+
+
+_guards = []
+
+
+def _finish(name: str) -> None:
+    """Give a raw op its fake and a guard: it has no derivative, and must say so instead of returning zero."""
+    torch.library.register_fake(name, lambda *args: None)
+    namespace, op = name.split("::")
+    library = torch.library.Library(namespace, "IMPL")
+    overload = getattr(getattr(torch.ops, namespace), op).default
+
+    def guard(*args):
+        for a in (a for a in args if isinstance(a, torch.Tensor)):
+            if _dual_level() and torch.autograd.forward_ad.unpack_dual(a).tangent is not None:
+                raise NotImplementedError(f"{name} has no forward-mode rule; call the public function of fastscore instead.")
+            if a.requires_grad and torch.is_grad_enabled():
+                raise NotImplementedError(f"{name} has no derivative rule; call the public function of fastscore instead.")
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    library.impl(op, guard, "Autograd")
+    _guards.append(library)
+
+
+def _dual_level() -> bool:
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_not(name: str, device: str) -> str | None:
+    """None where back end `name` can serve tensors on `device`, else the reason with its remedy."""
+    if name == "reference":
+        return None
+    if name == "cpp":
+        return load_extension() if device == "cpu" else f"it runs on the CPU, not on {device}"
+    if name == "triton":
+        if device == "cpu" and not interpreting():
+            return "it needs a GPU (or TRITON_INTERPRET=1 for its interpreter)"
+        return load_triton()
+    if device != "cuda":
+        return f"it runs on CUDA devices, not on {device}"
+    reason = build_info().get("cuda")
+    if reason:
+        return f"it is not built: {reason}. Reinstall with FASTSCORE_BUILD=cuda"
+    return load_extension()
+
+
+@functools.cache
+def _choose(name: str, device: str) -> str:
+    if name != "auto":
+        reason = why_not(name, device)
+        if reason:
+            raise ValueError(f"backend {name!r} was requested for a tensor on {device} but {reason}.")
+        return name
+    order = ("cuda", "triton", "reference") if device != "cpu" else ("cpp", "reference")
+    chosen = next(b for b in order if why_not(b, device) is None)
+    if device == "cuda" and chosen == "reference":
+        warnings.warn(f"fastscore runs on the slow reference for CUDA tensors: triton: {why_not('triton', device)}", stacklevel=2)
+    return chosen
+
+
+@torch.compiler.assume_constant_result
+def _resolve(device: str, backend: str | None) -> str:
+    if backend is not None:
+        _check_name(backend, "backend")
+    environment = os.environ.get("FASTSCORE_BACKEND", "auto")
+    return _choose(backend or _requested.get() or _check_name(environment, "FASTSCORE_BACKEND"), device)
+
+
+def choose(device: torch.device, backend: str | None = None) -> str:
+    """The back end for tensors on `device`: the argument, else use_backend(), else FASTSCORE_BACKEND, else the best."""
+    return _resolve(device.type, backend)
+
+
+def raw(backend: str, op: str):
+    """The torch op behind a back end (not the reference, which is plain PyTorch)."""
+    return getattr(torch.ops.fastscore_triton if backend == "triton" else torch.ops.fastscore, op).default
+
+
+def call(backend: str, op: str, *args) -> None:
+    """Run a raw op where no derivative can be asked of it."""
+    with torch._C._AutoDispatchBelowAutograd():
+        raw(backend, op)(*args)
+
+
+def derivative_possible(*tensors) -> bool:
+    """Whether anything differentiates or transforms this call; if not, the raw op may run without a Function around it."""
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None or _dual_level():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

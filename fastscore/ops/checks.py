@@ -1,0 +1,80 @@
+"""What every op checks once, at its public door."""
+
+import math
+
+import torch
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def compute_dtype(dtype):
+    """Float64 stays, everything else is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_float(op, name, x):
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor; got {type(x).__name__}.")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16; got {x.dtype}.")
+
+
+def check_like(op, name, t, x, of="x"):
+    """t must have the shape, dtype and device of x."""
+    check_float(op, name, t)
+    if t.shape != x.shape:
+        raise ValueError(f"{op}: {name} must have the shape of {of}, {tuple(x.shape)}; got {tuple(t.shape)}.")
+    if t.dtype != x.dtype:
+        raise TypeError(f"{op}: {name} must have the dtype of {of}, {x.dtype}; got {t.dtype}.")
+    if t.device != x.device:
+        raise ValueError(f"{op}: {name} must be on the device of {of}, {x.device}; got {t.device}.")
+
+
+def coefficient(op, name, value, x, *, minimum=-math.inf):
+    """A float, or a tensor () or (B,) in the compute dtype on x's device; values on the CPU are checked, those on a GPU are not."""
+    bound = "" if minimum == -math.inf else f" and >= {minimum:g}"
+    if not isinstance(value, torch.Tensor):
+        try:
+            value = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"{op}: {name} must be a number or a tensor; got {type(value).__name__}.") from None
+        if not (math.isfinite(value) and value >= minimum):
+            raise ValueError(f"{op}: {name} must be finite{bound}; got {value}.")
+        return value
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating point; got {value.dtype}.")
+    batch = x.shape[0] if x.dim() else 1
+    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != batch):
+        raise ValueError(f"{op}: {name} must be a number, 0-d or ({batch},); got shape {tuple(value.shape)}.")
+    if value.device != x.device and value.dim() > 0:
+        raise ValueError(f"{op}: {name} must be on the device of x, {x.device}; got {value.device}.")
+    if value.device.type == "cpu" and readable():
+        values = value.detach()
+        if not bool((values.isfinite() & (values >= minimum)).all()):
+            raise ValueError(f"{op}: {name} must be finite{bound}; got {values.tolist() if values.numel() < 9 else values}.")
+    return value.to(device=x.device, dtype=compute_dtype(x.dtype))
+
+
+def readable():
+    """Whether tensors have values to look at: not while compiling, nor inside a functorch transform."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
+
+
+def expand(c, x):
+    """A coefficient () or (B,) or a float, shaped to multiply x."""
+    return c.reshape(c.shape + (1,) * (x.dim() - c.dim())) if isinstance(c, torch.Tensor) and c.dim() else c
+
+
+def per_sample_sum(t):
+    """(B, *) -> (B,)."""
+    return t.reshape(t.shape[0], -1).sum(1) if t.dim() else t.reshape(1)
+
+
+def sum_to(t, c):
+    """(B,) summed to the shape of coefficient c, () or (B,)."""
+    return t.sum() if c.dim() == 0 else t
+
+
+def batch_first(t, dim, size):
+    """vmap: t with its mapped dimension in front, or t expanded to one."""
+    return t.movedim(dim, 0) if dim is not None else t.unsqueeze(0).expand(size, *t.shape)

@@ -1,0 +1,180 @@
+"""Counter-based noise: a pure function of (seed, stream, substream, step, element), the same on every device and for every split.
+
+Philox4x32-10 with key = (seed mod 2^32, seed >> 32) and counter = (block_lo, block_hi, step, stream | substream << 16).
+Element i of a tensor is entry i % 4 of block i // 4, where i = offset + its C-order index.
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+"""
+
+import math
+
+import torch
+
+from fastscore import backend as _backend
+
+LANGEVIN, PERTURB, PROJECTION, INIT, LEVEL, DEQUANTIZE, CORRECTOR = 1, 2, 3, 4, 5, 6, 7
+WORDS, UNIFORM, NORMAL, RADEMACHER = 0, 1, 2, 3  # what the raw op `fill` writes
+_M32 = 0xFFFFFFFF
+
+
+def words(n, *, seed, step=0, stream, substream=0, offset=0, device=None, backend=None):
+    """Draw n Philox words.
+
+    Args:
+        n: how many, an int.
+        seed: any int (taken mod 2^64), None (one draw from torch's default generator) or an int64 tensor on the device.
+        step, stream, substream, offset: the rest of the key; stream in 1..65535, yours from 1024 on.
+
+    Returns:
+        int64 (n,), values in [0, 2^32).
+
+    Raises:
+        ValueError: n, stream, substream or offset out of range.
+    """
+    return _fill("words", WORDS, (n,), seed, step, stream, substream, offset, torch.int64, device, backend)
+
+
+def uniform(shape, *, seed, step=0, stream, substream=0, offset=0, dtype=None, device=None, backend=None):
+    """Draw uniforms in (0, 1], ((w >> 8) + 1/2) 2^-24 rounded to float32 (1 comes once in 2^24 draws). Arguments as for `normal`."""
+    return _fill("uniform", UNIFORM, shape, seed, step, stream, substream, offset, dtype, device, backend)
+
+
+def normal(shape, *, seed, step=0, stream, substream=0, offset=0, dtype=None, device=None, backend=None):
+    """Draw standard normals by Box-Muller on word pairs.
+
+        u = (w_even + 1/2) 2^-32,  z_even = sqrt(-2 ln u) cos(2 pi w_odd 2^-32),  z_odd = the same with sin
+
+    Args:
+        shape: of the result; dtype: any float dtype (drawn in float32, cast once); device: of the result.
+        seed: any int (taken mod 2^64), None (one draw from torch's default generator) or an int64 tensor on the device.
+        step: any int (taken mod 2^32) or an int64 tensor. stream: 1..65535, yours from 1024 on. substream: 0..65535.
+        offset: index of the first element; sample n of a batch of d-dimensional samples starts at n d.
+
+    Raises:
+        ValueError: a key part out of range. TypeError: dtype is not a float dtype.
+
+    >>> normal((2,), seed=0, stream=1024).shape
+    torch.Size([2])
+    """
+    return _fill("normal", NORMAL, shape, seed, step, stream, substream, offset, dtype, device, backend)
+
+
+def rademacher(shape, *, seed, step=0, stream, substream=0, offset=0, dtype=None, device=None, backend=None):
+    """Draw signs: element i is bit i % 32 of word (i % 128) // 32 of block i // 128; 0 is +1 and 1 is -1. Arguments as for `normal`."""
+    return _fill("rademacher", RADEMACHER, shape, seed, step, stream, substream, offset, dtype, device, backend)
+
+
+def draw_seed() -> int:
+    """One 63-bit seed from torch's default generator, so that torch.manual_seed decides."""
+    return int(torch.randint(0, 2**63 - 1, ()).item())
+
+
+def noise_key(op, seed, step, stream, substream, offset, device):
+    """Check a noise key; returns (tensor or None, seed, step, stream word, offset) as the raw ops take it."""
+    if not isinstance(stream, int) or not 1 <= stream <= 65535:
+        raise ValueError(f"{op}: stream must be an int in 1..65535; got {stream!r}.")
+    if not isinstance(substream, int) or not 0 <= substream <= 65535:
+        raise ValueError(f"{op}: substream must be an int in 0..65535; got {substream!r}.")
+    if isinstance(offset, bool) or not isinstance(offset, int | torch.SymInt) or not 0 <= offset < 2**63:
+        raise ValueError(f"{op}: offset must be an int in 0..2^63-1; got {offset!r}.")
+    if seed is None:
+        seed = torch.randint(0, 2**63 - 1, (), device=device) if torch.compiler.is_compiling() else draw_seed()
+    for name, value in (("seed", seed), ("step", step)):
+        if isinstance(value, torch.Tensor):
+            if value.dtype != torch.int64 or value.numel() != 1 or value.device != device:
+                got = f"{value.dtype} {tuple(value.shape)} on {value.device}"
+                raise ValueError(f"{op}: a {name} tensor must hold one int64 on {device}; got {got}.")
+        elif isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+            raise TypeError(f"{op}: {name} must be an int or an int64 tensor; got {type(value).__name__}.")
+    word = stream | substream << 16
+    if isinstance(seed, torch.Tensor) or isinstance(step, torch.Tensor) or torch.compiler.is_compiling():
+        # In a compiled graph a number would be a constant of the graph, and every new step a recompilation.
+        parts = [v if isinstance(v, torch.Tensor) else _signed(v, name) for v, name in ((seed, "seed"), (step, "step"))]
+        parts = [v.reshape(1) if isinstance(v, torch.Tensor) else torch.full((1,), v, dtype=torch.int64, device=device) for v in parts]
+        return torch.cat(parts), 0, 0, word, offset
+    return None, _signed(seed, "seed"), step & _M32, word, offset
+
+
+def _signed(value, name):
+    """Mod 2^64, as the int64 that carries the same bits."""
+    if isinstance(value, torch.SymInt) or -(2**63) <= value < 2**63:
+        return value
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _fill(op, kind, shape, seed, step, stream, substream, offset, dtype, device, backend):
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    if any(isinstance(n, bool) or not isinstance(n, int | torch.SymInt) or n < 0 for n in shape):
+        raise ValueError(f"{op}: shape must be non-negative ints; got {shape}.")
+    dtype = dtype or torch.get_default_dtype()
+    if kind != WORDS and dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"{op}: dtype must be float32, float64, bfloat16 or float16; got {dtype}.")
+    device = torch.device(device) if device is not None else torch.get_default_device()
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _filled(kind, shape, noise_key(op, seed, step, stream, substream, offset, device), dtype, device, backend)
+
+
+def _filled(kind, shape, key, dtype, device, backend):
+    chosen = _backend.choose(device, backend)
+    if chosen == "reference":
+        return fill_ref(kind, shape, key, dtype, device)
+    return _fill_op(chosen, kind, shape, key[0], *key[1:], dtype, device)
+
+
+@torch.compiler.allow_in_graph
+def _fill_op(chosen, kind, shape, key, seed, step, stream, offset, dtype, device):
+    out = torch.empty(shape, dtype=dtype, device=device)
+    _backend.call(chosen, "fill", out, kind, key, seed, step, stream, offset)
+    return out
+
+
+def normal_like(x, key, backend=None, dtype=None):
+    """z for the elements of x under a checked key: contiguous, in x's dtype."""
+    return _filled(NORMAL, tuple(x.shape), key, dtype or x.dtype, x.device, backend)
+
+
+def _mulhilo(multiplier: int, c):
+    """High and low halves of multiplier c; int64 wraps, and the bits stay right."""
+    product = multiplier * c
+    return (product >> 32) & _M32, product & _M32
+
+
+def philox_ref(block, step, stream, k0, k1):
+    """Philox4x32-10 in plain PyTorch: block int64 (n,) -> words int64 (n, 4). The truth for every kernel."""
+    c0, c1 = block & _M32, (block >> 32) & _M32
+    c2, c3 = torch.zeros_like(c0) + step, torch.zeros_like(c0) + stream
+    for _ in range(10):
+        hi0, lo0 = _mulhilo(0xD2511F53, c0)
+        hi1, lo1 = _mulhilo(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + 0x9E3779B9) & _M32, (k1 + 0xBB67AE85) & _M32
+    return torch.stack([c0, c1, c2, c3], -1)
+
+
+def _words_ref(first, n, key, device):
+    """Words of elements first .. first + n - 1, from whole blocks: int64, and their position in the first block."""
+    tensor, seed, step, stream, _ = key
+    if tensor is not None:
+        seed, step = tensor[0], tensor[1] & _M32
+    lead = first % 4
+    blocks = first // 4 + torch.arange((lead + n + 3) // 4, device=device)
+    return philox_ref(blocks, step, stream, seed & _M32, (seed >> 32) & _M32), lead
+
+
+def fill_ref(kind, shape, key, dtype, device):
+    """The noise contract in plain PyTorch, in float64 until the last cast."""
+    n, first = math.prod(shape), key[-1]
+    if kind == RADEMACHER:
+        w, lead = _words_ref(first // 32, (first % 32 + n + 31) // 32, key, device)
+        bits = (w.flatten()[lead:, None] >> torch.arange(32, device=device)) & 1
+        return (1 - 2 * bits.flatten()[first % 32 :][:n]).to(dtype).reshape(shape)
+    w, lead = _words_ref(first, n, key, device)
+    if kind == NORMAL:
+        u, angle = (w[:, 0::2].double() + 0.5) * 2**-32, w[:, 1::2].double() * (2 * math.pi * 2**-32)
+        w = torch.stack([angle.cos(), angle.sin()], -1) * (-2 * u.log()).sqrt()[..., None]
+    w = w.flatten()[lead:][:n].reshape(shape)
+    if kind == UNIFORM:
+        w = ((w >> 8).double() + 0.5) * 2**-24
+    return w if kind == WORDS else w.float().to(dtype)
