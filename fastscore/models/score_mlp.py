@@ -1,0 +1,108 @@
+"""ScoreMLP: a residual multilayer perceptron for scores of vectors and small images."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastscore.ops import checks
+
+_ACTIVATIONS = {"silu": F.silu, "elu": F.elu, "gelu": F.gelu, "relu": F.relu, "softplus": F.softplus, "tanh": torch.tanh}
+_FREQUENCIES = 16
+_SMALLEST = 1e-30  # sigma; 1/σ is finite in float32
+
+
+class ScoreMLP(nn.Module):
+    """A residual score network for data of about unit scale, such as images in [0, 1].
+
+        s(x)    = f(x)
+        s(x, σ) = f(x / √(σ² + 1/4), e(log σ)) / σ          with sigmas: f predicts -z
+
+    Each block is h ← h + W₂ a((1 + c) W₁ a(h) + b), with c and b linear in e, a small network of Fourier features of log σ. The
+    last layer starts at zero, so the untrained score is 0. Samples never mix.
+
+    Args:
+        dim: d, the number of values of a sample.
+        width, depth: of the hidden layers, and how many residual blocks.
+        activation: a, one of silu, elu, gelu, relu, softplus, tanh; relu has no second derivative (sliced score matching needs it).
+        sigmas: a ladder; its range scales the embedding of log σ, and any sigma > 0 is accepted. None: unconditional.
+
+    Shapes: forward(x[, sigma]): x (B, *) with prod(*) = d, in the dtype of the parameters; sigma a float, 0-d or (B,).
+        Returns the score, like x.
+
+    Raises:
+        ValueError: an unknown activation, sigmas not positive, x of another dimension, sigma missing, superfluous or not positive.
+
+    Source: Song & Ermon 2020, technique 3 (division by σ, arXiv:2006.09011);
+        Karras et al. 2022, table 1 (input scale, arXiv:2206.00364).
+
+    >>> ScoreMLP(64, width=8, depth=1, sigmas=[1.0, 0.01])(torch.rand(2, 1, 8, 8), 0.1).shape
+    torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(self, dim, width=512, depth=4, activation="silu", sigmas=None):
+        super().__init__()
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"ScoreMLP: activation must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}.")
+        self.dim, self.activation = dim, _ACTIVATIONS[activation]
+        self.log_range = None if sigmas is None else _log_range(sigmas)
+        features = None if sigmas is None else max(16, width // 4)
+        if features:
+            self.embed = nn.Linear(2 * _FREQUENCIES + 1, features)
+        self.first = nn.Linear(dim, width)
+        self.blocks = nn.ModuleList(_Block(width, features, self.activation) for _ in range(depth))
+        self.last = nn.Linear(width, dim)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x, sigma=None):
+        if x.dim() < 2 or math.prod(x.shape[1:]) != self.dim:
+            raise ValueError(f"ScoreMLP: x must be (B, *) with {self.dim} values per sample; got {tuple(x.shape)}.")
+        if (sigma is None) != (self.log_range is None):
+            raise ValueError(f"ScoreMLP: sigma must be given if and only if the network was built with sigmas; got sigma={sigma}.")
+        u = x.flatten(1)
+        if sigma is None:
+            return self._network(u, None).view_as(x)
+        sigma = checks.coefficient("ScoreMLP", "sigma", sigma, x, minimum=_SMALLEST)
+        sigma = torch.as_tensor(sigma, dtype=checks.compute_dtype(x.dtype), device=x.device).reshape(-1, 1)  # (B, 1) or (1, 1)
+        e = self.activation(self.embed(self._fourier(sigma).to(x.dtype)))
+        u = (u * torch.rsqrt(sigma.square() + 0.25)).to(x.dtype)
+        return (self._network(u, e) / sigma).to(x.dtype).view_as(x)
+
+    def _network(self, u, e):
+        h = self.first(u)
+        for block in self.blocks:
+            h = block(h, e)
+        return self.last(self.activation(h))
+
+    def _fourier(self, sigma):
+        """t in [0, 1] along the ladder, and sin and cos of π k t."""
+        low, high = self.log_range
+        t = (sigma.log() - low) / (high - low)
+        angle = t * torch.arange(1, _FREQUENCIES + 1, dtype=t.dtype, device=t.device) * math.pi
+        return torch.cat([2 * t - 1, angle.sin(), angle.cos()], -1)
+
+
+class _Block(nn.Module):
+    def __init__(self, width, features, activation):
+        super().__init__()
+        self.activation = activation
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+        if features:
+            self.modulate = nn.Linear(features, 2 * width)  # c and b
+
+    def forward(self, h, e):
+        r = self.first(self.activation(h))
+        if e is not None:
+            scale, shift = self.modulate(e).chunk(2, -1)
+            r = (1 + scale) * r + shift
+        return h + self.second(self.activation(r))
+
+
+def _log_range(sigmas):
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
+    if not sigmas.numel() or not bool((sigmas > 0).all() and sigmas.isfinite().all()):
+        raise ValueError(f"ScoreMLP: sigmas must be positive and finite; got {sigmas.tolist()}.")
+    low, high = sigmas.log().min().item(), sigmas.log().max().item()
+    return low, max(high, low + 1)
