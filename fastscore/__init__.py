@@ -1,8 +1,23 @@
 """fastscore: score matching and annealed Langevin sampling in PyTorch, right and fast."""
 
-from fastscore import random
+from fastscore import losses, models, nn, random, sampling, schedules, training
 from fastscore.backend import use_backend
 from fastscore.ops import denoising_loss, langevin_step, noisy_update, perturb
+from fastscore.sampling import sample
 
 __version__ = "0.1.0"
-__all__ = ["denoising_loss", "langevin_step", "noisy_update", "perturb", "random", "use_backend"]
+__all__ = [
+    "denoising_loss",
+    "langevin_step",
+    "losses",
+    "models",
+    "nn",
+    "noisy_update",
+    "perturb",
+    "random",
+    "sample",
+    "sampling",
+    "schedules",
+    "training",
+    "use_backend",
+]

@@ -38,7 +38,7 @@ def coefficient(op, name, value, x, *, minimum=-math.inf):
             value = float(value)
         except (TypeError, ValueError):
             raise TypeError(f"{op}: {name} must be a number or a tensor; got {type(value).__name__}.") from None
-        if not (math.isfinite(value) and value >= minimum):
+        if not (-math.inf < value < math.inf and value >= minimum):
             raise ValueError(f"{op}: {name} must be finite{bound}; got {value}.")
         return value
     if not value.is_floating_point():
