@@ -1,0 +1,3 @@
+from fastscore.cli import main
+
+main()

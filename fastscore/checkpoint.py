@@ -1,0 +1,65 @@
+"""Weights as safetensors, written whole or not at all, with a digest that is checked before loading. No pickle."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+def write_atomic(path, data: bytes) -> None:
+    """Write beside the target, flush to disk, rename: a reader sees the old file or the new one."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def save(path, tensors: dict) -> None:
+    """Save {name: tensor} to `path` with its SHA-256 beside it. Raises ValueError on a value that is not finite; nothing is written."""
+    from safetensors.torch import save as serialize
+
+    for name, t in tensors.items():
+        if t.is_floating_point() and not bool(t.isfinite().all()):
+            raise ValueError(f"checkpoint: {name} must be finite; it was not saved.")
+    data = serialize({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
+    write_atomic(path, data)
+    write_atomic(f"{path}.json", json.dumps({"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}).encode())
+
+
+def load(path) -> dict:
+    """Load {name: tensor}. Raises ValueError where the file is missing or is not what was saved."""
+    from safetensors.torch import load as deserialize
+
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"checkpoint: {path} does not exist.")
+    data, manifest = path.read_bytes(), Path(f"{path}.json")
+    if manifest.exists() and json.loads(manifest.read_text())["sha256"] != hashlib.sha256(data).hexdigest():
+        raise ValueError(f"checkpoint: {path} is damaged: its SHA-256 is not the one recorded in {manifest.name}.")
+    return deserialize(data)
+
+
+def optimizer_tensors(optimizer) -> dict[str, torch.Tensor]:
+    """An optimizer's state as flat tensors."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{k}": torch.as_tensor(v) for i, entry in state.items() for k, v in entry.items()}
+
+
+def restore_optimizer(optimizer, tensors: dict) -> None:
+    """The inverse of `optimizer_tensors`."""
+    state: dict = {}
+    for name, t in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, k = name.split(".")
+            state.setdefault(int(i), {})[k] = t
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

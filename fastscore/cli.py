@@ -1,0 +1,149 @@
+"""fastscore train | sample | evaluate | demo | doctor."""
+
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+try:
+    from tyro.conf import arg
+except ImportError:   # main() says what to install; `doctor` works without
+
+    def arg(**options):
+        return None
+
+
+PACKAGES = {"tyro": "tyro", "tqdm": "tqdm", "PIL": "pillow", "matplotlib": "matplotlib", "safetensors": "safetensors", "tomli_w": "tomli-w"}
+
+
+def train(config) -> None:
+    from tqdm import tqdm
+
+    from fastscore import pictures, runs
+
+    loop = runs.train(config)
+    try:
+        with tqdm(total=config.steps, unit="step", desc="train") as bar:
+            start, begin = time.perf_counter(), None
+            for step, loss in loop:
+                begin = step if begin is None else begin
+                bar.n = step + 1
+                rate = (step + 1 - begin) * config.batch_size / (time.perf_counter() - start)
+                bar.set_postfix(loss=f"{loss:.3f}", images_per_s=f"{rate:.0f}", refresh=False)
+                bar.update(0)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the run is saved, go on with --resume")
+    finally:
+        loop.close()
+    out = Path(config.out)
+    _, sigmas, _, _ = runs.open_run(out)
+    if (out / "metrics.jsonl").exists():
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        pictures.save_loss_curve(out / "loss.png", records, sigmas.tolist())
+    samples, strip = runs.draw(out, 64)
+    pictures.save_grid(out / "samples.png", samples)
+    pictures.save_grid(out / "levels.png", strip.transpose(0, 1).flatten(0, 1), columns=len(strip))
+    print(f"run: {out}\npictures: {out / 'samples.png'}, {out / 'levels.png'}, {out / 'loss.png'}")
+
+
+def sample(run: Path, /, n: Annotated[int, arg(aliases=["-n"])] = 100, out: Path = Path("grid.png"), seed: int = 0, first_sample: int = 0,
+           steps_per_level: int = 20, step_size: float | None = None) -> None:  # fmt: skip
+    """Draw samples of a trained run and write them as a grid.
+
+    Args:
+        run: run folder.
+        n: number of samples.
+        out: a .png for a grid, or a .npz for the samples themselves (array `images`).
+        seed: of the sampler.
+        first_sample: global number of the first sample; splits of one run agree.
+        steps_per_level: Langevin steps at each noise level.
+        step_size: ε at the smallest level; 0.2 σ_L² unless given.
+    """
+    import numpy as np
+
+    from fastscore import pictures, runs
+
+    if n < 1:
+        raise ValueError(f"sample: n must be at least 1; got {n}.")
+    if out.suffix not in (".png", ".npz"):
+        raise ValueError(f"sample: out must end in .png or .npz; got {out}.")
+    if not out.parent.is_dir():
+        raise ValueError(f"sample: the folder {out.parent} does not exist.")
+    samples, _ = runs.draw(run, n, seed=seed, first_sample=first_sample, steps_per_level=steps_per_level, step_size=step_size)
+    if out.suffix == ".npz":
+        np.savez(out, images=samples.clamp(0, 1).numpy())
+    else:
+        pictures.save_grid(out, samples)
+    print(f"{n} samples: {out}")
+
+
+def evaluate(run: Path, /, n: Annotated[int, arg(aliases=["-n"])] = 500, seed: int = 0) -> None:
+    """Compare samples of a run with held-out real images: classifier and nearest neighbours.
+
+    Args:
+        run: run folder, of a data set with labels, trained with held_out > 0.
+        n: number of samples.
+        seed: of the sampler.
+    """
+    from fastscore import checkpoint, datasets, evaluation, runs
+
+    _, _, _, config = runs.open_run(run)
+    images, labels = datasets.load(config.data)
+    if labels is None or config.held_out == 0:
+        raise ValueError("evaluate: the run must be of labelled data and keep images apart (train --held-out 300).")
+    train_set, held_out = datasets.split(len(images), config.held_out, seed=0)
+    samples, _ = runs.draw(run, n, seed=seed)
+    result = evaluation.report(samples, images[train_set], labels[train_set], images[held_out], labels[held_out])
+    checkpoint.write_atomic(run / "report.json", json.dumps(result, indent=2).encode())
+    checkpoint.write_atomic(run / "report.md", evaluation.markdown(result).encode())
+    print(evaluation.markdown(result) + f"report: {run / 'report.md'}")
+
+
+def demo(out: Path = Path("demo"), steps: int = 9000) -> None:
+    """Train on the 8x8 digits, sample, and report.
+
+    Args:
+        out: run folder; a finished one is only evaluated again, an interrupted one goes on.
+        steps: number of updates.
+    """
+    from fastscore import runs
+
+    resume = (out / "state.safetensors").exists()
+    train(runs.TrainConfig(data="digits", out=out, held_out=300, steps=steps, resume=resume))
+    evaluate(out)
+
+
+def doctor() -> None:
+    """Print versions, devices, which back end serves which op and why not, and a self-test of each."""
+    from fastscore.doctor import main
+
+    sys.exit(main())
+
+
+def main() -> None:
+    """The command `fastscore`; every wrong value is one sentence and exit code 2."""
+    if sys.argv[1:] == ["doctor"]:
+        doctor()
+    missing = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        sys.exit(f"error: the command line needs {', '.join(missing)}: pip install 'fastscore[cli]'.")
+    import tyro
+
+    from fastscore import runs
+
+    app = tyro.extras.SubcommandApp()
+
+    @app.command(name="train")
+    def _train(config: tyro.conf.OmitArgPrefixes[runs.TrainConfig]) -> None:
+        """Train a noise-conditional score network by denoising score matching."""
+        train(config)
+
+    for function in (sample, evaluate, demo, doctor):
+        app.command(function)
+    try:
+        app.cli(prog="fastscore")
+    except (ValueError, TypeError, FloatingPointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

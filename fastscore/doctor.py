@@ -1,0 +1,72 @@
+"""What is installed, which back end serves which op and why not, and whether each agrees with the reference."""
+
+import platform
+
+import torch
+
+import fastscore
+from fastscore import backend, random
+from fastscore.ops import denoising_loss, langevin_step, noisy_update, perturb
+
+
+def _version(package):
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _calls(device):
+    """A small call of every op."""
+    x = torch.linspace(-1, 1, 600, device=device).reshape(6, 100)
+    key = {"seed": 2**40 + 7, "step": 3, "offset": 5}
+    return {
+        "words": lambda: random.words(1000, stream=1024, device=device, **key),
+        "uniform": lambda: random.uniform((1000,), stream=1024, device=device, **key),
+        "normal": lambda: random.normal((1000,), stream=1024, device=device, **key),
+        "rademacher": lambda: random.rademacher((1000,), stream=1024, device=device, **key),
+        "noisy_update": lambda: noisy_update(x, -x, 0.1, 0.2, **key),
+        "langevin_step": lambda: langevin_step(x, -x, 0.1, **key),
+        "perturb": lambda: perturb(x, 0.3, **key),
+        "denoising_loss": lambda: denoising_loss(x, 0.3, **key),
+    }
+
+
+def self_test(name, op, device):
+    """'ok', or how far back end `name` is from the reference on one small call of `op`."""
+    call = _calls(device)[op]
+    with backend.use_backend("reference"):
+        expected = call()
+    with backend.use_backend(name):
+        got = call()
+    if got.dtype == torch.int64:
+        return "ok" if torch.equal(got, expected) else "WRONG: words differ"
+    error = float((got - expected).abs().max())
+    return "ok" if error <= 2e-6 * max(1.0, float(expected.abs().max())) else f"WRONG: differs by {error:.2g}"
+
+
+def lines():
+    """The report, line by line."""
+    yield f"fastscore {fastscore.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    yield ", ".join(f"{p} {_version(p)}" for p in ("torch", "triton", "numpy"))
+    extension = backend.load_extension()
+    if extension is None:
+        yield f"instruction set: {('baseline', 'AVX2', 'AVX-512')[torch.ops.fastscore.isa(0)]}"
+    devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    for device in devices:
+        yield device + (f" ({torch.cuda.get_device_name(device)})" if device != "cpu" else f" ({torch.get_num_threads()} threads)")
+        for name in backend.BACKENDS:
+            reason = backend.why_not(name, torch.device(device).type)
+            for op in backend.OPS if reason is None else ():
+                yield f"  {op:16} {name:10} yes  self-test {self_test(name, op, device)}"
+            if reason is not None:
+                yield f"  {'every op':16} {name:10} no   {reason}"
+
+
+def main():
+    """Print the report; 1 if a self-test failed."""
+    text = list(lines())
+    print("\n".join(text))
+    return int(any("WRONG" in line for line in text))

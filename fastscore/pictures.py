@@ -1,0 +1,47 @@
+"""Grids of images and loss curves, as PNG files."""
+
+import io
+import math
+
+import numpy as np
+
+from fastscore import checkpoint
+
+
+def grid(images, columns=None, scale=None):
+    """(N, C, H, W) in [0, 1] -> one uint8 array (rows, columns, C), a pixel of margin between images."""
+    images = (images.clamp(0, 1) * 255).round().byte().cpu().numpy()
+    n, c, h, w = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    canvas = np.full((rows * (h + 1) + 1, columns * (w + 1) + 1, c), 64, np.uint8)
+    for i, image in enumerate(images):
+        y, x = i // columns * (h + 1) + 1, i % columns * (w + 1) + 1
+        canvas[y : y + h, x : x + w] = image.transpose(1, 2, 0)
+    scale = scale or max(1, 32 // h)
+    return canvas.repeat(scale, 0).repeat(scale, 1)
+
+
+def save_grid(path, images, columns=None):
+    """Write a grid of images as PNG."""
+    from PIL import Image
+
+    array = grid(images, columns)
+    buffer = io.BytesIO()
+    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(buffer, "PNG")
+    checkpoint.write_atomic(path, buffer.getvalue())
+
+
+def save_loss_curve(path, records, sigmas):
+    """Write the loss per noise level over the steps, from the records of metrics.jsonl."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="½‖σs + z‖² per dimension", title="loss per noise level")
+    for level in sorted({0, len(sigmas) // 4, len(sigmas) // 2, 3 * len(sigmas) // 4, len(sigmas) - 1}):
+        points = [(r["step"], r["levels"][level]) for r in records if r["levels"][level] is not None]
+        axes.plot(*zip(*points), label=f"σ = {sigmas[level]:.3g}") if points else None
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    checkpoint.write_atomic(path, buffer.getvalue())

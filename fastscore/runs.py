@@ -1,0 +1,193 @@
+"""A run folder: config.toml, metrics.jsonl, weights.safetensors (averaged), state.safetensors (to resume)."""
+
+import json
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from fastscore import checkpoint, datasets, losses, models, random, sampling, schedules, training
+
+BATCHES = 1024  # the stream that picks each step's images
+
+
+@dataclass
+class TrainConfig:
+    """Train a noise-conditional score network by denoising score matching.
+
+    Args:
+        data: digits, mnist, fashion, a folder of images, or an .npz file with an array named images.
+        out: run folder to create.
+        network: mlp (residual ScoreMLP) or ncsn (convolutional RefineNet).
+        steps: number of updates.
+        batch_size: images per update.
+        lr: Adam's learning rate; it rises over 100 steps and falls to zero along a cosine.
+        levels: number of noise levels.
+        sigma_max: largest noise, in units of the [0, 1] pixel range.
+        sigma_min: smallest noise.
+        width: width of the mlp, or ngf of the ncsn.
+        depth: residual blocks of the mlp.
+        ema_decay: decay of the averaged weights.
+        held_out: images kept away from training, for evaluation.
+        seed: of everything that is random.
+        resume: go on with the run in `out`.
+    """
+
+    data: str = "digits"
+    out: Path = Path("runs/digits")
+    network: str = "mlp"
+    steps: int = 9000
+    batch_size: int = 256
+    lr: float = 2e-3
+    levels: int = 16
+    sigma_max: float = 1.0
+    sigma_min: float = 0.01
+    width: int = 256
+    depth: int = 3
+    ema_decay: float = 0.999
+    held_out: int = 0
+    seed: int = 0
+    resume: bool = False
+
+
+def check(config: TrainConfig) -> None:
+    for name in ("steps", "batch_size", "levels", "width", "depth"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"train: {name} must be at least 1; got {getattr(config, name)}.")
+    if not 0 < config.lr < float("inf"):
+        raise ValueError(f"train: lr must be positive and finite; got {config.lr}.")
+    if config.network not in ("mlp", "ncsn"):
+        raise ValueError(f"train: network must be mlp or ncsn; got {config.network!r}.")
+    schedules.geometric(config.sigma_max, config.sigma_min, config.levels)
+
+
+def build(config: TrainConfig, shape):
+    """The network for images of `shape` (C, H, W), and its ladder."""
+    sigmas = schedules.geometric(config.sigma_max, config.sigma_min, config.levels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.network == "ncsn":
+            return models.NCSN(channels=shape[0], ngf=config.width, sigmas=sigmas, image_size=shape[-1]), sigmas
+        dim = shape[0] * shape[1] * shape[2]
+        return models.ScoreMLP(dim, width=config.width, depth=config.depth, sigmas=sigmas), sigmas
+
+
+def batches(images, config, first_step):
+    """Each step's images: a function of the seed and the step, so that a resumed run sees what the whole one would."""
+    for step in range(first_step, config.steps):
+        w = random.words(config.batch_size, seed=config.seed, step=step, stream=BATCHES)
+        yield images[(w * len(images)) >> 32]
+
+
+def train(config: TrainConfig):
+    """Yield (step, mean loss) after each update; the folder is complete whenever the generator is closed."""
+    check(config)
+    images, _ = datasets.load(config.data)
+    images = images[datasets.split(len(images), config.held_out, seed=0)[0]]
+    out = Path(config.out)
+    if config.resume and not (out / "state.safetensors").exists():
+        raise ValueError(f"train: {out} holds no run to resume.")
+    if not config.resume and out.exists() and any(out.iterdir()):
+        raise ValueError(f"train: {out} exists already; choose another folder or pass --resume.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net, sigmas = build(config, images.shape[1:])
+    net.to(device)
+    return _train(config, out, images.to(device), net, sigmas)
+
+
+def _train(config, out, images, net, sigmas):
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
+    ema = training.AveragedModel(net, multi_avg_fn=training.get_ema_multi_avg_fn(config.ema_decay))
+    first = _restore(out, net, ema, optimizer) if config.resume else 0
+    out.mkdir(parents=True, exist_ok=True)
+    write_config(out, config, images.shape[1:])
+    labels = None
+
+    def loss(model, batch, step):
+        nonlocal labels
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * learning_rate(step, config.steps)
+        labels = losses.draw_labels(len(sigmas), len(batch), seed=config.seed, step=step, device=batch.device)
+        return losses.noise_conditional(model, batch, sigmas, labels=labels, seed=config.seed, step=step)
+
+    loop = training.training_loop(
+        net, batches(images, config, first), loss, steps=config.steps, optimizer=optimizer, first_step=first, ema=ema
+    )
+    dim, sums, counts, done = images[0].numel(), torch.zeros(len(sigmas)), torch.zeros(len(sigmas)), first
+    start = time.perf_counter()
+    try:
+        for state in loop:
+            done = state.step + 1
+            sums.index_add_(0, labels.cpu(), state.losses.cpu() / dim)
+            counts += torch.bincount(labels.cpu(), minlength=len(sigmas))
+            if done % 100 == 0 or done == config.steps:
+                _record(out, done, sums, counts, time.perf_counter() - start)
+                sums.zero_(), counts.zero_()
+            yield state.step, float(state.losses.mean())
+    finally:
+        checkpoint.save(out / "weights.safetensors", ema.module.state_dict())
+        state = {f"net.{k}": v for k, v in net.state_dict().items()} | {f"ema.{k}": v for k, v in ema.state_dict().items()}
+        state |= checkpoint.optimizer_tensors(optimizer) | {"step": torch.tensor(done)}
+        checkpoint.save(out / "state.safetensors", state)
+
+
+def learning_rate(step, steps):
+    """Factor on the learning rate: a linear rise over 100 steps, then a cosine to zero."""
+    return min(1.0, (step + 1) / 100) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
+
+
+def _restore(out, net, ema, optimizer):
+    state = checkpoint.load(out / "state.safetensors")
+    net.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("net.")})
+    ema.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("ema.")})
+    checkpoint.restore_optimizer(optimizer, state)
+    return int(state["step"])
+
+
+def _record(out, step, sums, counts, seconds):
+    levels = [s / c if c else None for s, c in zip(sums.tolist(), counts.tolist())]
+    line = {"step": step, "loss": float(sums.sum() / counts.sum()), "levels": levels, "seconds": round(seconds, 2)}
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def write_config(out, config, shape):
+    import tomli_w
+
+    text = tomli_w.dumps({**{k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}, "shape": list(shape)})
+    checkpoint.write_atomic(out / "config.toml", text.encode())
+
+
+def open_run(folder):
+    """(averaged network, sigmas, sample shape (C, H, W), config) of a run folder."""
+    try:
+        import tomllib
+    except ImportError:
+        import tomli as tomllib
+    folder = Path(folder)
+    if not (folder / "config.toml").exists():
+        raise ValueError(f"{folder} is not a run folder: it has no config.toml.")
+    values = tomllib.loads((folder / "config.toml").read_text())
+    shape = tuple(values.pop("shape"))
+    known = {f.name for f in fields(TrainConfig)}
+    config = TrainConfig(**{k: v for k, v in values.items() if k in known})
+    net, sigmas = build(config, shape)
+    net.load_state_dict(checkpoint.load(folder / "weights.safetensors"))
+    return net.eval().requires_grad_(False), sigmas, shape, config
+
+
+def draw(folder, n, *, seed=0, first_sample=0, steps_per_level=20, step_size=None, batch_size=500):
+    """Samples (n, C, H, W) of a run, and the strip of the first eight after each level (levels + 1, 8, C, H, W)."""
+    net, sigmas, shape, _ = open_run(folder)
+    epsilon = 0.2 * float(sigmas[-1]) ** 2 if step_size is None else step_size
+    parts, strip = [], []
+    for start in range(0, n, batch_size):
+        m = min(batch_size, n - start)
+        x = sampling.initial((m, *shape), seed=seed, first_sample=first_sample + start)
+        options = {"sigmas": sigmas, "steps_per_level": steps_per_level, "step_size": epsilon, "seed": seed}
+        for level in sampling.annealed_langevin(net, x, first_sample=first_sample + start, **options):
+            if start == 0:
+                strip.append(level.x[:8])
+        parts.append(level.x)
+    return torch.cat(parts), torch.stack(strip)
