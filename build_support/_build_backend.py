@@ -11,4 +11,4 @@ if importlib.util.find_spec("torch") is None:
         if path not in sys.path:
             sys.path.append(path)
 
-from setuptools.build_meta import *  # noqa: E402, F403
+from setuptools.build_meta import *  # noqa: F403

@@ -69,6 +69,8 @@ def load_triton() -> str | None:
         return "triton is not installed. pip install triton"
     from fastscore import kernels
 
+    if not hasattr(kernels, "register"):
+        return "its kernels are not part of this version"
     kernels.register()
     for name in ("fill", "noisy_update", "noise_reduce"):
         _finish(f"fastscore_triton::{name}")

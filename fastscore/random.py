@@ -110,7 +110,7 @@ def _fill(op, kind, shape, seed, step, stream, substream, offset, dtype, device,
     dtype = dtype or torch.get_default_dtype()
     if kind != WORDS and dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(f"{op}: dtype must be float32, float64, bfloat16 or float16; got {dtype}.")
-    device = torch.device(device) if device is not None else torch.get_default_device()
+    device = torch.device(device) if device is not None else torch.empty(0).device
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return _filled(kind, shape, noise_key(op, seed, step, stream, substream, offset, device), dtype, device, backend)

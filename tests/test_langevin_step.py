@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastscore

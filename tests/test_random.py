@@ -153,6 +153,8 @@ def test_bad_keys_are_refused(change, message):
 
 
 def test_import_is_light():
-    program = "import sys, fastscore; assert 'triton' not in sys.modules and 'tyro' not in sys.modules"
+    # torch's own compiler front end may import triton; fastscore adds neither its kernels, nor the extension, nor the extras.
+    program = "import sys, torch, fastscore; assert not hasattr(torch.ops.fastscore, 'fill'); "
+    program += "assert not {'fastscore.kernels', 'tyro', 'sklearn', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
     assert fastscore.__version__

@@ -67,7 +67,7 @@ def expand(c, x):
 
 def per_sample_sum(t):
     """(B, *) -> (B,)."""
-    return t.reshape(t.shape[0], -1).sum(1) if t.dim() else t.reshape(1)
+    return t.flatten(1).sum(1) if t.dim() > 1 else t.reshape(-1)
 
 
 def sum_to(t, c):
