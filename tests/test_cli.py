@@ -1,0 +1,102 @@
+"""The command line: a whole small run, resuming, and one-sentence errors that leave nothing behind."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastscore import checkpoint, datasets, runs
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "-m", "fastscore", *map(str, arguments)], capture_output=True, text=True)
+
+
+SMALL = ("--steps", "200", "--width", "32", "--depth", "1", "--levels", "4")
+
+
+def test_train_sample_evaluate(tmp_path):
+    out = tmp_path / "run"
+    assert run("train", "--data", "digits", "--out", out, "--held-out", "300", *SMALL).returncode == 0
+    for name in ("config.toml", "metrics.jsonl", "weights.safetensors", "samples.png", "levels.png", "loss.png"):
+        assert (out / name).stat().st_size > 0
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["step"] == 200 and records[-1]["loss"] < records[0]["loss"]
+    assert run("sample", out, "-n", "4", "--out", tmp_path / "four.npz").returncode == 0
+    assert run("sample", out, "-n", "2", "--first-sample", "2", "--out", tmp_path / "two.npz").returncode == 0
+    four, two = (np.load(tmp_path / f"{name}.npz")["images"] for name in ("four", "two"))
+    assert np.allclose(four[2:], two, atol=1e-4)
+    assert "nearest training image" in run("evaluate", out, "-n", "50").stdout
+    again = run("train", "--data", "digits", "--out", out, *SMALL)
+    assert again.returncode == 2 and "exists already" in again.stderr
+
+
+def test_a_resumed_run_ends_where_the_whole_run_ends(tmp_path):
+    def config(folder, steps, resume=False):
+        return runs.TrainConfig(out=tmp_path / folder, steps=steps, width=16, depth=1, levels=3, batch_size=32, resume=resume)
+
+    for _ in runs.train(config("whole", 40)):
+        pass
+    interrupted = runs.train(config("parts", 40))
+    for _ in range(15):
+        next(interrupted)
+    interrupted.close()
+    for _ in runs.train(config("parts", 40, resume=True)):
+        pass
+    whole, parts = (checkpoint.load(tmp_path / f / "weights.safetensors") for f in ("whole", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--data", "nope"), "data must be digits, mnist, fashion"),
+        (("--data", "EMPTY"), "holds no images"),
+        (("--data", "BROKEN"), "is not a readable PNG or JPEG image"),
+        (("--levels", "1"), "n must be an int of at least 2"),
+        (("--sigma-min", "2"), "sigma_max > sigma_min > 0"),
+        (("--lr", "nan"), "lr must be positive and finite"),
+        (("--steps", "0"), "steps must be at least 1"),
+        (("--network", "cnn"), "network must be mlp or ncsn"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_and_leaves_nothing(tmp_path, arguments, message):
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "BROKEN").mkdir()
+    (tmp_path / "BROKEN" / "a.png").write_bytes(b"no image")
+    arguments = [tmp_path / a if a in ("EMPTY", "BROKEN") else a for a in arguments]
+    result = run("train", "--out", tmp_path / "run", *arguments)
+    assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_weights_are_refused_and_nan_is_never_saved(tmp_path):
+    checkpoint.save(tmp_path / "w", {"a": torch.ones(3)})
+    with pytest.raises(ValueError, match="must be finite"):
+        checkpoint.save(tmp_path / "w", {"a": torch.tensor([float("nan")])})
+    assert torch.equal(checkpoint.load(tmp_path / "w")["a"], torch.ones(3))
+    data = bytearray((tmp_path / "w").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "w").write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoint.load(tmp_path / "w")
+
+
+def test_folders_and_archives_of_images(tmp_path):
+    from PIL import Image
+
+    for i in range(3):
+        Image.fromarray(np.full((4, 4), 51 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    images, labels = datasets.load(tmp_path)
+    assert images.shape == (3, 1, 4, 4) and labels is None and torch.allclose(images[:, 0, 0, 0], torch.tensor([0, 0.2, 0.4]))
+    np.savez(tmp_path / "x.npz", images=np.zeros((2, 4, 4, 3), np.uint8), labels=np.array([1, 2]))
+    images, labels = datasets.load(tmp_path / "x.npz")
+    assert images.shape == (2, 3, 4, 4) and labels.tolist() == [1, 2]
+
+
+def test_doctor_passes():
+    result = run("doctor")
+    assert result.returncode == 0 and "denoising_loss   cpp        yes  self-test ok" in result.stdout
