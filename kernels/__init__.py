@@ -1,0 +1,96 @@
+"""Triton kernels. Importing registers nothing; `register()` makes them the ops of torch.ops.fastscore_triton."""
+
+import os
+
+import torch
+
+SCHEMAS = {
+    "fill": "fill(Tensor(a!) out, int kind, Tensor? key, int seed, int step, int stream, int offset) -> ()",
+    "noisy_update": "noisy_update(Tensor(a!) out, Tensor? x, Tensor? direction, Tensor? drift_each, float drift, Tensor? diffusion_each, "
+    "float diffusion, Tensor? key, int seed, int step, int stream, int offset) -> ()",
+    "noise_reduce": "noise_reduce(Tensor(a!) out, Tensor score, Tensor? sigma_each, float sigma, Tensor? key, int seed, int step, "
+    "int stream, int offset, int reduction) -> ()",
+}
+BLOCK = 256  # Philox blocks per program: 1024 elements, 8 per thread of four warps
+_library = None
+
+
+def register() -> None:
+    """Define and implement the launchers once per process."""
+    global _library
+    if _library is None:
+        _library = torch.library.Library("fastscore_triton", "DEF")
+        for name, launcher in (("fill", _fill), ("noisy_update", _noisy_update), ("noise_reduce", _noise_reduce)):
+            _library.define(SCHEMAS[name])
+            for key in ("CPU", "CUDA"):
+                _library.impl(name, launcher, key)
+
+
+def _programs(elements):
+    return ((elements + 4 * BLOCK - 1) // (4 * BLOCK),)
+
+
+def _rounds(dtype):
+    return dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _kind(each):
+    return 0 if each is None else 1 if each.numel() == 1 else 2
+
+
+def _dense(t):
+    return t if t is None else t.contiguous()
+
+
+def _fill(out, kind, key, seed, step, stream, offset):
+    from fastscore.kernels.random import fill_kernel
+
+    if out.numel() == 0:
+        return
+    unit = 128 if kind == 3 else 4
+    shift = offset % unit
+    with torch.cuda.device_of(out):
+        fill_kernel[_programs(out.numel() + shift)](
+            out, key, out.numel(), seed, step, stream, offset // unit, shift,
+            KIND=kind, HAS_KEY=key is not None, ROUND=_rounds(out.dtype), BLOCK=BLOCK,
+        )  # fmt: skip
+
+
+def _noisy_update(out, x, direction, drift_each, drift, diffusion_each, diffusion, key, seed, step, stream, offset):
+    from fastscore.kernels.langevin_step import noisy_update_kernel
+
+    n = out.numel()
+    if n == 0:
+        return
+    wide, target = out.dtype == torch.float64, out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    if wide:   # a Python float reaches a kernel as float32
+        drift_each = torch.full((1,), drift, dtype=out.dtype, device=out.device) if drift_each is None else drift_each
+        diffusion_each = torch.full((1,), diffusion, dtype=out.dtype, device=out.device) if diffusion_each is None else diffusion_each
+    with torch.cuda.device_of(out):
+        noisy_update_kernel[_programs(n + offset % 4)](
+            target, _dense(x), _dense(direction), drift_each, drift, diffusion_each, diffusion, key, n,
+            n // out.shape[0] if out.dim() else 1, seed, step, stream, offset // 4, offset % 4,
+            HAS_X=x is not None, HAS_D=direction is not None, A_KIND=_kind(drift_each), B_KIND=_kind(diffusion_each),
+            HAS_KEY=key is not None, WIDE=wide, ROUND=_rounds(out.dtype), BLOCK=BLOCK,
+        )  # fmt: skip
+    if target is not out:
+        out.copy_(target)
+
+
+def _noise_reduce(out, score, sigma_each, sigma, key, seed, step, stream, offset, reduction):
+    from fastscore.kernels.denoising_loss import noise_reduce_kernel
+
+    out.zero_()
+    if score.numel() == 0:
+        return
+    per_sample, wide = score.numel() // out.numel(), score.dtype == torch.float64
+    if wide and sigma_each is None:
+        sigma_each = torch.full((1,), sigma, dtype=score.dtype, device=score.device)
+    splits = (per_sample + 3 + 4 * BLOCK - 1) // (4 * BLOCK)   # a sample may start inside a block
+    partial = torch.empty((out.numel(), splits), dtype=out.dtype, device=out.device)
+    with torch.cuda.device_of(out):
+        noise_reduce_kernel[(partial.numel(),)](
+            partial, _dense(score), sigma_each, sigma, key, per_sample, splits, seed, step, stream, offset,
+            DOT=reduction == 1, SIGMA_KIND=_kind(sigma_each), HAS_KEY=key is not None, WIDE=wide, BLOCK=BLOCK,
+        )  # fmt: skip
+    out.copy_(partial.sum(1))
