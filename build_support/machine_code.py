@@ -11,11 +11,10 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from fastscore.kernels import BLOCK
 from fastscore.kernels.langevin_step import noisy_update_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 THREADS = 128
 

@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from fastscore.kernels.philox import narrow, normals
 
 
