@@ -1,5 +1,7 @@
 #include "denoising_loss.h"
 
+#include "dtype_cpu.h"
+
 namespace fastscore {
 namespace {
 

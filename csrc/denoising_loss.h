@@ -1,7 +1,8 @@
 // Sums over the elements of a sample that involve its noise: the loss, and the inner product its derivatives need.
 #pragma once
-#include "dtype_cpu.h"
 #include "isa.h"
+#include "nest.h"
+#include "philox.h"
 
 namespace fastscore {
 
@@ -19,7 +20,7 @@ struct ReduceArgs {
   NoiseKey key;
 };
 
-constexpr int64_t kChunk = 16 * kTile;   // elements per partial sum: fixed, so the result does not depend on the threads
+constexpr int64_t kChunk = 16384;   // elements per partial sum: fixed, so the result does not depend on the threads
 
 // Tasks are chunks of long samples, or runs of whole samples that fit a tile.
 FS_DECLARE(noise_reduce, const ReduceArgs&, int64_t begin, int64_t end)

@@ -1,10 +1,9 @@
 // Tiles of float, double, bfloat16 and float16 as arrays of the type the kernels compute in. Internal linkage, as in normal_cpu.h.
 #pragma once
+#include "nest.h"
 #include "normal_cpu.h"
 
 namespace fastscore {
-
-enum DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kInt64 };
 
 namespace {
 
@@ -84,15 +83,6 @@ FS_INLINE void store_row(const A* v, T* p, int64_t stride, int64_t n) {
 }
 
 }  // namespace
-
-// A loop nest over logical C order, shared by up to three tensors; adjacent dimensions are merged where all allow it.
-constexpr int kMaxDims = 12, kMaxTensors = 3;
-struct Nest {
-  int ndim;
-  int64_t sizes[kMaxDims];
-  int64_t strides[kMaxTensors][kMaxDims];
-  bool contiguous;
-};
 
 namespace {
 

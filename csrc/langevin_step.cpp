@@ -1,5 +1,7 @@
 #include "langevin_step.h"
 
+#include "dtype_cpu.h"
+
 namespace fastscore {
 namespace {
 

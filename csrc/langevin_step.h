@@ -1,7 +1,8 @@
 // x' = x + a d + b z: the arguments of one call, shared by the three CPU copies.
 #pragma once
-#include "dtype_cpu.h"
 #include "isa.h"
+#include "nest.h"
+#include "philox.h"
 
 namespace fastscore {
 

@@ -1,5 +1,7 @@
 #include "random.h"
 
+#include "dtype_cpu.h"
+
 namespace fastscore {
 namespace {
 

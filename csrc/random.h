@@ -1,7 +1,8 @@
 // A tensor of words, uniforms, normals or signs: the arguments of one call.
 #pragma once
-#include "dtype_cpu.h"
 #include "isa.h"
+#include "nest.h"
+#include "philox.h"
 
 namespace fastscore {
 

@@ -1,0 +1,57 @@
+"""langevin_step: reads x and s, writes x': three times the element size per element."""
+
+import functools
+
+import pytest
+import torch
+
+import fastscore
+
+EPSILON = 1e-3
+
+
+def plain(x, s, e):
+    return x + e / 2 * s + e**0.5 * torch.randn_like(x)
+
+
+def careful(x, s, e):
+    """Eager as a good engineer writes it: three passes and no temporary but the result."""
+    return torch.randn_like(x).mul_(e**0.5).add_(x).add_(s, alpha=e / 2)
+
+
+def careful_each(x, s, e):
+    return torch.randn_like(x).mul_(e.sqrt()).add_(x).addcmul_(s, e / 2)
+
+
+def verify(step, x, s, e):
+    z = fastscore.random.normal(x.shape, seed=1, stream=fastscore.random.LANGEVIN, device=x.device, dtype=torch.float64, backend="reference")
+    e = e.double().reshape(-1, *(1,) * (x.dim() - 1)) if isinstance(e, torch.Tensor) else torch.tensor(e, dtype=torch.float64)
+    exact = x.double() + e / 2 * s.double() + e.sqrt() * z
+    assert bool(((step(x, s) - exact).abs() <= torch.finfo(x.dtype).eps * exact.abs() + 3e-6).all())
+
+
+def bench(compare, x, s, e, ours, peers):
+    calls = {}
+    for name in ours:
+        step = functools.partial(fastscore.langevin_step, step_size=e, seed=1, backend=name)
+        verify(step, x[:64], s[:64], e[:64] if isinstance(e, torch.Tensor) else e)
+        calls[name] = functools.partial(step, x, s)
+    shaped = e.reshape(-1, *(1,) * (x.dim() - 1)).to(x.dtype) if isinstance(e, torch.Tensor) else e
+    calls |= {name: functools.partial(peer, x, s, shaped) for name, peer in peers.items()}
+    return compare("langevin_step, ε (B,)" if isinstance(e, torch.Tensor) else "langevin_step", x, 3 * x.nbytes, calls)
+
+
+@pytest.mark.parametrize("exponent", [12, 18, 24, 26])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def bench_langevin_step(compare, size, device, ours, dtype, exponent):
+    x, s = (torch.randn(size(exponent), device=device).to(dtype) for _ in range(2))
+    with torch.no_grad():
+        bench(compare, x, s, EPSILON, ours, {"eager": plain, "careful eager": careful, "torch.compile": torch.compile(plain)})
+
+
+@pytest.mark.parametrize("exponent", [18, 24])
+def bench_per_sample_step_size(compare, size, device, ours, exponent):
+    x, s = (torch.randn(size(exponent) // 64, 64, device=device) for _ in range(2))
+    e = torch.full((len(x),), EPSILON, device=device)
+    with torch.no_grad():
+        bench(compare, x, s, e, ours, {"eager": plain, "careful eager": careful_each, "torch.compile": torch.compile(plain)})

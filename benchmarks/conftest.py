@@ -1,0 +1,70 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from harness import OURS, Row, copy_of, interleave, report, table
+
+from fastscore import backend as backends
+
+ROWS = []
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
+    parser.addoption("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.addoption("--smoke", action="store_true", help="tiny sizes, one round: does every benchmark run and verify?")
+    parser.addoption("--results", type=Path, help="write the figures to this JSON file")
+
+
+@pytest.fixture(autouse=True)
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.config.option.threads)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def device(request):
+    return request.config.option.device
+
+
+@pytest.fixture
+def ours(device):
+    """The compiled back ends that serve this device: Triton's interpreter is no competitor."""
+    return [name for name in OURS if name != "reference" and backends.why_not(name, device) is None and (device == "cuda") == (name != "cpp")]
+
+
+@pytest.fixture
+def size(request):
+    """A power of two, or a small one for the smoke run."""
+    return lambda exponent: 2 ** min(exponent, 12) if request.config.option.smoke else 2**exponent
+
+
+@pytest.fixture
+def compare(request, device):
+    """compare(op, like, bytes, calls): time the calls and a copy of `bytes`, keep and return the row."""
+
+    def run(op, like, total_bytes, calls):
+        smoke = request.config.option.smoke
+        calls = calls | {"ceiling": copy_of(total_bytes, device)}
+        row = Row(op, list(like.shape), str(like.dtype).removeprefix("torch."), like.numel(), total_bytes)
+        row.seconds = interleave(calls, device, rounds=1 if smoke else 15, least=0 if smoke else 0.005)
+        ROWS.append(row)
+        return row
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not ROWS:
+        return
+    result = report(ROWS, config.option.device)
+    terminalreporter.write_line(f"\n{result['device']}, {result['versions']}\n{table(result)}")
+    if config.option.results:
+        config.option.results.parent.mkdir(parents=True, exist_ok=True)
+        config.option.results.write_text(json.dumps(result, indent=1) + "\n")

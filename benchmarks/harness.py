@@ -1,0 +1,116 @@
+"""Time a kernel beside its peers: same inputs, same process, one call of each in turn, medians.
+
+`python benchmarks/harness.py results/*.json` prints the tables of benchmarks/README.md.
+"""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+OURS = ("cpp", "cuda", "triton", "reference")
+
+
+@dataclass
+class Row:
+    """One question put to every competitor. `ceiling` is a copy of as many bytes as the op must move."""
+
+    op: str
+    shape: list
+    dtype: str
+    elements: int
+    bytes: int
+    seconds: dict = field(default_factory=dict)
+
+    @property
+    def ours(self):
+        return min((name for name in self.seconds if name in OURS), key=self.seconds.get)
+
+
+def describe_device(device):
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def versions(device):
+    found = {"python": platform.python_version(), "torch": torch.__version__.split("+")[0]}
+    if device == "cuda":
+        import triton
+
+        found |= {"triton": triton.__version__, "cuda": torch.version.cuda}
+    return found
+
+
+def clock(call, repeats, device):
+    """Seconds per call."""
+    if device == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            call()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1000 / repeats
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def interleave(calls, device, rounds, least):
+    """Median seconds per call of each; a timing lasts at least `least` seconds, the competitors take turns."""
+    repeats = {}
+    for name, call in calls.items():
+        call(), call()   # compilation, allocation, caches
+        once = min(clock(call, 1, device) for _ in range(3))
+        repeats[name] = max(1, int(least / once))
+    samples = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            samples[name].append(clock(call, repeats[name], device))
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def copy_of(total_bytes, device):
+    """The ceiling: read half of the bytes and write half of them."""
+    source = torch.empty(max(1, total_bytes // 8), device=device).normal_()
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def number(value):
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def table(report):
+    """Markdown: a line per row, the best of ours, each peer as a multiple of its time."""
+    rows = [Row(**row) for row in report["rows"]]
+    peers = sorted({name for row in rows for name in row.seconds} - {"ceiling", *OURS})
+    head = ["op", "shape", "dtype", "back end", "time", "G elements/s", "GB/s", "% of copy", *(f"vs {peer}" for peer in peers)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        for name in sorted((n for n in row.seconds if n in OURS), key=row.seconds.get):
+            t = row.seconds[name]
+            ratios = [number(row.seconds[peer] / t) + "×" if peer in row.seconds else "" for peer in peers]
+            cells = [row.op, "×".join(map(str, row.shape)), row.dtype, name, f"{t * 1e6:.0f} µs", f"{row.elements / t / 1e9:.2f}"]
+            cells += [f"{row.bytes / t / 1e9:.0f}", f"{100 * row.seconds['ceiling'] / t:.0f}"] + ratios
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def report(rows, device):
+    return {"device": describe_device(device), "versions": versions(device), "rows": [asdict(row) for row in rows]}
+
+
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        result = json.loads(Path(path).read_text())
+        print(f"### {result['device']}\n\n{', '.join(f'{k} {v}' for k, v in result['versions'].items())}\n\n{table(result)}\n")
