@@ -31,6 +31,7 @@ __device__ __forceinline__ typename Reduce<T>::A strided_block(const Reduce<T>& 
   float z[4];
   block_normals(block, key, z);
   A sum = 0;
+#pragma unroll
   for (int k = 0; k < 4; ++k) {
     const int64_t i = static_cast<int64_t>(block * 4 + k - key.offset) - sample * p.per_sample;
     if (i < begin || i >= end) continue;

@@ -14,37 +14,40 @@ struct Update {
   DeviceKey key;
 };
 
-template <class A>
-__device__ __forceinline__ A updated(A x, A a, A d, A b, float z) { return (x + a * d) + b * static_cast<A>(z); }
+// Whole tiles of contiguous tensors on 16-byte addresses whose element 0 opens a Philox block; a pack lies in one sample.
+constexpr int kPackThreads = 128, kPerThread = 16, kPackTile = kPackThreads * kPerThread;
+enum Terms : int { kXOnly = 1, kDOnly = 2, kBoth = 3 };
 
-// Contiguous tensors on 16-byte addresses whose element 0 opens a Philox block; a pack lies in one sample.
-template <class T, bool kEach>
-__global__ void __launch_bounds__(kThreads) update_packs(const Update<T> p) {
+template <class T, int kTerms, bool kEach>
+__global__ void __launch_bounds__(kPackThreads) update_packs(const Update<T> p) {
   using A = typename Update<T>::A;
-  constexpr int kSize = Pack<T>::kSize, kPacks = 8 / kSize;
-  const int64_t start = (static_cast<int64_t>(blockIdx.x) * (kPacks * kThreads) + threadIdx.x) * kSize;
-  Pack<T> x[kPacks], d[kPacks];
+  constexpr int kSize = Pack<T>::kSize, kPacks = kPerThread / kSize, kStride = kPackThreads * kSize;
+  const int64_t start = static_cast<int64_t>(blockIdx.x) * kPackTile + threadIdx.x * kSize;
+  Pack<T> x[kPacks] = {}, d[kPacks] = {};
 #pragma unroll
   for (int j = 0; j < kPacks; ++j) {
-    const int64_t at = start + j * kThreads * kSize;
-    x[j] = d[j] = Pack<T>{};
-    if (p.x && at < p.n) x[j] = load_pack(p.x + at);
-    if (p.d && at < p.n) d[j] = load_pack(p.d + at);
+    if (kTerms & kXOnly) x[j] = load_pack(p.x + start + j * kStride);
+    if (kTerms & kDOnly) d[j] = load_pack(p.d + start + j * kStride);
   }
   const NoiseKey key = p.key.load();
+  const A a0 = p.drift.at(0), b0 = p.diffusion.at(0);
 #pragma unroll
   for (int j = 0; j < kPacks; ++j) {
-    const int64_t at = start + j * kThreads * kSize;
-    if (at >= p.n) return;
-    const int64_t sample = kEach ? sample_of(at, p.per_sample) : 0;
-    const A a = p.drift.at(sample), b = p.diffusion.at(sample);
+    const int64_t at = start + j * kStride, sample = kEach ? sample_of(at, p.per_sample) : 0;
+    const A a = kEach ? p.drift.at(sample) : a0, b = kEach ? p.diffusion.at(sample) : b0;
     Pack<T> out;
 #pragma unroll
     for (int i = 0; i < kSize; i += 4) {
       float z[4];
       block_normals((key.offset + at + i) / 4, key, z);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) narrow(updated(widen(x[j].v[i + k]), a, widen(d[j].v[i + k]), b, z[k]), out.v[i + k]);
+      for (int k = 0; k < 4; ++k) {
+        A v = b * static_cast<A>(z[k]);
+        if (kTerms == kBoth) v += widen(x[j].v[i + k]) + a * widen(d[j].v[i + k]);
+        if (kTerms == kXOnly) v += widen(x[j].v[i + k]);
+        if (kTerms == kDOnly) v += a * widen(d[j].v[i + k]);
+        narrow(v, out.v[i + k]);
+      }
     }
     store_pack(p.out + at, out);
   }
@@ -60,29 +63,36 @@ __global__ void __launch_bounds__(kThreads) update_strided(const Update<T> p, co
   if (base >= p.n) return;
   float z[4];
   block_normals(block, key, z);
+#pragma unroll
   for (int k = 0; k < 4; ++k) {
     const int64_t i = base + k;
     if (i < first || i >= p.n) continue;
     const int64_t sample = sample_of(i, p.per_sample);
     const A x = p.x ? widen(p.x[position(nest, 1, i)]) : A(0), d = p.d ? widen(p.d[position(nest, 2, i)]) : A(0);
-    narrow(updated(x, p.drift.at(sample), d, p.diffusion.at(sample), z[k]), p.out[position(nest, 0, i)]);
+    narrow((x + p.drift.at(sample) * d) + p.diffusion.at(sample) * static_cast<A>(z[k]), p.out[position(nest, 0, i)]);
   }
 }
 
+template <class T, int kTerms>
+void launch_packs(const Update<T>& p, int64_t tiles, bool each, cudaStream_t stream) {
+  const unsigned blocks = blocks_for(tiles, 1);
+  if (each) update_packs<T, kTerms, true><<<blocks, kPackThreads, 0, stream>>>(p);
+  else update_packs<T, kTerms, false><<<blocks, kPackThreads, 0, stream>>>(p);
+}
+
+// Whole tiles by packs where the layout allows, the rest (or all) by the strided kernel.
 template <class T>
 void launch(const Update<T>& p, const Nest& nest, cudaStream_t stream) {
-  constexpr int kSize = Pack<T>::kSize;
   const bool each = p.drift.per_sample || p.diffusion.per_sample;
-  const bool packed = nest.contiguous && aligned(p.out) && aligned(p.x) && aligned(p.d) && p.key.key.offset % 4 == 0 &&
-                      (!each || p.per_sample % kSize == 0);
-  Update<T> whole = p;
-  whole.n = packed ? p.n - p.n % kSize : 0;
-  if (whole.n > 0) {
-    const unsigned blocks = blocks_for(whole.n, 8 * kThreads);
-    if (each) update_packs<T, true><<<blocks, kThreads, 0, stream>>>(whole);
-    else update_packs<T, false><<<blocks, kThreads, 0, stream>>>(whole);
+  const bool packed = nest.contiguous && (p.x || p.d) && aligned(p.out) && aligned(p.x) && aligned(p.d) && p.key.key.offset % 4 == 0 &&
+                      (!each || p.per_sample % Pack<T>::kSize == 0);
+  const int64_t tiles = packed ? p.n / kPackTile : 0, done = tiles * kPackTile;
+  if (tiles > 0) {
+    if (p.x && p.d) launch_packs<T, kBoth>(p, tiles, each, stream);
+    else if (p.x) launch_packs<T, kXOnly>(p, tiles, each, stream);
+    else launch_packs<T, kDOnly>(p, tiles, each, stream);
   }
-  if (whole.n < p.n) update_strided<T><<<blocks_for(p.n - whole.n + 4, 4 * kThreads), kThreads, 0, stream>>>(p, nest, whole.n);
+  if (done < p.n) update_strided<T><<<blocks_for(p.n - done + 4, 4 * kThreads), kThreads, 0, stream>>>(p, nest, done);
 }
 
 void noisy_update_cuda(Tensor out, OptionalTensor x, OptionalTensor direction, OptionalTensor drift_each, double drift,
