@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: test demo lint gpu clean
+.PHONY: test demo lint bench gpu clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2
@@ -22,11 +22,17 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/* build_suppor
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -q -e '.[test]'
 	touch $(STAMP)
 
-# With the interpreter at hand and no network: build in place, then every back end that a GPU can run.
+bench: $(STAMP)
+	$(BIN)/python -m pytest -q benchmarks --results benchmarks/results/cpu.json
+
+# On a machine with a GPU, its own Python and no network: build in place, test every GPU back end, then measure.
 gpu:
 	ln -sfn ../kernels fastscore/kernels
-	$(PYTHON) setup.py build_ext --inplace
+	TORCH_CUDA_ARCH_LIST="$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')" \
+		FASTSCORE_BUILD=cuda $(PYTHON) setup.py build_ext --inplace
 	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests
+	PYTHONPATH=. $(PYTHON) -m pytest -q benchmarks --device cuda --results \
+		benchmarks/results/$$($(PYTHON) -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))').json
 
 clean:
 	rm -rf build demo fastscore/_C*.so fastscore/_build_info.json

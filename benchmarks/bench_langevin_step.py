@@ -23,30 +23,30 @@ def careful_each(x, s, e):
     return torch.randn_like(x).mul_(e.sqrt()).add_(x).addcmul_(s, e / 2)
 
 
-def verify(step, x, s, e):
-    z = fastscore.random.normal(x.shape, seed=1, stream=fastscore.random.LANGEVIN, device=x.device, dtype=torch.float64, backend="reference")
-    e = e.double().reshape(-1, *(1,) * (x.dim() - 1)) if isinstance(e, torch.Tensor) else torch.tensor(e, dtype=torch.float64)
-    exact = x.double() + e / 2 * s.double() + e.sqrt() * z
-    assert bool(((step(x, s) - exact).abs() <= torch.finfo(x.dtype).eps * exact.abs() + 3e-6).all())
+def verify(name, x, s, e):
+    exact = fastscore.langevin_step(x.double(), s.double(), e, seed=1, backend="reference")
+    got = fastscore.langevin_step(x, s, e, seed=1, backend=name)
+    assert bool(((got - exact).abs() <= torch.finfo(x.dtype).eps * exact.abs() + 3e-6).all())
 
 
-def bench(compare, x, s, e, ours, peers):
-    calls = {}
+def bench(compare, op, x, s, e, ours, peers):
+    """e: a float or (B,). Peers take it in the shape that they need."""
+    each = isinstance(e, torch.Tensor)
     for name in ours:
-        step = functools.partial(fastscore.langevin_step, step_size=e, seed=1, backend=name)
-        verify(step, x[:64], s[:64], e[:64] if isinstance(e, torch.Tensor) else e)
-        calls[name] = functools.partial(step, x, s)
-    shaped = e.reshape(-1, *(1,) * (x.dim() - 1)).to(x.dtype) if isinstance(e, torch.Tensor) else e
-    calls |= {name: functools.partial(peer, x, s, shaped) for name, peer in peers.items()}
-    return compare("langevin_step, ε (B,)" if isinstance(e, torch.Tensor) else "langevin_step", x, 3 * x.nbytes, calls)
+        verify(name, x[:64], s[:64], e[:64] if each else e)
+    shaped = e.reshape(-1, *(1,) * (x.dim() - 1)) if each else e
+    calls = {name: functools.partial(fastscore.langevin_step, x, s, e, seed=1, backend=name) for name in ours}
+    compare(op, x, 3 * x.nbytes, calls | {name: functools.partial(peer, x, s, shaped) for name, peer in peers.items()})
 
 
-@pytest.mark.parametrize("exponent", [12, 18, 24, 26])
+@pytest.mark.parametrize("exponent", [12, 18, 24, 27])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def bench_langevin_step(compare, size, device, ours, dtype, exponent):
+    if exponent > 24 and device == "cpu":
+        pytest.skip("says on the CPU what 2^24 says")
     x, s = (torch.randn(size(exponent), device=device).to(dtype) for _ in range(2))
     with torch.no_grad():
-        bench(compare, x, s, EPSILON, ours, {"eager": plain, "careful eager": careful, "torch.compile": torch.compile(plain)})
+        bench(compare, "langevin_step", x, s, EPSILON, ours, {"eager": plain, "careful eager": careful, "torch.compile": torch.compile(plain)})
 
 
 @pytest.mark.parametrize("exponent", [18, 24])
@@ -54,4 +54,4 @@ def bench_per_sample_step_size(compare, size, device, ours, exponent):
     x, s = (torch.randn(size(exponent) // 64, 64, device=device) for _ in range(2))
     e = torch.full((len(x),), EPSILON, device=device)
     with torch.no_grad():
-        bench(compare, x, s, e, ours, {"eager": plain, "careful eager": careful_each, "torch.compile": torch.compile(plain)})
+        bench(compare, "langevin_step, ε (B,)", x, s, e, ours, {"eager": plain, "careful eager": careful_each, "torch.compile": torch.compile(plain)})

@@ -36,8 +36,10 @@ def describe_device(device):
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    isa = torch.backends.cpu.get_cpu_capability()
+    return f"{names[0] if names else platform.machine()}, {isa}, {torch.get_num_threads()} threads"
 
 
 def versions(device):

@@ -55,6 +55,12 @@ FS_INLINE void update_tile(const UpdateArgs& p, A* out, const A* x, const A* d, 
   for (int64_t i = 0; i < n; ++i) out[i] = (x[i] + as[i] * d[i]) + bs[i] * z[i];
 }
 
+// Lines of the tile on their way while its normals are computed.
+template <int kWrite>
+FS_INLINE void prefetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, kWrite, 2);
+}
+
 template <class T>
 void run(const UpdateArgs& p, int64_t begin, int64_t end) {
   using A = typename Compute<T>::type;
@@ -66,6 +72,11 @@ void run(const UpdateArgs& p, int64_t begin, int64_t end) {
   const T* d = static_cast<const T*>(p.direction);
   for (int64_t first = begin; first < end; first += kTile) {
     const int64_t n = end - first < kTile ? end - first : kTile;
+    if (p.nest.contiguous) {   // the hardware's prefetchers stop at the end of a page, which a tile of float32 fills
+      if (x) prefetch<0>(x + first, n * sizeof(T));
+      if (d) prefetch<0>(d + first, n * sizeof(T));
+      if (!p.bypass_cache) prefetch<1>(out + first, n * sizeof(T));
+    }
     const float* z = tile_normals(noise, p.key.offset + static_cast<uint64_t>(first), n, p.key);
     if constexpr (direct) {
       if (p.nest.contiguous) {
@@ -124,6 +135,7 @@ void noisy_update(Tensor out, OptionalTensor x, OptionalTensor direction, Option
   coefficient(diffusion_each, p.diffusion, p.diffusion_each, p.dtype);
   p.bypass_cache = p.dtype == kFloat32 && n >= (int64_t{1} << 22) && p.out != p.x;
   p.key = noise_key(key, seed, step, stream, offset);
+  if (p.nest.contiguous) advise_huge_pages(p.out, n * static_cast<int64_t>(out.element_size()));
   const auto kernel = FS_PICK(noisy_update);
   for_tiles(n, kTile, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }

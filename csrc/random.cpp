@@ -12,13 +12,14 @@ FS_INLINE const uint32_t* tile_words(uint32_t* buffer, uint64_t first, int64_t n
   return buffer + (first - start);
 }
 
-FS_INLINE void signs(uint32_t* buffer, float* out, uint64_t first, int64_t n, const NoiseKey& key) {
+// Signs [first, first + n), n <= kTile: every bit of the words they touch, as the sign bit of 1.0f.
+FS_INLINE const float* tile_signs(uint32_t* buffer, float* out, uint64_t first, int64_t n, const NoiseKey& key) {
   const uint64_t word = first / 32;
-  const uint32_t* w = tile_words(buffer, word, static_cast<int64_t>((first + n - 1) / 32 - word + 1), key);
-  for (int64_t i = 0; i < n; ++i) {
-    const uint64_t bit = first + i - 32 * word;
-    out[i] = (w[bit / 32] >> (bit % 32)) & 1 ? -1.0f : 1.0f;
-  }
+  const int64_t count = static_cast<int64_t>((first + n - 1) / 32 - word + 1);
+  const uint32_t* w = tile_words(buffer, word, count, key);
+  for (int64_t j = 0; j < count; ++j)
+    for (uint32_t bit = 0; bit < 32; ++bit) out[32 * j + bit] = float_of(0x3f800000u | (w[j] >> bit << 31));
+  return out + first % 32;
 }
 
 template <class T>
@@ -33,7 +34,7 @@ void run(const FillArgs& p, int64_t begin, int64_t end) {
     if (p.kind == kNormal) {
       z = tile_normals(noise, first, n, p.key);
     } else if (p.kind == kRademacher) {
-      signs(words, noise, first, n, p.key);
+      z = tile_signs(words, noise, first, n, p.key);
     } else {
       const uint32_t* w = tile_words(words, first, n, p.key);
       for (int64_t i = 0; i < n; ++i) noise[i] = uniform(w[i]);
@@ -75,6 +76,7 @@ void fill(Tensor out, int64_t kind, OptionalTensor key, int64_t seed, int64_t st
   STD_TORCH_CHECK(out.is_contiguous(), "fastscore: fill needs a contiguous tensor");
   STD_TORCH_CHECK((kind == kWords) == (dtype_of(out) == kInt64), "fastscore: words are int64, noise is floating point");
   const FillArgs p{out.mutable_data_ptr(), dtype_of(out), static_cast<FillKind>(kind), noise_key(key, seed, step, stream, offset)};
+  advise_huge_pages(p.out, out.numel() * static_cast<int64_t>(out.element_size()));
   const auto kernel = FS_PICK(fill);
   for_tiles(out.numel(), kTile, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }

@@ -20,7 +20,7 @@ def coefficient(each_ptr, number, sample, mask, PER_SAMPLE: tl.constexpr, dtype:
 def noisy_update_kernel(
     out_ptr, x_ptr, d_ptr, a_ptr, a, b_ptr, b, key_ptr, n, per_sample, seed, step, stream, first, shift,
     HAS_X: tl.constexpr, HAS_D: tl.constexpr, A_KIND: tl.constexpr, B_KIND: tl.constexpr,
-    HAS_KEY: tl.constexpr, WIDE: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_KEY: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One lane per Philox block; first: block of element 0, shift: its entry in that block."""
     program = tl.program_id(0).to(tl.int64)
@@ -36,4 +36,4 @@ def noisy_update_kernel(
         y += coefficient(a_ptr, a, sample, mask, A_KIND, dtype) * tl.load(d_ptr + index, mask=mask, other=0.0).to(dtype)
     if HAS_X:
         y += tl.load(x_ptr + index, mask=mask, other=0.0).to(dtype)
-    tl.store(out_ptr + index, narrow(y, ROUND).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + index, narrow(y, out_ptr.dtype.element_ty), mask=mask)

@@ -8,7 +8,7 @@ from fastscore.kernels.philox import box_muller, in_order, int64, load_key, narr
 @triton.jit
 def fill_kernel(
     out_ptr, key_ptr, n, seed, step, stream, first, shift,
-    KIND: tl.constexpr, HAS_KEY: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, HAS_KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """first: block of element 0, shift: its entry. KIND 0 words, 1 uniform, 2 normal, 3 signs (a block is 128 of them)."""
     lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -32,6 +32,4 @@ def fill_kernel(
         w = w >> (element % 32).to(tl.uint32)
         w = in_order(w, w >> 1, w >> 2, w >> 3) & 1
         v = 1.0 - 2.0 * w.to(tl.float32)
-    if KIND != 0:
-        v = narrow(v, ROUND)
-    tl.store(out_ptr + index, v.to(out_ptr.dtype.element_ty), mask=(index >= 0) & (index < n))
+    tl.store(out_ptr + index, narrow(v, out_ptr.dtype.element_ty), mask=(index >= 0) & (index < n))

@@ -9,29 +9,52 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "build_support" / "machine_code.py"
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "build_support"))
+import native  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def rows():
+def count(what):
     if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
+        pytest.skip("triton, whose wheel carries cuobjdump, is not installed")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True)
+    script = ROOT / "build_support" / "machine_code.py"
+    result = subprocess.run([sys.executable, str(script), what], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout)
 
 
-def test_noisy_update_compiles_for_every_dtype_and_target(rows):
-    assert len(rows) == 12
+@pytest.fixture(scope="module")
+def triton_rows():
+    return count("triton")
 
 
-def test_no_local_memory_and_128_bit_accesses(rows):
-    for name, row in rows.items():
-        assert row["local"] == 0 and row["wide"] >= 3, (name, row)
+@pytest.fixture(scope="module")
+def cuda_rows():
+    if native.find_nvcc() is None:
+        pytest.skip("no nvcc was found")
+    return count("cuda")
 
 
-def test_instructions_per_element_do_not_grow(rows):
-    """The goal is 30; this version stands at 52 (float32) to 57 (bfloat16), counting prologue and masks. Lower it with the kernel."""
-    for name, row in rows.items():
-        assert row["per_element"] <= (62 if "fp64" in name else 58), (name, row)
+def test_every_triton_kernel_compiles_for_every_dtype_and_target_without_spills(triton_rows):
+    assert len(triton_rows) == 3 * (4 + 4 * 3 + 1 + 4)
+    for name, row in triton_rows.items():
+        assert row["local"] == 0 and row["wide"] >= 1, (name, row)
+
+
+def test_every_cuda_kernel_compiles_without_spills(cuda_rows):
+    kernels = ("fill_elements", "update_packs", "update_strided", "reduce_samples", "sum_splits")
+    assert all(any(kernel in name for name in cuda_rows) for kernel in kernels)
+    for name, row in cuda_rows.items():
+        assert row["local"] == 0, (name, row)
+        assert row["wide"] >= 4 or "update_packs" not in name, (name, row)
+
+
+def test_instructions_per_element_do_not_grow(triton_rows, request):
+    """The goal is 30 for one coefficient per call. Today Triton stands at 40 (float32) and 43 (bfloat16), CUDA C++ at 37 and 41."""
+    for name, row in triton_rows.items():
+        if "noisy_update" in name:
+            assert row["per_element"] <= (50 if "fp64" in name else 46), (name, row)
+    for name, row in request.getfixturevalue("cuda_rows").items():
+        if "update_packs" in name and "Lb0E" in name:   # Lb0E: not one coefficient per sample
+            assert row["per_element"] <= 43, (name, row)
