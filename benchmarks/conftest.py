@@ -6,7 +6,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import Row, copy_of, interleave, report, table
+from harness import Row, copy_of, interleave, keep_pages, report, table
 
 from fastscore import backend as backends
 
@@ -18,6 +18,10 @@ def pytest_addoption(parser):
     parser.addoption("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.addoption("--smoke", action="store_true", help="tiny sizes, one round: does every benchmark run and verify?")
     parser.addoption("--results", type=Path, help="write the figures to this JSON file")
+
+
+def pytest_configure(config):
+    keep_pages()
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 `python benchmarks/harness.py results/*.json` prints the tables of benchmarks/README.md.
 """
 
+import ctypes
 import json
 import platform
 import statistics
@@ -79,6 +80,17 @@ def interleave(calls, device, rounds, least):
         for name, call in calls.items():
             samples[name].append(clock(call, repeats[name], device))
     return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def keep_pages():
+    """Let malloc keep what is freed (glibc): else first touch of fresh pages, which says more of the kernel than of the code, leads every time.
+
+    The same for all competitors, who allocate their results (and eager its temporaries) as ever.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4
+        mallopt(trim_threshold, 2**31 - 1), mallopt(mmap_max, 0)
 
 
 def copy_of(total_bytes, device):

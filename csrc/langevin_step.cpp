@@ -1,6 +1,6 @@
 #include "langevin_step.h"
 
-#include "dtype_cpu.h"
+#include "vector_cpu.h"
 
 namespace fastscore {
 namespace {
@@ -10,20 +10,12 @@ FS_INLINE void update(A* out, const A* x, const A* d, const float* z, A a, A b, 
   for (int64_t i = 0; i < n; ++i) out[i] = (x[i] + a * d[i]) + b * z[i];
 }
 
-#if defined(__AVX512F__)
-// Past the caches, reading the output's lines before overwriting them would cost a third of the traffic.
 FS_INLINE bool stream(float* out, const float* x, const float* d, const float* z, float a, float b, int64_t n) {
-  if (reinterpret_cast<uintptr_t>(out) % 64 != 0 || n % 16 != 0) return false;
-  const __m512 va = _mm512_set1_ps(a), vb = _mm512_set1_ps(b);
-  for (int64_t i = 0; i < n; i += 16) {
-    const __m512 drifted = _mm512_fmadd_ps(va, _mm512_loadu_ps(d + i), _mm512_loadu_ps(x + i));
-    _mm512_stream_ps(out + i, _mm512_fmadd_ps(vb, _mm512_loadu_ps(z + i), drifted));
-  }
+  if (reinterpret_cast<uintptr_t>(out) % 64 != 0 || n % kLanes != 0) return false;
+  for (int64_t i = 0; i < n; i += kLanes)
+    stream_vector((load_vector(x + i) + load_vector(d + i) * a) + load_vector(z + i) * b, out + i);
   return true;
 }
-#else
-FS_INLINE bool stream(float*, const float*, const float*, const float*, float, float, int64_t) { return false; }
-#endif
 FS_INLINE bool stream(double*, const double*, const double*, const float*, double, double, int64_t) { return false; }
 
 // One tile with one pair of coefficients per sample; short samples read theirs from arrays so that the loop stays a vector loop.
@@ -55,10 +47,53 @@ FS_INLINE void update_tile(const UpdateArgs& p, A* out, const A* x, const A* d, 
   for (int64_t i = 0; i < n; ++i) out[i] = (x[i] + as[i] * d[i]) + bs[i] * z[i];
 }
 
-// Lines of the tile on their way while its normals are computed.
-template <int kWrite>
-FS_INLINE void prefetch(const void* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, kWrite, 2);
+enum Terms : int { kX = 1, kDirection = 2, kBoth = 3 };
+
+// Whole groups of contiguous tensors: the normals never leave the registers. A vector lies in one sample.
+template <int kTerms, bool kEach, class T>
+__attribute__((noinline)) void update_groups(const UpdateArgs& p, const T* x, const T* d, T* out, int64_t first, int64_t groups, bool bypass) {
+  const float *each_a = static_cast<const float*>(p.drift_each), *each_b = static_cast<const float*>(p.diffusion_each);
+  vf a = vf{} + static_cast<float>(p.drift), b = vf{} + static_cast<float>(p.diffusion);
+  int64_t sample = first / p.per_sample, left = p.per_sample - first % p.per_sample;
+  const auto load_coefficients = [&]() FS_LAMBDA {
+    if (each_a) a = vf{} + each_a[sample];
+    if (each_b) b = vf{} + each_b[sample];
+  };
+  if constexpr (kEach) load_coefficients();
+  fill_groups(out + first, (p.key.offset + static_cast<uint64_t>(first)) / 4, groups, p.key, [&](T* o, WordVectors& words) FS_LAMBDA {
+    const int64_t i = o - out;
+    vf z[kChains / 2][4];
+    for (int64_t line = 0; line < kPass * static_cast<int64_t>(sizeof(T)); line += 64) {   // a page ahead, where the hardware's prefetchers stop
+      if constexpr (kTerms & kX) __builtin_prefetch(reinterpret_cast<const char*>(x + i) + 4096 + line, 0, 2);
+      if constexpr (kTerms & kDirection) __builtin_prefetch(reinterpret_cast<const char*>(d + i) + 4096 + line, 0, 2);
+    }
+    box_muller(words, z);
+    for (int v = 0, at = 0; v < kChains / 2; ++v) {
+      transpose4(z[v]);
+      for (int k = 0; k < 4; ++k, at += kLanes) {
+        vf y = b * z[v][k];
+        if constexpr (kTerms == kBoth) y = (load_vector(x + i + at) + a * load_vector(d + i + at)) + y;
+        if constexpr (kTerms == kX) y = load_vector(x + i + at) + y;
+        if constexpr (kTerms == kDirection) y = a * load_vector(d + i + at) + y;
+        if (__is_same(T, float) && bypass) stream_vector(y, reinterpret_cast<float*>(o + at));
+        else store_vector(y, o + at);
+        if constexpr (kEach) {
+          left -= kLanes;
+          if (left == 0) {
+            left = p.per_sample;
+            if (i + at + kLanes < p.n) ++sample, load_coefficients();
+          }
+        }
+      }
+    }
+  });
+}
+
+template <int kTerms, class T>
+void update_groups(const UpdateArgs& p, const T* x, const T* d, T* out, int64_t first, int64_t groups) {
+  const bool bypass = p.bypass_cache && reinterpret_cast<uintptr_t>(out + first) % 64 == 0;
+  if (p.drift_each || p.diffusion_each) update_groups<kTerms, true>(p, x, d, out, first, groups, bypass);
+  else update_groups<kTerms, false>(p, x, d, out, first, groups, bypass);
 }
 
 template <class T>
@@ -70,14 +105,28 @@ void run(const UpdateArgs& p, int64_t begin, int64_t end) {
   T* out = static_cast<T*>(p.out);
   const T* x = static_cast<const T*>(p.x);
   const T* d = static_cast<const T*>(p.direction);
-  for (int64_t first = begin; first < end; first += kTile) {
-    const int64_t n = end - first < kTile ? end - first : kTile;
-    if (p.nest.contiguous) {   // the hardware's prefetchers stop at the end of a page, which a tile of float32 fills
-      if (x) prefetch<0>(x + first, n * sizeof(T));
-      if (d) prefetch<0>(d + first, n * sizeof(T));
-      if (!p.bypass_cache) prefetch<1>(out + first, n * sizeof(T));
+  const bool each = p.drift_each || p.diffusion_each;
+  const bool grouped = p.nest.contiguous && (x || d) && (!each || (p.per_sample % kLanes == 0 && p.key.offset % kLanes == 0));
+  for (int64_t first = begin, n; first < end; first += n) {
+    n = end - first < kTile ? end - first : kTile;
+    if constexpr (__is_same(A, float)) {
+      const int64_t lead = static_cast<int64_t>((p.key.offset + static_cast<uint64_t>(first)) % kGroup), groups = (end - first) / kGroup;
+      if (grouped && lead == 0 && groups > 0) {
+        if (x && d) update_groups<kBoth>(p, x, d, out, first, groups);
+        else if (x) update_groups<kX>(p, x, d, out, first, groups);
+        else update_groups<kDirection>(p, x, d, out, first, groups);
+        n = groups * kGroup;
+        continue;
+      }
+      if (grouped && lead + n > kGroup) n = kGroup - lead;   // up to where whole groups start
     }
-    const float* z = tile_normals(noise, p.key.offset + static_cast<uint64_t>(first), n, p.key);
+    Prefetch ahead;
+    if (p.nest.contiguous) {   // the hardware's prefetchers stop at the end of a page, which a tile of float32 fills
+      if (x) ahead.add(0, x + first, sizeof(T));
+      if (d) ahead.add(1, d + first, sizeof(T));
+      if (!p.bypass_cache) ahead.add(2, out + first, sizeof(T));
+    }
+    const float* z = tile_normals(noise, p.key.offset + static_cast<uint64_t>(first), n, p.key, ahead);
     if constexpr (direct) {
       if (p.nest.contiguous) {
         update_tile<A>(p, out + first, x ? x + first : xs, d ? d + first : ds, z, first, n);
@@ -95,9 +144,7 @@ void run(const UpdateArgs& p, int64_t begin, int64_t end) {
       store_row(outs + at, out + offset[0], p.nest.strides[0][p.nest.ndim - 1], m);
     });
   }
-#if defined(__AVX512F__)
-  _mm_sfence();   // streamed lines become visible before the thread reports that it is done
-#endif
+  if (p.bypass_cache) stream_fence();
 }
 
 }  // namespace
@@ -128,6 +175,7 @@ void noisy_update(Tensor out, OptionalTensor x, OptionalTensor direction, Option
   p.direction = pointer(direction);
   p.dtype = dtype_of(out);
   p.nest = nest_of(out, x, direction);
+  p.n = n;
   p.per_sample = out.dim() == 0 ? 1 : n / out.size(0);
   p.drift = drift;
   p.diffusion = diffusion;

@@ -14,7 +14,7 @@ struct UpdateArgs {
   Nest nest;               // tensors: out, x, direction
   const void *drift_each, *diffusion_each;   // (B,) in the compute type, or null
   double drift, diffusion;
-  int64_t per_sample;
+  int64_t n, per_sample;
   bool bypass_cache;
   NoiseKey key;
 };

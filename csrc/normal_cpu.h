@@ -64,6 +64,7 @@ FS_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
 // The state stays in 64-bit lanes, garbage in the upper half: mul_low ignores it, so a round is two products, two
 // shifts and two three-way XORs, and no shuffle. A round waits for its own products, so kChains states run side by side.
 constexpr int kChains = 4;
+constexpr int kPass = 4 * (kChains / 2) * kLanes;   // elements per pass over the chains
 struct State { vq c0[kChains], c1[kChains], c2[kChains], c3[kChains]; };
 
 struct RoundKeys {
@@ -112,7 +113,13 @@ FS_INLINE State philox_lanes(const vq* block_low, uint32_t block_high, const Noi
 }
 
 // Two half vectors of blocks interleaved into one: lane 2j from a, lane 2j + 1 from b.
-FS_INLINE vu interleave(vq a, vq b) { return (vu)((a & 0xffffffffu) | (b << 32)); }
+FS_INLINE vu interleave(vq a, vq b) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_mask_shuffle_epi32((__m512i)a, 0xAAAA, (__m512i)b, _MM_PERM_CCAA);
+#else
+  return (vu)((a & 0xffffffffu) | (b << 32));
+#endif
+}
 
 // Which block of a vector sits in a lane: after the 4x4 transposition inside each 128-bit lane,
 // output vector r must hold blocks that follow one another.
@@ -144,17 +151,28 @@ FS_INLINE WordVectors philox_words(uint64_t block, const NoiseKey& key, const Ro
 
 #define FS_EACH for (int j = 0; j < kChains; ++j)
 
-// -2 ln((w + 1/2) 2^-32), relative error 1e-7 for every word: near u = 1 the exact 1 - u is kept.
+// -2 ln u, u = (w + 1/2) 2^-32, relative error 1e-7 for every word: near u = 1 the exact 1 - u, which ~w gives, is kept.
 FS_INLINE void minus_two_log(const vu* w, vf* out) {
   vf f[kChains], exponent[kChains], p[kChains];
 #pragma GCC unroll 4
   FS_EACH {
+#if defined(__AVX512F__)
+    const __mmask16 near_one = _mm512_cmpge_epu32_mask((__m512i)w[j], _mm512_set1_epi32(static_cast<int>(kNearOne)));
+    const vu x = (vu)_mm512_mask_xor_epi32((__m512i)w[j], near_one, (__m512i)w[j], _mm512_set1_epi32(-1));
+#else
     const vi near_one = (vi)(w[j] >= kNearOne);
-    const vf far = to_float(w[j]) + 0.5f, gap = (to_float((vu)~w[j]) + 0.5f) * -kTwoM32;
-    const vi e = ((vi)far - kTwoThirdsBits) >> 23;
-    const vf m = (vf)((vi)far - (e << 23));
-    f[j] = select(near_one, gap, m - 1.0f);
-    exponent[j] = select(near_one, vf{}, to_float(e - 32));
+    const vu x = w[j] ^ (vu)near_one;
+#endif
+    const vf u = to_float(x) * kTwoM32 + 0.5f * kTwoM32;   // or 1 - u
+    const vi e = ((vi)u - kTwoThirdsBits) & static_cast<int>(0xff800000u);   // exponent of u / (2/3), in place
+    const vf m = (vf)((vi)u - e) - 1.0f;
+#if defined(__AVX512F__)
+    f[j] = (vf)_mm512_mask_sub_ps((__m512)m, near_one, _mm512_setzero_ps(), (__m512)u);
+    exponent[j] = (vf)_mm512_maskz_cvtepi32_ps(_knot_mask16(near_one), (__m512i)e);
+#else
+    f[j] = select(near_one, -u, m);
+    exponent[j] = to_float(e & ~near_one);
+#endif
     p[j] = f[j] * kLog[7] + kLog[6];
   }
 #pragma GCC unroll 8
@@ -162,7 +180,7 @@ FS_INLINE void minus_two_log(const vu* w, vf* out) {
 #pragma GCC unroll 4
     FS_EACH p[j] = p[j] * f[j] + kLog[k];
 #pragma GCC unroll 4
-  FS_EACH out[j] = exponent[j] * kMinus2Ln2 + (-2.0f * f[j]) * (p[j] * f[j] + 1.0f);
+  FS_EACH out[j] = exponent[j] * (kMinus2Ln2 / 8388608) + (-2.0f * f[j]) * (p[j] * f[j] + 1.0f);
 }
 
 // z[v][0], z[v][1] from the pair of words 0, 1 and z[v][2], z[v][3] from 2, 3.
@@ -179,7 +197,7 @@ FS_INLINE void box_muller(const WordVectors& words, vf (*z)[4]) {
     const vf r = (vf)((vu)vector_sqrt(radius[j]) ^ ((odd + 0x40000000u) & 0x80000000u));
     const vf t = to_float((vi)(odd << 1)) * kPi32, y = t * t;
     const vf s = t + t * y * (((y * kSin[3] + kSin[2]) * y + kSin[1]) * y + kSin[0]);
-    const vf c = ((((y * kCos[4] + kCos[3]) * y + kCos[2]) * y + kCos[1]) * y + kCos[0]) * y + 1.0f;
+    const vf c = (((y * kCos[3] + kCos[2]) * y + kCos[1]) * y + kCos[0]) * y + 1.0f;
     z[j / 2][j % 2 * 2] = r * c;
     z[j / 2][j % 2 * 2 + 1] = r * s;
   }
@@ -219,8 +237,7 @@ FS_INLINE void fill_groups(Element* out, uint64_t block, int64_t groups, const N
   const RoundKeys r = round_keys(key);
   vq even, odd;
   block_numbers(even, odd);
-  constexpr int kStep = kChains / 2 * kLanes;   // blocks per pass
-  for (const uint64_t end = block + kGroup / 4 * groups; block != end; block += kStep, out += 4 * kStep) {
+  for (const uint64_t end = block + kGroup / 4 * groups; block != end; block += kPass / 4, out += kPass) {
     WordVectors words = philox_words(block, key, r, even, odd);
     finish(out, words);
   }
@@ -236,10 +253,30 @@ __attribute__((noinline)) void fill_words(uint32_t* out, uint64_t block, int64_t
   });
 }
 
+// Lines that the caller will want once the noise is there, asked for while it is made: a tile's lines asked for at once
+// would wait for one another.
+struct Prefetch {
+  static constexpr int kStreams = 3;
+  const char* line[kStreams] = {};   // null: no such stream
+  int64_t bytes[kStreams] = {};      // per pass
+  FS_INLINE void add(int i, const void* p, int64_t element_size) {
+    line[i] = static_cast<const char*>(p);
+    bytes[i] = kPass * element_size;
+  }
+  FS_INLINE void pass() {
+    for (int i = 0; i < kStreams; ++i) {
+      if (!line[i]) continue;
+      for (int64_t at = 0; at < bytes[i]; at += 64) __builtin_prefetch(line[i] + at, 0, 2);
+      line[i] += bytes[i];
+    }
+  }
+};
+
 // Standard normals of `groups` groups of elements, in element order.
-__attribute__((noinline)) void fill_normal(float* out, uint64_t block, int64_t groups, const NoiseKey& key) {
-  fill_groups(out, block, groups, key, [](float* o, WordVectors& words) FS_LAMBDA {
+__attribute__((noinline)) void fill_normal(float* out, uint64_t block, int64_t groups, const NoiseKey& key, Prefetch ahead = {}) {
+  fill_groups(out, block, groups, key, [&](float* o, WordVectors& words) FS_LAMBDA {
     vf z[kChains / 2][4];
+    ahead.pass();
     box_muller(words, z);
     for (auto& v : z) {
       transpose4(v);
@@ -251,10 +288,10 @@ __attribute__((noinline)) void fill_normal(float* out, uint64_t block, int64_t g
 constexpr int kTile = 1024;   // elements per tile: the normals of a tile stay in L1
 
 // Normals of elements [first, first + n), n <= kTile; returns where they start in `buffer` (kTile + 2 * kGroup floats).
-FS_INLINE const float* tile_normals(float* buffer, uint64_t first, int64_t n, const NoiseKey& key) {
+FS_INLINE const float* tile_normals(float* buffer, uint64_t first, int64_t n, const NoiseKey& key, Prefetch ahead = {}) {
   const uint64_t start = first / kGroup * kGroup;
   const int64_t groups = static_cast<int64_t>((first + n - start + kGroup - 1) / kGroup);
-  fill_normal(buffer, start / 4, groups, key);
+  fill_normal(buffer, start / 4, groups, key, ahead);
   return buffer + (first - start);
 }
 

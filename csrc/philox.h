@@ -14,11 +14,11 @@ namespace fastscore {
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 
-// Lawson fits. log1p(f) = f + f^2 P(f) on [-1/3, 1/3], relative error 3e-8; sin and cos on [-pi/2, pi/2], 5e-9 and 2e-10.
+// Lawson fits. log1p(f) = f + f^2 P(f) on [-1/3, 1/3], relative error 3e-8; sin and cos on [-pi/2, pi/2], 5e-9 and 5e-8.
 constexpr float kLog[8] = {-0.49999937415122986f, 0.33333197236061096f, -0.2500782012939453f, 0.20011168718338013f,
                            -0.1641596108675003f,  0.13995806872844696f, -0.1538853943347931f, 0.14026358723640442f};
 constexpr float kSin[4] = {-0.16666656732559204f, 0.008333017118275166f, -0.00019806614727713168f, 2.6000548132287804e-06f};
-constexpr float kCos[5] = {-0.5f, 0.04166664183139801f, -0.00138884037733078f, 2.4761886379565112e-05f, -2.607710598567792e-07f};
+constexpr float kCos[4] = {-0.4999993145465851f, 0.041663989424705505f, -0.001385592739097774f, 2.3194383174995892e-05f};
 // -ln(1 - t) = t + t^2 P(t) on [0, 1/16], relative error 3e-8: beside the hardware logarithm, which is poor near 1.
 constexpr float kNear[3] = {0.500010073184967f, 0.332370400428772f, 0.27588674426078796f};
 constexpr float kPi32 = 7.314590396335798e-10f;       // pi / 2^32
@@ -72,7 +72,7 @@ __device__ __forceinline__ float2 box_muller(uint32_t w_even, uint32_t w_odd) {
   const float r = __uint_as_float(__float_as_uint(root) ^ ((w_odd + 0x40000000u) & 0x80000000u));
   const float a = static_cast<float>(static_cast<int32_t>(w_odd << 1)) * kPi32, y = a * a;
   const float s = fmaf(y * a, fmaf(y, fmaf(y, fmaf(y, kSin[3], kSin[2]), kSin[1]), kSin[0]), a);
-  const float c = fmaf(y, fmaf(y, fmaf(y, fmaf(y, fmaf(y, kCos[4], kCos[3]), kCos[2]), kCos[1]), kCos[0]), 1.0f);
+  const float c = fmaf(y, fmaf(y, fmaf(y, fmaf(y, kCos[3], kCos[2]), kCos[1]), kCos[0]), 1.0f);
   return make_float2(r * c, r * s);
 }
 #endif

@@ -144,8 +144,12 @@ def _choose(name: str, device: str) -> str:
 def _resolve(device: str, backend: str | None) -> str:
     if backend is not None:
         _check_name(backend, "backend")
-    environment = os.environ.get("FASTSCORE_BACKEND", "auto")
-    return _choose(backend or _requested.get() or _check_name(environment, "FASTSCORE_BACKEND"), device)
+    return _choose(backend or _requested.get() or _environment(), device)
+
+
+@functools.cache
+def _environment() -> str:
+    return _check_name(os.environ.get("FASTSCORE_BACKEND", "auto"), "FASTSCORE_BACKEND")
 
 
 def choose(device: torch.device, backend: str | None = None) -> str:
@@ -153,6 +157,7 @@ def choose(device: torch.device, backend: str | None = None) -> str:
     return _resolve(device.type, backend)
 
 
+@functools.cache
 def raw(backend: str, op: str):
     """The torch op behind a back end (not the reference, which is plain PyTorch)."""
     return getattr(torch.ops.fastscore_triton if backend == "triton" else torch.ops.fastscore, op).default

@@ -50,7 +50,8 @@ def coefficient(op, name, value, x, *, minimum=-math.inf):
         raise ValueError(f"{op}: {name} must be on the device of x, {x.device}; got {value.device}.")
     if value.device.type == "cpu" and readable():
         values = value.detach()
-        if not bool((values.isfinite() & (values >= minimum)).all()):
+        low, high = (v.item() for v in torch.aminmax(values)) if values.numel() else (0.0, 0.0)   # NaN comes through
+        if not (minimum <= low > -math.inf and high < math.inf):
             raise ValueError(f"{op}: {name} must be finite{bound}; got {values.tolist() if values.numel() < 9 else values}.")
     return value.to(device=x.device, dtype=compute_dtype(x.dtype))
 

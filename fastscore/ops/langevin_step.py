@@ -1,5 +1,7 @@
 """x' = x + a d + b z with the noise made on the fly: noisy_update, and its two named cases langevin_step and perturb."""
 
+import math
+
 import torch
 
 from fastscore import backend as _backend
@@ -33,7 +35,9 @@ def noisy_update(
     >>> noisy_update(torch.ones(2), torch.ones(2), 0.5, 1.0, noise=torch.zeros(2))
     tensor([1.5000, 1.5000])
     """
-    return _door("noisy_update", x, direction, drift, diffusion, noise, seed, step, stream, offset, out, backend)
+    checks.check_float("noisy_update", "x", x)
+    a, b = checks.coefficient("noisy_update", "drift", drift, x), checks.coefficient("noisy_update", "diffusion", diffusion, x)
+    return _door("noisy_update", x, direction, a, b, noise, seed, step, stream, offset, out, backend)
 
 
 def langevin_step(
@@ -59,7 +63,7 @@ def langevin_step(
     """
     checks.check_float("langevin_step", "x", x)
     e = checks.coefficient("langevin_step", "step_size", step_size, x, minimum=0)
-    half, root = 0.5 * e, e**0.5
+    half, root = 0.5 * e, e.sqrt() if isinstance(e, torch.Tensor) else math.sqrt(e)
     return _door("langevin_step", x, score, half, root, noise, seed, step, stream, offset, out, backend, direction_name="score")
 
 
@@ -258,10 +262,9 @@ def noise_dot(s, key, numbers, backend):
 
 
 def _door(op, x, d, a, b, noise, seed, step, stream, offset, out, backend, direction_name="direction"):
-    checks.check_float(op, "x", x)
+    """x and the coefficients have been checked."""
     if d is not None:
         checks.check_like(op, direction_name, d, x)
-    a, b = checks.coefficient(op, "drift", a, x), checks.coefficient(op, "diffusion", b, x)
     chosen = _backend.choose(x.device, backend)
     if out is not None:
         _check_out(op, out, (x, d, noise, a, b))
