@@ -59,7 +59,7 @@ def triton_kernels():
             types = pointers | scalars | ({"out_ptr": "*i64"} if kind == 0 else {})
             if kind or dtype == "fp32":
                 yield f"{label} {dtype}", fill_kernel, common | {"KIND": kind, "shift": 0}, types, ("out_ptr", "n")
-        constants = common | {"DOT": False, "SIGMA_KIND": int(wide), "WIDE": wide} | ({} if wide else {"sigma_ptr": None})
+        constants = common | {"DOT": False, "SIGMA_KIND": int(wide), "WIDE": wide, "ROWS": 1} | ({} if wide else {"sigma_ptr": None})
         yield f"noise_reduce {dtype}", noise_reduce_kernel, constants, pointers | scalars, ("partial_ptr", "s_ptr", "per_sample", "offset")
 
 

@@ -2,12 +2,25 @@
 
 from fastscore import losses, models, nn, random, sampling, schedules, training
 from fastscore.backend import use_backend
-from fastscore.ops import denoising_loss, langevin_step, noisy_update, perturb
+from fastscore.ops import (
+    conditional_instance_norm_plus,
+    denoising_loss,
+    group_norm_modulate,
+    instance_norm_plus,
+    instance_norm_plus_dual,
+    langevin_step,
+    noisy_update,
+    perturb,
+)
 from fastscore.sampling import sample
 
 __version__ = "0.1.0"
 __all__ = [
+    "conditional_instance_norm_plus",
     "denoising_loss",
+    "group_norm_modulate",
+    "instance_norm_plus",
+    "instance_norm_plus_dual",
     "langevin_step",
     "losses",
     "models",

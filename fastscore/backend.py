@@ -16,7 +16,11 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("cuda", "triton", "cpp", "reference")
-OPS = ("words", "uniform", "normal", "rademacher", "noisy_update", "langevin_step", "perturb", "denoising_loss")
+OPS = (
+    "words", "uniform", "normal", "rademacher", "noisy_update", "langevin_step", "perturb", "denoising_loss",
+    "instance_norm_plus", "conditional_instance_norm_plus", "group_norm_modulate",
+)  # fmt: skip
+RAW_OPS = ("fill", "noisy_update", "noise_reduce", "normalise", "normalise_backward")
 _requested: ContextVar[str | None] = ContextVar("fastscore_backend", default=None)
 
 
@@ -57,7 +61,7 @@ def load_extension() -> str | None:
         torch.ops.load_library(str(files[0]))
     except OSError as error:
         return f"the extension does not load ({str(error).splitlines()[0]}). Reinstall fastscore"
-    for name in ("fill", "noisy_update", "noise_reduce"):
+    for name in RAW_OPS:
         _finish(f"fastscore::{name}")
     return None
 

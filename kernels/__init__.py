@@ -72,6 +72,7 @@ def _noisy_update(out, x, direction, drift_each, drift, diffusion_each, diffusio
 
 
 def _noise_reduce(out, score, sigma_each, sigma, key, seed, step, stream, offset, reduction):
+    import triton
     from fastscore.kernels.denoising_loss import noise_reduce_kernel
 
     out.zero_()
@@ -80,11 +81,13 @@ def _noise_reduce(out, score, sigma_each, sigma, key, seed, step, stream, offset
     per_sample, wide = score.numel() // out.numel(), score.dtype == torch.float64
     if wide and sigma_each is None:
         sigma_each = torch.full((1,), sigma, dtype=score.dtype, device=score.device)
-    splits = (per_sample + 3 + 4 * BLOCK - 1) // (4 * BLOCK)   # a sample may start inside a block
+    needed = (per_sample + 6) // 4   # Philox blocks of a sample that may start inside one
+    block = min(BLOCK, triton.next_power_of_2(needed))
+    rows, splits = BLOCK // block, (needed + block - 1) // block
     partial = torch.empty((out.numel(), splits), dtype=out.dtype, device=out.device)
     with torch.cuda.device_of(out):
-        noise_reduce_kernel[(partial.numel(),)](
-            partial, _dense(score), sigma_each, sigma, key, per_sample, splits, seed, step, stream, offset,
-            DOT=reduction == 1, SIGMA_KIND=_kind(sigma_each), HAS_KEY=key is not None, WIDE=wide, BLOCK=BLOCK,
+        noise_reduce_kernel[(triton.cdiv(out.numel(), rows) * splits,)](
+            partial, _dense(score), sigma_each, sigma, key, out.numel(), per_sample, splits, seed, step, stream, offset,
+            DOT=reduction == 1, SIGMA_KIND=_kind(sigma_each), HAS_KEY=key is not None, WIDE=wide, ROWS=rows, BLOCK=block,
         )  # fmt: skip
     out.copy_(partial.sum(1))

@@ -8,22 +8,24 @@ from fastscore.kernels.philox import normals
 
 @triton.jit
 def noise_reduce_kernel(
-    partial_ptr, s_ptr, sigma_ptr, sigma, key_ptr, per_sample, splits, seed, step, stream, offset,
-    DOT: tl.constexpr, SIGMA_KIND: tl.constexpr, HAS_KEY: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    partial_ptr, s_ptr, sigma_ptr, sigma, key_ptr, samples, per_sample, splits, seed, step, stream, offset,
+    DOT: tl.constexpr, SIGMA_KIND: tl.constexpr, HAS_KEY: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (sample, split) writes one partial sum of 1/2 (sigma s + z)^2 or of s z."""
+    """Program (ROWS samples, split) writes a partial sum of 1/2 (sigma s + z)^2 or of s z for each: short samples share a program."""
     program = tl.program_id(0).to(tl.int64)
-    sample = program // splits
+    sample, split = program // splits * ROWS + tl.arange(0, ROWS), program % splits
+    valid = sample < samples
     start = offset + sample * per_sample   # index of the sample's first element
-    base = start // 4 + program % splits * BLOCK
-    z = normals(base + tl.arange(0, BLOCK), key_ptr, seed, step, stream, HAS_KEY)
-    index = base * 4 + tl.arange(0, 4 * BLOCK) - start
-    mask = (index >= 0) & (index < per_sample)
+    base = start // 4 + split * BLOCK
+    z = normals(base[:, None] + tl.arange(0, BLOCK)[None, :], key_ptr, seed, step, stream, HAS_KEY)
+    index = (base * 4 - start)[:, None] + tl.arange(0, 4 * BLOCK)[None, :]
+    mask = (index >= 0) & (index < per_sample) & valid[:, None]
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
-    s = tl.load(s_ptr + sample * per_sample + index, mask=mask, other=0.0).to(dtype)
+    s = tl.load(s_ptr + sample[:, None] * per_sample + index, mask=mask, other=0.0).to(dtype)
     if DOT:
         v = s * z.to(dtype)
     else:
-        t = coefficient(sigma_ptr, sigma, sample, True, SIGMA_KIND, dtype) * s + z.to(dtype)
+        each = coefficient(sigma_ptr, sigma, sample[:, None], valid[:, None], SIGMA_KIND, dtype)
+        t = each * s + z.to(dtype)
         v = 0.5 * t * t
-    tl.store(partial_ptr + program, tl.sum(tl.where(mask, v, 0.0), 0))
+    tl.store(partial_ptr + sample * splits + split, tl.sum(tl.where(mask, v, 0.0), 1), mask=valid)

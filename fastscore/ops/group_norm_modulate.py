@@ -1,0 +1,61 @@
+"""Group norm with affine map, scale and shift, and activation: a door to normalise.py, where a group is a wider channel."""
+
+from fastscore.ops import checks
+from fastscore.ops.normalise import check_form, check_image, normalise, pack
+
+
+def group_norm_modulate(
+    x, num_groups, weight=None, bias=None, scale=None, shift=None, *, eps=1e-5, activation=None, backend=None
+):
+    """Normalise groups of channels and modulate them: AdaGN, FiLM and the scale-shift residual blocks of diffusion networks.
+
+        y = f((h w + b)(1 + scale) + shift),    h = (x - mean_g x)/√(var_g x + eps)
+
+    with mean and (biased) variance over the channels of a group and all pixels.
+
+    Args:
+        x: (B, C, *) with one or more spatial dimensions, any float dtype; statistics in float32 or wider; layouts as in
+            `instance_norm_plus`.
+        num_groups: a divisor of C; C itself is instance norm, 1 is layer norm over channels and pixels.
+        weight, bias: w and b, (C,); 1 and 0 unless given.
+        scale, shift: (B, C); 0 unless given.
+        eps, activation, backend: as in `instance_norm_plus`.
+
+    Returns:
+        y, like x. All tensors are differentiable, in every mode and order.
+
+    Raises:
+        ValueError: C is no multiple of num_groups, shapes or devices differ, or as in `instance_norm_plus`. TypeError: dtypes.
+
+    Source: Wu & He 2018 (arXiv:1803.08494); scale and shift as in Dhariwal & Nichol 2021 (arXiv:2105.05233).
+
+    >>> group_norm_modulate(torch.tensor([[[1.0], [3.0]]]), 1, eps=1e-12, shift=torch.tensor([[0.0, 5.0]])).flatten()
+    tensor([-1.,  6.])
+    """
+    op = "group_norm_modulate"
+    checks.check_float(op, "x", x)
+    check_image(op, x)
+    B, C = x.shape[:2]
+    if isinstance(num_groups, bool) or not isinstance(num_groups, int) or num_groups < 1 or C % num_groups:
+        raise ValueError(f"{op}: num_groups must be an int that divides {C} channels; got {num_groups!r}.")
+    dtype = checks.compute_dtype(x.dtype)
+    given = [("weight", weight, (C,)), ("bias", bias, (C,)), ("scale", scale, (B, C)), ("shift", shift, (B, C))]
+    for name, c, shape in given:
+        if c is None:
+            continue
+        checks.check_float(op, name, c)
+        if c.shape != shape:
+            raise ValueError(f"{op}: {name} must be {shape}; got {tuple(c.shape)}.")
+        if c.device != x.device:
+            raise ValueError(f"{op}: {name} must be on the device of x, {x.device}; got {c.device}.")
+    weight, bias, scale, shift = (None if c is None else c.to(dtype) for _, c, _ in given)
+    gamma = x.new_ones(C, dtype=dtype) if weight is None else weight
+    beta = bias
+    if scale is not None:
+        gamma = gamma * (1 + scale)
+        beta = None if beta is None else beta * (1 + scale)
+    if shift is not None:
+        beta = shift if beta is None else beta + shift
+    columns = [gamma] if beta is None else [gamma, beta]
+    form = check_form(op, x, num_groups, False, beta is not None, eps, activation)
+    return normalise(x, pack(columns), None, form, backend)

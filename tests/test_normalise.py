@@ -1,0 +1,336 @@
+"""The normalisations: values against float64, every derivative against the reference, layouts, numerics, errors."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastscore
+from fastscore.ops.normalise import ACTIVATIONS, Form, _dual_ref, _gradient_ref, _normalise, normalise, normalise_ref
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+FORMS = [(0, True, True), (0, True, False), (0, False, True), (0, False, False), (2, False, True), (1, False, False), (6, False, True)]
+
+
+def problem(form, shape=(3, 6, 5, 7), rows=None, dtype=torch.float64, seed=0):
+    """x, coefficients (rows, KC) and a form; means differ between channels, so the channel term matters."""
+    groups, alpha, beta, activation = form
+    generator = torch.Generator().manual_seed(seed)
+    B, C = shape[:2]
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x = draw(*shape) * 1.5 + draw(B, C, *[1] * (len(shape) - 2))
+    coef = 1 + 0.5 * draw(B if rows is None else rows, C * (1 + alpha + beta))
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    return x, coef.to(compute), Form(groups, alpha, beta, 1e-5, activation), draw
+
+
+def stock(x, coef, form):
+    """What PyTorch's own layers give in x's dtype: the yardstick for rounding."""
+    C = x.shape[1]
+    gamma, *rest = (c.to(x.dtype).reshape(-1, C, *[1] * (x.dim() - 2)) for c in coef.split(C, -1))
+    h = F.group_norm(x, form.groups, eps=form.eps) if form.groups else F.instance_norm(x, eps=form.eps)
+    if form.alpha:
+        means = x.flatten(2).mean(-1)
+        m = (means - means.mean(1, keepdim=True)) / (means.var(1, keepdim=True) + form.eps).sqrt()
+        h = h + rest.pop(0) * m.reshape(*m.shape, *[1] * (x.dim() - 2))
+    y = gamma * h
+    return ACTIVATIONS[form.activation](y + rest.pop(0) if rest else y)
+
+
+def layouts(x):
+    yield "contiguous", x
+    yield "channels-last", x.movedim(1, -1).contiguous().movedim(-1, 1)
+    yield "transposed", x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    yield "sliced", torch.cat([x, x], -1)[..., : x.shape[-1]]
+    yield "offset", torch.cat([x[:1], x])[1:]
+
+
+SHAPES = [
+    pytest.param((3, 6, 5, 7), id="tails"),
+    pytest.param((2, 48, 4, 8), id="whole-vectors"),
+    pytest.param((1, 6, 70, 71), id="one-sample-in-phases"),
+    pytest.param((2, 6, 1, 1), id="one-pixel"),
+    pytest.param((5, 6, 3), id="one-dimension"),
+    pytest.param((2, 18, 2, 3, 3), id="three-dimensions"),
+    pytest.param((1, 6, 9000), id="several-chunks"),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_value_is_as_close_to_float64_as_pytorch_is(backend, dtype, shape):
+    if backend == "triton" and (dtype == torch.float16 or len(shape) == 5):
+        pytest.skip("covered by the other dtypes and shapes; the interpreter is slow")
+    for (groups, alpha, beta), activation in zip(FORMS, itertools.cycle(ACTIVATIONS)):
+        x, coef, form, _ = problem((groups, alpha, beta, activation), shape, dtype=dtype)
+        exact = normalise_ref(x.double(), coef.double(), None, form)
+        theirs = exact if shape[2:] == (1, 1) and not groups else stock(x, coef, form).double()
+        # Twice the error of stock layers in the same dtype; the floor is a rounding of the result and 16 of float32 before it.
+        bound = 2 * (theirs - exact).abs().amax() + torch.finfo(dtype).eps * exact.abs() + 2e-6
+        for name, arranged in layouts(x):
+            y = normalise(arranged, coef, None, form, backend)
+            assert y.dtype == dtype and y.shape == x.shape
+            assert bool(((y.double() - exact).abs() <= bound).all()), (name, form, float((y.double() - exact).abs().amax()))
+            if name == "channels-last":
+                assert y.movedim(1, -1).is_contiguous()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_activations_and_their_slopes_over_the_whole_range(backend, activation):
+    u = torch.cat([torch.linspace(-30, 30, 4001), torch.logspace(-9, 1, 300), -torch.logspace(-9, 1, 300)]).double()
+    spread, mean = u.var(correction=0).sqrt(), u.mean()
+    x, coef = u.float()[None, None].requires_grad_(), torch.stack([spread, mean]).float()[None]   # gamma = std: u comes out again
+    form = Form(0, False, True, 1e-12, activation)
+    y = normalise(x, coef, None, form, backend)
+    exact = ACTIVATIONS[activation](u)
+    # u itself is made in float32 from values up to 30.
+    assert float((y[0, 0].double() - exact).abs().max()) < 8e-6
+    gy = torch.linspace(-1, 1, u.numel())[None, None] * (u.abs() > 1e-4)[None, None]   # not at the kink of relu
+    (gx,) = torch.autograd.grad(y, x, gy)
+    xd = u[None, None].requires_grad_()
+    (expected,) = torch.autograd.grad(normalise_ref(xd, coef.double(), None, form), xd, gy.double())
+    assert float((gx.double() - expected).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("groups, alpha, beta", FORMS)
+def test_derivatives_in_every_mode(backend, groups, alpha, beta, activation):
+    if backend == "triton" and (activation not in (None, "silu") or groups == 6):
+        pytest.skip("the algebra is the same for every activation; the interpreter is slow")
+    x, coef, form, draw = problem((groups, alpha, beta, activation), (2, 6, 2, 2), rows=1 if alpha else None)
+    x, coef = x.requires_grad_(), coef.requires_grad_()
+
+    def f(x, coef):
+        return normalise(x, coef, None, form, backend)
+
+    assert gradcheck(f, (x, coef), check_forward_ad=True)
+    assert gradgradcheck(f, (x, coef), check_fwd_over_rev=True, check_rev_over_rev=True)
+    forward, reverse = torch.func.jacfwd(f, (0, 1))(x.detach(), coef.detach()), torch.func.jacrev(f, (0, 1))(x.detach(), coef.detach())
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(forward, reverse))   # batched: vmap over jvp, vmap over vjp
+    labels, table = torch.tensor([2, 0]), draw(3, coef.shape[1]).requires_grad_()
+    assert gradcheck(lambda x, c: normalise(x, c, labels, form, backend), (x, table), check_forward_ad=True)
+
+
+@pytest.mark.parametrize("M", [1, 3])
+@pytest.mark.parametrize("activation", [None, "elu", "gelu"], ids=str)
+@pytest.mark.parametrize("groups, alpha, beta", FORMS[:5])
+def test_dual_op_and_its_gradient_equal_the_reference(backend, groups, alpha, beta, activation, M):
+    if backend == "reference":
+        pytest.skip("it is the reference")
+    if backend == "triton" and activation == "elu":
+        pytest.skip("the interpreter is slow")
+    for shape, last in (((2, 6, 3, 5), False), ((2, 6, 3, 5), True), ((1, 6, 4, 4), False)):
+        x, coef, form, draw = problem((groups, alpha, beta, activation), shape)
+        t, tcoef = draw(M, *shape), draw(M, *coef.shape)
+        if last:
+            x, t = x.to(memory_format=torch.channels_last), t.movedim(2, -1).contiguous().movedim(-1, 2)
+        arguments = [a.requires_grad_() for a in (x, t, coef, tcoef)]
+        y, ty, _ = _normalise(x, t, coef, tcoef, None, form, backend, True)
+        assert torch.allclose(y, normalise_ref(x, coef, None, form), atol=1e-12)
+        assert torch.allclose(ty, _dual_ref(x, t, coef, tcoef, None, form), atol=1e-11)
+        gy, gty = draw(*shape), draw(M, *shape)
+        got = torch.autograd.grad((y, ty), arguments, (gy, gty))
+        for name, a, b in zip(("x", "t", "coef", "tcoef"), got, _gradient_ref(x, t, coef, tcoef, None, gy, gty, form)):
+            assert torch.allclose(a, b, atol=1e-10), (name, float((a - b).abs().max()))
+
+
+def test_third_order_and_nested_forward_mode(backend):
+    x, coef, form, draw = problem((0, True, True, "silu"), (2, 3, 2, 2))
+    v, w = draw(*x.shape), draw(*x.shape)
+
+    def f(x):
+        return normalise(x, coef, None, form, backend)
+
+    def g(x):
+        return normalise_ref(x, coef, None, form)
+
+    def second(f):
+        return torch.func.jvp(lambda x: torch.func.jvp(f, (x,), (v,))[1], (x,), (w,))[1]
+
+    assert torch.allclose(second(f), second(g), atol=1e-10)
+
+    def energy(f):   # third derivatives: the gradient of a squared Hessian-vector product
+        def hvp(x):
+            return torch.func.jvp(torch.func.grad(lambda x: f(x).square().sum()), (x,), (v,))[1]
+
+        return torch.func.grad(lambda x: hvp(x).square().sum())(x)
+
+    assert torch.allclose(energy(f), energy(g), atol=1e-8)
+    rows = torch.stack([x, x + 1])
+    assert torch.allclose(torch.vmap(f)(rows)[1], g(x + 1), atol=1e-12)
+    per_sample = torch.vmap(torch.func.grad(lambda c, x: normalise(x[None], c, None, form, backend).square().sum()), in_dims=(None, 0))
+    expected = torch.vmap(torch.func.grad(lambda c, x: normalise_ref(x[None], c, None, form).square().sum()), in_dims=(None, 0))
+    assert torch.allclose(per_sample(coef[:1], x), expected(coef[:1], x), atol=1e-11)
+
+
+def sliced_score_gradient(norm, weights, x, v, mode):
+    """d/dweights of vᵀ(∂s/∂x)v + ½(vᵀs)² for s = conv(elu(norm(conv(x)))), by forward mode or by double backprop."""
+    first, second, *coefficients = (w.requires_grad_() for w in weights)
+
+    def score(x):
+        return F.conv2d(F.elu(norm(F.conv2d(x, first, padding=1), *coefficients)), second, padding=1)
+
+    if mode == "forward":
+        s, js = torch.func.jvp(score, (x,), (v,))
+    else:
+        x = x.requires_grad_()
+        s = score(x)
+        js = torch.autograd.grad((s * v).sum(), x, create_graph=True)[0]
+    loss = ((js * v).sum() + 0.5 * (s * v).flatten(1).sum(1).square().sum()) / len(x)
+    return torch.autograd.grad(loss, [first, second, *coefficients])
+
+
+def relative_difference(a, b):
+    return float(torch.cat([(p - q).flatten() for p, q in zip(a, b)]).norm() / torch.cat([q.flatten() for q in b]).norm())
+
+
+def test_forward_mode_gradient_is_that_of_double_backprop_where_stock_layers_are_wrong(backend):
+    """pytorch/pytorch#196699, #196700, #186256: saved statistics carry no tangent."""
+    torch.manual_seed(0)
+    weights = [torch.randn(8, 3, 3, 3).double(), torch.randn(3, 8, 3, 3).double() / 5, torch.randn(8).double(), torch.randn(8).double()]
+    x, v = torch.randn(4, 3, 8, 8).double(), torch.randn(4, 3, 8, 8).double().sign()
+
+    def ours(h, gamma, beta):
+        return fastscore.instance_norm_plus(h, gamma, None, beta)
+
+    def theirs(h, gamma, beta):
+        return F.instance_norm(h, weight=gamma, bias=beta)
+
+    right = sliced_score_gradient(theirs, weights, x, v, "double backprop")
+    assert relative_difference(sliced_score_gradient(ours, weights, x, v, "double backprop"), right) < 1e-10
+    assert relative_difference(sliced_score_gradient(ours, weights, x, v, "forward"), right) < 1e-10
+    # When this fails PyTorch has mended its layers: rejoice, and change docs/derivatives.md.
+    assert relative_difference(sliced_score_gradient(theirs, weights, x, v, "forward"), right) > 1e-3
+
+
+def test_compiled_equals_eager(backend):
+    if backend == "triton":
+        pytest.skip("the interpreter cannot be compiled")
+    x, coef, form, draw = problem((0, True, True, "elu"), (2, 6, 4, 4), dtype=torch.float32)
+    labels, table = torch.tensor([1, 0]), draw(3, 18).requires_grad_()
+    x.requires_grad_()
+
+    def f(x, table):
+        return fastscore.conditional_instance_norm_plus(x.sin(), labels, table, activation="elu")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True)
+    assert torch.allclose(compiled(x, table), f(x, table), atol=1e-6)
+    gy = draw(*x.shape)
+    for a, b in zip(torch.autograd.grad(compiled(x, table), (x, table), gy), torch.autograd.grad(f(x, table), (x, table), gy)):
+        assert torch.allclose(a, b, atol=1e-5)
+    t = draw(*x.shape)
+    tangent = torch.compile(lambda x, t: torch.func.jvp(lambda x: f(x, table), (x,), (t,))[1], fullgraph=True)
+    expected = torch.func.jvp(lambda x: f(x, table), (x,), (t,))[1]
+    assert float(expected.detach().abs().max()) > 0.1 and torch.allclose(tangent(x, t), expected, atol=1e-5)
+    got = torch.autograd.grad(tangent(x, t).square().sum(), (x, table))
+    for a, b in zip(got, torch.autograd.grad(expected.square().sum(), (x, table))):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_mean_and_large_values(backend, dtype):
+    big = 6e4 if dtype == torch.float16 else 1e4
+    x = (big * 0.9 + 50 * torch.randn(2, 4, 300).double()).to(dtype)
+    means = x.double().mean(-1)
+    # A mean is rounded to float32: by big / 2^24, of the deviation of the pixels (50) or of the channels' means.
+    for form, spread in ((Form(0, False, False, 1e-5, None), 50.0), (Form(0, True, False, 1e-5, None), float(means.std(1).min()))):
+        coef = torch.ones(1, 4 + 4 * form.alpha)
+        exact, y = normalise_ref(x.double(), coef.double(), None, form), normalise(x, coef.to(torch.promote_types(dtype, coef.dtype)), None, form, backend)
+        assert bool(((y.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 3 * big * 2**-24 / spread + 2e-6).all())
+
+
+def test_one_channel_and_constant_input_are_defined(backend):
+    x = torch.randn(2, 1, 3, 3)
+    y = fastscore.instance_norm_plus(x, torch.ones(1), torch.ones(1), torch.zeros(1))
+    assert torch.allclose(y, F.instance_norm(x), atol=1e-6)
+    assert torch.equal(fastscore.instance_norm_plus(torch.full((2, 3, 4), 7.0), torch.ones(3), torch.ones(3)), torch.zeros(2, 3, 4))
+    assert bool(fastscore.instance_norm_plus(torch.full((1, 1, 4), torch.nan), torch.ones(1), activation="elu").isnan().all())
+    for shape in ((0, 3, 4), (2, 3, 0)):
+        x = torch.zeros(shape, requires_grad=True)
+        gamma = torch.ones(3, requires_grad=True)
+        y = fastscore.instance_norm_plus(x, gamma)
+        assert y.shape == shape
+        assert torch.equal(torch.autograd.grad(y.sum(), (x, gamma))[1], torch.zeros(3))
+
+
+def test_table_gradient_is_summed_per_label_and_repeatable(backend):
+    x, _, _, draw = problem((0, True, True, None), (40, 5, 3, 3), dtype=torch.float32)
+    labels, table = torch.arange(40) % 3, draw(4, 15).requires_grad_()
+    runs = []
+    for _ in range(2):
+        y = fastscore.conditional_instance_norm_plus(x, labels, table)
+        runs.append(torch.autograd.grad(y.square().sum(), table)[0])
+    assert torch.equal(*runs) and bool((runs[0][3] == 0).all())
+    each = torch.cat([fastscore.conditional_instance_norm_plus(x[i : i + 1], labels[i : i + 1], table) for i in range(40)])
+    assert torch.allclose(runs[0], torch.autograd.grad(each.square().sum(), table)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_threads_do_not_change_a_bit():
+    x, coef, form, _ = problem((0, True, True, "elu"), (3, 40, 33, 33), dtype=torch.float32)
+    before, values = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            values.append(normalise(x, coef, None, form, "cpp"))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(values[0], values[1]) and torch.equal(values[0], values[2])
+
+
+def test_group_norm_modulate_is_group_norm_scaled_and_shifted(backend):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 8, 5, 5), torch.randn(8), torch.randn(8)
+    scale, shift = torch.randn(3, 8), torch.randn(3, 8)
+    h = F.group_norm(x, 4, weight, bias) * (1 + scale)[..., None, None] + shift[..., None, None]
+    y = fastscore.group_norm_modulate(x, 4, weight, bias, scale, shift, activation="silu")
+    assert torch.allclose(y, F.silu(h), atol=2e-6)
+    assert torch.allclose(fastscore.group_norm_modulate(x, 2), F.group_norm(x, 2), atol=2e-6)
+    assert torch.allclose(fastscore.group_norm_modulate(x, 2, scale=scale), F.group_norm(x, 2) * (1 + scale)[..., None, None], atol=4e-6)
+    arguments = [a.double().requires_grad_() for a in (x[:, :, :2, :2], weight, bias, scale, shift)]
+    assert gradcheck(lambda *a: fastscore.group_norm_modulate(a[0], 4, *a[1:], activation="silu"), arguments, check_forward_ad=True)
+
+
+def test_raw_ops_refuse_derivatives_and_pass_opcheck():
+    x, coef = torch.randn(2, 3, 4), torch.ones(1, 6)
+    fastscore.instance_norm_plus(x, torch.ones(3), backend="cpp")
+    stats = torch.empty(1, 2, 3, 2)
+    forward = (torch.empty_like(x), None, stats, x, None, coef, None, None, 0, False, True, 1e-5, 1)
+    op = torch.ops.fastscore.normalise.default
+    torch.library.opcheck(op, forward)
+    op(*forward)
+    backward = (torch.empty_like(x), None, torch.empty(2, 6), None, x, None, stats, coef, None, None, x, None, 0, False, True, 1e-5, 1)
+    torch.library.opcheck(torch.ops.fastscore.normalise_backward.default, backward)
+    with pytest.raises(NotImplementedError, match="has no forward-mode rule"):
+        torch.func.jvp(lambda x: (op(*forward[:3], x, *forward[4:]), x)[1], (x,), (x,))
+
+
+X = torch.zeros(2, 4, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: fastscore.instance_norm_plus(X[0, 0], torch.ones(4)), r"x must be \(B, C, \*\)"),
+        (lambda: fastscore.instance_norm_plus(X, torch.ones(3)), r"gamma must be \(4,\) or \(2, 4\); got \(3,\)"),
+        (lambda: fastscore.instance_norm_plus(X, torch.ones(4), beta=torch.ones(4, device="meta")), "beta must be on the device"),
+        (lambda: fastscore.instance_norm_plus(X, torch.ones(4, dtype=torch.int64)), "gamma must be float32"),
+        (lambda: fastscore.instance_norm_plus(X, torch.ones(4), eps=0), "eps must be positive"),
+        (lambda: fastscore.instance_norm_plus(X, torch.ones(4), activation="tanh"), "activation must be one of None, 'elu'"),
+        (lambda: fastscore.instance_norm_plus_dual(X, X, torch.ones(4)), r"t must be \(M, 2, 4, 3, 3\); got \(2, 4, 3, 3\)"),
+        (lambda: fastscore.conditional_instance_norm_plus(X, torch.tensor([0, 5]), torch.ones(5, 12)), r"labels must be in 0..4; got 5"),
+        (lambda: fastscore.conditional_instance_norm_plus(X, torch.tensor([0]), torch.ones(5, 12)), r"labels must be int64 \(2,\)"),
+        (lambda: fastscore.conditional_instance_norm_plus(X, torch.tensor([0, 1]), torch.ones(5, 8)), r"weight must be \(L, 12\)"),
+        (lambda: fastscore.group_norm_modulate(X, 3), "num_groups must be an int that divides 4 channels; got 3"),
+        (lambda: fastscore.group_norm_modulate(X, 2, scale=torch.ones(4)), r"scale must be \(2, 4\); got \(4,\)"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_sentence(call, message):
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
