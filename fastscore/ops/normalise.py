@@ -31,13 +31,14 @@ def normalise_ref(x, coef, labels, form):
     coef: (R, KC), rows of γ, α, β; R = 1, B, or L with labels (B,).
     """
     B, C = x.shape[:2]
-    u = x.to(coef.dtype).reshape(B, form.groups or C, -1)
+    G, S = form.groups or C, x[0, 0].numel() if B else 0
+    u = x.to(coef.dtype).reshape(B, G, C // G * S)
     centred = u - u.mean(-1, keepdim=True)
     h = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + form.eps)  # biased over pixels
     gamma, alpha, beta = (None if c is None else c[..., None] for c in _columns(rows(coef, labels), C, form))   # (1 or B, C, 1)
-    h = h.reshape(B, C, -1)
+    h = h.reshape(B, C, S)
     if alpha is not None:
-        mean = u.mean(-1, keepdim=True)  # (B, C, 1)
+        mean = u.mean(-1, keepdim=True)  # (B, C, 1); alpha comes with one group per channel
         deviation = mean - mean.mean(1, keepdim=True)
         variance = deviation.square().sum(1, keepdim=True) / max(C - 1, 1)  # unbiased; with one channel 0 / √eps
         h = h + alpha * (deviation * torch.rsqrt(variance + form.eps))
