@@ -94,8 +94,6 @@ def write_ninja(build: Path, output: Path, compiler: str, nvcc: str | None, torc
     if nvcc:
         cuda = Path(nvcc).resolve().parent.parent
         link += [f"-L{cuda / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        if (lib / "libtorch_cuda.so").exists():
-            link += ["-ltorch_cuda", "-lc10_cuda"]
     lines = [
         "rule cxx",
         f"  command = {compiler} -MMD -MF $out.d {' '.join(flags)} $isa -c $in -o $out",

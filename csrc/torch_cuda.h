@@ -5,10 +5,8 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include "cuda_stream.h"
 #include "torch_tensor.h"
-
-// Weak: an extension built for CUDA still loads where torch has none, and then this is never called.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace fastscore {
 
@@ -123,8 +121,7 @@ inline unsigned blocks_for(int64_t work, int64_t per_block) {
 
 inline cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == 0,
-                  "fastscore: torch has no current CUDA stream");
+  STD_TORCH_CHECK(torch_cuda_stream(t.get_device_index(), &stream), "fastscore: torch has no current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
 

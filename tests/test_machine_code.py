@@ -58,3 +58,21 @@ def test_instructions_per_element_do_not_grow(triton_rows, request):
     for name, row in request.getfixturevalue("cuda_rows").items():
         if "update_packs" in name and "Lb0E" in name:   # Lb0E: not one coefficient per sample
             assert row["per_element"] <= 43, (name, row)
+
+
+def test_the_stream_is_found_in_a_torch_that_was_not_linked(tmp_path):
+    try:
+        compiler = native.find_compiler().split()
+    except native.BuildError as error:
+        pytest.skip(str(error))
+    stub = "int aoti_torch_get_current_cuda_stream(int device, long* s) { *s = 40 + device; return 0; }"
+    call = "long stream() { void* s; return fastscore::torch_cuda_stream(2, &s) ? (long)s : -1; }"
+    sources = {"libtorch_cuda.so": f'extern "C" {stub}', "ours.so": f'#include "cuda_stream.h"\nextern "C" {call}'}
+    for name, text in sources.items():
+        (tmp_path / "source.cpp").write_text(text)
+        command = [*compiler, "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", "source.cpp", "-o", name, f"-Wl,-soname,{name}", "-ldl"]
+        subprocess.run(command, cwd=tmp_path, check=True)
+    program = "import ctypes, sys; print([ctypes.CDLL(path) for path in sys.argv[1:]][-1].stream())"
+    for libraries, stream in ((["ours.so"], "-1"), (["libtorch_cuda.so", "ours.so"], "42")):
+        command = [sys.executable, "-c", program, *(f"./{name}" for name in libraries)]
+        assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout.strip() == stream
