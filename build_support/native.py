@@ -15,7 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_TARGET = "0x020a000000000000"  # LibTorch stable ABI of 2.10
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
-COMMON = ["-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+COMMON = ["-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-DPy_LIMITED_API=0x030a0000"]
+COMMON += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
 ISA_FLAGS = {
     "baseline": ["-DFASTSCORE_REGISTER"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
