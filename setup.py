@@ -13,18 +13,22 @@ import native  # noqa: E402
 
 class BuildNative(build_ext):
     def run(self):
+        self.outcome = {"mode": "none", "cpp": "FASTSCORE_BUILD=none", "cuda": "FASTSCORE_BUILD=none"}
         try:
-            native.find_torch()
-            self.outcome = {"mode": native.mode(), "cpp": "FASTSCORE_BUILD=none", "cuda": "FASTSCORE_BUILD=none"}
+            if native.mode() == "none":
+                self.extensions = []
+            else:
+                native.find_torch()
+                native.choose_nvcc(native.mode())   # a wrong setting is an error in every mode
         except native.BuildError as error:
             sys.exit(f"error: {error}")
-        if native.mode() == "none":
-            self.extensions = []
+        folders = [Path(self.build_lib) / "fastscore"]
+        if self.inplace or getattr(self, "editable_mode", False):
+            folders.append(ROOT / "fastscore")
+        for old in (file for folder in folders for file in folder.glob("_C*.so")):
+            old.unlink()   # an extension that this build does not make must not be packed or loaded
         super().run()
-        targets = {Path(self.build_lib) / "fastscore", ROOT / "fastscore"} if not self.inplace else {ROOT / "fastscore"}
-        for folder in targets:
-            if folder == ROOT / "fastscore" and not (self.inplace or getattr(self, "editable_mode", False)):
-                continue
+        for folder in folders:
             native.record(folder / "_build_info.json", self.outcome)
 
     def build_extension(self, ext):
@@ -34,7 +38,8 @@ class BuildNative(build_ext):
         except native.BuildError as error:
             if native.mode() != "auto":
                 sys.exit(f"error: {error}")
-            self.outcome = {"mode": "auto", "cpp": str(error), "cuda": str(error)}
+            reason = str(error).rstrip(".")   # the sentence goes on where it is shown
+            self.outcome = {"mode": "auto", "cpp": reason, "cuda": reason}
             self.warn(f"fastscore is installed without its C++ kernels: {error}")
 
 

@@ -6,6 +6,8 @@ The environment decides, never a visible GPU: FASTSCORE_BUILD = auto | none | cp
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,18 +57,22 @@ def find_compiler() -> str:
 
 
 def find_nvcc() -> str | None:
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
-        if home and (Path(home) / "bin/nvcc").exists():
-            return str(Path(home) / "bin/nvcc")
-    return shutil.which("nvcc")
+    """CUDA_HOME or CUDA_PATH decides alone where it is set, as it does for torch."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = Path(home or "/usr/local/cuda") / "bin/nvcc"
+    return str(nvcc) if nvcc.exists() else None if home else shutil.which("nvcc")
+
+
+def architectures() -> str:
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
 
 
 def gencode() -> list[str]:
     flags = []
-    for arch in os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHITECTURES).replace(" ", ";").split(";"):
-        number = arch.removesuffix("+PTX").replace(".", "")
-        if not number.rstrip("af").isdigit():
+    for arch in architectures().replace(" ", ";").split(";"):
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
             raise BuildError(f"TORCH_CUDA_ARCH_LIST must look like '9.0' or '8.0;9.0+PTX'; got {arch!r}.")
+        number = arch.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
@@ -83,18 +89,25 @@ def nvcc_flags(include_paths: list[str]) -> list[str]:
     return ["-O3", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "--expt-relaxed-constexpr", *host, *includes]
 
 
+def quoted(path) -> str:
+    """For a command in build.ninja: the shell reads it after ninja."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
+def escaped(path) -> str:
+    """For a path in a `build` line, which ninja quotes itself."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
 def write_ninja(build: Path, output: Path, compiler: str, nvcc: str | None, torch, cpp_extension) -> None:
-    includes = [str(ROOT / "csrc"), *cpp_extension.include_paths(), sysconfig.get_path("include")]
-    if nvcc:
-        includes.append(str(Path(nvcc).resolve().parent.parent / "include"))
-    flags = [*COMMON, "-std=c++20", *(f"-I{path}" for path in includes)]
+    csrc = Path(os.path.relpath(ROOT / "csrc", build))   # relative: a copied or moved tree keeps its objects
+    includes = [str(csrc), *cpp_extension.include_paths(), sysconfig.get_path("include")]
+    flags = [*COMMON, "-std=c++20", *(f"-I{quoted(path)}" for path in includes)]
     if platform.machine() in ("x86_64", "AMD64"):
         flags.append("-DFASTSCORE_X86")
-    lib = Path(torch.__file__).parent / "lib"
-    link = [f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    link = [f"-L{quoted(Path(torch.__file__).parent / 'lib')}", "-ltorch", "-ltorch_cpu", "-lc10"]
     if nvcc:
-        cuda = Path(nvcc).resolve().parent.parent
-        link += [f"-L{cuda / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        link += [f"-L{quoted(Path(nvcc).resolve().parent.parent / 'lib64')}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     lines = [
         "rule cxx",
         f"  command = {compiler} -MMD -MF $out.d {' '.join(flags)} $isa -c $in -o $out",
@@ -104,17 +117,19 @@ def write_ninja(build: Path, output: Path, compiler: str, nvcc: str | None, torc
         f"  command = {compiler} -shared $in -o $out {' '.join(link)}",
     ]
     if nvcc:
-        command = f"{nvcc} -MD -MF $out.d {' '.join(nvcc_flags(includes))} {' '.join(gencode())} -c $in -o $out"
-        lines += ["rule nvcc", f"  command = {command}", "  depfile = $out.d", "  deps = gcc"]
+        cuda = str(Path(nvcc).resolve().parent.parent / "include")
+        command = [quoted(nvcc), "-MD -MF $out.d", *map(quoted, nvcc_flags([*includes, cuda])), *gencode(), "-c $in -o $out"]
+        lines += ["rule nvcc", f"  command = {' '.join(command)}", "  depfile = $out.d", "  deps = gcc"]
     objects = []
     for source in sorted((ROOT / "csrc").glob("*.cpp")):
         for isa in ["baseline"] if source.stem in REGISTER_ONLY else isas():
             objects.append(f"{source.stem}.{isa}.o")
-            lines += [f"build {objects[-1]}: cxx {source}", f"  isa = -DFASTSCORE_ISA={isa} {' '.join(ISA_FLAGS[isa])}"]
+            lines.append(f"build {objects[-1]}: cxx {escaped(csrc / source.name)}")
+            lines.append(f"  isa = -DFASTSCORE_ISA={isa} {' '.join(ISA_FLAGS[isa])}")
     for source in sorted((ROOT / "csrc").glob("*.cu")) if nvcc else []:
         objects.append(f"{source.stem}.cuda.o")
-        lines.append(f"build {objects[-1]}: nvcc {source}")
-    lines += [f"build {output}: link {' '.join(objects)}", f"default {output}", ""]
+        lines.append(f"build {objects[-1]}: nvcc {escaped(csrc / source.name)}")
+    lines += [f"build {escaped(output)}: link {' '.join(objects)}", f"default {escaped(output)}", ""]
     (build / "build.ninja").write_text("\n".join(lines))
 
 
@@ -129,37 +144,54 @@ def find_ninja() -> list[str]:
         raise BuildError("ninja was not found; pip install ninja and install fastscore again.") from None
 
 
-def compile_extension(build: Path, output: Path) -> dict:
-    """Build and return what was built; raise BuildError where it cannot be."""
-    wanted = mode()
-    torch, cpp_extension = find_torch()
-    compiler = find_compiler()
-    nvcc = find_nvcc() if wanted in ("auto", "cuda") else None
-    # A torch without CUDA cannot run the kernels, so `auto` does not build them for it; `cuda` does as it is told.
-    if wanted == "auto" and torch.version.cuda is None:
-        nvcc, no_cuda = None, "the installed torch has no CUDA"
-    else:
-        no_cuda = None if nvcc else ("no nvcc was found" if wanted != "cpu" else "FASTSCORE_BUILD=cpu")
-    if wanted == "cuda" and not nvcc:
-        raise BuildError("FASTSCORE_BUILD=cuda was asked for but no nvcc was found; install the CUDA toolkit or set CUDA_HOME.")
+def run_ninja(build: Path, output: Path, compiler: str, nvcc: str | None) -> None:
     build.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_ninja(build, output.resolve(), compiler, nvcc, torch, cpp_extension)
+    write_ninja(build, output.resolve(), compiler, nvcc, *find_torch())
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     process = subprocess.run([*find_ninja(), "-C", str(build), *jobs], capture_output=True, text=True)
     if process.returncode:
         (build / "error.log").write_text(process.stdout + process.stderr)
-        if wanted != "auto":
-            sys.stderr.write(process.stdout[-8000:] + process.stderr[-8000:])
-        raise BuildError(f"the C++ extension did not compile with {compiler}; FASTSCORE_BUILD=cpu shows the compiler's message.")
+        if mode() == "auto":
+            raise BuildError(f"the extension did not compile with {compiler}; FASTSCORE_BUILD=cpu shows the compiler's message.")
+        sys.stderr.write(process.stdout[-8000:] + process.stderr[-8000:])
+        raise BuildError("the extension did not compile; the compiler's message is above.")
+
+
+def choose_nvcc(wanted: str) -> tuple[str | None, str | None]:
+    """nvcc, or why the CUDA kernels are not built."""
+    if wanted == "cpu":
+        return None, "FASTSCORE_BUILD=cpu"
+    # A torch without CUDA cannot run the kernels, so `auto` does not build them for it; `cuda` does as it is told.
+    if wanted == "auto" and find_torch()[0].version.cuda is None:
+        return None, "the installed torch has no CUDA"
+    nvcc = find_nvcc()
+    if wanted == "cuda" and not nvcc:
+        raise BuildError("FASTSCORE_BUILD=cuda was asked for but no nvcc was found; install the CUDA toolkit or set CUDA_HOME.")
+    if nvcc:
+        gencode()   # a wrong list is an error, never a reason to fall back
+    return nvcc, None if nvcc else "no nvcc was found"
+
+
+def compile_extension(build: Path, output: Path) -> dict:
+    """Build and return what was built; raise BuildError where it cannot be."""
+    wanted, compiler = mode(), find_compiler()
+    nvcc, no_cuda = choose_nvcc(wanted)
+    try:
+        run_ninja(build, output, compiler, nvcc)
+    except BuildError:
+        if wanted != "auto" or not nvcc:
+            raise
+        nvcc, no_cuda = None, f"the extension did not compile with {nvcc}"   # the C++ kernels may still
+        run_ninja(build, output, compiler, nvcc)
     return {
         "mode": wanted,
         "cpp": None,
         "cuda": no_cuda,
-        "torch": torch.__version__,
+        "torch": find_torch()[0].__version__,
         "compiler": compiler,
         "instruction_sets": isas(),
-        "architectures": os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHITECTURES) if nvcc else None,
+        "architectures": architectures() if nvcc else None,
     }
 
 
