@@ -1,9 +1,11 @@
 """The noise contract: words to the bit, normals against float64, moments at a false-alarm rate of 1e-6 each."""
 
+import json
 import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,10 @@ import torch
 
 import fastscore
 from fastscore import random
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "build_support"))
+import native  # noqa: E402
 
 ONES, PI = [0xFFFFFFFF] * 6, [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0]
 KNOWN = [
@@ -102,6 +108,26 @@ def test_normals_are_within_1e6_of_float64(backend):
     exact = torch.stack([radius * angle.cos(), radius * angle.sin()], 1).flatten()
     error, ulp = (z - exact).abs(), torch.finfo(torch.float32).eps * exact.abs()
     assert bool(((error <= 1e-6) | (error <= 4 * ulp)).all()), error.max()
+
+
+@pytest.mark.parametrize("stride", [257, pytest.param(1, marks=pytest.mark.slow)], ids=["every-257th-word", "every-word"])
+@pytest.mark.parametrize("isa", native.isas())
+def test_radius_and_uniform_of_every_word(isa, stride, tmp_path):
+    """257 divides 2^32 - 1, so that both ends are among the words."""
+    if native.isas().index(isa) > ("DEFAULT", "AVX2", "AVX512").index(torch.backends.cpu.get_cpu_capability()):
+        pytest.skip(f"this processor has no {isa}")
+    try:
+        compiler = native.find_compiler().split()
+    except native.BuildError as error:
+        pytest.skip(str(error))
+    flags = [*native.COMMON, *native.ISA_FLAGS[isa], "-std=c++20", f"-I{ROOT / 'csrc'}"]
+    program = tmp_path / "normal_error"
+    subprocess.run([*compiler, *flags, ROOT / "tests/normal_error.cpp", "-o", program], check=True)
+    found = json.loads(subprocess.run([program, str(stride)], capture_output=True, check=True).stdout)
+    print(f"{isa}: {found}")
+    assert found["words"] == (2**32 - 1) // stride + 1
+    assert found["radius_error"] <= 1e-6 and found["least"] > 0 and found["most"] > 6.66
+    assert found["uniform_error"] <= 2**-25 and found["misrounded"] == 0   # rounded once, half a unit of the last place
 
 
 def test_moments_and_tails():
