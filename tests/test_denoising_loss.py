@@ -7,7 +7,9 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastscore
+from fastscore import backend as backends
 from fastscore import random
+from fastscore.ops.langevin_step import DOT, LOSS
 
 KEY = {"seed": 12, "step": 1, "offset": 6}
 
@@ -61,6 +63,22 @@ def test_no_noise_is_kept_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         fastscore.denoising_loss(s, 0.5, **KEY)
     assert all(t.data_ptr() == s.data_ptr() for t in kept) and len(kept) == 1
+
+
+def test_raw_op_refuses_derivatives_and_passes_opcheck(backend):
+    if backend == "reference":
+        pytest.skip("plain PyTorch, no raw op")
+    s, sigma = torch.randn(3, 4), torch.rand(3)
+    op, key = backends.raw(backend, "noise_reduce"), (0, 0, random.PERTURB, 0)
+    arguments = [(torch.empty(3), s, each, 0.5, None, *key, mode) for each in (None, sigma) for mode in (LOSS, DOT)]
+    for tensors in arguments + [(torch.empty(3), s, sigma, 0.0, torch.tensor([3, 1]), *key, LOSS)]:
+        torch.library.opcheck(op, tensors)
+    for at in (1, 2):   # the score, sigma
+        before, x, after = arguments[2][:at], arguments[2][at], arguments[2][at + 1 :]
+        with pytest.raises(NotImplementedError, match="has no forward-mode rule"):
+            torch.func.jvp(lambda x, a=before, b=after: (op(*a, x, *b), a[0])[1], (x,), (x,))
+        with pytest.raises(NotImplementedError, match="has no derivative rule"):
+            op(*before, x.clone().requires_grad_(), *after)
 
 
 def test_expected_loss_of_a_linear_score_matches_closed_form(backend):

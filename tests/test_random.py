@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fastscore
+from fastscore import backend as backends
 from fastscore import random
 
 ROOT = Path(__file__).parent.parent
@@ -159,6 +160,19 @@ def test_signs_are_the_bits_of_the_words(backend, offset):
 def test_uniforms_are_the_upper_bits(backend):
     w = random.words(1000, seed=4, stream=3, backend="reference")
     assert torch.equal(random.uniform((1000,), seed=4, stream=3), (((w >> 8).double() + 0.5) * 2**-24).float())
+
+
+def test_raw_op_refuses_derivatives_and_passes_opcheck(backend):
+    if backend == "reference":
+        pytest.skip("plain PyTorch, no raw op")
+    op, x, key = backends.raw(backend, "fill"), torch.randn(3, 4), (None, 0, 0, 1, 0)
+    torch.library.opcheck(op, (torch.empty(8, dtype=torch.int64), random.WORDS, torch.tensor([3, 1]), *key[1:]))
+    for kind in (random.UNIFORM, random.NORMAL, random.RADEMACHER):
+        torch.library.opcheck(op, (torch.empty_like(x), kind, *key))
+    with pytest.raises(NotImplementedError, match="has no forward-mode rule"):
+        torch.func.jvp(lambda out: (op(out, random.NORMAL, *key), out)[1], (x,), (x,))
+    with pytest.raises(NotImplementedError, match="has no derivative rule"):
+        op(x.clone().requires_grad_(), random.NORMAL, *key)
 
 
 @pytest.mark.parametrize(
