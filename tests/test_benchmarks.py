@@ -1,0 +1,35 @@
+"""Every benchmark runs, verifies its competitors and writes a row that a table can be made of."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastscore import backend
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import harness  # noqa: E402
+
+
+def test_every_benchmark_runs_and_times_ours_a_ceiling_and_a_peer(tmp_path):
+    if backend.why_not("cpp", "cpu") is not None:
+        pytest.skip(backend.why_not("cpp", "cpu"))
+    path = tmp_path / "results" / "smoke.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "--smoke", "--results", str(path)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads(path.read_text())
+    rows = [harness.Row(**row) for row in found["rows"]]
+    assert found["device"] and found["versions"]["torch"] and len(rows) == int(re.search(r"(\d+) passed", result.stdout)[1])
+    for row in rows:
+        peers = set(row.seconds) - {"ceiling", *harness.OURS}
+        assert row.ours == "cpp" and "ceiling" in row.seconds and "eager" in peers, row
+        assert all(0 < seconds < 60 for seconds in row.seconds.values()) and row.bytes >= row.elements > 0, row
+    lines = harness.table(found).splitlines()
+    assert len(lines) == 2 + len(rows) and all(line.count("|") == lines[0].count("|") for line in lines)
