@@ -45,13 +45,15 @@ def bench_langevin_step(compare, size, device, ours, dtype, exponent):
     if exponent > 24 and device == "cpu":
         pytest.skip("says on the CPU what 2^24 says")
     x, s = (torch.randn(size(exponent), device=device).to(dtype) for _ in range(2))
+    peers = {"eager": plain, "careful eager": careful, "torch.compile": torch.compile(plain)}
     with torch.no_grad():
-        bench(compare, "langevin_step", x, s, EPSILON, ours, {"eager": plain, "careful eager": careful, "torch.compile": torch.compile(plain)})
+        bench(compare, "langevin_step", x, s, EPSILON, ours, peers)
 
 
 @pytest.mark.parametrize("exponent", [18, 24])
 def bench_per_sample_step_size(compare, size, device, ours, exponent):
     x, s = (torch.randn(size(exponent) // 64, 64, device=device) for _ in range(2))
     e = torch.full((len(x),), EPSILON, device=device)
+    peers = {"eager": plain, "careful eager": careful_each, "torch.compile": torch.compile(plain)}
     with torch.no_grad():
-        bench(compare, "langevin_step, ε (B,)", x, s, e, ours, {"eager": plain, "careful eager": careful_each, "torch.compile": torch.compile(plain)})
+        bench(compare, "langevin_step, ε (B,)", x, s, e, ours, peers)
