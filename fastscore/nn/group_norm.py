@@ -1,0 +1,85 @@
+"""Group normalisation with what follows it: scale, shift and activation."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastscore.nn._plain import group_norm_modulate
+from fastscore.nn.tables import check_channels
+
+_EMBEDDING_ACTIVATIONS = {None: lambda e: e, "silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
+
+
+class GroupNormAct(nn.Module):
+    """torch.nn.GroupNorm and the activation after it in one op.
+
+        y = a(w (x - μ_g)/√(var_g x + eps) + b)
+
+    with μ_g and var_g (biased) over the pixels and channels of a group.
+
+    Args:
+        num_groups: how many; divides num_channels.
+        num_channels: C.
+        eps: added to the variance.
+        affine: learn w and b, `weight` and `bias` in the state_dict, as torch.nn.GroupNorm.
+        activation: a, one of None, elu, silu, relu, gelu, softplus; no part of the state_dict.
+
+    Shapes: x (B, C, *), any float dtype -> the same.
+
+    Raises:
+        ValueError: num_groups does not divide C, or x does not have C channels.
+
+    Source: Wu & He 2018 (arXiv:1803.08494).
+    """
+
+    def __init__(self, num_groups, num_channels, eps=1e-5, affine=True, *, activation=None):
+        super().__init__()
+        _check_groups("GroupNormAct", num_groups, num_channels)
+        self.num_groups, self.num_features, self.eps, self.activation = num_groups, num_channels, eps, activation
+        self.register_parameter("weight", nn.Parameter(torch.ones(num_channels)) if affine else None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(num_channels)) if affine else None)
+
+    def forward(self, x):
+        check_channels(self, x, "*")
+        return group_norm_modulate(x, self.num_groups, self.weight, self.bias, eps=self.eps, activation=self.activation)
+
+
+class AdaGroupNorm(nn.Module):
+    """Group normalisation scaled and shifted by an embedding.
+
+        y = a((x - μ_g)/√(var_g x + eps) (1 + scale) + shift),    (scale, shift) = linear(act_fn(emb))
+
+    Args:
+        embedding_dim: E, the size of the embedding.
+        out_dim: C.
+        num_groups: how many; divides out_dim.
+        act_fn: of the embedding, one of None, silu (or swish), mish, gelu, relu.
+        eps: added to the variance.
+        activation: a, as in GroupNormAct.
+
+    Shapes: x (B, C, *), emb (B, E) -> like x. `linear.weight` (2C, E), rows scale, shift; `linear.bias` (2C,).
+
+    Raises:
+        ValueError: num_groups does not divide C, act_fn is unknown, or x does not have C channels.
+
+    Source: Dhariwal & Nichol 2021, section 3.1 (arXiv:2105.05233); arguments and layout as in diffusers' AdaGroupNorm.
+    """
+
+    def __init__(self, embedding_dim, out_dim, num_groups, act_fn=None, eps=1e-5, *, activation=None):
+        super().__init__()
+        _check_groups("AdaGroupNorm", num_groups, out_dim)
+        if act_fn not in _EMBEDDING_ACTIVATIONS:
+            raise ValueError(f"AdaGroupNorm: act_fn must be None, silu, swish, mish, gelu or relu; got {act_fn!r}.")
+        self.num_groups, self.num_features, self.eps = num_groups, out_dim, eps
+        self.act_fn, self.activation = act_fn, activation
+        self.linear = nn.Linear(embedding_dim, 2 * out_dim)
+
+    def forward(self, x, emb):
+        check_channels(self, x, "*")
+        scale, shift = self.linear(_EMBEDDING_ACTIVATIONS[self.act_fn](emb)).chunk(2, -1)
+        return group_norm_modulate(x, self.num_groups, scale=scale, shift=shift, eps=self.eps, activation=self.activation)
+
+
+def _check_groups(op, groups, channels):
+    if groups < 1 or channels % groups:
+        raise ValueError(f"{op}: num_groups must divide the number of channels, {channels}; got {groups}.")

@@ -1,0 +1,28 @@
+"""What the layers share: coefficient tables with one row per noise level, and the check of an input."""
+
+import torch
+from torch import nn
+
+
+def table(num_classes, num_features, blocks, bias, init_):
+    """An embedding (L, blocks C), filled by `init_`, with C more columns of zeros if `bias`."""
+    embed = nn.Embedding(num_classes, num_features * (blocks + bool(bias)))
+    with torch.no_grad():
+        init_(embed.weight[:, : blocks * num_features])
+        embed.weight[:, blocks * num_features :].zero_()
+    return embed
+
+
+def near_one_(t):
+    """N(1, 0.02²), as the original layers draw γ and α."""
+    return nn.init.normal_(t, 1, 0.02)
+
+
+def rows(embed, labels, x):
+    """The blocks of C columns of row `labels`, each shaped to multiply x (B, C, *)."""
+    return [c.reshape(*c.shape, *(1,) * (x.dim() - 2)) for c in embed(labels).split(x.shape[1], -1)]
+
+
+def check_channels(layer, x, spatial="H, W"):
+    if x.dim() < 3 or x.shape[1] != layer.num_features:
+        raise ValueError(f"{type(layer).__name__}: x must be (B, {layer.num_features}, {spatial}); got {tuple(x.shape)}.")
