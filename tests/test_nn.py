@@ -221,3 +221,122 @@ def test_batch_norm_tracks_its_statistics_once_in_every_mode(mode):
     torch.testing.assert_close(layer.bn.running_mean, 0.1 * x.mean((0, 2, 3)), rtol=1e-12, atol=0)
     torch.testing.assert_close(layer.bn.running_var, 0.9 + 0.1 * x.var((0, 2, 3)), rtol=1e-12, atol=0)
     assert layer.bn.num_batches_tracked == 1 and layer.bn.running_mean.grad_fn is None
+
+
+# --- replace_norms
+
+
+class Original(nn.Module):
+    """A small score network of one conditional layer and everything else that replace_norms knows."""
+
+    def __init__(self, norm="ConditionalInstanceNorm2dPlus"):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(2, 4, 3, padding=1), getattr(originals, norm)(4, 3)
+        self.second, self.plus = nn.Conv2d(4, 4, 3, padding=1), originals.InstanceNorm2dPlus(4, 232)
+        self.tail = nn.Sequential(
+            nn.InstanceNorm2d(4, eps=1e-3, affine=True), nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4, eps=1e-2), nn.SiLU(),
+            nn.ModuleDict({"norm": nn.InstanceNorm2d(4)})["norm"], nn.Conv2d(4, 2, 1),
+        )  # fmt: skip
+        self.alone = nn.GroupNorm(1, 2, affine=False)
+
+    def forward(self, x, y):
+        h = self.plus(self.second(F.elu(self.norm(self.first(x), y))))
+        return self.alone(self.tail(h)) + x
+
+
+def original(norm="ConditionalInstanceNorm2dPlus"):
+    torch.manual_seed(4)
+    net = Original(norm).double()
+    for p in net.parameters():
+        nn.init.normal_(p)
+    return net, torch.randn(4, 2, 5, 5, dtype=torch.float64), torch.tensor([0, 2, 1, 2])
+
+
+def test_replace_norms_reports_every_place():
+    net, _, _ = original()
+    assert fnn.replace_norms(net) == [
+        ("norm", originals.ConditionalInstanceNorm2dPlus, fnn.ConditionalInstanceNorm2dPlus),
+        ("plus", originals.InstanceNorm2dPlus, fnn.InstanceNorm2dPlus),
+        ("tail.0", nn.InstanceNorm2d, fnn.InstanceNorm2d),
+        ("tail.2", nn.GroupNorm, fnn.GroupNormAct),
+        ("tail.3", nn.SiLU, nn.Identity),
+        ("tail.4", nn.InstanceNorm2d, fnn.InstanceNorm2d),
+        ("alone", nn.GroupNorm, fnn.GroupNormAct),
+    ]
+    assert fnn.replace_norms(net) == []
+
+
+@pytest.mark.parametrize("norm", CONDITIONAL)
+def test_replaced_network_keeps_values_gradients_parameters_and_state_dict(norm):
+    net, x, y = original(norm)
+    net.norm.eval()  # a mode of its own is kept
+    parameters, state, optimizer = list(net.parameters()), net.state_dict(), torch.optim.SGD(net.parameters(), lr=1.0)
+    before = net(x, y)
+    gradients = torch.autograd.grad(before.square().sum(), parameters)
+    fnn.replace_norms(net)
+    after = net(x, y)
+    torch.testing.assert_close(after, before, rtol=1e-11, atol=1e-11)
+    for a, b in zip(torch.autograd.grad(after.square().sum(), parameters), gradients):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert list(map(id, net.parameters())) == list(map(id, parameters))
+    assert {k: v.data_ptr() for k, v in net.state_dict().items()} == {k: v.data_ptr() for k, v in state.items()}
+    assert not net.norm.training and net.plus.training
+    net(x, y).square().sum().backward()
+    optimizer.step()
+    assert not torch.allclose(net(x, y), before)
+
+
+@pytest.mark.parametrize("norm", CONDITIONAL)
+def test_replaced_network_has_the_right_gradient_through_forward_mode(norm):
+    """Without replace_norms the error is 0.5 to 1.7 (torch 2.13): pytorch/pytorch#196699 and its like in instance_norm."""
+    net, x, y = original(norm)
+    expected = sliced_gradient(lambda x: net(x, y), x, list(net.parameters()), None)
+    fnn.replace_norms(net)
+    for mode in ("dual numbers", "torch.func"):
+        assert relative_error(sliced_gradient(lambda x: net(x, y), x, list(net.parameters()), mode), expected) < 1e-10
+
+
+class Modulated(nn.Module):
+    """Calls the layers of its Sequential one by one, as guided-diffusion does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
+
+    def forward(self, x):
+        return self.layers[1](2 * self.layers[0](x) - 1)
+
+
+def test_silu_is_left_where_it_must_be():
+    x = torch.randn(2, 4, 3, 3)
+    net = Modulated()
+    expected = net(x)
+    assert [s.new for s in fnn.replace_norms(net, fuse_silu=False)] == [fnn.GroupNormAct]
+    torch.testing.assert_close(net(x), expected)
+    shared = nn.GroupNorm(2, 4)  # once with an activation, once without
+    net = nn.Sequential(shared, nn.SiLU(), shared)
+    expected = net(x)
+    assert [s.new for s in fnn.replace_norms(net)] == [fnn.GroupNormAct] * 2 and net[0] is net[2]
+    torch.testing.assert_close(net(x), expected)
+
+
+class InstanceNorm2dPlus(nn.Module):
+    """Of the known name, but something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_features, self.gain = 4, nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return x
+
+
+def test_layers_that_cannot_be_swapped_are_reported_and_left_alone():
+    hooked = nn.GroupNorm(2, 4)
+    hooked.register_forward_hook(lambda module, inputs, output: output)
+    net = nn.Sequential(nn.InstanceNorm2d(4, track_running_stats=True), hooked, InstanceNorm2dPlus(), nn.BatchNorm2d(4))
+    layers = list(net)
+    assert [(s.name, s.new) for s in fnn.replace_norms(net)] == [("0", None), ("1", None), ("2", None)]
+    assert list(net) == layers
+    with pytest.raises(ValueError, match="module is itself a GroupNorm"):
+        fnn.replace_norms(nn.GroupNorm(2, 4))
