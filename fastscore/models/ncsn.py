@@ -1,16 +1,16 @@
 """NCSN: a dilated RefineNet whose every normalisation knows the noise level, named as in ermongroup/ncsn's checkpoints."""
 
-import math
-
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from fastscore.nn import ConditionalInstanceNorm2dPlus
+from fastscore.models.refinenet import RefineNet, ladder
 from fastscore.ops import checks
+from fastscore.schedules import geometric
+
+STAGES = (("res1", 1, 1), ("res2", 2, 1), ("res3", 2, 2), ("res4", 2, 4))  # name, width, dilation
+REFINES = (("refine1", 2), ("refine2", 2), ("refine3", 1), ("refine4", 1))
 
 
-class NCSN(nn.Module):
+class NCSN(RefineNet):
     """The noise-conditional score network of Song & Ermon 2019.
 
         s = RefineNet(2x - 1, l),    l = argmin_i |log σ - log σ_i|
@@ -37,37 +37,17 @@ class NCSN(nn.Module):
     torch.Size([2, 1, 8, 8])
     """
 
+    published = 1.0, 0.01, 10  # the ladder: σ_max, σ_min, L
+
     def __init__(self, channels=3, ngf=128, sigmas=None, image_size=32):
-        super().__init__()
-        n, ladder = ngf, _ladder(sigmas)
-        L = len(ladder)
-        self.channels, self.sample_shape = channels, (channels, image_size, image_size)
-        self.register_buffer("sigmas", ladder, persistent=False)
-        self.begin_conv = nn.Conv2d(channels, n, 3, padding=1)
-        self.res1 = nn.ModuleList([_Residual(n, n, L), _Residual(n, n, L)])
-        self.res2 = nn.ModuleList([_Residual(n, 2 * n, L, pool=True), _Residual(2 * n, 2 * n, L)])
-        self.res3 = nn.ModuleList([_Residual(2 * n, 2 * n, L, 2, down=True), _Residual(2 * n, 2 * n, L, 2)])
-        self.res4 = nn.ModuleList([_Residual(2 * n, 2 * n, L, 4, down=True), _Residual(2 * n, 2 * n, L, 4)])
-        self.refine1 = _Refine([2 * n], 2 * n, L)
-        self.refine2 = _Refine([2 * n, 2 * n], 2 * n, L)
-        self.refine3 = _Refine([2 * n, 2 * n], n, L)
-        self.refine4 = _Refine([n, n], n, L, blocks=3)
-        self.normalizer = ConditionalInstanceNorm2dPlus(n, L)
-        self.end_conv = nn.Conv2d(n, channels, 3, padding=1)
+        sigmas = geometric(*self.published) if sigmas is None else ladder("NCSN", sigmas)
+        super().__init__(channels, ngf, STAGES, REFINES, levels=len(sigmas))
+        self.sample_shape = (channels, image_size, image_size)
+        self.register_buffer("sigmas", sigmas, persistent=False)
 
     def forward(self, x, sigma):
-        if x.dim() != 4 or x.shape[1] != self.channels or x.shape[2] % 2 or x.shape[3] % 2:
-            raise ValueError(f"NCSN: x must be (B, {self.channels}, H, W) with even sides; got {tuple(x.shape)}.")
-        labels = self.level(sigma, x)
-        h, layers = self.begin_conv(2 * x - 1), []
-        for stage in (self.res1, self.res2, self.res3, self.res4):
-            for block in stage:
-                h = block(h, labels)
-            layers.append(h)
-        h = self.refine1([layers[3]], labels)
-        for refine, layer in zip((self.refine2, self.refine3, self.refine4), layers[2::-1]):
-            h = refine([layer, h], labels)
-        return self.end_conv(F.elu(self.normalizer(h, labels)))
+        self.check_images(x)
+        return self.network(x, self.level(sigma, x))
 
     def level(self, sigma, x):
         """The index (B,) of the level nearest to sigma (a float, 0-d or (B,)) in log σ."""
@@ -86,107 +66,3 @@ class NCSN(nn.Module):
             wrong = sigma.detach()[far].flatten()[0].item()
             first, last = self.sigmas[0].item(), self.sigmas[-1].item()
             raise ValueError(f"NCSN: sigma must be one of the {len(self.sigmas)} levels from {first:g} to {last:g}; got {wrong:g}.")
-
-
-class _Residual(nn.Module):
-    """norm, ELU, conv, norm, ELU, conv, plus the (projected) input; `pool` halves the sides, `down` only projects."""
-
-    def __init__(self, inputs, outputs, levels, dilation=1, pool=False, down=False):
-        super().__init__()
-        middle = inputs if pool or down else outputs
-        self.normalize1 = ConditionalInstanceNorm2dPlus(inputs, levels)
-        self.conv1 = nn.Conv2d(inputs, middle, 3, padding=dilation, dilation=dilation)
-        self.normalize2 = ConditionalInstanceNorm2dPlus(middle, levels)
-        conv = _ConvMeanPool if pool else nn.Conv2d
-        self.conv2 = conv(middle, outputs, 3, padding=dilation, dilation=dilation)
-        if pool:
-            self.shortcut = _ConvMeanPool(inputs, outputs, 1)
-        elif down or inputs != outputs:
-            self.shortcut = nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation)
-        else:
-            self.shortcut = nn.Identity()
-
-    def forward(self, x, labels):
-        h = self.conv1(F.elu(self.normalize1(x, labels)))
-        return self.shortcut(x) + self.conv2(F.elu(self.normalize2(h, labels)))
-
-
-class _ConvMeanPool(nn.Module):
-    def __init__(self, inputs, outputs, kernel, **options):
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, **options)
-
-    def forward(self, x):
-        return F.avg_pool2d(self.conv(x), 2)
-
-
-class _Refine(nn.Module):
-    """Adapt each input, fuse them at the size of the first, pool in a chain, adapt the result."""
-
-    def __init__(self, inputs, features, levels, blocks=1):
-        super().__init__()
-        self.adapt_convs = nn.ModuleList(_ResidualUnits(c, 2, levels) for c in inputs)
-        if len(inputs) > 1:
-            self.msf = _Fusion(inputs, features, levels)
-        self.crp = _ChainedPooling(features, levels)
-        self.output_convs = _ResidualUnits(features, blocks, levels)
-
-    def forward(self, xs, labels):
-        hs = [adapt(x, labels) for adapt, x in zip(self.adapt_convs, xs)]
-        h = self.msf(hs, labels) if len(hs) > 1 else hs[0]
-        return self.output_convs(self.crp(h, labels), labels)
-
-
-class _ResidualUnits(nn.Module):
-    """`blocks` residual units of two stages norm, ELU, conv; `{block}_{stage}_norm` and `_conv`, counted from 1."""
-
-    def __init__(self, features, blocks, levels):
-        super().__init__()
-        self.blocks = blocks
-        for name in (f"{b}_{s}" for b in range(1, blocks + 1) for s in (1, 2)):
-            self.add_module(f"{name}_norm", ConditionalInstanceNorm2dPlus(features, levels))
-            self.add_module(f"{name}_conv", nn.Conv2d(features, features, 3, padding=1, bias=False))
-
-    def forward(self, x, labels):
-        for b in range(1, self.blocks + 1):
-            h = x
-            for s in (1, 2):
-                h = getattr(self, f"{b}_{s}_conv")(F.elu(getattr(self, f"{b}_{s}_norm")(h, labels)))
-            x = x + h
-        return x
-
-
-class _Fusion(nn.Module):
-    def __init__(self, inputs, features, levels):
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(c, features, 3, padding=1) for c in inputs)
-        self.norms = nn.ModuleList(ConditionalInstanceNorm2dPlus(c, levels) for c in inputs)
-
-    def forward(self, xs, labels):
-        hs = [conv(norm(x, labels)) for conv, norm, x in zip(self.convs, self.norms, xs)]
-        size = xs[0].shape[2:]
-        hs = [h if h.shape[2:] == size else F.interpolate(h, size, mode="bilinear", align_corners=True) for h in hs]
-        return sum(hs[1:], hs[0])
-
-
-class _ChainedPooling(nn.Module):
-    def __init__(self, features, levels):
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(features, features, 3, padding=1, bias=False) for _ in range(2))
-        self.norms = nn.ModuleList(ConditionalInstanceNorm2dPlus(features, levels) for _ in range(2))
-
-    def forward(self, x, labels):
-        x = path = F.elu(x)
-        for conv, norm in zip(self.convs, self.norms):
-            path = conv(F.avg_pool2d(norm(path, labels), 5, stride=1, padding=2))  # average, padding counted
-            x = x + path
-        return x
-
-
-def _ladder(sigmas):
-    if sigmas is None:
-        return torch.linspace(0, math.log(0.01), 10, dtype=torch.float64).exp().float()
-    sigmas = torch.as_tensor(sigmas, dtype=torch.get_default_dtype()).detach().clone()
-    if sigmas.dim() != 1 or not len(sigmas) or not bool((sigmas > 0).all() and (sigmas[1:] < sigmas[:-1]).all()):
-        raise ValueError(f"NCSN: sigmas must be a descending ladder (L,) of positive levels; got {sigmas.tolist()}.")
-    return sigmas

@@ -1,0 +1,177 @@
+"""The dilated RefineNet of NCSN and NCSNv2, named as in the official checkpoints.
+
+With levels=L every normalisation is conditional and the modules are called (x, labels); with levels=None the refinement has no
+normalisation at all, its pooling takes the maximum instead of the mean, and the modules are called (x).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastscore.nn import ConditionalInstanceNorm2dPlus, InstanceNorm2dPlus
+
+
+class RefineNet(nn.Module):
+    """Residual stages downwards, refinement upwards, no output scaling: the part that the score networks share.
+
+        f = conv(elu(norm(RefineNet(conv(2x - 1)))))
+
+    Args:
+        channels, ngf: of the image, and the base width n.
+        stages: (name, width, dilation) of each, the width in units of n. Every stage but the first halves the sides, or keeps
+            them if it is dilated.
+        refines: (name, width) of each; the first takes the last stage, the others one stage each and the one before.
+        levels: L, or None for an unconditional network.
+    """
+
+    def __init__(self, channels, ngf, stages, refines, levels=None):
+        super().__init__()
+        self.channels = channels
+        self.stages, self.refines = [name for name, *_ in stages], [name for name, _ in refines]
+        self.side = 2 ** sum(dilation == 1 for _, _, dilation in stages[1:])  # both sides are multiples of it
+        self.begin_conv = nn.Conv2d(channels, ngf, 3, padding=1)
+        inputs, widths = ngf, []
+        for name, width, dilation in stages:
+            first = Residual(inputs, width * ngf, levels, dilation, down=bool(widths))
+            setattr(self, name, nn.ModuleList([first, Residual(width * ngf, width * ngf, levels, dilation)]))
+            inputs = width * ngf
+            widths.append(inputs)
+        below = []
+        for name, width in refines:
+            blocks = 3 if name == refines[-1][0] else 1
+            setattr(self, name, Refine([widths.pop(), *below], width * ngf, levels, blocks))
+            below = [width * ngf]
+        self.normalizer = norm(ngf, levels, "elu")
+        self.end_conv = nn.Conv2d(ngf, channels, 3, padding=1)
+
+    def check_images(self, x):
+        if x.dim() != 4 or x.shape[1] != self.channels or x.shape[2] % self.side or x.shape[3] % self.side:
+            sides = "even sides" if self.side == 2 else f"sides divisible by {self.side}"
+            raise ValueError(f"{type(self).__name__}: x must be (B, {self.channels}, H, W) with {sides}; got {tuple(x.shape)}.")
+
+    def network(self, x, *labels):
+        """f(x), or f(x, labels), like x."""
+        h, layers, below = self.begin_conv(2 * x - 1), [], []
+        for name in self.stages:
+            for block in getattr(self, name):
+                h = block(h, *labels)
+            layers.append(h)
+        for name in self.refines:
+            h = getattr(self, name)([layers.pop(), *below], *labels)
+            below = [h]
+        return self.end_conv(self.normalizer(h, *labels))
+
+
+def norm(features, levels, activation=None):
+    if levels is None:
+        return InstanceNorm2dPlus(features, activation=activation)
+    return ConditionalInstanceNorm2dPlus(features, levels, activation=activation)
+
+
+class Residual(nn.Module):
+    """norm, ELU, conv, norm, ELU, conv, plus the (projected) input; `down` halves the sides, or only projects if dilated."""
+
+    def __init__(self, inputs, outputs, levels, dilation=1, down=False):
+        super().__init__()
+        middle, pool = inputs if down else outputs, down and dilation == 1
+        self.normalize1 = norm(inputs, levels, "elu")
+        self.conv1 = nn.Conv2d(inputs, middle, 3, padding=dilation, dilation=dilation)
+        self.normalize2 = norm(middle, levels, "elu")
+        conv = ConvMeanPool if pool else nn.Conv2d
+        self.conv2 = conv(middle, outputs, 3, padding=dilation, dilation=dilation)
+        if pool:
+            self.shortcut = ConvMeanPool(inputs, outputs, 1)
+        elif down or inputs != outputs:
+            self.shortcut = nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation)
+        else:
+            self.shortcut = nn.Identity()
+
+    def forward(self, x, *labels):
+        h = self.conv1(self.normalize1(x, *labels))
+        return self.shortcut(x) + self.conv2(self.normalize2(h, *labels))
+
+
+class ConvMeanPool(nn.Module):
+    def __init__(self, inputs, outputs, kernel, **options):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, **options)
+
+    def forward(self, x):
+        return F.avg_pool2d(self.conv(x), 2)
+
+
+class Refine(nn.Module):
+    """Adapt each input, fuse them at the size of the first, pool in a chain, adapt the result."""
+
+    def __init__(self, inputs, features, levels, blocks=1):
+        super().__init__()
+        self.adapt_convs = nn.ModuleList(ResidualUnits(c, 2, levels) for c in inputs)
+        if len(inputs) > 1:
+            self.msf = Fusion(inputs, features, levels)
+        self.crp = ChainedPooling(features, levels)
+        self.output_convs = ResidualUnits(features, blocks, levels)
+
+    def forward(self, xs, *labels):
+        hs = [adapt(x, *labels) for adapt, x in zip(self.adapt_convs, xs)]
+        h = self.msf(hs, *labels) if len(hs) > 1 else hs[0]
+        return self.output_convs(self.crp(h, *labels), *labels)
+
+
+class ResidualUnits(nn.Module):
+    """`blocks` residual units of two stages (norm,) ELU, conv; `{block}_{stage}_norm` and `_conv`, counted from 1."""
+
+    def __init__(self, features, blocks, levels):
+        super().__init__()
+        self.blocks = blocks
+        for name in (f"{b}_{s}" for b in range(1, blocks + 1) for s in (1, 2)):
+            self.add_module(f"{name}_norm", nn.ELU() if levels is None else norm(features, levels, "elu"))
+            self.add_module(f"{name}_conv", nn.Conv2d(features, features, 3, padding=1, bias=False))
+
+    def forward(self, x, *labels):
+        for b in range(1, self.blocks + 1):
+            h = x
+            for s in (1, 2):
+                h = getattr(self, f"{b}_{s}_conv")(getattr(self, f"{b}_{s}_norm")(h, *labels))
+            x = x + h
+        return x
+
+
+class Fusion(nn.Module):
+    """(norm,) conv, resize to the first input, sum; summed in the network's dtype, where the original sums in float32."""
+
+    def __init__(self, inputs, features, levels):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(c, features, 3, padding=1) for c in inputs)
+        self.norms = nn.ModuleList(nn.Identity() if levels is None else norm(c, levels) for c in inputs)
+
+    def forward(self, xs, *labels):
+        hs = [conv(norm(x, *labels)) for conv, norm, x in zip(self.convs, self.norms, xs)]
+        size = xs[0].shape[2:]
+        hs = [h if h.shape[2:] == size else F.interpolate(h, size, mode="bilinear", align_corners=True) for h in hs]
+        return sum(hs[1:], hs[0])
+
+
+class ChainedPooling(nn.Module):
+    """ELU, then twice: (norm,) 5x5 pooling, conv, add. The original calls its pool `maxpool` also where it takes the mean."""
+
+    def __init__(self, features, levels):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(features, features, 3, padding=1, bias=False) for _ in range(2))
+        self.norms = nn.ModuleList(nn.Identity() if levels is None else norm(features, levels) for _ in range(2))
+        self.pool = F.max_pool2d if levels is None else F.avg_pool2d  # the mean counts the padding
+
+    def forward(self, x, *labels):
+        x = path = F.elu(x)
+        for conv, norm in zip(self.convs, self.norms):
+            path = conv(self.pool(norm(path, *labels), 5, stride=1, padding=2))
+            x = x + path
+        return x
+
+
+def ladder(op, sigmas):
+    """sigmas as a tensor (L,); raises unless they descend."""
+    sigmas = torch.as_tensor(sigmas, dtype=torch.get_default_dtype()).detach().clone()
+    positive = bool(((sigmas > 0) & sigmas.isfinite()).all())
+    if sigmas.dim() != 1 or not len(sigmas) or not positive or not bool((sigmas[1:] < sigmas[:-1]).all()):
+        raise ValueError(f"{op}: sigmas must be a descending ladder (L,) of positive levels; got {sigmas.tolist()}.")
+    return sigmas
