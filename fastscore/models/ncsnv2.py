@@ -1,0 +1,88 @@
+"""NCSNv2 in its three depths: one unconditional RefineNet for all noise levels, named as in ermongroup/ncsnv2's checkpoints."""
+
+from fastscore.models import ncsn
+from fastscore.models.refinenet import RefineNet, ladder
+from fastscore.ops import checks
+from fastscore.schedules import geometric
+
+_SMALLEST = 1e-30  # sigma; 1/σ is finite in float32
+
+
+class NCSNv2(RefineNet):
+    """The score network of Song & Ermon 2020, for images of 32 to 64 pixels.
+
+        s(x, σ) = f(x) / σ,    f = RefineNet(2x - 1)
+
+    f does not see σ, so every σ > 0 is allowed; the ladder is for the sampler and the state_dict.
+
+    Jolicoeur-Martineau et al. 2020 train the same f as their network (f(x) = (D(x) - x)/σ, with D(x) the denoised image) and keep no
+    ladder beside it; with scale_by_sigma=False this is their network: f(x) itself, and no `sigmas` in the state_dict. It is a score only
+    after the division by σ, which samplers here expect.
+
+    Args:
+        channels: of the image.
+        ngf: base width.
+        sigmas: the ladder, descending; None is CIFAR-10's, 232 levels geometric from 50 to 0.01.
+        image_size: what `sample_shape` says; the network takes any even height and width.
+        scale_by_sigma: divide by σ.
+
+    Shapes: forward(x, sigma): x (B, channels, H, W) in [0, 1] plus noise, any float dtype that the parameters have;
+        sigma a float, 0-d or (B,). Returns the score, like x.
+
+    Raises:
+        ValueError: sigmas do not descend; x has other channels or an odd side; sigma is not positive.
+
+    Source: Song & Ermon 2020, technique 3 (arXiv:2006.09011); Jolicoeur-Martineau et al. 2020 (arXiv:2009.05475).
+
+    >>> import torch
+    >>> net = NCSNv2(channels=1, ngf=4, image_size=8)
+    >>> x = torch.rand(2, 1, 8, 8)
+    >>> torch.allclose(2 * net(x, 2.0), net(x, 1.0))
+    True
+    """
+
+    _stages, _refines = ncsn.STAGES, ncsn.REFINES
+    published = 50.0, 0.01, 232
+
+    def __init__(self, channels=3, ngf=128, sigmas=None, image_size=32, scale_by_sigma=True):
+        sigmas = geometric(*self.published) if sigmas is None else ladder(type(self).__name__, sigmas)
+        super().__init__(channels, ngf, self._stages, self._refines)
+        self.sample_shape, self.scale_by_sigma = (channels, image_size, image_size), scale_by_sigma
+        self.register_buffer("sigmas", sigmas, persistent=scale_by_sigma)
+
+    def forward(self, x, sigma=None):
+        self.check_images(x)
+        if not self.scale_by_sigma:
+            return self.network(x)
+        sigma = checks.coefficient(type(self).__name__, "sigma", sigma, x, minimum=_SMALLEST)
+        return (self.network(x).to(checks.compute_dtype(x.dtype)) / checks.expand(sigma, x)).to(x.dtype)
+
+
+class NCSNv2Deeper(NCSNv2):
+    """NCSNv2 with one more stage, for images of 64 to 128 pixels.
+
+    Arguments, shapes and errors as in NCSNv2, but the sides are divisible by 4, and the defaults are those of LSUN bedroom and tower:
+    1086 levels from 190 to 0.01, 128 pixels.
+    """
+
+    _stages = (("res1", 1, 1), ("res2", 2, 1), ("res3", 2, 1), ("res4", 4, 2), ("res5", 4, 4))
+    _refines = (("refine1", 4), ("refine2", 2), ("refine3", 2), ("refine4", 1), ("refine5", 1))
+    published = 190.0, 0.01, 1086
+
+    def __init__(self, channels=3, ngf=128, sigmas=None, image_size=128, scale_by_sigma=True):
+        super().__init__(channels, ngf, sigmas, image_size, scale_by_sigma)
+
+
+class NCSNv2Deepest(NCSNv2):
+    """NCSNv2Deeper with one more stage, for images of 256 pixels.
+
+    Arguments, shapes and errors as in NCSNv2, but the sides are divisible by 8, and the defaults are those of FFHQ: 2311 levels from 348
+    to 0.01, 256 pixels.
+    """
+
+    _stages = (("res1", 1, 1), ("res2", 2, 1), ("res3", 2, 1), ("res31", 2, 1), ("res4", 4, 2), ("res5", 4, 4))
+    _refines = (("refine1", 4), ("refine2", 2), ("refine31", 2), ("refine3", 2), ("refine4", 1), ("refine5", 1))
+    published = 348.0, 0.01, 2311
+
+    def __init__(self, channels=3, ngf=128, sigmas=None, image_size=256, scale_by_sigma=True):
+        super().__init__(channels, ngf, sigmas, image_size, scale_by_sigma)

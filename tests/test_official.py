@@ -1,0 +1,232 @@
+"""The four official networks equal a plain evaluation of their state_dict."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastscore import schedules
+from fastscore.models import NCSN, NCSNv2, NCSNv2Deeper, NCSNv2Deepest
+
+V2 = [NCSNv2, NCSNv2Deeper, NCSNv2Deepest]
+ALL = [NCSN, *V2]
+LADDER = schedules.geometric(50.0, 0.01, 10)
+
+
+def network(cls, ngf=4, channels=3, **options):
+    """A small one in float32, its coefficients moved off their initial values."""
+    torch.manual_seed(0)
+    net = cls(channels=channels, ngf=ngf, sigmas=LADDER, **options).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return net
+
+
+# --- an independent evaluation, straight from the names in the state_dict
+
+
+def official_norm(w, name, x, y):
+    if f"{name}.embed.weight" in w:
+        gamma, alpha, beta = (t[..., None, None] for t in w[f"{name}.embed.weight"][y].chunk(3, 1))
+    elif f"{name}.alpha" in w:
+        gamma, alpha, beta = (w[f"{name}.{k}"][:, None, None] for k in ("gamma", "alpha", "beta"))
+    else:
+        return x
+    mu = x.mean((2, 3), keepdim=True)
+    m = (mu - mu.mean(1, keepdim=True)) / (mu.var(1, keepdim=True) + 1e-5).sqrt()
+    h = (x - mu) / (x.var((2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
+    return gamma * (h + alpha * m) + beta
+
+
+def official_conv(w, name, x, dilation=1):
+    weight = w[f"{name}.weight"]
+    return F.conv2d(x, weight, w.get(f"{name}.bias"), padding=dilation * (weight.shape[-1] // 2), dilation=dilation)
+
+
+def halved(x):
+    return (x[:, :, ::2, ::2] + x[:, :, 1::2, ::2] + x[:, :, ::2, 1::2] + x[:, :, 1::2, 1::2]) / 4
+
+
+def official_block(w, name, x, y, dilation):
+    h = official_conv(w, f"{name}.conv1", F.elu(official_norm(w, f"{name}.normalize1", x, y)), dilation)
+    h = F.elu(official_norm(w, f"{name}.normalize2", h, y))
+    if f"{name}.conv2.conv.weight" in w:
+        return halved(official_conv(w, f"{name}.shortcut.conv", x)) + halved(official_conv(w, f"{name}.conv2.conv", h))
+    h = official_conv(w, f"{name}.conv2", h, dilation)
+    return h + (official_conv(w, f"{name}.shortcut", x, dilation) if f"{name}.shortcut.weight" in w else x)
+
+
+def official_units(w, name, x, y):
+    block = 1
+    while f"{name}.{block}_1_conv.weight" in w:
+        h = x
+        for stage in (1, 2):
+            h = official_conv(w, f"{name}.{block}_{stage}_conv", F.elu(official_norm(w, f"{name}.{block}_{stage}_norm", h, y)))
+        x, block = x + h, block + 1
+    return x
+
+
+def official_refine(w, name, xs, y):
+    hs = [official_units(w, f"{name}.adapt_convs.{i}", x, y) for i, x in enumerate(xs)]
+    if len(hs) > 1:
+        hs = [official_conv(w, f"{name}.msf.convs.{i}", official_norm(w, f"{name}.msf.norms.{i}", h, y)) for i, h in enumerate(hs)]
+        hs = [F.interpolate(h, size=xs[0].shape[2:], mode="bilinear", align_corners=True) for h in hs]
+    x = path = F.elu(sum(hs))
+    for i in (0, 1):
+        if f"{name}.crp.norms.{i}.embed.weight" in w:  # conditional networks take the mean, of 25 also at the border
+            path = F.pad(official_norm(w, f"{name}.crp.norms.{i}", path, y), (2, 2, 2, 2)).unfold(2, 5, 1).unfold(3, 5, 1).mean((-1, -2))
+        else:
+            path = F.pad(path, (2, 2, 2, 2), value=-torch.inf).unfold(2, 5, 1).unfold(3, 5, 1).amax((-1, -2))
+        path = official_conv(w, f"{name}.crp.convs.{i}", path)
+        x = x + path
+    return official_units(w, f"{name}.output_convs", x, y)
+
+
+DILATIONS = {NCSN: (1, 1, 2, 4), NCSNv2: (1, 1, 2, 4), NCSNv2Deeper: (1, 1, 1, 2, 4), NCSNv2Deepest: (1, 1, 1, 1, 2, 4)}
+
+
+def official(cls, w, x, y):
+    """f(x) of the labels y: the official networks before any division by σ."""
+    deepest = cls is NCSNv2Deepest
+    stages = ["res1", "res2", "res3", *["res31"] * deepest, "res4", "res5"]
+    h, layers = official_conv(w, "begin_conv", 2 * x - 1), []
+    for stage, dilation in zip(stages, DILATIONS[cls]):
+        h = official_block(w, f"{stage}.1", official_block(w, f"{stage}.0", h, y, dilation), y, dilation)
+        layers.append(h)
+    refines = ["refine1", "refine2", *["refine31"] * deepest, "refine3", "refine4", *["refine5"] * (len(layers) > 4)]
+    h = official_refine(w, refines[0], [layers[-1]], y)
+    for name, layer in zip(refines[1:], layers[-2::-1]):
+        h = official_refine(w, name, [layer, h], y)
+    return official_conv(w, "end_conv", F.elu(official_norm(w, "normalizer", h, y)))
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+# --- networks
+
+
+@pytest.mark.parametrize(
+    "cls, tensors, parameters, unscaled",
+    [
+        (NCSN, 173, 30_117_635, None),
+        (NCSNv2, 154, 29_694_083, 153),
+        (NCSNv2Deeper, 192, 83_445_379, 191),
+        (NCSNv2Deepest, 230, 94_132_611, 229),
+    ],
+)
+def test_network_has_the_official_tensors_and_parameters(cls, tensors, parameters, unscaled):
+    with torch.device("meta"):
+        net = cls()
+        assert unscaled is None or len(cls(scale_by_sigma=False).state_dict()) == unscaled
+    assert len(net.state_dict()) == tensors and sum(p.numel() for p in net.parameters()) == parameters
+    assert ("sigmas" in net.state_dict()) == (cls is not NCSN)
+
+
+def test_v2_keys_and_shapes_follow_the_official_grammar():
+    n = 6
+    shapes = {cls: {k: tuple(v.shape) for k, v in cls(ngf=n, sigmas=LADDER).state_dict().items()} for cls in V2}
+    expected = {
+        NCSNv2: {
+            "sigmas": (10,), "normalizer.gamma": (n,), "res2.0.normalize2.beta": (n,), "res2.0.conv2.conv.weight": (2 * n, n, 3, 3),
+            "res3.0.shortcut.weight": (2 * n, 2 * n, 3, 3),
+            "refine3.msf.convs.1.bias": (n,), "refine4.output_convs.3_2_conv.weight": (n, n, 3, 3),
+        },
+        NCSNv2Deeper: {
+            "res3.0.conv2.conv.bias": (2 * n,), "res3.0.shortcut.conv.weight": (2 * n, 2 * n, 1, 1),
+            "res4.0.conv1.weight": (2 * n, 2 * n, 3, 3),
+            "res4.0.shortcut.weight": (4 * n, 2 * n, 3, 3), "res4.1.normalize1.alpha": (4 * n,),
+            "res5.1.conv2.weight": (4 * n, 4 * n, 3, 3),
+            "refine1.output_convs.1_2_conv.weight": (4 * n, 4 * n, 3, 3), "refine2.msf.convs.0.weight": (2 * n, 4 * n, 3, 3),
+            "refine3.msf.convs.1.weight": (2 * n, 2 * n, 3, 3), "refine4.crp.convs.0.weight": (n, n, 3, 3),
+            "refine5.output_convs.3_1_conv.weight": (n, n, 3, 3),
+        },
+        NCSNv2Deepest: {
+            "res31.0.shortcut.conv.weight": (2 * n, 2 * n, 1, 1), "res4.0.shortcut.weight": (4 * n, 2 * n, 3, 3),
+            "refine2.msf.convs.1.weight": (2 * n, 4 * n, 3, 3), "refine31.msf.convs.1.weight": (2 * n, 2 * n, 3, 3),
+            "refine3.adapt_convs.1.2_1_conv.weight": (2 * n, 2 * n, 3, 3),
+        },
+    }  # fmt: skip
+    for cls, some in expected.items():
+        assert {k: shapes[cls].get(k) for k in some} == some
+        assert not [k for k in shapes[cls] if ("norm" in k and k.startswith("refine")) or "refine1.msf" in k or "res1.0.shortcut" in k]
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_network_equals_the_plain_evaluation_of_its_state_dict(cls):
+    """In float64, so that also a rounding to float32 on the way, as in the original's accumulator, would show."""
+    net = network(cls).double()
+    x, y = torch.rand(2, 3, 16, 24, dtype=torch.float64), torch.tensor([0, 7])
+    expected = official(cls, net.state_dict(), x, y)
+    sigma = LADDER.double()[y]
+    torch.testing.assert_close(net(x, sigma), expected if cls is NCSN else expected / sigma[:, None, None, None], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_network_runs_in_half_precision(cls, dtype):
+    """About sixty roundings in a row of values of order one, each eps/2 at most, adding up like a random walk: 8 eps of the norm."""
+    net = network(cls, ngf=8)
+    x, sigma = torch.rand(2, 3, 16, 16), LADDER[[5, 5]]
+    expected = net(x, sigma)
+    s = net.to(dtype)(x.to(dtype), sigma)
+    assert s.dtype == dtype and (s - expected).norm() < 8 * torch.finfo(dtype).eps * expected.norm()
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_network_keeps_channels_last(cls):
+    net = network(cls)
+    x, sigma = torch.rand(2, 3, 16, 16), LADDER[[0, 9]]
+    expected = net(x, sigma)
+    s = net.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), sigma)
+    assert s.is_contiguous(memory_format=torch.channels_last) and relative(s, expected) < 1e-4
+
+
+def test_v2_scores_at_any_sigma_and_cas_predicts_sigma_times_the_score():
+    net, raw = network(NCSNv2), network(NCSNv2, scale_by_sigma=False)
+    x, sigma = torch.rand(3, 3, 8, 8), torch.tensor([0.37, 2.0, 2e-3])  # no levels of the ladder
+    f = raw(x)
+    torch.testing.assert_close(net(x, sigma), f / sigma[:, None, None, None])
+    torch.testing.assert_close(net(x, 0.37), f / 0.37)
+    assert torch.equal(raw(x, sigma), f)
+    raw.load_state_dict({k: v for k, v in net.state_dict().items() if k != "sigmas"})
+    assert torch.equal(raw(x), f)
+
+
+def test_v2_ladders_are_the_published_ones():
+    for cls, first, levels, size in ((NCSNv2, 50, 232, 32), (NCSNv2Deeper, 190, 1086, 128), (NCSNv2Deepest, 348, 2311, 256)):
+        net = cls(ngf=1)
+        expected = torch.from_numpy(np.exp(np.linspace(np.log(first), np.log(0.01), levels))).float()
+        torch.testing.assert_close(net.sigmas, expected, rtol=1e-6, atol=0)
+        assert net.sample_shape == (3, size, size)
+
+
+@pytest.mark.parametrize("cls, side", [(NCSN, "even sides"), (NCSNv2, "even sides"), (NCSNv2Deeper, "by 4"), (NCSNv2Deepest, "by 8")])
+def test_network_names_what_it_cannot_take(cls, side):
+    net = network(cls)
+    with pytest.raises(ValueError, match=rf"{cls.__name__}: x must be \(B, 3, H, W\) with .*{side}; got \(1, 3, 8, 9\)"):
+        net(torch.zeros(1, 3, 8, 9), 0.01)
+    with pytest.raises(ValueError, match=f"{cls.__name__}: sigma must be"):
+        net(torch.zeros(1, 3, 8, 8), 0.0)
+    with pytest.raises(ValueError, match="descending ladder"):
+        cls(ngf=4, sigmas=[0.1, 1.0])
+
+
+def test_compiled_v2_equals_eager():
+    net, x, sigma = network(NCSNv2).double(), torch.rand(2, 3, 8, 8, dtype=torch.float64), LADDER.double()[[1, 8]]
+    with torch.no_grad():  # gradients: test_compiled_ncsn_equals_eager_in_value_and_gradient
+        torch.testing.assert_close(torch.compile(net, backend="aot_eager", fullgraph=True)(x, sigma), net(x, sigma), rtol=1e-10, atol=1e-10)
+
+
+def test_v2_sliced_gradient_through_forward_mode_equals_double_backward():
+    net, x = network(NCSNv2).double(), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    v = torch.randint(0, 2, x.shape, dtype=torch.float64) * 2 - 1
+    _, jv = torch.func.jvp(lambda x: net(x, 0.5), (x,), (v,))
+    forward = torch.autograd.grad((v * jv).sum(), list(net.parameters()), allow_unused=True, materialize_grads=True)
+    x.requires_grad_()
+    (jv,) = torch.autograd.grad((net(x, 0.5) * v).sum(), x, create_graph=True)
+    reverse = torch.autograd.grad((v * jv).sum(), list(net.parameters()), allow_unused=True, materialize_grads=True)
+    error, size = (sum(t.square().sum() for t in ts).sqrt() for ts in ([a - b for a, b in zip(forward, reverse)], reverse))
+    assert error < 1e-11 * size
