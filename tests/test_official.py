@@ -1,4 +1,4 @@
-"""The four official networks equal a plain evaluation of their state_dict."""
+"""The four official networks equal a plain evaluation of their state_dict; their files load, and wrong ones are refused in a sentence."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fastscore import schedules
-from fastscore.models import NCSN, NCSNv2, NCSNv2Deeper, NCSNv2Deepest
+from fastscore.models import NCSN, NCSNv2, NCSNv2Deeper, NCSNv2Deepest, load_official
 
 V2 = [NCSNv2, NCSNv2Deeper, NCSNv2Deepest]
 ALL = [NCSN, *V2]
@@ -230,3 +230,133 @@ def test_v2_sliced_gradient_through_forward_mode_equals_double_backward():
     reverse = torch.autograd.grad((v * jv).sum(), list(net.parameters()), allow_unused=True, materialize_grads=True)
     error, size = (sum(t.square().sum() for t in ts).sqrt() for ts in ([a - b for a, b in zip(forward, reverse)], reverse))
     assert error < 1e-11 * size
+
+
+# --- checkpoints
+
+
+def prefixed(net):
+    return {f"module.{k}": v.clone() for k, v in net.state_dict().items()}
+
+
+def averaged(net):
+    """What the official EMA stores: parameters, no buffers, no prefix; here twice the others."""
+    return {k: 2 * v.detach() for k, v in net.named_parameters()}
+
+
+def container(cls, layout=None):
+    """A checkpoint in the layout of ermongroup/ncsn (a list of two), ncsnv2 or CAS (lists of five)."""
+    net = network(cls, **({"scale_by_sigma": False} if layout == "cas" else {}))
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.rand(1, 3, 8, 8), 50.0).sum().backward()
+    optimizer.step()
+    if cls is NCSN:
+        return [prefixed(net), optimizer.state_dict()]
+    return [prefixed(net), optimizer.state_dict(), 17, 300_000, averaged(net)]
+
+
+@pytest.mark.parametrize("cls, layout", [(NCSN, "ncsn"), *((cls, layout) for cls in V2 for layout in ("ncsnv2", "cas"))])
+def test_checkpoint_reproduces_the_forward_values(cls, layout, tmp_path):
+    saved = container(cls, layout)
+    torch.save(saved, tmp_path / "checkpoint.pth")
+    ladder = {} if layout == "ncsnv2" else {"sigmas": LADDER}
+    state = torch.random.get_rng_state()
+    net = load_official(tmp_path / "checkpoint.pth", **ladder)
+    assert torch.equal(torch.random.get_rng_state(), state) and type(net) is cls and not net.training
+    torch.testing.assert_close(net.sigmas, LADDER, rtol=0, atol=0)
+    weights = {k.removeprefix("module."): v for k, v in saved[0].items()} if cls is NCSN else saved[4]
+    x, y = torch.rand(2, 3, 16, 16), torch.tensor([2, 9])
+    expected = official(cls, weights, x, y) / (1 if cls is NCSN else LADDER[y][:, None, None, None])
+    assert relative(net(x, LADDER[y]), expected) < 1e-4
+    if layout == "cas":
+        raw = load_official(saved, scale_by_sigma=False)
+        assert relative(raw(x), official(cls, weights, x, y)) < 1e-4 and len(raw.state_dict()) == len(saved[0])
+
+
+def test_averaged_weights_are_taken_unless_told_otherwise():
+    saved = container(NCSNv2)
+    for source, ema, expected in (
+        (saved, True, saved[4]), (saved, False, saved[0]), (saved[:4], False, saved[0]), ([*saved[:4], None], False, saved[0]),
+        ([*saved, {"of the": "discriminator"}], True, saved[4]), (saved[0], True, saved[0]), (saved[:2], True, saved[0]),
+    ):  # fmt: skip
+        weight = load_official(source, ema=ema).end_conv.weight
+        assert torch.equal(weight, expected["end_conv.weight" if "end_conv.weight" in expected else "module.end_conv.weight"])
+    assert torch.equal(load_official(saved[4], sigmas=LADDER).end_conv.weight, saved[4]["end_conv.weight"])
+    for source in (saved[:4], [*saved[:4], None]):
+        with pytest.raises(ValueError, match="no averaged weights; pass ema=False"):
+            load_official(source)
+
+
+def test_loaded_network_shares_no_memory_and_takes_hyper_parameters():
+    saved = container(NCSNv2)
+    before = saved[4]["begin_conv.weight"].clone()
+    net = load_official(saved, sigmas=[3.0, 1.0], image_size=8, ngf=4, channels=3)
+    assert net.sigmas.tolist() == [3.0, 1.0] and net.sample_shape == (3, 8, 8)
+    torch.nn.init.zeros_(net.begin_conv.weight)
+    assert torch.equal(saved[4]["begin_conv.weight"], before)
+
+
+class Foreign:
+    pass
+
+
+def test_unreadable_files_are_refused(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save([{"a": torch.ones(1)}, Foreign()], path)
+    with pytest.raises(ValueError, match=r"x.pth is damaged, or no checkpoint of tensors alone"):
+        load_official(path)
+    torch.save(container(NCSNv2), path)
+    whole = path.read_bytes()
+    for size in (0, 1, 10, 1000, len(whole) // 2, len(whole) - 10):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"x\.pth is damaged"):
+            load_official(str(path))
+    with pytest.raises(ValueError, match=r"nowhere\.pth cannot be read: No such file"):
+        load_official(tmp_path / "nowhere.pth")
+
+
+def changed(**changes):
+    """The weights of a small NCSNv2 with some entries replaced, or removed (None)."""
+    weights = {**network(NCSNv2).state_dict(), **{k.replace("__", "."): v for k, v in changes.items()}}
+    return {k: v for k, v in weights.items() if v is not None}
+
+
+ONE = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    "source, options, message",
+    [
+        (3, {}, "must be a list .* or a dict of tensors; got a int"),
+        ([3, 4], {}, "got a list of int, int"),
+        ({"net": {}, "step": 3}, {}, "got a dict with 'net', 'step'"),
+        ({0: ONE}, {}, "got a dict with 0"),
+        ({"a": ONE}, {}, r"must have begin_conv.weight .*; its 1 names are a"),
+        (changed(sigmas=None), {}, r"stores no ladder; pass sigmas, such as .* sigma_max=50, sigma_min=0.01, levels=232"),
+        (changed(end_conv__bias=None), {}, r"does not fit NCSNv2: 1 missing \(end_conv.bias\)\.$"),
+        (changed(extra=ONE), {}, r"does not fit NCSNv2: 1 unexpected \(extra\)\.$"),
+        (changed(end_conv__bias=ONE), {}, r"does not fit NCSNv2: 1 misshapen \(end_conv.bias \(1,\) for \(3,\)\)\.$"),
+        (
+            changed(),
+            {"arch": "ncsnv2deeper"},
+            r"NCSNv2Deeper: 46 missing \(\S+, \S+, \S+, \.\.\.\); 8 unexpected \(.*\); 50 misshapen \(.*\.\.\.\)\.$",
+        ),
+        (changed(), {"arch": "unet"}, "arch must be one of ncsn, ncsnv2, ncsnv2deeper, ncsnv2deepest; got 'unet'"),
+        (changed(sigmas=torch.tensor([1.0, 2.0])), {}, "sigmas must be a descending ladder"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_wrong_checkpoints_are_refused_in_one_sentence(source, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_official(source, **options)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+
+
+def test_ncsn_asks_for_its_ladder_and_unknown_hyper_parameters_are_named():
+    saved = container(NCSN)
+    with pytest.raises(ValueError, match=r"sigma_max=1, sigma_min=0\.01, levels=10"):
+        load_official(saved)
+    with pytest.raises(ValueError, match="sigmas must have the 10 levels of the checkpoint; got 2"):
+        load_official(saved, sigmas=[1.0, 0.1])
+    with pytest.raises(TypeError, match="the hyper-parameters of ncsn are channels, ngf, sigmas, image_size; got levels"):
+        load_official(saved, levels=10)

@@ -3,6 +3,7 @@
 from fastscore.models.analytic import Gaussian, GaussianMixture
 from fastscore.models.ncsn import NCSN
 from fastscore.models.ncsnv2 import NCSNv2, NCSNv2Deeper, NCSNv2Deepest
+from fastscore.models.official import load_official
 from fastscore.models.score_mlp import ScoreMLP
 
-__all__ = ["NCSN", "Gaussian", "GaussianMixture", "NCSNv2", "NCSNv2Deeper", "NCSNv2Deepest", "ScoreMLP"]
+__all__ = ["NCSN", "Gaussian", "GaussianMixture", "NCSNv2", "NCSNv2Deeper", "NCSNv2Deepest", "ScoreMLP", "load_official"]

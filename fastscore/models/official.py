@@ -1,0 +1,147 @@
+"""Read the checkpoints of ermongroup/ncsn, ermongroup/ncsnv2 and AdversarialConsistentScoreMatching (CAS)."""
+
+import inspect
+from collections.abc import Mapping
+from os import PathLike
+
+import torch
+
+from fastscore.models.ncsn import NCSN
+from fastscore.models.ncsnv2 import NCSNv2, NCSNv2Deeper, NCSNv2Deepest
+from fastscore.models.refinenet import ladder
+
+ARCHITECTURES = {"ncsn": NCSN, "ncsnv2": NCSNv2, "ncsnv2deeper": NCSNv2Deeper, "ncsnv2deepest": NCSNv2Deepest}
+_OP = "load_official"
+
+
+def load_official(source, *, ema=True, arch=None, **hyper_parameters):
+    """Build an official network around the weights of a checkpoint.
+
+    | layout of the file                                    | weights                  |
+    |-------------------------------------------------------|--------------------------|
+    | NCSN: [state_dict, optimizer]                         | it has only one kind     |
+    | NCSNv2, CAS: [state_dict, optimizer, epoch, step, ema] | ema, or state_dict if not |
+    | a state_dict, or ema, by itself                       | as they are              |
+
+    A prefix `module.` is dropped. Width, channels, levels and depth follow from the shapes, σ from the buffer of NCSNv2. NCSN and CAS
+    store no ladder: give theirs. CAS's weights come as a score too, divided by σ (see NCSNv2); with scale_by_sigma=False as f. CAS's
+    option `--target dae` trains another function under the same names; nothing in the file tells, and it is not supported.
+
+    Args:
+        source: a path, read with torch.load(weights_only=True), or what torch.load returned.
+        ema: take the averaged weights, as the official samplers do.
+        arch: ncsn, ncsnv2, ncsnv2deeper or ncsnv2deepest; None follows the names in the file.
+        hyper_parameters: sigmas (wins over the file's), image_size (of `sample_shape`), scale_by_sigma, channels, ngf: of the network.
+
+    Returns:
+        The network, on the CPU and in evaluation mode; `net.sigmas` is its ladder.
+
+    Raises:
+        ValueError: the file is missing, not readable without unpickling code, or of another layout; it has no averaged weights;
+            sigmas are missing or of another number; names or shapes do not fit.
+        TypeError: an unknown hyper-parameter.
+
+    >>> saved = [{f"module.{name}": t for name, t in NCSN(ngf=4).state_dict().items()}, {}]
+    >>> load_official(saved, sigmas=torch.linspace(1, 0.01, 10)).begin_conv.weight.shape
+    torch.Size([4, 3, 3, 3])
+    """
+    if arch is not None and arch not in ARCHITECTURES:
+        raise ValueError(f"{_OP}: arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}.")
+    weights, sigmas = _weights(_read(source) if isinstance(source, (str, PathLike)) else source, ema)
+    arch = arch or _architecture(weights)
+    known = list(inspect.signature(ARCHITECTURES[arch]).parameters)
+    if set(hyper_parameters) - set(known):
+        unknown = ", ".join(sorted(set(hyper_parameters) - set(known)))
+        raise TypeError(f"{_OP}: the hyper-parameters of {arch} are {', '.join(known)}; got {unknown}.")
+    options = {**_inferred(weights), **{name: value for name, value in hyper_parameters.items() if value is not None}}
+    options["sigmas"] = _ladder(options, sigmas, weights, arch)
+    with torch.random.fork_rng(devices=[]):  # the initial values are thrown away, and so are their random numbers
+        net = ARCHITECTURES[arch](**options)
+    _check_fit(net, weights)
+    net.load_state_dict({**weights, **({"sigmas": net.sigmas} if "sigmas" in net.state_dict() else {})})
+    return net.eval()
+
+
+def _read(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{_OP}: {path} cannot be read: {error.strerror or error}.") from None
+    except Exception:  # foreign classes raise UnpicklingError, damaged files almost anything
+        raise ValueError(f"{_OP}: {path} is damaged, or no checkpoint of tensors alone (weights_only=True refuses it).") from None
+
+
+def _weights(container, ema):
+    """The chosen {name: tensor} without `module.` and without sigmas, and sigmas or None."""
+    if isinstance(container, (list, tuple)) and len(container) >= 2:
+        state, average = container[0], container[4] if len(container) > 4 else None
+        if ema and average is None and len(container) > 2:
+            raise ValueError(f"{_OP}: the checkpoint has no averaged weights; pass ema=False to take the others.")
+        chosen = average if ema and average is not None else state
+    else:
+        state = chosen = container
+    if not (_is_state_dict(state) and _is_state_dict(chosen)):
+        layouts = "a list [state_dict, optimizer] or [state_dict, optimizer, epoch, step, ema], or a dict of tensors"
+        raise ValueError(f"{_OP}: the checkpoint must be {layouts}; got {_outline(container)}.")
+    state, chosen = ({name.removeprefix("module."): t for name, t in each.items()} for each in (state, chosen))
+    sigmas = chosen.pop("sigmas", state.get("sigmas"))
+    return chosen, sigmas
+
+
+def _is_state_dict(t):
+    return isinstance(t, Mapping) and bool(t) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in t.items())
+
+
+def _outline(container):
+    if isinstance(container, (list, tuple)):
+        return f"a {type(container).__name__} of {', '.join(type(entry).__name__ for entry in container[:6]) or 'nothing'}"
+    if isinstance(container, Mapping):
+        return f"a dict with {', '.join(map(repr, list(container)[:3])) or 'nothing'}"
+    return f"a {type(container).__name__}"
+
+
+def _architecture(weights):
+    if "normalizer.embed.weight" in weights:
+        return "ncsn"
+    if any(name.startswith("res31.") for name in weights):
+        return "ncsnv2deepest"
+    return "ncsnv2deeper" if any(name.startswith("res5.") for name in weights) else "ncsnv2"
+
+
+def _inferred(weights):
+    begin = weights.get("begin_conv.weight")
+    if begin is None or begin.dim() != 4:
+        found = _first(list(weights))
+        raise ValueError(f"{_OP}: the checkpoint must have begin_conv.weight (ngf, channels, 3, 3); its {len(weights)} names are {found}.")
+    return {"ngf": begin.shape[0], "channels": begin.shape[1]}
+
+
+def _ladder(options, sigmas, weights, arch):
+    sigmas = options.get("sigmas", sigmas)
+    table = weights.get("normalizer.embed.weight") if arch == "ncsn" else None
+    levels = None if table is None else len(table)
+    if sigmas is None and options.get("scale_by_sigma", True):
+        published = "sigma_max={:g}, sigma_min={:g}, levels={}".format(*ARCHITECTURES[arch].published)
+        raise ValueError(f"{_OP}: the checkpoint stores no ladder; pass sigmas, such as the published geometric one, {published}.")
+    if sigmas is None:
+        return None
+    sigmas = ladder(_OP, sigmas)
+    if levels and len(sigmas) != levels:
+        raise ValueError(f"{_OP}: sigmas must have the {levels} levels of the checkpoint; got {len(sigmas)}.")
+    return sigmas
+
+
+def _check_fit(net, weights):
+    wanted, got = ({name: tuple(t.shape) for name, t in each.items() if name != "sigmas"} for each in (net.state_dict(), weights))
+    problems = {
+        "missing": [name for name in wanted if name not in got],
+        "unexpected": [name for name in got if name not in wanted],
+        "misshapen": [f"{name} {got[name]} for {shape}" for name, shape in wanted.items() if got.get(name, shape) != shape],
+    }
+    found = [f"{len(names)} {kind} ({_first(names)})" for kind, names in problems.items() if names]
+    if found:
+        raise ValueError(f"{_OP}: the checkpoint does not fit {type(net).__name__}: {'; '.join(found)}.")
+
+
+def _first(names, n=3):
+    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
