@@ -49,34 +49,65 @@ def train(config) -> None:
 
 
 def sample(run: Path, /, n: Annotated[int, arg(aliases=["-n"])] = 100, out: Path = Path("grid.png"), seed: int = 0, first_sample: int = 0,
-           steps_per_level: int = 20, step_size: float | None = None) -> None:  # fmt: skip
-    """Draw samples of a trained run and write them as a grid.
+           steps_per_level: int = 20, step_size: float | None = None, batch_size: int = 100, arch: str | None = None, ema: bool = True,
+           sigma_max: float | None = None, sigma_min: float | None = None, levels: int | None = None,
+           image_size: int | None = None) -> None:  # fmt: skip
+    """Draw samples of a trained run, or of an official NCSN, NCSNv2 or CAS checkpoint, and write them as a grid.
 
     Args:
-        run: run folder.
+        run: run folder, or a checkpoint (.pth).
         n: number of samples.
         out: a .png for a grid, or a .npz for the samples themselves (array `images`).
         seed: of the sampler.
         first_sample: global number of the first sample; splits of one run agree.
         steps_per_level: Langevin steps at each noise level.
-        step_size: ε at the smallest level; 0.2 σ_L² unless given.
+        step_size: ε at the smallest level, twice the step_lr of the official configurations; 0.2 σ_L² unless given.
+        batch_size: samples computed at a time.
+        arch: of a checkpoint, ncsn, ncsnv2, ncsnv2deeper or ncsnv2deepest; unless given it follows from the names in the file.
+        ema: take a checkpoint's averaged weights.
+        sigma_max: largest noise, for checkpoints that store no ladder (NCSN, CAS).
+        sigma_min: smallest noise, likewise.
+        levels: number of noise levels, likewise.
+        image_size: of a checkpoint's samples; 32, 128 (ncsnv2deeper) or 256 (ncsnv2deepest) unless given.
     """
     import numpy as np
+    import torch
+    from tqdm import tqdm
 
     from fastscore import pictures, runs
 
-    if n < 1:
-        raise ValueError(f"sample: n must be at least 1; got {n}.")
+    if n < 1 or batch_size < 1:
+        raise ValueError(f"sample: n and batch_size must be at least 1; got {n} and {batch_size}.")
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"sample: out must end in .png or .npz; got {out}.")
     if not out.parent.is_dir():
         raise ValueError(f"sample: the folder {out.parent} does not exist.")
-    samples, _ = runs.draw(run, n, seed=seed, first_sample=first_sample, steps_per_level=steps_per_level, step_size=step_size)
+    net, sigmas, shape = open_network(run, arch, ema, (sigma_max, sigma_min, levels), image_size)
+    net.to("cuda" if torch.cuda.is_available() else "cpu")
+    options = {"seed": seed, "first_sample": first_sample, "steps_per_level": steps_per_level, "step_size": step_size}
+    with tqdm(total=-(-n // batch_size) * (len(sigmas) + 1), unit="level", desc="sample", disable=None) as bar:
+        samples, _ = runs.draw_from(net, sigmas, shape, n, batch_size=batch_size, done=bar.update, **options)
     if out.suffix == ".npz":
         np.savez(out, images=samples.clamp(0, 1).numpy())
     else:
         pictures.save_grid(out, samples)
     print(f"{n} samples: {out}")
+
+
+def open_network(run, arch, ema, ladder, image_size):
+    """The network, ladder and sample shape of a run folder or an official checkpoint."""
+    from fastscore import models, runs, schedules
+
+    given = [value is not None for value in ladder]
+    if not (run.is_file() or run.suffix == ".pth"):
+        if arch or not ema or any(given) or image_size:
+            raise ValueError(f"sample: arch, ema, sigma_max, sigma_min, levels and image_size are for checkpoints; {run} is none.")
+        return runs.open_run(run)[:3]
+    if any(given) and not all(given):
+        raise ValueError("sample: sigma_max, sigma_min and levels are given together or not at all.")
+    sigmas = schedules.geometric(*ladder) if all(given) else None
+    net = models.load_official(run, ema=ema, arch=arch, sigmas=sigmas, image_size=image_size).requires_grad_(False)
+    return net, net.sigmas, net.sample_shape
 
 
 def evaluate(run: Path, /, n: Annotated[int, arg(aliases=["-n"])] = 500, seed: int = 0) -> None:

@@ -177,17 +177,24 @@ def open_run(folder):
     return net.eval().requires_grad_(False), sigmas, shape, config
 
 
-def draw(folder, n, *, seed=0, first_sample=0, steps_per_level=20, step_size=None, batch_size=500):
+def draw(folder, n, **options):
     """Samples (n, C, H, W) of a run, and the strip of the first eight after each level (levels + 1, 8, C, H, W)."""
     net, sigmas, shape, _ = open_run(folder)
+    return draw_from(net, sigmas, shape, n, **options)
+
+
+def draw_from(net, sigmas, shape, n, *, seed=0, first_sample=0, steps_per_level=20, step_size=None, batch_size=500, done=None):
+    """The same of any network, on its device; `done` is called after each level of each batch."""
     epsilon = 0.2 * float(sigmas[-1]) ** 2 if step_size is None else step_size
-    parts, strip = [], []
+    parts, strip, device = [], [], next(net.parameters()).device
     for start in range(0, n, batch_size):
         m = min(batch_size, n - start)
-        x = sampling.initial((m, *shape), seed=seed, first_sample=first_sample + start)
+        x = sampling.initial((m, *shape), seed=seed, first_sample=first_sample + start, device=device)
         options = {"sigmas": sigmas, "steps_per_level": steps_per_level, "step_size": epsilon, "seed": seed}
         for level in sampling.annealed_langevin(net, x, first_sample=first_sample + start, **options):
             if start == 0:
-                strip.append(level.x[:8])
-        parts.append(level.x)
+                strip.append(level.x[:8].cpu())
+            if done is not None:
+                done()
+        parts.append(level.x.cpu())
     return torch.cat(parts), torch.stack(strip)

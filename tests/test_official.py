@@ -1,11 +1,13 @@
 """The four official networks equal a plain evaluation of their state_dict; their files load, and wrong ones are refused in a sentence."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastscore import schedules
+from fastscore import cli, sample, schedules
 from fastscore.models import NCSN, NCSNv2, NCSNv2Deeper, NCSNv2Deepest, load_official
 
 V2 = [NCSNv2, NCSNv2Deeper, NCSNv2Deepest]
@@ -360,3 +362,56 @@ def test_ncsn_asks_for_its_ladder_and_unknown_hyper_parameters_are_named():
         load_official(saved, sigmas=[1.0, 0.1])
     with pytest.raises(TypeError, match="the hyper-parameters of ncsn are channels, ngf, sigmas, image_size; got levels"):
         load_official(saved, levels=10)
+
+
+# --- the command line
+
+
+def fastscore_sample(monkeypatch, *arguments):
+    """Exit code of `fastscore sample ...`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["fastscore", "sample", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def test_sample_from_a_checkpoint(tmp_path, monkeypatch):
+    torch.save(container(NCSNv2), tmp_path / "checkpoint.pth")
+    options = ("--arch", "ncsnv2", "--image-size", "8", "--steps-per-level", "1", "--seed", "5", "-n", "3", "--batch-size", "2")
+    assert fastscore_sample(monkeypatch, tmp_path / "checkpoint.pth", *options, "--out", tmp_path / "x.npz") == 0
+    net = load_official(tmp_path / "checkpoint.pth", image_size=8)
+    expected = sample(net, shape=(3, *net.sample_shape), sigmas=net.sigmas, steps_per_level=1, step_size=0.2 * 0.01**2, seed=5)
+    images = torch.from_numpy(np.load(tmp_path / "x.npz")["images"])
+    assert torch.allclose(images, expected.clamp(0, 1), atol=1e-3) and images.std() > 0.1
+
+
+def test_ladder_of_a_checkpoint_comes_from_the_command_line(tmp_path, monkeypatch):
+    torch.save(container(NCSN), tmp_path / "checkpoint.pth")
+    ladder = ("--sigma-max", "50", "--sigma-min", "0.01", "--levels", "10")
+    options = ("--image-size", "8", "--steps-per-level", "1", "-n", "1", "--out", tmp_path / "x.npz")
+    assert fastscore_sample(monkeypatch, tmp_path / "checkpoint.pth", *ladder, *options) == 0
+    net = load_official(tmp_path / "checkpoint.pth", image_size=8, sigmas=LADDER)
+    expected = sample(net, shape=(1, *net.sample_shape), sigmas=LADDER, steps_per_level=1, step_size=0.2 * 0.01**2, seed=0)
+    images = torch.from_numpy(np.load(tmp_path / "x.npz")["images"])
+    assert torch.allclose(images, expected.clamp(0, 1), atol=1e-3) and images.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("NCSN",), "stores no ladder"),
+        (("NCSN", "--sigma-max", "1"), "sigma_max, sigma_min and levels are given together"),
+        (("NCSN", "--arch", "unet"), "arch must be one of ncsn, ncsnv2"),
+        (("NCSN", "--batch-size", "0"), "n and batch_size must be at least 1; got 100 and 0"),
+        (("missing.pth",), "cannot be read: No such file"),
+        (("FOLDER", "--arch", "ncsn"), "are for checkpoints"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, message):
+    torch.save([prefixed(network(NCSN)), {}], tmp_path / "ncsn.pth")
+    places = {"NCSN": tmp_path / "ncsn.pth", "FOLDER": tmp_path}
+    assert fastscore_sample(monkeypatch, *(places.get(a, a) for a in arguments), "--out", tmp_path / "x.png") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "x.png").exists()
