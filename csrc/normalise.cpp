@@ -542,6 +542,8 @@ void* mutable_pointer(const OptionalTensor& t) { return t ? t->mutable_data_ptr(
 
 NormArgs arguments(const Tensor& x, const OptionalTensor& t, const Tensor& coef, const OptionalTensor& tcoef, const OptionalTensor& labels,
                    int64_t groups, bool alpha, bool beta, double eps, int64_t activation) {
+  for (const OptionalTensor* c : {&tcoef, &labels}) STD_TORCH_CHECK(!*c || (*c)->is_contiguous(), "fastscore: normalise needs contiguous tables and labels");
+  STD_TORCH_CHECK(coef.is_contiguous(), "fastscore: normalise needs contiguous tables and labels");
   NormArgs p{};
   p.dtype = dtype_of(x);
   p.channels_last = !x.is_contiguous();

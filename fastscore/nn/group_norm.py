@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastscore.nn._plain import group_norm_modulate
 from fastscore.nn.tables import check_channels
+from fastscore.ops import group_norm_modulate
 
 _EMBEDDING_ACTIVATIONS = {None: lambda e: e, "silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
 

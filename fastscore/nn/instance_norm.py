@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from fastscore.nn._plain import conditional_instance_norm_plus, instance_norm_plus
 from fastscore.nn.tables import check_channels, near_one_, table
+from fastscore.ops import conditional_instance_norm_plus, instance_norm_plus
 
 
 class InstanceNorm2dPlus(nn.Module):

@@ -311,7 +311,7 @@ def run_forward(x, t, coef, tcoef, labels, form, backend, primal, only_statistic
         outputs += [] if only_statistics else [torch.empty_like(t)]
     _backend.call(
         backend, "normalise", outputs[0] if primal else None, None if t is None or only_statistics else outputs[-1], stats, x, t,
-        coef.contiguous(), None if tcoef is None else tcoef.contiguous(), labels, *_numbers(form),
+        coef.contiguous(), _contiguous(tcoef), _contiguous(labels), *_numbers(form),
     )  # fmt: skip
     return *outputs, stats
 
@@ -328,12 +328,16 @@ def run_backward(x, t, stats, coef, tcoef, labels, gy, gty, form, backend):
     gtcoef = None if t is None else make((len(t), *gcoef.shape), dtype=coef.dtype, device=x.device)
     _backend.call(
         backend, "normalise_backward", gx, gt, gcoef, gtcoef, x, t, stats.contiguous(), coef.contiguous(),
-        None if tcoef is None else tcoef.contiguous(), labels, gy, gty, *_numbers(form),
+        _contiguous(tcoef), _contiguous(labels), gy, gty, *_numbers(form),
     )  # fmt: skip
     gcoef = _to_rows(gcoef, labels, len(coef))
     if t is None:
         return gx, gcoef
     return gx, gt, gcoef, torch.stack([_to_rows(g, labels, len(coef)) for g in gtcoef])
+
+
+def _contiguous(t):
+    return None if t is None else t.contiguous()
 
 
 def _numbers(form):
