@@ -83,7 +83,7 @@ def interleave(calls, device, rounds, least):
 
 
 def keep_pages():
-    """Let malloc keep what is freed (glibc): else first touch of fresh pages, which says more of the kernel than of the code, leads every time.
+    """Let malloc keep what is freed (glibc): else the system's first touch of fresh pages leads every time.
 
     The same for all competitors, who allocate their results (and eager its temporaries) as ever.
     """

@@ -64,9 +64,10 @@ def triton_kernels():
 
 
 def compile_triton(entry, arch):
-    from fastscore.kernels import BLOCK
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from fastscore.kernels import BLOCK
 
     name, kernel, constants, types, aligned = entry
     names = kernel.arg_names

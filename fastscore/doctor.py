@@ -6,7 +6,15 @@ import torch
 
 import fastscore
 from fastscore import backend, random
-from fastscore.ops import denoising_loss, langevin_step, noisy_update, perturb
+from fastscore.ops import (
+    conditional_instance_norm_plus,
+    denoising_loss,
+    group_norm_modulate,
+    instance_norm_plus,
+    langevin_step,
+    noisy_update,
+    perturb,
+)
 
 
 def _version(package):
@@ -21,6 +29,8 @@ def _version(package):
 def _calls(device):
     """A small call of every op."""
     x = torch.linspace(-1, 1, 600, device=device).reshape(6, 100)
+    image, row = x.reshape(2, 6, 5, 10), torch.linspace(0.5, 1.5, 36, device=device).reshape(2, 18)
+    gamma, alpha, beta = row[0].split(6)
     key = {"seed": 2**40 + 7, "step": 3, "offset": 5}
     return {
         "words": lambda: random.words(1000, stream=1024, device=device, **key),
@@ -31,6 +41,9 @@ def _calls(device):
         "langevin_step": lambda: langevin_step(x, -x, 0.1, **key),
         "perturb": lambda: perturb(x, 0.3, **key),
         "denoising_loss": lambda: denoising_loss(x, 0.3, **key),
+        "instance_norm_plus": lambda: instance_norm_plus(image, gamma, alpha, beta, activation="elu"),
+        "conditional_instance_norm_plus": lambda: conditional_instance_norm_plus(image, torch.tensor([1, 0], device=device), row),
+        "group_norm_modulate": lambda: group_norm_modulate(image, 2, gamma, beta, activation="silu"),
     }
 
 
@@ -60,9 +73,9 @@ def lines():
         for name in backend.BACKENDS:
             reason = backend.why_not(name, torch.device(device).type)
             for op in backend.OPS if reason is None else ():
-                yield f"  {op:16} {name:10} yes  self-test {self_test(name, op, device)}"
+                yield f"  {op:30} {name:10} yes  self-test {self_test(name, op, device)}"
             if reason is not None:
-                yield f"  {'every op':16} {name:10} no   {reason}"
+                yield f"  {'every op':30} {name:10} no   {reason}"
 
 
 def main():

@@ -73,6 +73,7 @@ def _noisy_update(out, x, direction, drift_each, drift, diffusion_each, diffusio
 
 def _noise_reduce(out, score, sigma_each, sigma, key, seed, step, stream, offset, reduction):
     import triton
+
     from fastscore.kernels.denoising_loss import noise_reduce_kernel
 
     out.zero_()

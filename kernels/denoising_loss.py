@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from fastscore.kernels.langevin_step import coefficient
 from fastscore.kernels.philox import normals
 

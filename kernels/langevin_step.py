@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from fastscore.kernels.philox import narrow, normals
 
 

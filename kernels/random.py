@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from fastscore.kernels.philox import box_muller, in_order, int64, load_key, narrow, philox
 
 

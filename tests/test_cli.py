@@ -99,4 +99,4 @@ def test_folders_and_archives_of_images(tmp_path):
 
 def test_doctor_passes():
     result = run("doctor")
-    assert result.returncode == 0 and "denoising_loss   cpp        yes  self-test ok" in result.stdout
+    assert result.returncode == 0 and "denoising_loss                 cpp        yes  self-test ok" in result.stdout

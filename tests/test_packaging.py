@@ -200,7 +200,7 @@ def test_wheel_installs_and_every_backend_serves(wheel, tmp_path):
     result = python("-c", program, cwd=tmp_path, PYTHONPATH=tmp_path)
     assert result.returncode == 0 and result.stdout.startswith(str(tmp_path)), result.stderr
     for name in ["cpp"] + ["triton"] * (importlib.util.find_spec("triton") is not None):
-        assert f"denoising_loss   {name:10} yes  self-test ok" in result.stdout
+        assert f"{'denoising_loss':30} {name:10} yes  self-test ok" in result.stdout
 
 
 def test_without_triton_the_rest_works_and_a_request_is_refused():
