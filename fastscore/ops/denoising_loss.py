@@ -5,6 +5,7 @@ import torch
 from fastscore import backend as _backend
 from fastscore import random
 from fastscore.ops import checks
+from fastscore.ops.functions import quick
 from fastscore.ops.langevin_step import LOSS, noise_dot, reduce, refuse_mapped_key, update
 
 
@@ -53,6 +54,7 @@ def denoising_loss_ref(s, sigma, z):
     return checks.per_sample_sum(0.5 * (checks.expand(sigma, s) * s.to(dtype) + z.to(dtype)).square())
 
 
+@quick
 class _DenoisingLoss(torch.autograd.Function):
     """L = ½ σ² Σs² + σ D(s) + ½ Σz² with D(s) = Σ s z; ∂L/∂s = σ (σ s + z) is the noisy update again.
 

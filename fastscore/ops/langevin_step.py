@@ -7,6 +7,7 @@ import torch
 from fastscore import backend as _backend
 from fastscore import random
 from fastscore.ops import checks
+from fastscore.ops.functions import quick
 
 
 def noisy_update(
@@ -98,6 +99,7 @@ def noisy_update_ref(x, d, a, b, z):
     return (y if x is None else x.to(dtype) + y).to(like.dtype)
 
 
+@quick
 class _NoisyUpdate(torch.autograd.Function):
     """y = x + a d + b z. Its derivatives are sums, products, itself and _NoiseDot, so every order and nesting is right.
 
@@ -152,6 +154,7 @@ class _NoisyUpdate(torch.autograd.Function):
         return _mapped(info, in_dims, (x, d, a, b, key), numbers, backend), 0
 
 
+@quick
 class _NoiseDot(torch.autograd.Function):
     """D(s) = Σ s z per sample, (B,). Linear in s: Dᵀ(g) = g z."""
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fastscore import backend as _backend
 from fastscore.ops import checks
+from fastscore.ops.functions import quick, save, saved
 
 ACTIVATIONS = {None: lambda u: u, "elu": F.elu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "softplus": F.softplus}
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}   # as in csrc/activation_cpu.h and kernels/activation.py
@@ -77,6 +78,7 @@ def _gradient_ref(x, t, coef, tcoef, labels, gy, gty, form):
     return torch.func.vjp(values, x, t, coef, tcoef)[1]((gy, gty))
 
 
+@quick
 class _Normalise(torch.autograd.Function):
     """Outputs: y where `primal`, ẏ (M, B, C, *) where t is given, and always the statistics (no derivative: a cache of x).
 
@@ -97,11 +99,11 @@ class _Normalise(torch.autograd.Function):
         stats = output[-1]
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        _save(ctx, x, t, coef, tcoef, labels, stats)
+        save(ctx, x, t, coef, tcoef, labels, stats)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        x, t, coef, tcoef, labels, stats = _saved(ctx)
+        x, t, coef, tcoef, labels, stats = saved(ctx)
         gy = cotangents[0] if ctx.primal else None
         gty = cotangents[int(ctx.primal)] if t is not None else None
         if gy is None and gty is None:
@@ -114,7 +116,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, tx, tt, tcoef_x, ttcoef, *_):
-        x, t, coef, tcoef, labels, stats = _saved(ctx)
+        x, t, coef, tcoef, labels, stats = saved(ctx)
         outputs = []
         if ctx.primal:
             direction = torch.zeros_like(x) if tx is None else tx
@@ -141,6 +143,7 @@ class _Normalise(torch.autograd.Function):
         return tuple(fold.unfold(o, d) for o, d in zip((*values, stats), dims)), tuple(dims)
 
 
+@quick
 class _Gradient(torch.autograd.Function):
     """Cotangents (x, coef), or with tangents (x, t, coef, tcoef), for cotangents of y and ẏ.
 
@@ -156,11 +159,11 @@ class _Gradient(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, t, stats, coef, tcoef, labels, gy, gty, ctx.form, ctx.backend = inputs
         ctx.set_materialize_grads(False)
-        _save(ctx, x, t, stats, coef, tcoef, labels, gy, gty)
+        save(ctx, x, t, stats, coef, tcoef, labels, gy, gty)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        x, t, stats, coef, tcoef, labels, gy, gty = _saved(ctx)
+        x, t, stats, coef, tcoef, labels, gy, gty = saved(ctx)
         if all(c is None for c in cotangents):
             return (None,) * 10
         if t is None:
@@ -178,7 +181,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, tx, tt, tstats, tcoef_x, ttcoef, tlabels, tgy, tgty, *_):
-        x, t, stats, coef, tcoef, labels, gy, gty = _saved(ctx)
+        x, t, stats, coef, tcoef, labels, gy, gty = saved(ctx)
         if t is None:
             gx = gcoef = 0
             if tx is not None or tcoef_x is not None:
@@ -254,18 +257,6 @@ class _Fold:
 
     def unfold(self, y, dim):
         return y.unflatten(dim, (self.size, self.batch))
-
-
-def _save(ctx, *tensors):
-    ctx.present = [t is not None for t in tensors]
-    kept = [t for t in tensors if t is not None]
-    ctx.save_for_backward(*kept)
-    ctx.save_for_forward(*kept)
-
-
-def _saved(ctx):
-    tensors = iter(ctx.saved_tensors)
-    return [next(tensors) if present else None for present in ctx.present]
 
 
 @torch.compiler.allow_in_graph
@@ -352,7 +343,9 @@ def _to_rows(g, labels, count):
 
 
 def _scatter(g, labels, count):
-    """Rows added up by label in the order of the batch: a product with the one-hot matrix, deterministic on every device."""
+    """Rows added up by label, in a fixed order: on a GPU, where index_add is not, by a product with the one-hot matrix."""
+    if g.device.type == "cpu":
+        return g.new_zeros(count, g.shape[1]).index_add(0, labels, g)
     hot = (labels == torch.arange(count, device=labels.device)[:, None]).to(g.dtype)
     return hot @ g
 
