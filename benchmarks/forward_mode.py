@@ -64,8 +64,8 @@ def rows():
     layers = {
         "nn.InstanceNorm2d": nn.InstanceNorm2d(16),
         "nn.LayerNorm": nn.LayerNorm((16, 16, 16)),
-        "nn.BatchNorm2d, training": nn.BatchNorm2d(16),
-        "nn.BatchNorm2d, evaluation": nn.BatchNorm2d(16).eval(),
+        "nn.BatchNorm2d, batch statistics": nn.BatchNorm2d(16, track_running_stats=False),   # else func.jvp refuses the counter
+        "nn.BatchNorm2d, running statistics": nn.BatchNorm2d(16).eval(),
         "nn.GroupNorm": nn.GroupNorm(4, 16),
         "fastscore.nn.InstanceNorm2d": fastscore.nn.InstanceNorm2d(16),
         "fastscore.nn.InstanceNorm2dPlus": fastscore.nn.InstanceNorm2dPlus(16),
