@@ -97,7 +97,7 @@ def train(config: TrainConfig):
 
 
 def _train(config, out, images, net, sigmas):
-    optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
     ema = training.AveragedModel(net, multi_avg_fn=training.get_ema_multi_avg_fn(config.ema_decay))
     first = _restore(out, net, ema, optimizer) if config.resume else 0
     out.mkdir(parents=True, exist_ok=True)
