@@ -4,8 +4,10 @@ from fastscore import losses, models, nn, random, sampling, schedules, training
 from fastscore.backend import use_backend
 from fastscore.ops import (
     conditional_instance_norm_plus,
+    conditional_instance_norm_plus_dual,
     denoising_loss,
     group_norm_modulate,
+    group_norm_modulate_dual,
     instance_norm_plus,
     instance_norm_plus_dual,
     langevin_step,
@@ -17,8 +19,10 @@ from fastscore.sampling import sample
 __version__ = "0.1.0"
 __all__ = [
     "conditional_instance_norm_plus",
+    "conditional_instance_norm_plus_dual",
     "denoising_loss",
     "group_norm_modulate",
+    "group_norm_modulate_dual",
     "instance_norm_plus",
     "instance_norm_plus_dual",
     "langevin_step",

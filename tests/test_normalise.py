@@ -139,6 +139,22 @@ def test_dual_op_and_its_gradient_equal_the_reference(backend, groups, alpha, be
             assert torch.allclose(a, b, atol=1e-10), (name, float((a - b).abs().max()))
 
 
+def test_public_dual_ops_are_forward_mode_of_their_ops(backend):
+    torch.manual_seed(0)
+    x, t, table, labels = torch.randn(2, 6, 3, 3), torch.randn(2, 2, 6, 3, 3), torch.randn(4, 18), torch.tensor([3, 1])
+    gamma, alpha, beta = table[0].split(6)
+    pairs = [
+        (fastscore.instance_norm_plus, fastscore.instance_norm_plus_dual, (gamma, alpha, beta)),
+        (fastscore.conditional_instance_norm_plus, fastscore.conditional_instance_norm_plus_dual, (labels, table)),
+        (fastscore.group_norm_modulate, fastscore.group_norm_modulate_dual, (3, gamma, beta, table[:2, :6], table[:2, 6:12])),
+    ]
+    for op, dual, rest in pairs:
+        y, ty = dual(x, t, *rest, activation="silu")
+        for m in range(2):
+            expected = torch.func.jvp(lambda x: op(x, *rest, activation="silu", backend="reference"), (x,), (t[m],))   # noqa: B023
+            assert torch.allclose(y, expected[0], atol=3e-6) and torch.allclose(ty[m], expected[1], atol=1e-5)
+
+
 def test_third_order_and_nested_forward_mode(backend):
     x, coef, form, draw = problem((0, True, True, "silu"), (2, 3, 2, 2))
     v, w = draw(*x.shape), draw(*x.shape)

@@ -1,7 +1,7 @@
 """Group norm with affine map, scale and shift, and activation: a door to normalise.py, where a group is a wider channel."""
 
 from fastscore.ops import checks
-from fastscore.ops.normalise import check_form, check_image, normalise, pack
+from fastscore.ops.normalise import check_form, check_image, check_tangents, normalise, normalise_dual, pack
 
 
 def group_norm_modulate(
@@ -32,7 +32,28 @@ def group_norm_modulate(
     >>> group_norm_modulate(torch.tensor([[[1.0], [3.0]]]), 1, eps=1e-12, shift=torch.tensor([[0.0, 5.0]])).flatten()
     tensor([-1.,  6.])
     """
-    op = "group_norm_modulate"
+    return normalise(x, *_arguments("group_norm_modulate", x, num_groups, weight, bias, scale, shift, eps, activation), backend)
+
+
+def group_norm_modulate_dual(
+    x, t, num_groups, weight=None, bias=None, scale=None, shift=None, *, eps=1e-5, activation=None, backend=None
+):
+    """Values and the tangents along M directions of x, in one pass: see `instance_norm_plus_dual`.
+
+    Args:
+        x: (B, C, *). t: (M, B, C, *), dtype of x. The rest as in `group_norm_modulate`.
+
+    Returns:
+        y like x, and ẏ (M, B, C, *). Differentiable in all tensors.
+    """
+    op = "group_norm_modulate_dual"
+    arguments = _arguments(op, x, num_groups, weight, bias, scale, shift, eps, activation)
+    check_tangents(op, t, x)
+    return normalise_dual(x, t, *arguments, backend)
+
+
+def _arguments(op, x, num_groups, weight, bias, scale, shift, eps, activation):
+    """(coef, no labels, form): the two affine maps as one."""
     checks.check_float(op, "x", x)
     check_image(op, x)
     B, C = x.shape[:2]
@@ -57,5 +78,4 @@ def group_norm_modulate(
     if shift is not None:
         beta = shift if beta is None else beta + shift
     columns = [gamma] if beta is None else [gamma, beta]
-    form = check_form(op, x, num_groups, False, beta is not None, eps, activation)
-    return normalise(x, pack(columns), None, form, backend)
+    return pack(columns), None, check_form(op, x, num_groups, False, beta is not None, eps, activation)

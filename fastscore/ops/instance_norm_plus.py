@@ -33,13 +33,7 @@ def instance_norm_plus(x, gamma, alpha=None, beta=None, *, eps=1e-5, activation=
     >>> instance_norm_plus(torch.tensor([[[1.0, 3.0]]]), torch.ones(1), eps=1e-12)
     tensor([[[-1.,  1.]]])
     """
-    op = "instance_norm_plus"
-    checks.check_float(op, "x", x)
-    check_image(op, x)
-    coefficients = {"gamma": gamma, "alpha": alpha, "beta": beta}
-    columns = [_column(op, name, c, x) for name, c in coefficients.items() if c is not None]
-    form = check_form(op, x, 0, alpha is not None, beta is not None, eps, activation)
-    return normalise(x, pack(columns), None, form, backend)
+    return normalise(x, *_columns("instance_norm_plus", x, gamma, alpha, beta, eps, activation), backend)
 
 
 def conditional_instance_norm_plus(x, labels, weight, *, eps=1e-5, activation=None, bias=True, backend=None):
@@ -61,26 +55,7 @@ def conditional_instance_norm_plus(x, labels, weight, *, eps=1e-5, activation=No
     >>> conditional_instance_norm_plus(torch.ones(2, 1, 4), torch.tensor([0, 1]), torch.tensor([[1.0, 1, 5], [1, 1, 7]])).flatten()[::4]
     tensor([5., 7.])
     """
-    op = "conditional_instance_norm_plus"
-    checks.check_float(op, "x", x)
-    check_image(op, x)
-    checks.check_float(op, "weight", weight)
-    wanted = (3 if bias else 2) * x.shape[1]
-    if weight.dim() != 2 or weight.shape[1] != wanted:
-        raise ValueError(f"{op}: weight must be (L, {wanted}) for {x.shape[1]} channels {'with' if bias else 'without'} bias; "
-                         f"got {tuple(weight.shape)}.")  # fmt: skip
-    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != x.shape[:1]:
-        got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else type(labels).__name__
-        raise ValueError(f"{op}: labels must be int64 ({x.shape[0]},); got {got}.")
-    for name, t in (("labels", labels), ("weight", weight)):
-        if t.device != x.device:
-            raise ValueError(f"{op}: {name} must be on the device of x, {x.device}; got {t.device}.")
-    if labels.device.type == "cpu" and labels.numel() and checks.readable():
-        low, high = (v.item() for v in torch.aminmax(labels))
-        if low < 0 or high >= len(weight):
-            raise ValueError(f"{op}: labels must be in 0..{len(weight) - 1}; got {low if low < 0 else high}.")
-    form = check_form(op, x, 0, True, bool(bias), eps, activation)
-    return normalise(x, weight.to(checks.compute_dtype(x.dtype)), labels, form, backend)
+    return normalise(x, *_rows("conditional_instance_norm_plus", x, labels, weight, eps, activation, bias), backend)
 
 
 def instance_norm_plus_dual(x, t, gamma, alpha=None, beta=None, *, eps=1e-5, activation=None, backend=None):
@@ -98,13 +73,48 @@ def instance_norm_plus_dual(x, t, gamma, alpha=None, beta=None, *, eps=1e-5, act
         ValueError, TypeError: as in `instance_norm_plus`, or t does not fit x.
     """
     op = "instance_norm_plus_dual"
+    arguments = _columns(op, x, gamma, alpha, beta, eps, activation)
+    check_tangents(op, t, x)
+    return normalise_dual(x, t, *arguments, backend)
+
+
+def conditional_instance_norm_plus_dual(x, t, labels, weight, *, eps=1e-5, activation=None, bias=True, backend=None):
+    """Values and the tangents along M directions of x, as `instance_norm_plus_dual`; coefficients as `conditional_instance_norm_plus`."""
+    op = "conditional_instance_norm_plus_dual"
+    arguments = _rows(op, x, labels, weight, eps, activation, bias)
+    check_tangents(op, t, x)
+    return normalise_dual(x, t, *arguments, backend)
+
+
+def _columns(op, x, gamma, alpha, beta, eps, activation):
+    """(coef, no labels, form) from separate coefficients."""
     checks.check_float(op, "x", x)
     check_image(op, x)
-    check_tangents(op, t, x)
     coefficients = {"gamma": gamma, "alpha": alpha, "beta": beta}
     columns = [_column(op, name, c, x) for name, c in coefficients.items() if c is not None]
-    form = check_form(op, x, 0, alpha is not None, beta is not None, eps, activation)
-    return normalise_dual(x, t, pack(columns), None, form, backend)
+    return pack(columns), None, check_form(op, x, 0, alpha is not None, beta is not None, eps, activation)
+
+
+def _rows(op, x, labels, weight, eps, activation, bias):
+    """(coef, labels, form) from a table."""
+    checks.check_float(op, "x", x)
+    check_image(op, x)
+    checks.check_float(op, "weight", weight)
+    wanted = (3 if bias else 2) * x.shape[1]
+    if weight.dim() != 2 or weight.shape[1] != wanted:
+        raise ValueError(f"{op}: weight must be (L, {wanted}) for {x.shape[1]} channels {'with' if bias else 'without'} bias; "
+                         f"got {tuple(weight.shape)}.")  # fmt: skip
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != x.shape[:1]:
+        got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else type(labels).__name__
+        raise ValueError(f"{op}: labels must be int64 ({x.shape[0]},); got {got}.")
+    for name, t in (("labels", labels), ("weight", weight)):
+        if t.device != x.device:
+            raise ValueError(f"{op}: {name} must be on the device of x, {x.device}; got {t.device}.")
+    if labels.device.type == "cpu" and labels.numel() and checks.readable():
+        low, high = (v.item() for v in torch.aminmax(labels))
+        if low < 0 or high >= len(weight):
+            raise ValueError(f"{op}: labels must be in 0..{len(weight) - 1}; got {low if low < 0 else high}.")
+    return weight.to(checks.compute_dtype(x.dtype)), labels, check_form(op, x, 0, True, bool(bias), eps, activation)
 
 
 def _column(op, name, c, x):
