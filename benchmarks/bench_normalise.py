@@ -5,6 +5,7 @@ Bytes that must move (s: element size): forward 2s (read x, write y); with its b
 """
 
 import functools
+import importlib.util
 
 import pytest
 import torch
@@ -128,6 +129,14 @@ def bench_sliced_score_gradient(compare, where, ours, shape):
     compare("sliced-score gradient of the norm", x, 11 * x.nbytes, calls | peers)
 
 
+def liger(x, weight, bias, scale, shift):
+    """Liger's Triton group norm, the best other kernel that can be installed, and eager around it."""
+    from liger_kernel.ops.group_norm import LigerGroupNormFunction
+
+    h = LigerGroupNormFunction.apply(x, weight, bias, x.shape[1], 8, 1e-5)
+    return F.silu(h * (1 + scale)[..., None, None] + shift[..., None, None])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def bench_group_norm_modulate(compare, where, ours, dtype):
     shape = (32, 128, 32, 32)
@@ -148,4 +157,7 @@ def bench_group_norm_modulate(compare, where, ours, dtype):
         for name in ours:
             check(call(name), exact, dtype)
         peers = {"eager": lambda: eager(x, *arguments), "torch.compile": lambda: compiled(x, *arguments)}
+        if where == "cuda" and importlib.util.find_spec("liger_kernel"):
+            peers["liger"] = lambda: liger(x, *arguments)
+            check(peers["liger"](), exact, dtype)
         compare("group_norm_modulate", x, 2 * x.nbytes, {name: functools.partial(call, name) for name in ours} | peers)

@@ -262,6 +262,17 @@ def test_large_mean_and_large_values(backend, dtype):
         assert bool(((y.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 3 * big * 2**-24 / spread + 2e-6).all())
 
 
+def test_autocast_keeps_the_statistics_in_float32(backend):
+    torch.manual_seed(0)
+    x, weight, gamma, beta = torch.randn(2, 3, 6, 6) + 100, torch.randn(4, 3, 1, 1), torch.rand(4), torch.rand(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        h = F.conv2d(x, weight)
+        y = fastscore.instance_norm_plus(h, gamma, None, beta, activation="silu")
+    exact = F.silu(F.instance_norm(h.double(), weight=gamma.double(), bias=beta.double()))
+    assert h.dtype == y.dtype == torch.bfloat16
+    assert bool(((y.double() - exact).abs() <= torch.finfo(torch.bfloat16).eps * exact.abs() + 1e-4).all())
+
+
 def test_one_channel_and_constant_input_are_defined(backend):
     x = torch.randn(2, 1, 3, 3)
     y = fastscore.instance_norm_plus(x, torch.ones(1), torch.ones(1), torch.zeros(1))
