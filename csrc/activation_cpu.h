@@ -6,7 +6,7 @@
 
 namespace fastscore {
 
-enum Activation : int { kIdentity, kElu, kSilu, kRelu, kGelu, kSoftplus };   // as numbered in fastscore/ops/normalise.py
+enum Activation : int { kIdentity, kElu, kSilu, kRelu, kGelu, kSoftplus, kTanh, kSigmoid };   // as numbered in fastscore/ops
 
 namespace {
 
@@ -103,6 +103,20 @@ FS_INLINE void activate(int kind, V u, V* y, V* d1, V* d2) {
       if (y) *y = where(u < 0, zero, u) + log1p_unit(exp_negative(-magnitude(u)));
       if (d1) *d1 = s;
       if (d2) *d2 = s * (1 - s);
+      return;
+    }
+    case kTanh: {
+      const V e = expm1_negative(magnitude(u) * -2), t = -e / (e + 2), s = where(u < 0, -t, t);
+      if (y) *y = s;
+      if (d1) *d1 = 1 - s * s;
+      if (d2) *d2 = -2 * s * (1 - s * s);
+      return;
+    }
+    case kSigmoid: {
+      const V s = sigmoid(u);
+      if (y) *y = s;
+      if (d1) *d1 = s * (1 - s);
+      if (d2) *d2 = s * (1 - s) * (1 - s - s);
       return;
     }
     default:

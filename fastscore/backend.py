@@ -21,6 +21,7 @@ OPS = (
     "instance_norm_plus", "conditional_instance_norm_plus", "group_norm_modulate",
 )  # fmt: skip
 RAW_OPS = ("fill", "noisy_update", "noise_reduce", "normalise", "normalise_backward")
+CPU_OPS = ("activate_dual",)   # in C++ alone; elsewhere plain PyTorch
 _requested: ContextVar[str | None] = ContextVar("fastscore_backend", default=None)
 
 
@@ -61,7 +62,7 @@ def load_extension() -> str | None:
         torch.ops.load_library(str(files[0]))
     except OSError as error:
         return f"the extension does not load ({str(error).splitlines()[0]}). Reinstall fastscore"
-    for name in RAW_OPS:
+    for name in RAW_OPS + CPU_OPS:
         _finish(f"fastscore::{name}")
     return None
 

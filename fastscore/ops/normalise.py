@@ -279,6 +279,8 @@ def _gradient(x, t, stats, coef, tcoef, labels, gy, gty, form, backend):
 
 
 def normalise(x, coef, labels, form, backend):
+    if torch.overrides.has_torch_function_unary(x):   # dual numbers and the like
+        return torch.overrides.handle_torch_function(normalise, (x,), x, coef, labels, form, backend)
     chosen = _backend.choose(x.device, backend)
     if chosen == "reference":
         return normalise_ref(x, coef, labels, form)
@@ -292,14 +294,15 @@ def normalise_dual(x, t, coef, labels, form, backend):
     return _normalise(x, t, coef, None, labels, form, chosen, True)[:2]
 
 
-def run_forward(x, t, coef, tcoef, labels, form, backend, primal, only_statistics=False):
+def run_forward(x, t, coef, tcoef, labels, form, backend, primal, only_statistics=False, into=None):
     """The op itself, with no derivative. Statistics (1 + M, B, C, 2): mean and variance of x, mean of t and of t (x - mean)."""
     x = _dense(x)
     stats = torch.empty((1 if t is None else 1 + len(t), *x.shape[:2], 2), dtype=coef.dtype, device=x.device)
-    outputs = [torch.empty_like(x)] if primal else []
-    if t is not None:
-        t = _in_layout_of(t, x)
-        outputs += [] if only_statistics else [torch.empty_like(t)]
+    t = None if t is None else _in_layout_of(t, x)
+    if into is None:
+        outputs = [torch.empty_like(a) for a, wanted in ((x, primal), (t, t is not None and not only_statistics)) if wanted]
+    else:
+        outputs = list(into)
     _backend.call(
         backend, "normalise", outputs[0] if primal else None, None if t is None or only_statistics else outputs[-1], stats, x, t,
         coef.contiguous(), _contiguous(tcoef), _contiguous(labels), *_numbers(form),
@@ -307,13 +310,13 @@ def run_forward(x, t, coef, tcoef, labels, form, backend, primal, only_statistic
     return *outputs, stats
 
 
-def run_backward(x, t, stats, coef, tcoef, labels, gy, gty, form, backend):
+def run_backward(x, t, stats, coef, tcoef, labels, gy, gty, form, backend, into=None):
     """Its transpose, with no derivative."""
     x = _dense(x)
     if t is not None and len(stats) == 1:   # saved by a call that had no tangents
         stats = run_forward(x, t, coef, tcoef, labels, form, backend, False, True)[-1]
     t, gy, gty = (None if g is None else _in_layout_of(g, x) for g in (t, gy, gty))
-    gx, gt = torch.empty_like(x), None if t is None else torch.empty_like(t)
+    gx, gt = into or (torch.empty_like(x), None if t is None else torch.empty_like(t))
     make = torch.empty if x.numel() else torch.zeros
     gcoef = make((len(x), coef.shape[1]), dtype=coef.dtype, device=x.device)
     gtcoef = None if t is None else make((len(t), *gcoef.shape), dtype=coef.dtype, device=x.device)

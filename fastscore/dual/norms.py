@@ -1,0 +1,103 @@
+"""PyTorch's normalisations as compositions whose forward mode is right: means, products and reciprocal roots."""
+
+import torch
+import torch.nn.functional as F
+
+
+def _standardised(x, dims, eps):
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+
+
+def _affine(h, weight, bias, dim=1):
+    """weight and bias (C,) along dimension 1 of (B, C, *)."""
+    shape = (-1, *(1,) * (h.dim() - 2))
+    h = h if weight is None else h * weight.reshape(shape)
+    return h if bias is None else h + bias.reshape(shape)
+
+
+def instance_norm(input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5,
+                  cudnn_enabled=None):  # fmt: skip
+    if not use_input_stats:
+        return _affine((input - _column(running_mean, input)) * torch.rsqrt(_column(running_var, input) + eps), weight, bias)
+    dims = tuple(range(2, input.dim()))
+    if running_mean is not None:
+        _update(running_mean, running_var, input.detach().transpose(0, 1).flatten(2), momentum, per_sample=True)
+    return _affine(_standardised(input, dims, eps), weight, bias)
+
+
+def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, cudnn_enabled=None):
+    if not training:
+        return _affine((input - _column(running_mean, input)) * torch.rsqrt(_column(running_var, input) + eps), weight, bias)
+    if running_mean is not None:
+        _update(running_mean, running_var, input.detach().transpose(0, 1).flatten(1)[:, None], momentum)
+    return _affine(_standardised(input, (0, *range(2, input.dim())), eps), weight, bias)
+
+
+def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=None):
+    h = _standardised(input, tuple(range(-len(normalized_shape), 0)), eps)
+    h = h if weight is None else h * weight
+    return h if bias is None else h + bias
+
+
+def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=None):
+    h = _standardised(input.reshape(input.shape[0], num_groups, -1), (2,), eps)
+    return _affine(h.reshape(input.shape), weight, bias)
+
+
+def rms_norm(input, normalized_shape, weight=None, eps=None):
+    dims = tuple(range(-len(normalized_shape), 0))
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    h = input * torch.rsqrt(input.square().mean(dims, keepdim=True) + eps)
+    return h if weight is None else h * weight
+
+
+def _column(c, x):
+    return c.reshape(-1, *(1,) * (x.dim() - 2))
+
+
+def _update(running_mean, running_var, x, momentum, per_sample=False):
+    """Running statistics from x (C, B or 1, N), as PyTorch keeps them: the variance unbiased, momentum a number."""
+    with torch.no_grad():
+        mean, variance = x.mean(-1).mean(-1), x.var(-1).mean(-1)
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_(variance.to(running_var.dtype), momentum)
+
+
+COMPOSED = {
+    F.instance_norm: instance_norm,
+    F.batch_norm: batch_norm,
+    F.layer_norm: layer_norm,
+    F.group_norm: group_norm,
+    F.rms_norm: rms_norm,
+}
+
+
+def _reordered(rule, names):
+    """The rule for torch.<name>, whose arguments come in another order."""
+    return lambda *args, **kwargs: rule(**dict(zip(names, args)), **kwargs)
+
+
+_RUNNING = ("input", "weight", "bias", "running_mean", "running_var")
+COMPOSED |= {
+    torch.instance_norm: _reordered(instance_norm, (*_RUNNING, "use_input_stats", "momentum", "eps", "cudnn_enabled")),
+    torch.batch_norm: _reordered(batch_norm, (*_RUNNING, "training", "momentum", "eps", "cudnn_enabled")),
+    torch.layer_norm: layer_norm,
+    torch.group_norm: group_norm,
+    torch.rms_norm: rms_norm,
+}
+# Called by name they have no right forward mode and no composition here.
+REFUSED = {
+    getattr(torch, name): name
+    for name in ("native_layer_norm", "native_batch_norm", "native_group_norm", "batch_norm_stats", "cudnn_batch_norm", "miopen_batch_norm")
+    if hasattr(torch, name)
+}
+
+
+class RightNorms(torch.overrides.TorchFunctionMode):
+    """Inside, PyTorch's norms are their compositions: stock forward mode is then right through any module."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in REFUSED:
+            raise NotImplementedError(f"fastscore.jvp: torch.{REFUSED[func]} has no right forward mode; call that of torch.nn.functional.")
+        return COMPOSED.get(func, func)(*args, **(kwargs or {}))

@@ -1,0 +1,599 @@
+"""What each torch function does to dual numbers, on the stack (1 + M, *) of the value and its tangents.
+
+Every rule is made of differentiable torch operations or of our own Functions, so reverse mode goes through all of them.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from fastscore.dual import norms
+from fastscore.dual.functions import activate_stack, add_bias, add_to_value, normalise_stack
+from fastscore.ops.normalise import Form, normalise, pack
+
+RULES = {}
+HOLDERS = (torch.Tensor, torch, F, torch._C._nn, torch.special)
+
+
+def rule(*names):
+    """Register a rule under every function of that name in torch, torch.Tensor and torch.nn.functional."""
+
+    def register(function):
+        for name in names:
+            for holder in HOLDERS:
+                if hasattr(holder, name):
+                    RULES.setdefault(getattr(holder, name), function)
+        return function
+
+    return register
+
+
+def is_dual(a):
+    return hasattr(a, "stack")
+
+
+def stack(a):
+    return a.stack
+
+
+def dual(s):
+    from fastscore.dual.numbers import Dual
+
+    return Dual(s)
+
+
+def value(a):
+    return a.stack[0] if is_dual(a) else a
+
+
+def shift(d):
+    """A dimension of the value as one of the stack."""
+    return d if d < 0 else d + 1
+
+
+def shape_of(args):
+    """Sizes given as one sequence or one by one."""
+    return tuple(args[0]) if len(args) == 1 and not isinstance(args[0], int) else tuple(args)
+
+
+def aligned(s, dims):
+    """The stack of a value with at least `dims` dimensions."""
+    missing = dims - (s.dim() - 1)
+    return s.reshape(s.shape[0], *(1,) * missing, *s.shape[1:]) if missing > 0 else s
+
+
+def both(a, b):
+    """Two stacks aligned to broadcast with each other."""
+    dims = max(a.dim(), b.dim()) - 1
+    return aligned(a, dims), aligned(b, dims)
+
+
+def joined(y, ty):
+    return dual(torch.cat([y[None], ty]))
+
+
+# ---- maps that are linear in the input and work sample by sample: one call for value and tangents
+
+
+def _folded(function, x, batched_dims, *args, bias=None, **kwargs):
+    s = stack(x)
+    if s.dim() == batched_dims:   # a value without batch dimension: the stack is the batch
+        y = function(s, *args, **kwargs)
+        return dual(y if bias is None else add_bias(y, bias[0], 1))
+    y, values = function(s.flatten(0, 1), *args, **kwargs), s.shape[1]
+    return dual((y if bias is None else add_bias(y, bias, values)).unflatten(0, s.shape[:2]))
+
+
+def _convolution(function):
+    def apply(input, weight, bias=None, *args, **kwargs):
+        if is_dual(weight) or is_dual(bias):
+            return NotImplemented
+        bias = None if bias is None else bias.reshape(1, -1, *(1,) * (weight.dim() - 2))
+        return _folded(function, input, weight.dim(), weight, None, *args, bias=bias, **kwargs)
+
+    return apply
+
+
+for _name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
+    rule(_name)(_convolution(getattr(F, _name)))
+
+
+@rule("linear")
+def linear(input, weight, bias=None):
+    if is_dual(weight) or is_dual(bias):
+        return NotImplemented
+    y = F.linear(stack(input), weight)
+    return dual(y if bias is None else add_bias(y, bias, 1))
+
+
+def _pooling(function, dims):
+    return lambda input, *args, **kwargs: _folded(function, input, dims, *args, **kwargs)
+
+
+for _name, _dims in (("avg_pool1d", 3), ("avg_pool2d", 4), ("avg_pool3d", 5), ("adaptive_avg_pool1d", 3), ("adaptive_avg_pool2d", 4),
+                     ("adaptive_avg_pool3d", 5), ("pixel_shuffle", 4), ("pixel_unshuffle", 4), ("unfold", 4), ("fold", 3)):  # fmt: skip
+    if _name != "unfold":
+        rule(_name)(_pooling(getattr(F, _name), _dims))
+RULES[F.unfold] = _pooling(F.unfold, 4)   # Tensor.unfold is another function
+
+
+@rule("interpolate")
+def interpolate(input, *args, **kwargs):
+    return _folded(F.interpolate, input, input.dim(), *args, **kwargs)
+
+
+@rule("pad")
+def pad(input, pad, mode="constant", value=None):
+    if mode != "constant":
+        return _folded(F.pad, input, input.dim(), pad, mode)
+    y = F.pad(stack(input), pad)
+    if value:
+        y = add_to_value(y, value * (1 - F.pad(torch.ones_like(stack(input)[0]), pad)))
+    return dual(y)
+
+
+# ---- linear maps whose dimensions only move by one
+
+
+@rule("reshape", "view")
+def reshape(x, *shape):
+    shape = shape_of(shape)
+    if len(shape) == 1 and isinstance(shape[0], torch.dtype):
+        return NotImplemented
+    if -1 in shape:
+        known = -math.prod(shape)
+        shape = tuple(x.numel() // max(known, 1) if n == -1 else n for n in shape)
+    return dual(stack(x).reshape(len(stack(x)), *shape))
+
+
+@rule("view_as", "reshape_as")
+def reshape_as(x, other):
+    return reshape(x, tuple(other.shape))
+
+
+@rule("expand")
+def expand(x, *shape):
+    shape = shape_of(shape)
+    s = aligned(stack(x), len(shape))
+    return dual(s.expand(len(s), *shape))
+
+
+@rule("expand_as")
+def expand_as(x, other):
+    return expand(x, tuple(other.shape))
+
+
+@rule("flatten")
+def flatten(x, start_dim=0, end_dim=-1):
+    if x.dim() == 0:
+        return dual(stack(x)[:, None])
+    return dual(stack(x).flatten(shift(start_dim), shift(end_dim)))
+
+
+@rule("unflatten")
+def unflatten(x, dim, sizes):
+    return dual(stack(x).unflatten(shift(dim), sizes))
+
+
+@rule("transpose", "swapaxes", "swapdims")
+def transpose(x, dim0, dim1):
+    return dual(stack(x).transpose(shift(dim0), shift(dim1)))
+
+
+@rule("permute")
+def permute(x, *dims):
+    dims = shape_of(dims)
+    return dual(stack(x).permute(0, *(1 + d % x.dim() for d in dims)))
+
+
+@rule("t")
+def t(x):
+    return x if x.dim() < 2 else transpose(x, 0, 1)
+
+
+RULES[torch.Tensor.T.__get__] = lambda x: dual(stack(x).permute(0, *range(x.dim(), 0, -1)))
+RULES[torch.Tensor.mT.__get__] = lambda x: transpose(x, -1, -2)
+
+
+@rule("movedim", "moveaxis")
+def movedim(x, source, destination):
+    one = isinstance(source, int)
+    source, destination = ((d,) if one else d for d in (source, destination))
+    return dual(stack(x).movedim(tuple(1 + d % x.dim() for d in source), tuple(1 + d % x.dim() for d in destination)))
+
+
+@rule("unsqueeze")
+def unsqueeze(x, dim):
+    return dual(stack(x).unsqueeze(shift(dim)))
+
+
+@rule("squeeze")
+def squeeze(x, dim=None):
+    dims = range(x.dim()) if dim is None else (dim,) if isinstance(dim, int) else dim
+    keep = [n for d, n in enumerate(x.shape) if n != 1 or d not in {e % max(x.dim(), 1) for e in dims}]
+    return dual(stack(x).reshape(len(stack(x)), *keep))
+
+
+@rule("select")
+def select(x, dim, index):
+    return dual(stack(x).select(shift(dim), index))
+
+
+@rule("narrow")
+def narrow(x, dim, start, length):
+    return dual(stack(x).narrow(shift(dim), start, length))
+
+
+@rule("chunk")
+def chunk(input, chunks, dim=0):
+    return tuple(dual(s) for s in stack(input).chunk(chunks, shift(dim)))
+
+
+@rule("split")
+def split(tensor, split_size_or_sections, dim=0):
+    return tuple(dual(s) for s in stack(tensor).split(split_size_or_sections, shift(dim)))
+
+
+@rule("unbind")
+def unbind(x, dim=0):
+    return tuple(dual(s) for s in stack(x).unbind(shift(dim)))
+
+
+@rule("repeat", "tile")
+def repeat(x, *sizes):
+    sizes = shape_of(sizes)
+    return dual(aligned(stack(x), len(sizes)).repeat(1, *(1,) * (x.dim() - len(sizes)), *sizes))
+
+
+@rule("repeat_interleave")
+def repeat_interleave(x, repeats, dim=None, **kwargs):
+    return dual((stack(x).flatten(1) if dim is None else stack(x)).repeat_interleave(repeats, 1 if dim is None else shift(dim), **kwargs))
+
+
+@rule("flip")
+def flip(x, *dims):
+    return dual(stack(x).flip(tuple(1 + d % x.dim() for d in shape_of(dims))))
+
+
+@rule("roll")
+def roll(x, shifts, dims=None):
+    if dims is None:
+        return reshape(dual(stack(x).flatten(1).roll(shifts, 1)), tuple(x.shape))
+    return dual(stack(x).roll(shifts, shift(dims) if isinstance(dims, int) else tuple(map(shift, dims))))
+
+
+@rule("index_select")
+def index_select(x, dim, index):
+    return dual(stack(x).index_select(shift(dim), index))
+
+
+@rule("gather")
+def gather(x, dim, index):
+    return dual(stack(x).gather(shift(dim), index.expand(len(stack(x)), *index.shape)))
+
+
+@rule("__getitem__")
+def getitem(x, index):
+    index = index if isinstance(index, tuple) else (index,)
+    arrays = [i for i, part in enumerate(index) if isinstance(part, torch.Tensor | list)]
+    if len(arrays) > 1 and arrays != list(range(arrays[0], arrays[0] + len(arrays))):
+        return NotImplemented   # the indexed dimensions would move in front of the stack's
+    return dual(stack(x)[(slice(None), *index)])
+
+
+@rule("contiguous", "clone")
+def clone(x, *args, memory_format=None, **kwargs):
+    layout = memory_format or (args[0] if args else None)
+    s = stack(x).contiguous() if layout in (None, torch.contiguous_format, torch.preserve_format) else None
+    if s is None:   # channels last within each of the stack's values
+        s = stack(x).flatten(0, 1).contiguous(memory_format=layout).unflatten(0, stack(x).shape[:2])
+    return dual(s)
+
+
+def _conversion(name):
+    return lambda x, *args, **kwargs: dual(getattr(stack(x), name)(*args, **kwargs))
+
+
+for _name in ("to", "type", "type_as", "float", "double", "half", "bfloat16", "cuda", "cpu"):
+    rule(_name)(_conversion(_name))
+
+
+@rule("neg", "negative", "__neg__")
+def neg(x):
+    return dual(-stack(x))
+
+
+@rule("cat", "concat", "concatenate")
+def cat(tensors, dim=0):
+    return dual(torch.cat(_alike(tensors), shift(dim)))
+
+
+@rule("stack")
+def stack_of(tensors, dim=0):
+    return dual(torch.stack(_alike(tensors), shift(dim)))
+
+
+def _alike(tensors):
+    """Stacks of all of them; constants have zero tangents."""
+    n = next(len(stack(a)) for a in tensors if is_dual(a))
+    return [stack(a) if is_dual(a) else constant(a, n) for a in tensors]
+
+
+def constant(a, n):
+    return torch.cat([a[None], a.new_zeros(n - 1, *a.shape)])
+
+
+def _reduction(name):
+    def apply(x, dim=None, keepdim=False, **kwargs):
+        s = stack(x)
+        if dim is None or dim == ():
+            return dual(getattr(s.flatten(1), name)(1, **kwargs)) if not keepdim else NotImplemented
+        dims = shift(dim) if isinstance(dim, int) else tuple(map(shift, dim))
+        return dual(getattr(s, name)(dims, keepdim=keepdim, **kwargs))
+
+    return apply
+
+
+for _name in ("sum", "mean"):
+    rule(_name)(_reduction(_name))
+
+
+@rule("cumsum")
+def cumsum(x, dim, **kwargs):
+    return dual(stack(x).cumsum(shift(dim), **kwargs))
+
+
+@rule("where")
+def where(condition, input=None, other=None):
+    if input is None or is_dual(condition):
+        return NotImplemented
+    n = len(stack(input if is_dual(input) else other))
+    a, b = (stack(c) if is_dual(c) else torch.as_tensor(c, device=condition.device)[None] for c in (input, other))
+    dims = max(condition.dim(), a.dim() - 1, b.dim() - 1)
+    zeros = [s if len(s) == n else torch.cat([s, s.new_zeros(n - 1, *s.shape[1:])]) for s in (a, b)]
+    return dual(torch.where(condition, aligned(zeros[0], dims), aligned(zeros[1], dims)))
+
+
+@rule("masked_fill")
+def masked_fill(x, mask, value):
+    s = stack(x).masked_fill(mask, 0)
+    return dual(add_to_value(s, torch.zeros_like(s[0]).masked_fill(mask, value)))
+
+
+# ---- arithmetic
+
+
+def _number(a):
+    return isinstance(a, int | float)
+
+
+@rule("add", "__add__", "__radd__")
+def add(a, b, *, alpha=1):
+    b = b * alpha if alpha != 1 else b
+    if is_dual(a) and is_dual(b):
+        a, b = both(stack(a), stack(b))
+        return dual(a + b)
+    a, c = (a, b) if is_dual(a) else (b, a)
+    s = stack(a)
+    if isinstance(c, torch.Tensor):
+        s = aligned(s, c.dim())
+        shape = torch.broadcast_shapes(s.shape[1:], c.shape)
+        s = s.expand(len(s), *shape).to(torch.result_type(s, c))
+    return dual(add_to_value(s, c))
+
+
+@rule("sub", "subtract", "__sub__")
+def sub(a, b, *, alpha=1):
+    b = b * alpha if alpha != 1 else b
+    return add(a, -b)
+
+
+@rule("rsub", "__rsub__")
+def rsub(a, b, *, alpha=1):
+    return sub(b, a, alpha=alpha)
+
+
+@rule("mul", "multiply", "__mul__", "__rmul__")
+def mul(a, b):
+    if is_dual(a) and is_dual(b):
+        a, b = both(stack(a), stack(b))
+        return joined(a[0] * b[0], a[1:] * b[0] + a[0] * b[1:])
+    a, c = (a, b) if is_dual(a) else (b, a)
+    return dual(aligned(stack(a), c.dim() if isinstance(c, torch.Tensor) else 0) * c)
+
+
+@rule("div", "divide", "true_divide", "__truediv__")
+def div(a, b, *, rounding_mode=None):
+    if rounding_mode is not None:
+        return NotImplemented
+    if not is_dual(b):
+        return dual(aligned(stack(a), b.dim() if isinstance(b, torch.Tensor) else 0) / b)
+    return mul(a, reciprocal(b))
+
+
+@rule("__rdiv__", "__rtruediv__")
+def rdiv(a, b):
+    return div(b, a)
+
+
+@rule("addcmul")
+def addcmul(input, tensor1, tensor2, *, value=1):
+    return add(input, mul(tensor1, tensor2), alpha=value)
+
+
+@rule("lerp")
+def lerp(input, end, weight):
+    return add(input, mul(sub(end, input) if is_dual(input) or is_dual(end) else end - input, weight))
+
+
+def _elementwise(slope):
+    """slope(x, y): f'(x), given y = f(x)."""
+
+    def rule_for(function):
+        def apply(x, *args, **kwargs):
+            s = stack(x)
+            y = function(s[0], *args, **kwargs)
+            return joined(y, slope(s[0], y) * s[1:])
+
+        return apply
+
+    return rule_for
+
+
+_SLOPES = {
+    "exp": lambda x, y: y,
+    "expm1": lambda x, y: y + 1,
+    "log": lambda x, y: 1 / x,
+    "log1p": lambda x, y: 1 / (x + 1),
+    "sqrt": lambda x, y: 0.5 / y,
+    "rsqrt": lambda x, y: -0.5 * y / x,
+    "square": lambda x, y: 2 * x,
+    "sin": lambda x, y: x.cos(),
+    "cos": lambda x, y: -x.sin(),
+    "abs": lambda x, y: x.sgn(),
+    "reciprocal": lambda x, y: -y.square(),
+    "erf": lambda x, y: (2 / math.sqrt(math.pi)) * (-x.square()).exp(),
+}
+for _name, _slope in _SLOPES.items():
+    rule(_name)(_elementwise(_slope)(getattr(torch, _name)))
+reciprocal = RULES[torch.reciprocal]
+RULES[torch.Tensor.__abs__] = RULES[torch.abs]
+
+
+@rule("pow", "__pow__", "float_power")
+def power(x, exponent):
+    if not is_dual(x) or not _number(exponent):
+        return NotImplemented
+    s = stack(x)
+    return joined(s[0] ** exponent, exponent * s[0] ** (exponent - 1) * s[1:])
+
+
+def _activation(name, unless=lambda *args, **kwargs: False):
+    def apply(input, *args, inplace=False, **kwargs):
+        if unless(*args, **kwargs):
+            return NotImplemented
+        return dual(activate_stack(stack(input), name))
+
+    return apply
+
+
+for _name in ("relu", "silu", "tanh", "sigmoid"):
+    rule(_name)(_activation(_name))
+rule("elu")(_activation("elu", unless=lambda alpha=1.0: alpha != 1))
+rule("gelu")(_activation("gelu", unless=lambda approximate="none": approximate != "none"))
+rule("softplus")(_activation("softplus", unless=lambda beta=1, threshold=20: beta != 1 or threshold < 20))
+
+
+@rule("softmax")
+def softmax(input, dim=None, _stacklevel=3, dtype=None):
+    if dim is None:
+        return NotImplemented
+    s = stack(input) if dtype is None else stack(input).to(dtype)
+    y = s[0].softmax(dim)
+    d = shift(dim)
+    return joined(y, y * (s[1:] - (y * s[1:]).sum(d, keepdim=True)))
+
+
+@rule("log_softmax")
+def log_softmax(input, dim=None, _stacklevel=3, dtype=None):
+    if dim is None:
+        return NotImplemented
+    s = stack(input) if dtype is None else stack(input).to(dtype)
+    y = s[0].log_softmax(dim)
+    return joined(y, s[1:] - (y.exp() * s[1:]).sum(shift(dim), keepdim=True))
+
+
+@rule("matmul", "__matmul__", "bmm", "mm", "mv", "dot")
+def matmul(a, b):
+    if is_dual(a) and is_dual(b):
+        if a.dim() < 2 or b.dim() < 2:
+            return NotImplemented
+        a, b = both(stack(a), stack(b))
+        return joined(a[0] @ b[0], a[1:] @ b[0] + a[0] @ b[1:])
+    if is_dual(a):
+        return dual(stack(a) @ b) if a.dim() >= 2 and b.dim() <= a.dim() else NotImplemented
+    if b.dim() < 2 or a.dim() > b.dim() or a.dim() < 2:
+        return NotImplemented
+    return dual(a @ stack(b))
+
+
+RULES[torch.Tensor.__rmatmul__] = lambda a, b: matmul(b, a)
+
+
+@rule("baddbmm")
+def baddbmm(input, batch1, batch2, *, beta=1, alpha=1):
+    product = matmul(batch1, batch2) if is_dual(batch1) or is_dual(batch2) else batch1 @ batch2
+    scaled = mul(product, alpha) if is_dual(product) else product * alpha
+    return scaled if beta == 0 else add(scaled, input * beta)
+
+
+@rule("scaled_dot_product_attention")
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    if enable_gqa or dropout_p:
+        return NotImplemented
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    return scores.softmax(-1) @ value
+
+
+def _dropout(function):
+    """One mask for the value and its tangents."""
+
+    def apply(input, p=0.5, training=True, inplace=False):
+        return dual(stack(input) * function(torch.ones_like(stack(input)[0]), p, training))
+
+    return apply
+
+
+for _name in ("dropout", "dropout1d", "dropout2d", "dropout3d"):
+    RULES[getattr(F, _name)] = _dropout(getattr(F, _name))
+
+
+# ---- normalisations
+
+
+def _fused(x, groups, weight, bias, eps):
+    s = stack(x)
+    C = x.shape[1]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    gamma = torch.ones(C, dtype=dtype, device=x.device) if weight is None else weight.to(dtype)
+    columns = [gamma] if bias is None else [gamma, bias.to(dtype)]
+    return dual(normalise_stack(s, pack(columns), None, Form(groups, False, bias is not None, eps, None), None))
+
+
+@rule("instance_norm")
+def instance_norm(input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5):
+    if running_mean is not None or not use_input_stats or input.dim() < 3:
+        return norms.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return _fused(input, 0, weight, bias, eps)
+
+
+@rule("group_norm")
+def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=None):
+    return _fused(input, num_groups, weight, bias, eps) if input.dim() > 2 else norms.group_norm(input, num_groups, weight, bias, eps)
+
+
+@rule("layer_norm")
+def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=None):
+    lead = input.shape[: input.dim() - len(normalized_shape)]
+    h = reshape(_fused(reshape(input, (math.prod(lead), 1, -1)), 1, None, None, eps), tuple(input.shape))
+    h = h if weight is None else mul(h, weight)
+    return h if bias is None else add(h, bias)
+
+
+for _function, _composition in norms.COMPOSED.items():   # batch norm, rms norm, and the forms of torch
+    RULES.setdefault(_function, _composition)
+RULES[torch.instance_norm] = norms._reordered(instance_norm, ("input", "weight", "bias", "running_mean", "running_var", "use_input_stats",
+                                                              "momentum", "eps"))  # fmt: skip
+
+
+def _own(x, coef, labels, form, backend):
+    """Our normalisations' common door."""
+    return dual(normalise_stack(stack(x), coef, labels, form, backend))
+
+
+RULES[normalise] = _own

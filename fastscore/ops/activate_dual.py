@@ -1,0 +1,100 @@
+"""An activation of a value and of its tangents, side by side in memory, in one pass."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from fastscore import backend as _backend
+from fastscore.ops.functions import quick
+
+# name: f, and (f', f'') from u; numbered as in csrc/activation_cpu.h from 1 on
+_SLOPES = {
+    "elu": (F.elu, lambda u: _elu(u, u.clamp(max=0).exp())),
+    "silu": (F.silu, lambda u: _silu(u, u.sigmoid())),
+    "relu": (F.relu, lambda u: ((u > 0).to(u.dtype), torch.zeros_like(u))),
+    "gelu": (F.gelu, lambda u: _gelu(u, (u.square() * -0.5).exp() / math.sqrt(2 * math.pi))),
+    "softplus": (F.softplus, lambda u: (u.sigmoid(), u.sigmoid() * (1 - u.sigmoid()))),
+    "tanh": (torch.tanh, lambda u: (1 - u.tanh().square(), -2 * u.tanh() * (1 - u.tanh().square()))),
+    "sigmoid": (torch.sigmoid, lambda u: _sigmoid(u.sigmoid())),
+}
+_CODES = {name: code for code, name in enumerate(_SLOPES, 1)}
+
+
+def _elu(u, e):
+    return torch.where(u > 0, torch.ones_like(u), e), torch.where(u > 0, torch.zeros_like(u), e)
+
+
+def _silu(u, s):
+    return s * (1 + u * (1 - s)), s * (1 - s) * (2 + u * (1 - 2 * s))
+
+
+def _gelu(u, density):
+    return 0.5 * torch.erfc(u * -math.sqrt(0.5)) + u * density, density * (2 - u.square())
+
+
+def _sigmoid(s):
+    return s * (1 - s), s * (1 - s) * (1 - 2 * s)
+
+
+def activate_dual(s, name, backend=None):
+    """Activate a value u and carry its tangents along.
+
+        y = f(u),    ẏ_m = f'(u) u̇_m
+
+    Args:
+        s: (1 + M, *), u and then its tangents, any float dtype; copied first where it is not contiguous.
+        name: 'elu', 'silu', 'relu', 'gelu', 'softplus', 'tanh' or 'sigmoid'.
+
+    Returns:
+        (1 + M, *), y and its tangents. Differentiable, at every order.
+    """
+    chosen = _backend.choose(s.device, backend)
+    if chosen != "cpp" or s.dtype == torch.float64:
+        return activate_dual_ref(s, name)
+    if _backend.derivative_possible(s):
+        return _function(s, name, chosen)
+    return _run(s, name, chosen)
+
+
+def activate_dual_ref(s, name):
+    """The equations; its own derivatives are right at every order."""
+    function, slopes = _SLOPES[name]
+    return torch.cat([function(s[:1]), slopes(s[:1])[0] * s[1:]])
+
+
+@quick
+class _ActivateDual(torch.autograd.Function):
+    """Cotangents: gu = f' gy + f'' Σ u̇ gẏ and gu̇ = f' gẏ."""
+
+    @staticmethod
+    def forward(s, name, backend):
+        return _run(s, name, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        s, ctx.name, ctx.backend = inputs
+        ctx.save_for_backward(s)
+
+    @staticmethod
+    def backward(ctx, g):
+        (s,) = ctx.saved_tensors
+        if torch.is_grad_enabled():   # somebody differentiates the gradient: plain PyTorch
+            first, second = _SLOPES[ctx.name][1](s[:1])
+            return torch.cat([first * g[:1] + second * (s[1:] * g[1:]).sum(0, keepdim=True), first * g[1:]]), None, None
+        s, g = s.contiguous(), g.contiguous()
+        gs = torch.empty_like(s)
+        _backend.call(ctx.backend, "activate_dual", gs, s, g, _CODES[ctx.name])
+        return gs, None, None
+
+
+@torch.compiler.allow_in_graph
+def _function(s, name, backend):
+    return _ActivateDual.apply(s, name, backend)
+
+
+def _run(s, name, backend):
+    s = s.contiguous()
+    out = torch.empty_like(s)
+    _backend.call(backend, "activate_dual", out, s, None, _CODES[name])
+    return out
