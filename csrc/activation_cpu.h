@@ -18,15 +18,16 @@ constexpr float kExpm1[5] = {0.4999999701976776f, 0.1666654348373413f, 0.0416672
 constexpr float kErfc[9] = {0.11283750087022781f, 0.11284539103507996f, 0.10382068157196045f, 0.08476314693689346f, 0.06933696568012238f,
                             -0.0005049587925896049f, 0.08228977024555206f, -0.09025341272354126f, 0.024864966049790382f};
 
-// 2^k and expm1(r) with x = k ln 2 + r, for x <= 0 (below -87 the result is that of -87).
+// 2^k (0 below -87) and expm1(r) with x = k ln 2 + r, for x <= 0.
 FS_INLINE void split_exp(vf x, vf& power, vf& expm1_r) {
+  const vi none = x < -87.0f;
   x = where(x < -87.0f, vf{} - 87.0f, x);   // NaN stays
   const vf shifted = x * 1.44269504088896f + 12582912.0f, k = shifted - 12582912.0f;
   const vf r = (x - k * 0.693145751953125f) - k * 1.42860682030941723212e-6f;
   vf p = vf{} + kExpm1[4];
   for (int i = 3; i >= 0; --i) p = p * r + kExpm1[i];
   expm1_r = p * (r * r) + r;
-  power = (vf)(((vi)shifted << 23) + 0x3f800000);
+  power = where(none, vf{}, (vf)(((vi)shifted << 23) + 0x3f800000));
 }
 FS_INLINE vf exp_negative(vf x) { vf power, e; split_exp(x, power, e); return power * e + power; }
 FS_INLINE vf expm1_negative(vf x) { vf power, e; split_exp(x, power, e); return power * e + (power - 1.0f); }

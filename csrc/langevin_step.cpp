@@ -71,10 +71,11 @@ __attribute__((noinline)) void update_groups(const UpdateArgs& p, const T* x, co
     for (int v = 0, at = 0; v < kChains / 2; ++v) {
       transpose4(z[v]);
       for (int k = 0; k < 4; ++k, at += kLanes) {
-        vf y = b * z[v][k];
-        if constexpr (kTerms == kBoth) y = (load_vector(x + i + at) + a * load_vector(d + i + at)) + y;
-        if constexpr (kTerms == kX) y = load_vector(x + i + at) + y;
-        if constexpr (kTerms == kDirection) y = a * load_vector(d + i + at) + y;
+        vf y;   // in the order of update(), to the bit
+        if constexpr (kTerms == kBoth) y = multiply_add(a, load_vector(d + i + at), load_vector(x + i + at));
+        if constexpr (kTerms == kX) y = load_vector(x + i + at);
+        if constexpr (kTerms == kDirection) y = a * load_vector(d + i + at);
+        y = multiply_add(b, z[v][k], y);
         if (__is_same(T, float) && bypass) stream_vector(y, reinterpret_cast<float*>(o + at));
         else store_vector(y, o + at);
         if constexpr (kEach) {
@@ -101,7 +102,8 @@ void run(const UpdateArgs& p, int64_t begin, int64_t end) {
   using A = typename Compute<T>::type;
   constexpr bool direct = __is_same(T, A);
   alignas(64) float noise[kTile + 2 * kGroup];
-  alignas(64) A xs[kTile] = {}, ds[kTile] = {}, outs[kTile];
+  alignas(64) A xs[kTile], ds[kTile], outs[kTile];
+  for (int i = 0; i < kTile; ++i) xs[i] = ds[i] = A(-0.0);   // a missing term: -0 is the number that adds nothing, not even a sign
   T* out = static_cast<T*>(p.out);
   const T* x = static_cast<const T*>(p.x);
   const T* d = static_cast<const T*>(p.direction);

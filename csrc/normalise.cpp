@@ -102,7 +102,7 @@ void moments(const Sample<T, kLast>& sample, const T* x, int64_t begin, int64_t 
   using V = typename S::V;
   const int64_t chunk = kLast ? kLastChunk : kRowChunk;
   for (int64_t c = begin; c < end; c += S::kChannelStep) {
-    V m = V{}, m2 = V{};
+    V m = V{}, lost = V{}, m2 = V{};   // lost: what rounding has taken from m so far (Kahan)
     for (int64_t s0 = 0; s0 < sample.pixels; s0 += chunk) {
       const int64_t s1 = s0 + chunk < sample.pixels ? s0 + chunk : sample.pixels;
       const A n = static_cast<A>(s1 - s0);
@@ -114,8 +114,10 @@ void moments(const Sample<T, kLast>& sample, const T* x, int64_t begin, int64_t 
         square += d * d;
         rest += d;
       });
-      const V correction = S::total(rest) / n, delta = (near + correction) - m;
-      m += delta * (n / static_cast<A>(s1));
+      const V correction = S::total(rest) / n, delta = ((near - m) + correction) + lost;
+      const V step = delta * (n / static_cast<A>(s1)) - lost, moved = m + step;
+      lost = (moved - m) - step;
+      m = moved;
       m2 += (S::total(square) - correction * correction * n) + delta * delta * (n * static_cast<A>(s0) / static_cast<A>(s1));
     }
     S::put(m, mean, c);
@@ -543,7 +545,8 @@ void* mutable_pointer(const OptionalTensor& t) { return t ? t->mutable_data_ptr(
 NormArgs arguments(const Tensor& x, const OptionalTensor& t, const Tensor& coef, const OptionalTensor& tcoef, const OptionalTensor& labels,
                    int64_t groups, bool alpha, bool beta, double eps, int64_t activation) {
   for (const OptionalTensor* c : {&tcoef, &labels}) STD_TORCH_CHECK(!*c || (*c)->is_contiguous(), "fastscore: normalise needs contiguous tables and labels");
-  STD_TORCH_CHECK(coef.is_contiguous(), "fastscore: normalise needs contiguous tables and labels");
+  STD_TORCH_CHECK(coef.is_contiguous() && coef.size(1) == x.size(1) * (1 + alpha + beta), "fastscore: normalise needs a contiguous table of ",
+                  1 + alpha + beta, " coefficients per channel");
   NormArgs p{};
   p.dtype = dtype_of(x);
   p.channels_last = !x.is_contiguous();
@@ -554,6 +557,8 @@ NormArgs arguments(const Tensor& x, const OptionalTensor& t, const Tensor& coef,
   p.x = x.const_data_ptr(), p.t = pointer(t);
   p.coef = coef.const_data_ptr(), p.tcoef = pointer(tcoef), p.coef_rows = coef.size(0);
   p.labels = static_cast<const int64_t*>(pointer(labels));
+  for (int64_t b = 0; p.labels && b < p.batch; ++b)
+    STD_TORCH_CHECK(0 <= p.labels[b] && p.labels[b] < p.coef_rows, "fastscore: labels must be in 0..", p.coef_rows - 1, "; got ", p.labels[b]);
   return p;
 }
 

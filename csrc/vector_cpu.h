@@ -55,6 +55,17 @@ FS_INLINE void store_vector(vf v, Float16* p) {
 #endif
 }
 
+// a b + c, fused wherever the compiler would fuse it in a loop over elements.
+FS_INLINE vf multiply_add(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 // Past the caches, reading a line before overwriting it would cost a third of the traffic. p is 64-byte aligned.
 FS_INLINE void stream_vector(vf v, float* p) {
 #if defined(__AVX512F__)

@@ -122,6 +122,8 @@ def why_not(name: str, device: str) -> str | None:
     if name == "triton":
         if device == "cpu" and not interpreting():
             return "it needs a GPU (or TRITON_INTERPRET=1 for its interpreter)"
+        if device not in ("cpu", "cuda"):
+            return f"it runs on CUDA devices, not on {device}"
         return load_triton()
     if device != "cuda":
         return f"it runs on CUDA devices, not on {device}"

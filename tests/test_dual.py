@@ -66,7 +66,9 @@ NETWORKS = {
     "layer-norm": lambda: nn.Sequential(conv(3, 8), nn.LayerNorm((8, 6, 6)), nn.SiLU(), conv(8, 3)),
     "batch-norm": lambda: nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.GELU(), conv(8, 3)),
     "group-norm": lambda: nn.Sequential(conv(3, 8), nn.GroupNorm(2, 8), nn.SiLU(inplace=True), conv(8, 3)),
-    "rms-norm": lambda: nn.Sequential(nn.Flatten(), nn.Linear(108, 30), nn.RMSNorm(30), nn.Tanh(), nn.Linear(30, 108), nn.Unflatten(1, (3, 6, 6))),
+    "rms-norm": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(108, 30), nn.RMSNorm(30), nn.Tanh(), nn.Linear(30, 108), nn.Unflatten(1, (3, 6, 6))
+    ),
     "ours": lambda: nn.Sequential(conv(3, 8), fastscore.nn.InstanceNorm2dPlus(8, activation="elu"), conv(8, 3)),
     "mixed-residual": lambda: nn.Sequential(
         conv(3, 8),
@@ -139,10 +141,11 @@ def test_product_equals_the_difference_quotient(no_detour, name):
     assert one.shape == x.shape and torch.allclose(one, jv[0], atol=1e-12)
 
 
-@pytest.mark.parametrize("net", [fastscore.models.NCSN(3, 8), fastscore.models.NCSNv2(3, 8), fastscore.models.ScoreMLP(192, 32, 2, sigmas=[1.0, 0.1])],
-                         ids=["NCSN", "NCSNv2", "ScoreMLP"])  # fmt: skip
-def test_score_networks(no_detour, net):
+@pytest.mark.parametrize("name", ["NCSN", "NCSNv2", "ScoreMLP"])
+def test_score_networks(no_detour, name):
     torch.manual_seed(0)
+    models = fastscore.models
+    net = models.ScoreMLP(192, 32, 2, sigmas=[1.0, 0.1]) if name == "ScoreMLP" else getattr(models, name)(3, 8)
     net = net.double()
     sigma = net.sigmas[:2] if hasattr(net, "sigmas") else torch.tensor([1.0, 0.1]).double()
     if hasattr(net, "last"):

@@ -1,7 +1,9 @@
 """noisy_update, langevin_step, perturb: value against float64, derivatives, layouts, laws, errors."""
 
 import math
+import sys
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -71,6 +73,37 @@ def test_out_may_be_the_state_another_layout_or_an_overlapping_view(backend):
     storage = torch.cat([base.flatten(), torch.zeros(1)])
     shifted = fastscore.langevin_step(storage[:24].view(6, 4), -base, 0.1, out=storage[1:].view(6, 4), **KEY)
     assert torch.equal(shifted, expected)
+
+
+def test_out_may_overlap_anything(backend):
+    n = 300 if backend == "triton" else 3000
+    memory, x = torch.rand(4 * n), torch.randn(4, n)
+    expected = fastscore.perturb(x, memory[:4].clone(), seed=1)
+    assert torch.equal(fastscore.perturb(x, memory[:4], seed=1, out=memory.view(4, n)), expected)
+    array = np.random.default_rng(0).standard_normal(n + 1, dtype=np.float32)
+    x, out = torch.from_numpy(array[:n]), torch.from_numpy(array[1:])   # one memory, two storages
+    expected = fastscore.perturb(x.clone(), 0.3, seed=1)
+    assert torch.equal(fastscore.perturb(x, 0.3, seed=1, out=out), expected)
+    with pytest.raises(ValueError, match="out must not share memory between its elements"):
+        fastscore.perturb(torch.zeros(4, 4), 0.3, seed=1, out=torch.zeros(7).unfold(0, 4, 1))
+
+
+@pytest.mark.parametrize("terms", ["x", "direction", "both"])
+def test_a_split_batch_is_the_whole_batch_to_the_bit(terms):
+    """Whole groups and pieces of groups take different loops; so do -0 and terms that are not there."""
+    step = sys.modules["fastscore.ops.langevin_step"]
+    x, d = torch.randn(1000), torch.randn(1000)
+    x[::7], d[::5] = -0.0, -0.0
+    x, d = x if terms != "direction" else None, d if terms != "x" else None
+    a = 0.3 if terms != "x" else 0.0   # without a direction there is no drift
+    for b in (0.7, 0.0):
+        whole = step.run(x, d, a, b, None, (1, 0, 2, 5), "cpp")
+        for size in (1, 16, 100, 300):
+            parts = [
+                step.run(*(None if t is None else t[i : i + size] for t in (x, d)), a, b, None, (1, 0, 2, 5 + i), "cpp")
+                for i in range(0, 1000, size)
+            ]
+            assert torch.equal(torch.cat(parts).view(torch.int32), whole.view(torch.int32)), (b, size)
 
 
 def test_derivatives_of_every_input_in_every_mode(backend):
@@ -164,6 +197,7 @@ X = torch.zeros(4, 3)
         (lambda: fastscore.langevin_step(X, X.to("meta"), 0.1), "score must be on the device of x"),
         (lambda: fastscore.langevin_step(X, X, -0.1), "step_size must be finite and >= 0; got -0.1"),
         (lambda: fastscore.langevin_step(X, X, math.nan), "step_size must be finite"),
+        (lambda: fastscore.noisy_update(X, X, 1e300, 0.1), "drift must be finite"),
         (lambda: fastscore.langevin_step(X, X, torch.tensor([1, 1, 1, math.inf])), "step_size must be finite"),
         (lambda: fastscore.langevin_step(X, X, torch.ones(3)), r"must be a number, 0-d or \(4,\)"),
         (lambda: fastscore.langevin_step(X.int(), X, 0.1), "x must be float32"),

@@ -184,6 +184,33 @@ def test_third_order_and_nested_forward_mode(backend):
     assert torch.allclose(per_sample(coef[:1], x), expected(coef[:1], x), atol=1e-11)
 
 
+@pytest.mark.parametrize("dual", [False, True], ids=["value", "tangent"])
+@pytest.mark.parametrize("nesting", ["".join(c) for k in (2, 3) for c in itertools.product("FRV", repeat=k)] + ["FFFF", "RFRF", "RRFF"])
+def test_every_nesting_of_transforms(nesting, dual):
+    """F: jvp, R: grad, V: vmap of jvp, inner to outer. A plain operation in a jvp rule would lose the tangents of the levels around it."""
+    torch.manual_seed(0)
+    x, c = torch.randn(2, 3, 4).double(), torch.randn(1, 9).double()
+    v, form = torch.ones_like(x).cumsum(-1), Form(0, True, True, 1e-5, "silu")
+    wrap = {
+        "F": lambda f: lambda x: torch.func.jvp(f, (x,), (v * x.cos(),))[1],
+        "R": lambda f: torch.func.grad(lambda x: f(x).sin().sum()),
+        "V": lambda f: lambda x: torch.vmap(lambda t: torch.func.jvp(f, (x,), (t,))[1])(torch.stack([v, v.flip(0)])).sum(0),
+    }
+
+    def nested(backend):
+        def f(x):
+            if dual:
+                return fastscore.instance_norm_plus_dual(x, (v * x)[None], *c[0].split(3), activation="silu", backend=backend)[1][0]
+            return normalise(x, c, None, form, backend)
+
+        for letter in nesting:
+            f = wrap[letter](f)
+        return f(x)
+
+    expected = nested("reference")
+    assert float((nested("cpp") - expected).abs().max()) <= 1e-8 * max(float(expected.abs().max()), 1e-8)
+
+
 def sliced_score_gradient(norm, weights, x, v, mode):
     """d/dweights of vᵀ(∂s/∂x)v + ½(vᵀs)² for s = conv(elu(norm(conv(x)))), by forward mode or by double backprop."""
     first, second, *coefficients = (w.requires_grad_() for w in weights)
@@ -326,6 +353,22 @@ def test_group_norm_modulate_is_group_norm_scaled_and_shifted(backend):
     assert gradcheck(lambda *a: fastscore.group_norm_modulate(a[0], 4, *a[1:], activation="silu"), arguments, check_forward_ad=True)
 
 
+@pytest.mark.parametrize("bad", [5, -1])
+def test_labels_out_of_range_are_never_read(bad):
+    x, table = torch.randn(2, 3, 4), torch.randn(5, 9)
+
+    def f(x, labels):
+        return fastscore.conditional_instance_norm_plus(x, labels, table)
+
+    labels = torch.tensor([0, bad])
+    with pytest.raises(RuntimeError, match=r"labels must be in 0\.\.4; got"):
+        torch.func.jvp(lambda x: f(x, labels), (x,), (x,))
+    with pytest.raises(RuntimeError, match=r"labels must be in 0\.\.4; got"):
+        torch.compile(f, backend="aot_eager")(x, labels)
+    with pytest.raises(IndexError):
+        torch.vmap(f, (None, 0))(x, labels[None])
+
+
 def test_raw_ops_refuse_derivatives_and_pass_opcheck():
     x, coef = torch.randn(2, 3, 4), torch.ones(1, 6)
     fastscore.instance_norm_plus(x, torch.ones(3), backend="cpp")
@@ -356,6 +399,9 @@ X = torch.zeros(2, 4, 3, 3)
         (lambda: fastscore.conditional_instance_norm_plus(X, torch.tensor([0, 5]), torch.ones(5, 12)), r"labels must be in 0..4; got 5"),
         (lambda: fastscore.conditional_instance_norm_plus(X, torch.tensor([0]), torch.ones(5, 12)), r"labels must be int64 \(2,\)"),
         (lambda: fastscore.conditional_instance_norm_plus(X, torch.tensor([0, 1]), torch.ones(5, 8)), r"weight must be \(L, 12\)"),
+        (lambda: fastscore.instance_norm_plus(X, None, torch.ones(4)), "gamma must be a tensor; got NoneType"),
+        (lambda: fastscore.instance_norm_plus(X, torch.ones(4), eps="a"), "eps must be positive and finite; got a"),
+        (lambda: fastscore.instance_norm_plus(X, torch.ones(4), activation=["elu"]), "activation must be one of"),
         (lambda: fastscore.group_norm_modulate(X, 3), "num_groups must be an int that divides 4 channels; got 3"),
         (lambda: fastscore.group_norm_modulate(X, 2, scale=torch.ones(4)), r"scale must be \(2, 4\); got \(4,\)"),
     ],

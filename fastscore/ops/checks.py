@@ -31,14 +31,17 @@ def check_like(op, name, t, x, of="x"):
 
 
 def coefficient(op, name, value, x, *, minimum=-math.inf):
-    """A float, or a tensor () or (B,) in the compute dtype on x's device; values on the CPU are checked, those on a GPU are not."""
+    """A float, or a tensor () or (B,) in the compute dtype on x's device.
+
+    Values of tensors are checked on the CPU, but neither while compiling nor inside a functorch transform, where there are none to see.
+    """
     bound = "" if minimum == -math.inf else f" and >= {minimum:g}"
     if not isinstance(value, torch.Tensor):
         try:
             value = float(value)
         except (TypeError, ValueError):
             raise TypeError(f"{op}: {name} must be a number or a tensor; got {type(value).__name__}.") from None
-        if not (-math.inf < value < math.inf and value >= minimum):
+        if not (abs(value) <= torch.finfo(compute_dtype(x.dtype)).max and value >= minimum):
             raise ValueError(f"{op}: {name} must be finite{bound}; got {value}.")
         return value
     if not value.is_floating_point():

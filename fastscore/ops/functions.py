@@ -2,6 +2,8 @@
 
 import inspect
 
+import torch
+
 
 def quick(cls):
     """Keep the signature of `forward` that torch binds at every call: making it anew costs more than most kernels on small tensors."""
@@ -20,3 +22,56 @@ def save(ctx, *tensors):
 def saved(ctx):
     tensors = iter(ctx.saved_tensors)
     return [next(tensors) if present else None for present in ctx.present]
+
+
+def along(f, primals, tangents):
+    """J v of a function of plain PyTorch, by two reverse passes.
+
+    A forward pass inside a jvp rule loses the tangents of the levels around it.
+    """
+    outputs, pull = torch.func.vjp(f, *primals)
+    zeros = torch.zeros_like(outputs) if isinstance(outputs, torch.Tensor) else tuple(map(torch.zeros_like, outputs))
+    return torch.func.vjp(pull, zeros)[1](tuple(tangents))[0]   # the transpose of the transpose
+
+
+def plain(f, *tensors):
+    """f(*tensors), of plain PyTorch, where a derivative rule of a Function needs it.
+
+    Inside such a rule forward mode of the levels around it reaches Functions and nothing else, so this is one: its derivatives are f's, by
+    torch.func.vjp, wrapped again, and right at every order.
+    """
+    return _Plain.apply(f, *tensors)
+
+
+class _Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(f, *tensors):
+        return f(*tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.f, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.single = isinstance(output, torch.Tensor)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        tensors, f, single = ctx.saved_tensors, ctx.f, ctx.single
+
+        def pull(*arguments):
+            primals, g = arguments[: len(tensors)], arguments[len(tensors) :]
+            return torch.func.vjp(f, *primals)[1](g[0] if single else tuple(g))
+
+        return None, *plain(pull, *tensors, *cotangents)
+
+    @staticmethod
+    def jvp(ctx, _, *tangents):
+        tensors, f = ctx.saved_tensors, ctx.f
+        tangents = [torch.zeros_like(p) if t is None else t for p, t in zip(tensors, tangents)]
+        return plain(lambda *a: along(f, a[: len(tensors)], a[len(tensors) :]), *tensors, *tangents)
+
+    @staticmethod
+    def vmap(info, in_dims, f, *tensors):
+        outputs = plain(torch.vmap(f, in_dims[1:], randomness="error"), *tensors)
+        return outputs, 0 if isinstance(outputs, torch.Tensor) else (0,) * len(outputs)

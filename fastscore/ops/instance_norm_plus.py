@@ -91,7 +91,7 @@ def _columns(op, x, gamma, alpha, beta, eps, activation):
     checks.check_float(op, "x", x)
     check_image(op, x)
     coefficients = {"gamma": gamma, "alpha": alpha, "beta": beta}
-    columns = [_column(op, name, c, x) for name, c in coefficients.items() if c is not None]
+    columns = [_column(op, name, c, x) for name, c in coefficients.items() if c is not None or name == "gamma"]
     return pack(columns), None, check_form(op, x, 0, alpha is not None, beta is not None, eps, activation)
 
 

@@ -280,7 +280,7 @@ def _door(op, x, d, a, b, noise, seed, step, stream, offset, out, backend, direc
     key, *numbers = random.noise_key(op, seed, step, stream, 0, offset, x.device)
     if out is None:
         return update(x, d, a, b, key, tuple(numbers), chosen)
-    if torch.compiler.is_compiling() or any(_shifted_alias(out, t) for t in (x, d)):
+    if torch.compiler.is_compiling() or any(_overlaps(out, t) for t in (x, d, a, b)):
         return out.copy_(update(x, d, a, b, key, tuple(numbers), chosen))
     return run(x, d, a, b, key, tuple(numbers), chosen, out)
 
@@ -290,12 +290,22 @@ def _check_out(op, out, inputs):
     tensors = [t for t in (*inputs, out) if isinstance(t, torch.Tensor)]
     if not torch.compiler.is_compiling() and _backend.derivative_possible(*tensors):
         raise ValueError(f"{op}: out= cannot be differentiated; call it under torch.no_grad() or without out.")
-    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride())):
-        raise ValueError(f"{op}: out must not share memory between its elements; got strides {out.stride()}.")
+    extent = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(out.shape, out.stride()) if size > 1):
+        if stride < extent:
+            raise ValueError(f"{op}: out must not share memory between its elements; got shape {tuple(out.shape)}, strides {out.stride()}.")
+        extent = stride * (size - 1) + extent
 
 
-def _shifted_alias(out, t):
-    """Whether t shares storage with out without being the same view of it."""
-    if t is None or out.untyped_storage().data_ptr() != t.untyped_storage().data_ptr():
+def _overlaps(out, t):
+    """Whether t lies in memory that out occupies without being the same view of it."""
+    if not isinstance(t, torch.Tensor) or t.numel() == 0 or out.numel() == 0 or t.device != out.device:
         return False
-    return out.data_ptr() != t.data_ptr() or out.stride() != t.stride()
+    if (t.data_ptr(), t.shape, t.stride(), t.dtype) == (out.data_ptr(), out.shape, out.stride(), out.dtype):
+        return False
+    (first, last), (begin, end) = _bytes(out), _bytes(t)
+    return first < end and begin < last
+
+
+def _bytes(t):
+    return t.data_ptr(), t.data_ptr() + (sum((n - 1) * s for n, s in zip(t.shape, t.stride())) + 1) * t.element_size()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fastscore import backend as _backend
 from fastscore.ops import checks
-from fastscore.ops.functions import quick, save, saved
+from fastscore.ops.functions import along, plain, quick, save, saved
 
 ACTIVATIONS = {None: lambda u: u, "elu": F.elu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "softplus": F.softplus}
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}   # as in csrc/activation_cpu.h and kernels/activation.py
@@ -48,7 +48,12 @@ def normalise_ref(x, coef, labels, form):
 
 
 def rows(coef, labels):
-    return coef if labels is None else coef[labels]
+    return coef if labels is None else coef[_from_zero(labels, len(coef))]
+
+
+def _from_zero(labels, count):
+    """Labels whose negative ones are out of range too, where indexing would count them from the end."""
+    return torch.where(labels < 0, count, labels)
 
 
 def _columns(coef, C, form):
@@ -58,13 +63,13 @@ def _columns(coef, C, form):
 
 
 def _dual_ref(x, t, coef, tcoef, labels, form):
-    """ẏ (M, B, C, *) by plain forward mode through the reference; tcoef (M, R, KC) or None."""
+    """ẏ (M, B, C, *) through the reference; tcoef (M, R, KC) or None."""
     tcoef = torch.zeros_like(coef).expand(len(t), *coef.shape) if tcoef is None else tcoef
 
-    def along(t, tcoef):
-        return torch.func.jvp(lambda x, coef: normalise_ref(x, coef, labels, form), (x, coef), (t, tcoef))[1]
+    def f(x, coef):
+        return normalise_ref(x, coef, labels, form)
 
-    return torch.stack([along(a, b) for a, b in zip(t, tcoef)]) if len(t) else torch.zeros_like(t)
+    return torch.stack([along(f, (x, coef), pair) for pair in zip(t, tcoef)]) if len(t) else torch.zeros_like(t)
 
 
 def _gradient_ref(x, t, coef, tcoef, labels, gy, gty, form):
@@ -130,7 +135,7 @@ class _Normalise(torch.autograd.Function):
             def tangent(x, t, coef, tcoef=None):
                 return _dual_ref(x, t, coef, tcoef, labels, ctx.form)
 
-            outputs.append(torch.func.jvp(tangent, primals, tangents)[1])
+            outputs.append(plain(lambda *a: along(tangent, a[: len(primals)], a[len(primals) :]), *primals, *tangents))
         return *outputs, None
 
     @staticmethod
@@ -173,8 +178,9 @@ class _Gradient(torch.autograd.Function):
             gx, _, gcoef, _ = _gradient(x, v, stats, coef, w, labels, None, gy[None], ctx.form, ctx.backend)
             return gx, None, None, gcoef, None, None, ggy, None, None, None
         primals, function = _plain_gradient(x, t, coef, tcoef, labels, gy, gty, ctx.form)
-        outputs, pull = torch.func.vjp(function, *primals)
-        found = iter(pull(tuple(torch.zeros_like(o) if c is None else c for o, c in zip(outputs, cotangents))))
+        shapes = (x, t, coef, coef.expand(len(t), *coef.shape) if tcoef is None else tcoef)
+        cotangents = [torch.zeros_like(o) if c is None else c for o, c in zip(shapes, cotangents)]
+        found = iter(plain(lambda *a: torch.func.vjp(function, *a[: len(primals)])[1](a[len(primals) :]), *primals, *cotangents))
         gx, gt, gcoef, ggty = (next(found) for _ in range(4))
         gtcoef, ggy = next(found) if tcoef is not None else None, next(found) if gy is not None else None
         return gx, gt, None, gcoef, gtcoef, None, ggy, ggty, None, None
@@ -183,18 +189,16 @@ class _Gradient(torch.autograd.Function):
     def jvp(ctx, tx, tt, tstats, tcoef_x, ttcoef, tlabels, tgy, tgty, *_):
         x, t, stats, coef, tcoef, labels, gy, gty = saved(ctx)
         if t is None:
-            gx = gcoef = 0
-            if tx is not None or tcoef_x is not None:
-                v, w = (torch.zeros_like(x) if tx is None else tx)[None], None if tcoef_x is None else tcoef_x[None]
-                gx, _, gcoef, _ = _gradient(x, v, stats, coef, w, labels, None, gy[None], ctx.form, ctx.backend)
-            if tgy is not None:
-                linear = _gradient(x, None, stats, coef, None, labels, tgy, None, ctx.form, ctx.backend)
-                gx, gcoef = gx + linear[0], gcoef + linear[1]
+            if tx is None and tcoef_x is None:
+                return _gradient(x, None, stats, coef, None, labels, tgy, None, ctx.form, ctx.backend)
+            v, w = (torch.zeros_like(x) if tx is None else tx)[None], None if tcoef_x is None else tcoef_x[None]
+            # One call for both terms: a sum of two would lose the tangents of the levels around this rule.
+            gx, _, gcoef, _ = _gradient(x, v, stats, coef, w, labels, tgy, gy[None], ctx.form, ctx.backend)
             return gx, gcoef
         primals, function = _plain_gradient(x, t, coef, tcoef, labels, gy, gty, ctx.form)
         given = [tx, tt, tcoef_x, tgty] + [ttcoef] * (tcoef is not None) + [tgy] * (gy is not None)
         tangents = tuple(torch.zeros_like(p) if d is None else d for p, d in zip(primals, given))
-        return torch.func.jvp(function, primals, tangents)[1]
+        return plain(lambda *a: along(function, a[: len(primals)], a[len(primals) :]), *primals, *tangents)
 
     @staticmethod
     def vmap(info, in_dims, x, t, stats, coef, tcoef, labels, gy, gty, form, backend):
@@ -235,8 +239,8 @@ class _Fold:
     def _per_sample(self, coef):
         """(V, R, KC) -> (V B, KC)."""
         if self.labels is not None:
-            coef = coef[torch.arange(self.size, device=coef.device)[:, None], self.labels]
-        return coef.expand(self.size, self.batch, -1).flatten(0, 1)
+            coef = coef[torch.arange(self.size, device=coef.device)[:, None], _from_zero(self.labels, coef.shape[1])]
+        return coef.expand(self.size, self.batch, -1).clone().flatten(0, 1)   # memory of its own: it may be made a dual number
 
     def reduce(self, g):
         """The transpose: (V B, KC) -> (V, R, KC)."""
@@ -327,7 +331,8 @@ def run_backward(x, t, stats, coef, tcoef, labels, gy, gty, form, backend, into=
     gcoef = _to_rows(gcoef, labels, len(coef))
     if t is None:
         return gx, gcoef
-    return gx, gt, gcoef, torch.stack([_to_rows(g, labels, len(coef)) for g in gtcoef])
+    gtcoef = [_to_rows(g, labels, len(coef)) for g in gtcoef]
+    return gx, gt, gcoef, torch.stack(gtcoef) if gtcoef else coef.new_zeros(0, *coef.shape)
 
 
 def _contiguous(t):
@@ -390,8 +395,8 @@ def check_tangents(op, t, x):
 
 
 def check_form(op, x, groups, alpha, beta, eps, activation):
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str | None) or activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of None, {', '.join(repr(a) for a in ACTIVATIONS if a)}; got {activation!r}.")
-    if not 0 < eps < float("inf"):
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < float("inf"):
         raise ValueError(f"{op}: eps must be positive and finite; got {eps}.")
     return Form(groups, alpha, beta, float(eps), activation)
