@@ -41,7 +41,7 @@ def train(config) -> None:
     _, sigmas, _, _ = runs.open_run(out)
     if (out / "metrics.jsonl").exists():
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        pictures.save_loss_curve(out / "loss.png", records, sigmas.tolist())
+        pictures.save_loss_curve(out / "loss.png", records, sigmas.tolist(), config.loss)
     samples, strip = runs.draw(out, 64)
     pictures.save_grid(out / "samples.png", samples)
     pictures.save_grid(out / "levels.png", strip.transpose(0, 1).flatten(0, 1), columns=len(strip))
@@ -168,7 +168,7 @@ def main() -> None:
 
     @app.command(name="train")
     def _train(config: tyro.conf.OmitArgPrefixes[runs.TrainConfig]) -> None:
-        """Train a noise-conditional score network by denoising score matching."""
+        """Train a noise-conditional score network by denoising, sliced or exact score matching."""
         train(config)
 
     for function in (sample, evaluate, demo, doctor):

@@ -32,12 +32,13 @@ def save_grid(path, images, columns=None):
     checkpoint.write_atomic(path, buffer.getvalue())
 
 
-def save_loss_curve(path, records, sigmas):
+def save_loss_curve(path, records, sigmas, loss="denoising"):
     """Write the loss per noise level over the steps, from the records of metrics.jsonl."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="½‖σs + z‖² per dimension", title="loss per noise level")
+    label = "½‖σs + z‖² per dimension" if loss == "denoising" else f"σ² × {loss} loss per dimension"
+    axes = figure.add_subplot(xlabel="step", ylabel=label, title="loss per noise level")
     for level in sorted({0, len(sigmas) // 4, len(sigmas) // 2, 3 * len(sigmas) // 4, len(sigmas) - 1}):
         points = [(r["step"], r["levels"][level]) for r in records if r["levels"][level] is not None]
         axes.plot(*zip(*points), label=f"σ = {sigmas[level]:.3g}") if points else None

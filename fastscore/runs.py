@@ -14,12 +14,15 @@ BATCHES = 1024  # the stream that picks each step's images
 
 @dataclass
 class TrainConfig:
-    """Train a noise-conditional score network by denoising score matching.
+    """Train a noise-conditional score network by denoising, sliced or exact score matching.
 
     Args:
         data: digits, mnist, fashion, a folder of images, or an .npz file with an array named images.
         out: run folder to create.
         network: mlp (residual ScoreMLP) or ncsn (convolutional RefineNet).
+        loss: denoising, sliced, sliced-vr (variance reduced) or exact (the whole trace: small images only).
+        projections: random directions per image, of the sliced losses.
+        distribution: of the directions, rademacher, gaussian or sphere.
         steps: number of updates.
         batch_size: images per update.
         lr: Adam's learning rate; it rises over 100 steps and falls to zero along a cosine.
@@ -37,6 +40,9 @@ class TrainConfig:
     data: str = "digits"
     out: Path = Path("runs/digits")
     network: str = "mlp"
+    loss: str = "denoising"
+    projections: int = 1
+    distribution: str = "rademacher"
     steps: int = 9000
     batch_size: int = 256
     lr: float = 2e-3
@@ -52,13 +58,19 @@ class TrainConfig:
 
 
 def check(config: TrainConfig) -> None:
-    for name in ("steps", "batch_size", "levels", "width", "depth"):
+    for name in ("steps", "batch_size", "levels", "width", "depth", "projections"):
         if getattr(config, name) < 1:
             raise ValueError(f"train: {name} must be at least 1; got {getattr(config, name)}.")
     if not 0 < config.lr < float("inf"):
         raise ValueError(f"train: lr must be positive and finite; got {config.lr}.")
     if config.network not in ("mlp", "ncsn"):
         raise ValueError(f"train: network must be mlp or ncsn; got {config.network!r}.")
+    if config.loss not in losses.METHODS:
+        raise ValueError(f"train: loss must be one of {', '.join(losses.METHODS)}; got {config.loss!r}.")
+    if config.distribution not in losses.DISTRIBUTIONS:
+        raise ValueError(f"train: distribution must be one of {', '.join(losses.DISTRIBUTIONS)}; got {config.distribution!r}.")
+    if not config.loss.startswith("sliced") and (config.projections, config.distribution) != (1, "rademacher"):
+        raise ValueError(f"train: projections and distribution belong to the sliced losses; the loss is {config.loss}.")
     schedules.geometric(config.sigma_max, config.sigma_min, config.levels)
 
 
@@ -103,13 +115,14 @@ def _train(config, out, images, net, sigmas):
     out.mkdir(parents=True, exist_ok=True)
     write_config(out, config, images.shape[1:])
     labels = None
+    objective = {"method": config.loss, "projections": config.projections, "distribution": config.distribution}
 
     def loss(model, batch, step):
         nonlocal labels
         for group in optimizer.param_groups:
             group["lr"] = config.lr * learning_rate(step, config.steps)
         labels = losses.draw_labels(len(sigmas), len(batch), seed=config.seed, step=step, device=batch.device)
-        return losses.noise_conditional(model, batch, sigmas, labels=labels, seed=config.seed, step=step)
+        return losses.noise_conditional(model, batch, sigmas, labels=labels, seed=config.seed, step=step, **objective)
 
     loop = training.training_loop(
         net, batches(images, config, first), loss, steps=config.steps, optimizer=optimizer, first_step=first, ema=ema

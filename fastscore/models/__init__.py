@@ -1,9 +1,21 @@
 """Score networks, and densities whose score is known in closed form."""
 
 from fastscore.models.analytic import Gaussian, GaussianMixture
+from fastscore.models.energy import EnergyMLP, EnergyScore
 from fastscore.models.ncsn import NCSN
 from fastscore.models.ncsnv2 import NCSNv2, NCSNv2Deeper, NCSNv2Deepest
 from fastscore.models.official import load_official
 from fastscore.models.score_mlp import ScoreMLP
 
-__all__ = ["NCSN", "Gaussian", "GaussianMixture", "NCSNv2", "NCSNv2Deeper", "NCSNv2Deepest", "ScoreMLP", "load_official"]
+__all__ = [
+    "NCSN",
+    "EnergyMLP",
+    "EnergyScore",
+    "Gaussian",
+    "GaussianMixture",
+    "NCSNv2",
+    "NCSNv2Deeper",
+    "NCSNv2Deepest",
+    "ScoreMLP",
+    "load_official",
+]

@@ -13,7 +13,62 @@ _FREQUENCIES = 16
 _SMALLEST = 1e-30  # sigma; 1/σ is finite in float32
 
 
-class ScoreMLP(nn.Module):
+class Trunk(nn.Module):
+    """What ScoreMLP and EnergyMLP share: the residual network of x and log σ, and the checks at its door."""
+
+    def __init__(self, dim, outputs, width, depth, activation, sigmas):
+        super().__init__()
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"{self._name}: activation must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}.")
+        self.dim, self.activation = dim, _ACTIVATIONS[activation]
+        self.log_range = None if sigmas is None else _log_range(self._name, sigmas)
+        features = None if sigmas is None else max(16, width // 4)
+        if features:
+            self.embed = nn.Linear(2 * _FREQUENCIES + 1, features)
+        self.first = nn.Linear(dim, width)
+        self.blocks = nn.ModuleList(_Block(width, features, self.activation) for _ in range(depth))
+        self.last = nn.Linear(width, outputs)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    @property
+    def _name(self):
+        return type(self).__name__
+
+    def check(self, x, sigma):
+        """sigma as (B, 1) or (1, 1) in the compute dtype, or None."""
+        if x.dim() < 2 or math.prod(x.shape[1:]) != self.dim:
+            raise ValueError(f"{self._name}: x must be (B, *) with {self.dim} values per sample; got {tuple(x.shape)}.")
+        if (sigma is None) != (self.log_range is None):
+            raise ValueError(f"{self._name}: sigma must be given if and only if the network was built with sigmas; got sigma={sigma}.")
+        if sigma is None:
+            return None
+        sigma = checks.coefficient(self._name, "sigma", sigma, x, minimum=_SMALLEST)
+        return torch.as_tensor(sigma, dtype=checks.compute_dtype(x.dtype), device=x.device).reshape(-1, 1)
+
+    def inputs(self, x, sigma):
+        """u (B, d), x to unit scale, and the embedding e of σ."""
+        u = x.flatten(1)
+        if sigma is None:
+            return u, None
+        e = self.activation(self.embed(self._fourier(sigma).to(x.dtype)))
+        return (u * torch.rsqrt(sigma.square() + 0.25)).to(x.dtype), e
+
+    def network(self, u, e):
+        h = self.first(u)
+        for block in self.blocks:
+            h = block(h, e)
+        return self.last(self.activation(h))
+
+    def _fourier(self, sigma):
+        """t in [0, 1] along the ladder, and sin and cos of π k t."""
+        low, high = self.log_range
+        t = (sigma.log() - low) / (high - low)
+        angle = t * torch.arange(1, _FREQUENCIES + 1, dtype=t.dtype, device=t.device) * math.pi
+        return torch.cat([2 * t - 1, angle.sin(), angle.cos()], -1)
+
+
+class ScoreMLP(Trunk):
     """A residual score network for data of about unit scale, such as images in [0, 1].
 
         s(x)    = f(x)
@@ -42,46 +97,12 @@ class ScoreMLP(nn.Module):
     """
 
     def __init__(self, dim, width=512, depth=4, activation="silu", sigmas=None):
-        super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"ScoreMLP: activation must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}.")
-        self.dim, self.activation = dim, _ACTIVATIONS[activation]
-        self.log_range = None if sigmas is None else _log_range(sigmas)
-        features = None if sigmas is None else max(16, width // 4)
-        if features:
-            self.embed = nn.Linear(2 * _FREQUENCIES + 1, features)
-        self.first = nn.Linear(dim, width)
-        self.blocks = nn.ModuleList(_Block(width, features, self.activation) for _ in range(depth))
-        self.last = nn.Linear(width, dim)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        super().__init__(dim, dim, width, depth, activation, sigmas)
 
     def forward(self, x, sigma=None):
-        if x.dim() < 2 or math.prod(x.shape[1:]) != self.dim:
-            raise ValueError(f"ScoreMLP: x must be (B, *) with {self.dim} values per sample; got {tuple(x.shape)}.")
-        if (sigma is None) != (self.log_range is None):
-            raise ValueError(f"ScoreMLP: sigma must be given if and only if the network was built with sigmas; got sigma={sigma}.")
-        u = x.flatten(1)
-        if sigma is None:
-            return self._network(u, None).view_as(x)
-        sigma = checks.coefficient("ScoreMLP", "sigma", sigma, x, minimum=_SMALLEST)
-        sigma = torch.as_tensor(sigma, dtype=checks.compute_dtype(x.dtype), device=x.device).reshape(-1, 1)  # (B, 1) or (1, 1)
-        e = self.activation(self.embed(self._fourier(sigma).to(x.dtype)))
-        u = (u * torch.rsqrt(sigma.square() + 0.25)).to(x.dtype)
-        return (self._network(u, e) / sigma).to(x.dtype).view_as(x)
-
-    def _network(self, u, e):
-        h = self.first(u)
-        for block in self.blocks:
-            h = block(h, e)
-        return self.last(self.activation(h))
-
-    def _fourier(self, sigma):
-        """t in [0, 1] along the ladder, and sin and cos of π k t."""
-        low, high = self.log_range
-        t = (sigma.log() - low) / (high - low)
-        angle = t * torch.arange(1, _FREQUENCIES + 1, dtype=t.dtype, device=t.device) * math.pi
-        return torch.cat([2 * t - 1, angle.sin(), angle.cos()], -1)
+        sigma = self.check(x, sigma)
+        s = self.network(*self.inputs(x, sigma))
+        return (s if sigma is None else (s / sigma).to(x.dtype)).view_as(x)
 
 
 class _Block(nn.Module):
@@ -100,9 +121,9 @@ class _Block(nn.Module):
         return h + self.second(self.activation(r))
 
 
-def _log_range(sigmas):
+def _log_range(name, sigmas):
     sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
     if not sigmas.numel() or not bool((sigmas > 0).all() and sigmas.isfinite().all()):
-        raise ValueError(f"ScoreMLP: sigmas must be positive and finite; got {sigmas.tolist()}.")
+        raise ValueError(f"{name}: sigmas must be positive and finite; got {sigmas.tolist()}.")
     low, high = sigmas.log().min().item(), sigmas.log().max().item()
     return low, max(high, low + 1)

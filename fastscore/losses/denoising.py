@@ -1,0 +1,43 @@
+"""Denoising score matching."""
+
+import torch
+
+from fastscore import random
+from fastscore.ops import checks, denoising_loss, perturb
+
+
+def denoising(score, x, sigma, *, seed, step=0, offset=0):
+    """Denoising score matching at noise σ.
+
+        L_b = ½ ‖s(x̃, σ) + (x̃ - x)/σ²‖²,    x̃ = x + σ z
+
+    Args:
+        score: called score(x̃, sigma) with sigma (B,).
+        x: clean data, (B, *). sigma: σ > 0, a float, 0-d or (B,). seed, step, offset: the noise key.
+
+    Returns:
+        (B,), float32 or wider.
+
+    Raises:
+        ValueError: σ is not positive and finite, or the score has another shape than x.
+
+    Source: Vincent 2011, equation 11.
+    """
+    each = _each(x, sigma)
+    return weighted(score, x, each, seed, step, offset) / each**2
+
+
+def _each(x, sigma):
+    sigma = checks.coefficient("denoising", "sigma", sigma, x, minimum=0)
+    each = torch.as_tensor(sigma, dtype=checks.compute_dtype(x.dtype), device=x.device).expand(x.shape[0])
+    if checks.readable() and each.device.type == "cpu" and bool((each <= 0).any()):
+        raise ValueError("denoising: sigma must be > 0; got 0.")
+    return each
+
+
+def weighted(score, x, each, seed, step, offset):
+    """½ ‖σ s + z‖², σ² times the loss, with z made twice and stored never."""
+    seed = random.draw_seed() if seed is None else seed
+    s = score(perturb(x, each, seed=seed, step=step, offset=offset), each)
+    checks.check_like("denoising", "score(x, sigma)", s, x)
+    return denoising_loss(s, each, seed=seed, step=step, offset=offset)

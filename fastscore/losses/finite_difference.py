@@ -1,0 +1,68 @@
+"""Sliced score matching by finite differences."""
+
+import math
+
+import torch
+
+from fastscore.losses.projections import check_score, directions, dot
+from fastscore.ops import checks
+
+
+def finite_difference_sliced(
+    score,
+    x,
+    *,
+    projections=1,
+    variance_reduced=True,
+    distribution="rademacher",
+    v=None,
+    mask=None,
+    epsilon=0.1,
+    seed=None,
+    step=0,
+    offset=0,
+):
+    """Sliced score matching from the score at x ± h v: two evaluations, and no derivative of the network but the backward pass.
+
+        L_b = 1/M Σ_m v_mᵀ(s₊ - s₋)/(2h) + ½ ‖(s₊ + s₋)/2‖²             variance reduced
+        L_b = 1/M Σ_m v_mᵀ(s₊ - s₋)/(2h) + ½ (v_mᵀ(s₊ + s₋)/2)²         plain
+        s± = s(x_b ± h v_m),    h = ε/√d
+
+    Central differences: s₊ - s₋ = 2h J v + O(h³) and s₊ + s₋ = 2 s + O(h²), so L is `sliced` at the same v up to O(h²). The plain form
+    is d/ε² times the paper's v'ᵀ(s₊ - s₋)/2 + (v'ᵀ(s₊ + s₋))²/8, v' = h v of length ε. The factor makes the loss that of `sliced`
+    instead of one that shrinks with d. Rounding grows as 1/h: below ε ~ 1e-2 float32 loses more than the smaller step gains.
+
+    Args:
+        epsilon: ε > 0, the length of h v (exactly for signs and the sphere, on average for normals).
+        Everything else as in `sliced`; 2M evaluations of the score.
+
+    Returns:
+        (B,), float32 (float64 for float64), differentiable in x and the parameters of score.
+
+    Raises:
+        ValueError: a shape or value that does not fit. TypeError: x is no float tensor.
+
+    Source: Pang et al. 2020 (arXiv:2007.03317). Its code differs: plain, it squares (s₊ + s₋) ⊙ v element by element, which is not
+        (vᵀs)² but a sum without the cross terms; variance reduced, it fixes d = 3072 whatever the data.
+
+    >>> finite_difference_sliced(lambda x: -x, torch.zeros(1, 3), seed=0)
+    tensor([-3.])
+    """
+    op = "finite_difference_sliced"
+    v = directions(op, x, projections, distribution, v, mask, seed, step, offset)
+    epsilon = checks.coefficient(op, "epsilon", epsilon, x, minimum=0)
+    if not isinstance(epsilon, float) or epsilon == 0:
+        raise ValueError(f"{op}: epsilon must be a number > 0; got {epsilon}.")
+    h = epsilon / math.sqrt(max(1, x[:1].numel()))
+    return torch.stack([_one(op, score, x, d, mask, h, variance_reduced) for d in v]).mean(0)
+
+
+def _one(op, score, x, v, mask, h, variance_reduced):
+    plus, minus = (score((x + step * v).to(x.dtype)) for step in (h, -h))
+    check_score(op, plus, x)
+    dtype = checks.compute_dtype(x.dtype)
+    plus, minus, v = (t.to(dtype) for t in (plus, minus, v))
+    trace, middle = dot(v[None], plus - minus)[0] / (2 * h), 0.5 * (plus + minus)
+    if variance_reduced:
+        return trace + 0.5 * checks.per_sample_sum((middle if mask is None else middle * mask).square())
+    return trace + 0.5 * dot(v[None], middle)[0].square()

@@ -1,0 +1,115 @@
+"""What the projected losses share: directions, the derivative of the score along them, and the reduction."""
+
+import math
+
+import torch
+
+from fastscore import dual, random
+from fastscore.models.energy import EnergyScore
+from fastscore.ops import checks
+
+DISTRIBUTIONS = ("rademacher", "gaussian", "sphere")
+
+
+def directions(op, x, projections=1, distribution="rademacher", v=None, mask=None, seed=None, step=0, offset=0):
+    """v (M, B, *) with E[v vᵀ] = I, or the given ones; zero where the mask is."""
+    check_data(op, x)
+    check_projections(op, projections, distribution)
+    if v is None:
+        seed = random.draw_seed() if seed is None else seed
+        v = torch.stack([_draw(x, distribution, seed, step, m, offset) for m in range(projections)])
+    else:
+        v = _given(op, v, x, projections, seed)
+    return v if mask is None else v * _checked(op, mask, x)
+
+
+def check_data(op, x):
+    checks.check_float(op, "x", x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must be (B, *); got a 0-d tensor.")
+
+
+def check_projections(op, projections, distribution):
+    if isinstance(projections, bool) or not isinstance(projections, int) or not 1 <= projections <= 65536:
+        raise ValueError(f"{op}: projections must be an int in 1..65536; got {projections!r}.")
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"{op}: distribution must be one of {', '.join(DISTRIBUTIONS)}; got {distribution!r}.")
+
+
+def _draw(x, distribution, seed, step, m, offset):
+    key = {"seed": seed, "step": step, "stream": random.PROJECTION, "substream": m, "offset": offset, "device": x.device}
+    if distribution == "rademacher":
+        return random.rademacher(x.shape, dtype=x.dtype, **key)
+    z = random.normal(x.shape, dtype=checks.compute_dtype(x.dtype), **key)
+    if distribution == "sphere":
+        flat = z.reshape(x.shape[0], -1)
+        z = (torch.nn.functional.normalize(flat, dim=1) * math.sqrt(flat.shape[1])).view(x.shape)
+    return z.to(x.dtype)
+
+
+def _given(op, v, x, projections, seed):
+    checks.check_float(op, "v", v)
+    if seed is not None:
+        raise ValueError(f"{op}: give either v or a seed; got both.")
+    if (v.shape != x.shape and v.shape[1:] != x.shape) or not len(v):
+        raise ValueError(f"{op}: v must have the shape of x, {tuple(x.shape)}, or (M, *) of it; got {tuple(v.shape)}.")
+    if v.dtype != x.dtype or v.device != x.device:
+        raise ValueError(f"{op}: v must be {x.dtype} on {x.device} like x; got {v.dtype} on {v.device}.")
+    v = v[None] if v.shape == x.shape else v
+    if projections not in (1, len(v)):
+        raise ValueError(f"{op}: v holds {len(v)} directions, but projections is {projections}.")
+    return v
+
+
+def _checked(op, mask, x):
+    """The mask in x's dtype."""
+    if not isinstance(mask, torch.Tensor) or mask.shape != x.shape or mask.device != x.device:
+        got = f"{tuple(mask.shape)} on {mask.device}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"{op}: mask must be a tensor like x, {tuple(x.shape)} on {x.device}; got {got}.")
+    if mask.device.type == "cpu" and checks.readable() and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(f"{op}: mask must hold 0 (missing) and 1 (observed) only.")
+    return mask.to(x.dtype)
+
+
+def check_score(op, s, x):
+    """A score of x's shape; its dtype is its own (autocast)."""
+    checks.check_float(op, "score(x)", s)
+    if s.shape != x.shape:
+        raise ValueError(f"{op}: score(x) must have the shape of x, {tuple(x.shape)}; got {tuple(s.shape)}.")
+
+
+def derivatives(op, score, x, v, arguments=()):
+    """s(x) and J v (M, B, *): an energy brings its own rule, everything else goes through dual numbers."""
+    if isinstance(score, EnergyScore):
+        return score.jvp(x, v, *arguments)
+
+    def f(x):
+        s = score(x, *arguments)
+        check_score(op, s, x)
+        return s
+
+    return dual.jvp(f, x, v)
+
+
+def sliced_mean(op, score, x, v, mask=None, variance_reduced=True, arguments=()):
+    """(B,): the mean over M of vᵀJv + ½(vᵀs)², or of vᵀJv, + ½‖s‖²."""
+    if isinstance(score, EnergyScore) and not variance_reduced:
+        slope, curvature = score.along(x, v, *arguments)   # vᵀ∇f and vᵀ∇²f v, (M, B)
+        return (curvature + 0.5 * slope.square()).mean(0)
+    s, js = derivatives(op, score, x, v, arguments)
+    trace, rest = reduce(s, js, v, mask, variance_reduced)
+    return (trace + rest).mean(0)
+
+
+def reduce(s, js, v, mask=None, variance_reduced=True):
+    """vᵀJv (M, B); and ½‖s‖² over observed coordinates (B,), or ½(vᵀs)² (M, B). In the compute dtype."""
+    dtype = checks.compute_dtype(v.dtype)
+    s, js, v = (t.to(dtype) for t in (s, js, v))
+    if variance_reduced:
+        return dot(v, js), 0.5 * checks.per_sample_sum((s if mask is None else s * mask).square())
+    return dot(v, js), 0.5 * dot(v, s).square()
+
+
+def dot(v, t):
+    """(M, B, *) with (M, B, *) or (B, *) -> (M, B)."""
+    return (v * t).reshape(*v.shape[:2], -1).sum(-1)

@@ -1,0 +1,113 @@
+"""Energy models: any scalar network as an unnormalised log-density, and its score."""
+
+import torch
+from torch import nn
+
+from fastscore.models.score_mlp import Trunk
+from fastscore.ops import checks
+
+_SMOOTH = ("silu", "gelu", "softplus", "tanh")
+
+
+class EnergyMLP(Trunk):
+    """An unnormalised log-density on vectors and small images, about unit scale: p(x) = e^f(x) / Z, and Z is never needed.
+
+        f(x)    = g(x) - ½ ‖x‖²
+        f(x, σ) = (c/σ) g(x/c, e(log σ)) - ½ ‖x/c‖²,    c = √(σ² + 1/4)          with sigmas
+
+    g is the network of `ScoreMLP` with one output. It grows at most linearly, so e^f is integrable, and it starts at zero: untrained, the
+    model is N(0, I), or N(0, c² I). The factor c/σ gives the score the size 1/σ that it has at noise σ.
+
+    Args:
+        dim, width, depth, sigmas: as in `ScoreMLP`.
+        activation: silu, gelu, softplus or tanh; the losses take second derivatives of f, and their gradients third ones.
+
+    Shapes: forward(x[, sigma]): x (B, *) with prod(*) = d; sigma a float, 0-d or (B,). Returns f, (B,).
+
+    Raises:
+        ValueError: as `ScoreMLP`, and for an activation that is not smooth.
+
+    >>> score = EnergyScore(EnergyMLP(2, width=8, depth=1))
+    >>> score(torch.tensor([[1.0, -2.0]])).tolist()
+    [[-1.0, 2.0]]
+    """
+
+    def __init__(self, dim, width=512, depth=4, activation="silu", sigmas=None):
+        if activation not in _SMOOTH:
+            smooth = ", ".join(_SMOOTH)
+            raise ValueError(f"EnergyMLP: activation must be smooth (the score is its derivative), one of {smooth}; got {activation!r}.")
+        super().__init__(dim, 1, width, depth, activation, sigmas)
+
+    def forward(self, x, sigma=None):
+        sigma = self.check(x, sigma)
+        u, e = self.inputs(x, sigma)
+        quadratic = 0.5 * checks.per_sample_sum(u.square())
+        g = self.network(u, e)[:, 0]
+        return g - quadratic if sigma is None else g * (1 + 0.25 / sigma[:, 0].square()).sqrt().to(x.dtype) - quadratic
+
+
+class EnergyScore(nn.Module):
+    """The score of an energy model: s(x, ...) = ∇ₓ f(x, ...), by automatic differentiation.
+
+    Every loss and sampler takes it like any other score. A constant added to f changes nothing.
+
+    Args:
+        f: a module or function, called f(x, ...), the unnormalised log-density of each sample alone, (B,) or (B, 1).
+
+    Shapes: forward(x, ...): x (B, *). Returns like x, differentiable in x and the parameters of f where gradients are enabled.
+
+    Raises:
+        ValueError: f returns another shape, or does not depend on x.
+
+    >>> EnergyScore(lambda x: 7 - 0.5 * x.square().sum(1))(torch.tensor([[1.0, -2.0]])).tolist()
+    [[-1.0, 2.0]]
+    """
+
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, x, *arguments):
+        if not checks.readable():   # inside a transform or torch.compile tensors have no graph to walk
+            return torch.func.grad(lambda x: self._value(x, arguments).sum())(x)
+        with torch.enable_grad():
+            return self._gradient(*self._leaf(x), arguments)
+
+    def jvp(self, x, v, *arguments):
+        """s(x), and ∇²f v_m for v (M, B, *), by one backward pass each."""
+        x, wanted = self._leaf(x)
+        with torch.enable_grad():
+            s = self._gradient(x, True, arguments)
+            if s.requires_grad:
+                hv = [torch.autograd.grad(s, x, d, True, wanted, materialize_grads=True)[0] for d in v]
+            else:
+                hv = [torch.zeros_like(x)] * len(v)
+        return s if wanted else s.detach(), torch.stack(hv)
+
+    def along(self, x, v, *arguments):
+        """vᵀ∇f and vᵀ∇²f v for v (M, B, *): each (M, B), all that the plain sliced loss needs.
+
+        TODO: one forward pass of second-order Taylor coefficients gives both without the gradient; until those rules exist this goes
+        through `jvp`, which is right for every f.
+        """
+        s, hv = self.jvp(x, v, *arguments)
+        return tuple((v * t).to(checks.compute_dtype(v.dtype)).reshape(*v.shape[:2], -1).sum(-1) for t in (s, hv))
+
+    def _leaf(self, x):
+        """x as a variable of its own where it is none yet; and whether the result shall be differentiable."""
+        frozen = isinstance(self.f, nn.Module) and not any(p.requires_grad for p in self.f.parameters())
+        wanted = torch.is_grad_enabled() and (x.requires_grad or not frozen)
+        return (x if wanted and x.requires_grad else x.detach().requires_grad_()), wanted
+
+    def _gradient(self, x, create_graph, arguments):
+        value = self._value(x, arguments)
+        if not value.requires_grad:
+            raise ValueError("EnergyScore: f(x) must depend on x through differentiable operations.")
+        return torch.autograd.grad(value.sum(), x, create_graph=create_graph, materialize_grads=True)[0]
+
+    def _value(self, x, arguments):
+        value = self.f(x, *arguments)
+        if not isinstance(value, torch.Tensor) or value.shape not in ((len(x),), (len(x), 1)):
+            got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ValueError(f"EnergyScore: f(x) must be one value per sample, ({len(x)},); got {got}.")
+        return value
