@@ -70,8 +70,9 @@ class EnergyScore(nn.Module):
     def forward(self, x, *arguments):
         if not checks.readable():   # inside a transform or torch.compile tensors have no graph to walk
             return torch.func.grad(lambda x: self._value(x, arguments).sum())(x)
+        x, wanted = self._leaf(x)
         with torch.enable_grad():
-            return self._gradient(*self._leaf(x), arguments)
+            return self._gradient(x, wanted, arguments)
 
     def jvp(self, x, v, *arguments):
         """s(x), and ∇²f v_m for v (M, B, *), by one backward pass each."""
