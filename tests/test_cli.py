@@ -51,6 +51,35 @@ def test_a_resumed_run_ends_where_the_whole_run_ends(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"loss": "sliced", "projections": 0}, "projections must be at least 1"),
+        ({"loss": "sliced", "distribution": "uniform"}, "distribution must be one of rademacher, gaussian, sphere"),
+        ({"projections": 4}, "projections and distribution belong to the sliced losses; the loss is denoising"),
+    ],
+)
+def test_options_of_a_loss_are_checked_before_anything_is_written(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        runs.train(runs.TrainConfig(out=tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_loss_is_trained_and_recorded(tmp_path):
+    """Each sliced or exact loss falls below zero, where an untrained score stands; what was asked for is in config.toml."""
+    for loss in ("sliced", "sliced-vr", "exact"):
+        options = {"projections": 2, "distribution": "sphere"} if loss != "exact" else {}
+        np.savez(tmp_path / "x.npz", images=np.random.default_rng(0).uniform(0.4, 0.6, (64, 2, 2)).astype(np.float32))
+        config = runs.TrainConfig(
+            data=str(tmp_path / "x.npz"), out=tmp_path / loss, loss=loss, steps=120, width=16, depth=1, levels=3, batch_size=64, **options
+        )
+        for _ in runs.train(config):
+            pass
+        assert json.loads((tmp_path / loss / "metrics.jsonl").read_text().splitlines()[-1])["loss"] < -0.05
+        recorded = runs.open_run(tmp_path / loss)[3]
+        assert [getattr(recorded, k) for k in ("loss", "projections", "distribution")] == [loss, config.projections, config.distribution]
+
+
+@pytest.mark.parametrize(
     "arguments, message",
     [
         (("--data", "nope"), "data must be digits, mnist, fashion"),
@@ -61,6 +90,7 @@ def test_a_resumed_run_ends_where_the_whole_run_ends(tmp_path):
         (("--lr", "nan"), "lr must be positive and finite"),
         (("--steps", "0"), "steps must be at least 1"),
         (("--network", "cnn"), "network must be mlp or ncsn"),
+        (("--loss", "ssm"), "loss must be one of denoising, sliced, sliced-vr, exact"),
     ],
 )
 def test_a_wrong_value_is_one_sentence_and_leaves_nothing(tmp_path, arguments, message):

@@ -50,6 +50,17 @@ def test_untrained_model_is_a_gaussian_that_widens_with_the_noise():
     torch.testing.assert_close(score(x, 0.5), -x / 0.5)
 
 
+def test_scale_of_the_score_is_one_over_sigma():
+    """f = (c/σ) g(x/c, e) - ½‖x/c‖², so that the network's part of the score has the size of ∂g over σ."""
+    net, x, sigma = energy(True), torch.rand(3, 6, dtype=torch.float64), torch.tensor([1.5, 0.3, 0.1], dtype=torch.float64)
+    c = (sigma**2 + 0.25).sqrt()[:, None]
+    u, e = net.inputs(x, sigma[:, None])
+    torch.testing.assert_close(u, x / c)
+    u = u.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(net.network(u, e).sum(), u)
+    torch.testing.assert_close(EnergyScore(net)(x, sigma), slope / sigma[:, None] - x / c**2)
+
+
 def test_e_to_the_f_is_integrable():
     """The quadratic beats the network, which grows at most linearly: f(t x) / t² → -½‖x‖²."""
     net, x = energy(), torch.randn(20, 6, dtype=torch.float64)

@@ -1,0 +1,53 @@
+"""The pictures of the idea, drawn quickly: what each shows, as figures. Seeds are fixed in the scripts."""
+
+import importlib
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+
+def run(name, folder):
+    figures = importlib.import_module(name).main(folder, quick=True)
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    return figures
+
+
+def test_learnt_vector_fields_resemble_the_truth(tmp_path):
+    """Under a tenth of the divergence of the zero field after 250 steps."""
+    figures = run("vector_fields", tmp_path)
+    assert figures["exact"] < 0.1 and figures["sliced"] < 0.1
+
+
+def test_the_exact_trace_grows_with_the_dimension_and_a_projection_does_not(tmp_path):
+    """64 times the derivatives from d = 2 to 128; a factor of 5 remains whatever else the machine does."""
+    times = run("trace_cost", tmp_path)
+    growth = {name: t[128] / t[2] for name, t in times.items()}
+    assert growth["exact"] > 5 * growth["sliced"]
+
+
+def test_naive_score_matching_is_wrong_in_low_density_and_loses_the_weights(tmp_path):
+    figures = run("low_density", tmp_path)
+    assert figures["error_high_density"] < 0.1 and figures["error_low_density"] > 3 * figures["error_high_density"]
+    assert figures["weight"] < 0.7
+
+
+def test_noise_fills_the_gap_and_denoising_learns_the_noisy_density(tmp_path):
+    figures = run("perturbed_fields", tmp_path)
+    covered = list(figures["covered"].values())
+    assert covered[0] < 0.3 and covered[-1] > 0.95 and covered == sorted(covered)
+    assert figures["to_noisy"] < 0.1 and figures["to_clean"] > 5 * figures["to_noisy"]
+
+
+def test_without_noise_every_point_ends_on_a_mode(tmp_path):
+    figures = run("collapse", tmp_path)
+    assert figures["distance"] < 1e-3 and sum(figures["points"]) == 400 and min(figures["points"]) > 100
+
+
+def test_only_annealing_keeps_the_weights(tmp_path):
+    """Five standard errors of a weight of 0.8 among 1,500 samples; plain Langevin gives what falls to each mode from a uniform start."""
+    figures, error = run("langevin", tmp_path), math.sqrt(0.8 * 0.2 / 1500)
+    for name in ("data", "annealed", "annealed, learnt"):
+        assert abs(figures[name] - 0.8) < 5 * error, figures
+    assert figures["plain"] < 0.7
