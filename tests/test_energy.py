@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import fastscore
 from fastscore import dual, losses, schedules
@@ -106,9 +107,20 @@ def test_its_own_rule_equals_dual_numbers(conditional):
     for a, b in zip(*grads):
         a, b = (torch.zeros(1, dtype=x.dtype) if t is None else t for t in (a, b))   # the last bias
         torch.testing.assert_close(a.expand_as(b), b, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        torch.testing.assert_close(dual.jvp(lambda x: score(x, *sigma), x, v)[1], own[1], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(torch.func.jvp(lambda x: score(x, *sigma), (x,), (v[0],))[1], own[1][0], rtol=1e-12, atol=1e-12)
     slope, curvature = score.along(x, v, *sigma)
     torch.testing.assert_close(slope, (own[0] * v).sum(2), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(curvature, (own[1] * v).sum(2), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_forward_mode_tangent_passes_through_the_score(graph):
+    score, x, v = EnergyScore(energy()), torch.rand(3, 6, dtype=torch.float64), torch.randn(1, 3, 6, dtype=torch.float64)
+    with torch.set_grad_enabled(graph), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(score(forward_ad.make_dual(x, v[0]))).tangent
+    torch.testing.assert_close(tangent, score.jvp(x, v)[1][0], rtol=1e-12, atol=1e-12)
 
 
 def test_linear_and_quadratic_f():

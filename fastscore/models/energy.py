@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from fastscore.models.score_mlp import Trunk
 from fastscore.ops import checks
@@ -71,8 +72,10 @@ class EnergyScore(nn.Module):
         if not checks.readable():   # inside a transform or torch.compile tensors have no graph to walk
             return torch.func.grad(lambda x: self._value(x, arguments).sum())(x)
         x, wanted = self._leaf(x)
+        # Forward mode over reverse mode needs the formulas that a graph is made of: fused ones, as of SiLU, carry no tangent.
+        create_graph = wanted or forward_ad.unpack_dual(x).tangent is not None
         with torch.enable_grad():
-            return self._gradient(x, wanted, arguments)
+            return self._gradient(x, create_graph, arguments)
 
     def jvp(self, x, v, *arguments):
         """s(x), and ∇²f v_m for v (M, B, *), by one backward pass each."""
@@ -98,7 +101,8 @@ class EnergyScore(nn.Module):
         """x as a variable of its own where it is none yet; and whether the result shall be differentiable."""
         frozen = isinstance(self.f, nn.Module) and not any(p.requires_grad for p in self.f.parameters())
         wanted = torch.is_grad_enabled() and (x.requires_grad or not frozen)
-        return (x if wanted and x.requires_grad else x.detach().requires_grad_()), wanted
+        # A view, for detach() would drop a forward-mode tangent.
+        return (x if wanted and x.requires_grad else x.view_as(x).requires_grad_()), wanted
 
     def _gradient(self, x, create_graph, arguments):
         value = self._value(x, arguments)
