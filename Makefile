@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 .PHONY: test demo lint bench gpu clean
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2   # two workers of one thread each: more threads than cores wait for each other
 
 demo: $(STAMP)
 	$(BIN)/fastscore demo --out demo

@@ -52,11 +52,11 @@ def size(request):
 
 @pytest.fixture
 def compare(request, device):
-    """compare(op, like, bytes, calls): time the calls and a copy of `bytes`, keep and return the row."""
+    """compare(op, like, bytes, calls): time the calls and the ceiling (a copy of `bytes` unless given), keep and return the row."""
 
-    def run(op, like, total_bytes, calls):
+    def run(op, like, total_bytes, calls, ceiling=None):
         smoke = request.config.option.smoke
-        calls = calls | {"ceiling": copy_of(total_bytes, device)}
+        calls = calls | {"ceiling": ceiling or copy_of(total_bytes, device)}
         row = Row(op, list(like.shape), str(like.dtype).removeprefix("torch."), like.numel(), total_bytes)
         row.seconds = interleave(calls, device, rounds=1 if smoke else 15, least=0 if smoke else 0.005)
         ROWS.append(row)
