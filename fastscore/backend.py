@@ -77,7 +77,7 @@ def load_triton() -> str | None:
     if not hasattr(kernels, "register"):
         return "its kernels are not part of this version"
     kernels.register()
-    for name in ("fill", "noisy_update", "noise_reduce"):
+    for name in RAW_OPS:
         _finish(f"fastscore_triton::{name}")
     return None
 
@@ -134,13 +134,15 @@ def why_not(name: str, device: str) -> str | None:
 
 
 @functools.cache
-def _choose(name: str, device: str) -> str:
+def _choose(name: str, device: str, cuda: bool = True) -> str:
     if name != "auto":
         reason = why_not(name, device)
+        if name == "cuda" and not cuda:
+            reason = reason or "this op has no CUDA C++ kernel. Use 'triton'"
         if reason:
             raise ValueError(f"backend {name!r} was requested for a tensor on {device} but {reason}.")
         return name
-    order = ("cuda", "triton", "reference") if device != "cpu" else ("cpp", "reference")
+    order = ("cuda", "triton", "reference")[not cuda :] if device != "cpu" else ("cpp", "reference")
     chosen = next(b for b in order if why_not(b, device) is None)
     if device == "cuda" and chosen == "reference":
         warnings.warn(f"fastscore runs on the slow reference for CUDA tensors: triton: {why_not('triton', device)}", stacklevel=2)
@@ -148,10 +150,10 @@ def _choose(name: str, device: str) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _resolve(device: str, backend: str | None) -> str:
+def _resolve(device: str, backend: str | None, cuda: bool) -> str:
     if backend is not None:
         _check_name(backend, "backend")
-    return _choose(backend or _requested.get() or _environment(), device)
+    return _choose(backend or _requested.get() or _environment(), device, cuda)
 
 
 @functools.cache
@@ -159,9 +161,12 @@ def _environment() -> str:
     return _check_name(os.environ.get("FASTSCORE_BACKEND", "auto"), "FASTSCORE_BACKEND")
 
 
-def choose(device: torch.device, backend: str | None = None) -> str:
-    """The back end for tensors on `device`: the argument, else use_backend(), else FASTSCORE_BACKEND, else the best."""
-    return _resolve(device.type, backend)
+def choose(device: torch.device, backend: str | None = None, cuda: bool = True) -> str:
+    """The back end for tensors on `device`: the argument, else use_backend(), else FASTSCORE_BACKEND, else the best.
+
+    cuda: whether the op has a kernel in CUDA C++.
+    """
+    return _resolve(device.type, backend, cuda)
 
 
 @functools.cache

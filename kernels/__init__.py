@@ -2,12 +2,16 @@
 
 import torch
 
+from fastscore.kernels import launch_normalise
+
 SCHEMAS = {
     "fill": "fill(Tensor(a!) out, int kind, Tensor? key, int seed, int step, int stream, int offset) -> ()",
     "noisy_update": "noisy_update(Tensor(a!) out, Tensor? x, Tensor? direction, Tensor? drift_each, float drift, Tensor? diffusion_each, "
     "float diffusion, Tensor? key, int seed, int step, int stream, int offset) -> ()",
     "noise_reduce": "noise_reduce(Tensor(a!) out, Tensor score, Tensor? sigma_each, float sigma, Tensor? key, int seed, int step, "
     "int stream, int offset, int reduction) -> ()",
+    "normalise": launch_normalise.FORWARD,
+    "normalise_backward": launch_normalise.BACKWARD,
 }
 BLOCK = 512  # Philox blocks per program: 2048 elements, 16 per thread of four warps
 _library = None
@@ -18,8 +22,9 @@ def register() -> None:
     global _library
     if _library is None:
         _library = torch.library.Library("fastscore_triton", "DEF")
-        for name, launcher in (("fill", _fill), ("noisy_update", _noisy_update), ("noise_reduce", _noise_reduce)):
-            _library.define(SCHEMAS[name])
+        launchers = _fill, _noisy_update, _noise_reduce, launch_normalise.normalise, launch_normalise.normalise_backward
+        for (name, schema), launcher in zip(SCHEMAS.items(), launchers):
+            _library.define(schema)
             for key in ("CPU", "CUDA"):
                 _library.impl(name, launcher, key)
 

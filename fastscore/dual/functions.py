@@ -86,7 +86,7 @@ def _stack_layout(s):
 
 
 def normalise_stack(s, coef, labels, form, backend):
-    chosen = _backend.choose(s.device, backend)
+    chosen = _backend.choose(s.device, backend, cuda=False)
     if chosen == "reference":
         return torch.cat([core.normalise_ref(s[0], coef, labels, form)[None], core._dual_ref(s[0], s[1:], coef, None, labels, form)])
     if _backend.derivative_possible(s, coef):

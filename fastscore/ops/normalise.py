@@ -285,14 +285,14 @@ def _gradient(x, t, stats, coef, tcoef, labels, gy, gty, form, backend):
 def normalise(x, coef, labels, form, backend):
     if torch.overrides.has_torch_function_unary(x):   # dual numbers and the like
         return torch.overrides.handle_torch_function(normalise, (x,), x, coef, labels, form, backend)
-    chosen = _backend.choose(x.device, backend)
+    chosen = _backend.choose(x.device, backend, cuda=False)
     if chosen == "reference":
         return normalise_ref(x, coef, labels, form)
     return _normalise(x, None, coef, None, labels, form, chosen, True)[0]
 
 
 def normalise_dual(x, t, coef, labels, form, backend):
-    chosen = _backend.choose(x.device, backend)
+    chosen = _backend.choose(x.device, backend, cuda=False)
     if chosen == "reference":
         return normalise_ref(x, coef, labels, form), _dual_ref(x, t, coef, None, labels, form)
     return _normalise(x, t, coef, None, labels, form, chosen, True)[:2]
