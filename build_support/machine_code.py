@@ -1,7 +1,7 @@
 """Compile the GPU kernels without a GPU and count what their machine code does. `machine_code.py triton | cuda` prints JSON.
 
 A row per kernel and target: instructions, how many of them per element where the kernel is straight-line, accesses to local
-memory (spills), 128-bit accesses to global memory.
+memory (spills), 128-bit accesses to global memory, and the bytes that these read and write per thread.
 """
 
 import itertools
@@ -18,9 +18,10 @@ os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).parent))
 
 import native
+import torch
 import triton
 
-THREADS = 128
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -35,11 +36,18 @@ def count(path, per_thread=None):
             "per_element": len(lines) / per_thread if per_thread else None,
             "local": sum(bool(re.search(r"\b(LDL|STL)", line)) for line in lines),
             "wide": sum(bool(re.search(r"(LDG|STG)\.E\.(128|ENL2\.256)", line)) for line in lines),
+            "read": wide_bytes("LDG", lines),
+            "written": wide_bytes("STG", lines),
         }
     return rows
 
 
-def triton_kernels():
+def wide_bytes(instruction, lines):
+    found = (re.search(rf"{instruction}\.E\.(128|ENL2\.256)", line) for line in lines)
+    return sum(16 if match[1] == "128" else 32 for match in found if match)
+
+
+def noise_kernels():
     """(name, kernel, constants, types, aligned): the fast path of each launcher, an offset at a block's start."""
     from fastscore.kernels import BLOCK
     from fastscore.kernels.denoising_loss import noise_reduce_kernel
@@ -47,7 +55,7 @@ def triton_kernels():
     from fastscore.kernels.random import fill_kernel
 
     common = {"HAS_KEY": False, "BLOCK": BLOCK, "key_ptr": None}
-    for dtype in ("fp32", "bf16", "fp16", "fp64"):
+    for dtype in DTYPES:
         wide = dtype == "fp64"
         pointers = {name: f"*{dtype}" for name in ("out_ptr", "x_ptr", "d_ptr", "s_ptr")}
         pointers |= {name: "*fp64" if wide else "*fp32" for name in ("a_ptr", "b_ptr", "sigma_ptr", "partial_ptr")}
@@ -63,22 +71,71 @@ def triton_kernels():
         yield f"noise_reduce {dtype}", noise_reduce_kernel, constants, pointers | scalars, ("partial_ptr", "s_ptr", "per_sample", "offset")
 
 
+def pixel_kernels(arch):
+    """The normalisations' passes over 128 x 128 x 64 x 64, cut as the launchers do; the plainest variant for every dtype and target."""
+    from fastscore.kernels import activation, normalise
+    from fastscore.kernels.launch_normalise import Tiles
+
+    elu, none = activation.ELU.value, activation.IDENTITY.value
+    plain, more = [("elu", elu, 0, False)], [("none", none, 0, False), ("tangent", elu, 1, False), ("channels-last", elu, 0, True)]
+    kernels = normalise.moments_kernel, normalise.apply_kernel, normalise.cotangent_sums_kernel, normalise.gradient_kernel
+    variants = [(dtype, *v) for dtype in DTYPES for v in plain + (more if arch == 90 and dtype in ("fp32", "bf16") else [])]
+    for dtype, label, kind, M, last in variants:
+        x = torch.empty((128, 128, 64, 64), dtype=DTYPES[dtype], device="meta")
+        x = x.to(memory_format=torch.channels_last) if last else x
+        pointers = {name: f"*{dtype}" for name in ("x_ptr", "t_ptr", "y_ptr", "ty_ptr", "gy_ptr", "gty_ptr", "gx_ptr", "gt_ptr")}
+        pointers |= {name: "*fp64" if dtype == "fp64" else "*fp32" for name in ("out_ptr", "table_ptr", "gtable_ptr")}
+        for kernel in kernels:
+            tiles = Tiles(kernel, x, M)
+            constants = {"KIND": kind, "HAS_Y": True, "HAS_GY": True, "M": M, "LAST": last}
+            constants |= {"UNITS": tiles.UNITS, "PIXELS": tiles.PIXELS}
+            constants |= {} if M else {"t_ptr": None, "ty_ptr": None, "gty_ptr": None, "gt_ptr": None}
+            constants |= {"splits": 1} if tiles.splits == 1 else {}
+            types = pointers | dict.fromkeys(("units", "C", "S", "splits"), "i32")
+            name = f"{kernel.fn.__name__.removesuffix('_kernel')} {label} {dtype}"
+            yield name, kernel, constants, types, (*pointers, "units", "C", "S", "splits"), tiles.UNITS * tiles.PIXELS, tiles.warps
+
+
+def algebra_kernels(arch):
+    """The normalisations' algebra for 128 channels in float32 and float64, with tangents and everything optional."""
+    from fastscore.kernels import normalise, normalise_algebra
+
+    forms = {"channels": (False, True, 2, 128)} | ({"groups": (True, False, 64, 4)} if arch == 90 else {})
+    for dtype in ("fp32", "fp64"):
+        names = "table", "stats", "coef", "tcoef", "gtable", "gcoef", "gtcoef", "sums", "part"
+        types = {f"{name}_ptr": f"*{dtype}" for name in names} | {"labels_ptr": "*i64"}
+        types |= dict.fromkeys(("B", "C", "S", "groups", "domain", "coef_rows", "units", "splits"), "i32")
+        constants = {"PIXELS": 4096, "UNITS": 16, "SPLITS": 64, "STEPS": 2}
+        yield f"merge {dtype}", normalise.merge_kernel, constants, types, ("units", "S"), 1024, 4
+        kernels = normalise_algebra.coefficients_kernel, normalise_algebra.cotangents_kernel
+        for (label, (grouped, alpha, rows, D)), kernel in itertools.product(forms.items(), kernels):
+            constants = {"EPS": 1e-5, "GROUPED": grouped, "ALPHA": alpha, "BETA": True, "HAS_LABELS": True, "ONE": False, "M": 2}
+            constants |= {"HAS_TCOEF": True, "ROWS": rows, "D": D}
+            name = f"{kernel.fn.__name__.removesuffix('_kernel')} {label} {dtype}"
+            yield name, kernel, constants, types, ("C",), rows * D, rows * D // 32
+
+
+def triton_kernels(arch):
+    from fastscore.kernels import BLOCK
+
+    noise = ((*entry, 4 * BLOCK, 4) for entry in noise_kernels())
+    return itertools.chain(noise, pixel_kernels(arch), algebra_kernels(arch))
+
+
 def compile_triton(entry, arch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastscore.kernels import BLOCK
-
-    name, kernel, constants, types, aligned = entry
+    name, kernel, constants, types, aligned, elements, warps = entry
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i64") for n in names}
-    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if n in names and n not in constants}
     source = ASTSource(kernel, signature, constexprs={k: v for k, v in constants.items() if k in names}, attrs=attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": THREADS // 32})
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        (row,) = count(file.name, 4 * BLOCK / THREADS).values()
+        (row,) = count(file.name, elements / (32 * warps)).values()
     return f"{name} sm_{arch}", row
 
 
@@ -98,7 +155,7 @@ def compile_cuda(source, folder):
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         if sys.argv[1] == "triton":
-            rows = dict(compile_triton(entry, arch) for entry, arch in itertools.product(triton_kernels(), (80, 90, 100)))
+            rows = dict(compile_triton(entry, arch) for arch in (80, 90, 100) for entry in triton_kernels(arch))
         else:
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
             results = pool.map(lambda source: compile_cuda(source, Path(folder)), sorted((native.ROOT / "csrc").glob("*.cu")))
