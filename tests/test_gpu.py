@@ -1,11 +1,14 @@
 """On a GPU: the same words, the same values, the same law."""
 
+import itertools
+
 import pytest
 import torch
 
 import fastscore
 from fastscore import backend as backends
 from fastscore import random
+from fastscore.ops.normalise import ACTIVATIONS, Form, _dual_ref, _gradient_ref, _normalise, normalise, normalise_ref
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -116,3 +119,133 @@ def test_a_captured_graph_advances_with_its_step():
     for k in range(3):
         graph.replay()
         assert torch.equal(y, fastscore.langevin_step(x, x, 0.1, seed=1, step=k))
+
+
+FORMS = [(0, True, True), (0, True, False), (0, False, False), (2, False, True), (6, False, True)]
+IMAGES = [
+    pytest.param((5, 6, 7, 9), id="scalar-loads"),
+    pytest.param((3, 48, 16, 16), id="vector-loads"),
+    pytest.param((700, 6, 1, 1), id="one-pixel"),
+    pytest.param((2, 6, 300, 301), id="rows-in-splits"),
+    pytest.param((3, 6, 2, 3, 5), id="three-dimensions"),
+]
+
+
+@pytest.fixture
+def norm_backend(gpu_backend):
+    if gpu_backend == "cuda":
+        pytest.skip("the normalisations' kernels for GPUs are Triton's")
+
+
+def norm_problem(form, shape, dtype, M=0, channels_last=False):
+    """x, t, coef, tcoef and the cotangents of x and t, on the GPU and as float64 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    KC = shape[1] * (1 + form.alpha + form.beta)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    x = draw(*shape) * 1.5 + draw(*shape[:2], *[1] * (len(shape) - 2))
+    images = [x, draw(M, *shape), draw(*shape), draw(M, *shape)]
+    compute = torch.promote_types(dtype, torch.float32)
+    coefficients = [(1 + 0.5 * draw(shape[0], KC)).to(compute), draw(M, shape[0], KC).to(compute)]
+    x, t, gy, gty = ((_last(a, a.dim() - len(shape) + 1) if channels_last else a).cuda() for a in images)
+    coef, tcoef = (c.cuda() for c in coefficients)
+    tensors = x, t, coef, tcoef, gy, gty
+    return tensors, [a.cpu().double() for a in tensors]
+
+
+def _last(a, channel):
+    return a.movedim(channel, -1).contiguous().movedim(-1, channel)
+
+
+@pytest.mark.parametrize("shape", IMAGES)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normalisation_and_its_gradient_equal_those_of_the_cpu(norm_backend, dtype, channels_last, shape):
+    for activation, (groups, alpha, beta) in itertools.product(ACTIVATIONS, FORMS):
+        form = Form(groups, alpha, beta, 1e-5, activation)
+        (x, _, coef, _, gy, _), (x_, _, coef_, _, gy_, _) = norm_problem(form, shape, dtype, channels_last=channels_last)
+        exact = normalise_ref(x_.requires_grad_(), coef_.requires_grad_(), None, form)
+        y = normalise(x.requires_grad_(), coef.requires_grad_(), None, form, None)
+        assert y.dtype == dtype and close(y.detach(), exact.detach(), dtype), form
+        assert y.movedim(1, -1).is_contiguous() == x.movedim(1, -1).is_contiguous()
+        off_the_kink = normalise_ref(x_.detach(), coef_.detach(), None, form._replace(activation=None)).abs() > 1e-4   # of relu
+        gy, gy_ = gy * off_the_kink.to(gy), gy_ * off_the_kink
+        got, expected = torch.autograd.grad(y, (x, coef), gy), torch.autograd.grad(exact, (x_, coef_), gy_)
+        for a, b in zip(got, expected):   # float32 sums of up to 90300 pixels, after float32 or float64 arithmetic
+            assert relative(a, b) <= max(torch.finfo(dtype).eps, 1e-5 if dtype != torch.float64 else 1e-10), form
+
+
+def relative(a, b):
+    return float((a.cpu().double() - b).norm() / b.norm().clamp_min(1e-3))
+
+
+@pytest.mark.parametrize("M", [1, 3])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tangents_and_their_gradient_equal_those_of_the_cpu(norm_backend, dtype, channels_last, M):
+    bound = max(4 * torch.finfo(dtype).eps, 2e-5 if dtype != torch.float64 else 1e-9)
+    for (groups, alpha, beta), activation in itertools.product(FORMS, (None, "silu", "gelu")):
+        for shape in ((3, 6, 7, 9), (2, 6, 90, 91)):
+            form = Form(groups, alpha, beta, 1e-5, activation)
+            on_gpu, on_cpu = norm_problem(form, shape, dtype, M, channels_last)
+            x, t, coef, tcoef = (a.requires_grad_() for a in on_gpu[:4])
+            y, ty, _ = _normalise(x, t, coef, tcoef, None, form, "triton", True)
+            assert close(y.detach(), normalise_ref(on_cpu[0], on_cpu[2], None, form), dtype)
+            assert relative(ty.detach(), _dual_ref(*on_cpu[:4], None, form)) <= bound
+            got = torch.autograd.grad((y, ty), (x, t, coef, tcoef), on_gpu[4:])
+            for a, b in zip(got, _gradient_ref(*on_cpu[:4], None, *on_cpu[4:], form)):
+                assert relative(a, b) <= bound, form
+
+
+def test_normalisation_has_every_derivative(norm_backend):
+    form = Form(0, True, True, 1e-5, "silu")
+    (x, _, table, *_), _ = norm_problem(form, (3, 6, 2, 2), torch.float64)
+    x, table, labels = x.requires_grad_(), table.requires_grad_(), torch.tensor([2, 0, 2], device="cuda")
+
+    def f(x, table):
+        return fastscore.conditional_instance_norm_plus(x, labels, table, activation="silu")
+
+    assert torch.autograd.gradcheck(f, (x, table), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(f, (x, table), check_fwd_over_rev=True)
+
+
+def test_compiled_normalisation_equals_eager(norm_backend):
+    form = Form(0, True, True, 1e-5, "elu")
+    (x, t, table, _, gy, _), _ = norm_problem(form, (4, 6, 8, 8), torch.float32, 1)
+    x, table, labels = x.requires_grad_(), table.requires_grad_(), torch.tensor([1, 0, 3, 1], device="cuda")
+
+    def f(x, table):
+        return fastscore.conditional_instance_norm_plus(x.sin(), labels, table, activation="elu")
+
+    compiled = torch.compile(f, fullgraph=True)
+    assert torch.allclose(compiled(x, table), f(x, table), atol=1e-6)
+    for a, b in zip(torch.autograd.grad(compiled(x, table), (x, table), gy), torch.autograd.grad(f(x, table), (x, table), gy)):
+        assert torch.allclose(a, b, atol=1e-5, rtol=1e-5)
+    tangent = torch.compile(lambda x, t: torch.func.jvp(lambda x: f(x, table), (x,), (t,))[1], fullgraph=True)
+    assert torch.allclose(tangent(x, t[0]), torch.func.jvp(lambda x: f(x, table), (x,), (t[0],))[1], atol=1e-5)
+
+
+def test_gradients_of_a_table_and_of_split_rows_are_repeatable(norm_backend):
+    x, labels = torch.randn(64, 5, 200, 200, device="cuda"), torch.arange(64, device="cuda") % 3
+    table = torch.randn(4, 15, device="cuda", requires_grad=True)
+
+    def gradient():
+        y = fastscore.conditional_instance_norm_plus(x, labels, table, activation="elu")
+        return torch.autograd.grad(y.square().sum(), table)[0]
+
+    assert torch.equal(gradient(), gradient())
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
+def test_normalisation_of_more_than_two_to_the_31_elements(norm_backend, channels_last):
+    """The last sample of a large tensor equals that sample on its own; 12 GB in float16."""
+    large = torch.cuda.get_device_properties(0).total_memory >= 24 * 2**30
+    x = torch.empty((2**15 + 1 if large else 9, 64, 32, 32), dtype=torch.float16, device="cuda")
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    for part in x.split(4096):   # in place, so that memory is needed twice and not four times
+        part.normal_()
+    gamma = torch.ones(64, device="cuda", requires_grad=True)
+    y, last = fastscore.instance_norm_plus(x, gamma, gamma, activation="elu"), x[-1:].clone()
+    assert torch.equal(y[-1:], fastscore.instance_norm_plus(last, gamma, gamma, activation="elu"))
