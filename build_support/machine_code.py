@@ -52,6 +52,7 @@ def noise_kernels():
     from fastscore.kernels import BLOCK
     from fastscore.kernels.denoising_loss import noise_reduce_kernel
     from fastscore.kernels.langevin_step import noisy_update_kernel
+    from fastscore.kernels.rademacher_jvp import project_kernel, spread_kernel
     from fastscore.kernels.random import fill_kernel
 
     common = {"HAS_KEY": False, "BLOCK": BLOCK, "key_ptr": None}
@@ -69,6 +70,13 @@ def noise_kernels():
                 yield f"{label} {dtype}", fill_kernel, common | {"KIND": kind, "shift": 0}, types, ("out_ptr", "n")
         constants = common | {"DOT": False, "SIGMA_KIND": int(wide), "WIDE": wide, "ROWS": 1} | ({} if wide else {"sigma_ptr": None})
         yield f"noise_reduce {dtype}", noise_reduce_kernel, constants, pointers | scalars, ("partial_ptr", "s_ptr", "per_sample", "offset")
+        constants = {"HAS_KEY": False, "key_ptr": None, "WIDE": wide, "ROWS": 1, "WORDS": 64 if wide else 128}
+        pointers |= {name: f"*{dtype}" for name in ("js_ptr", "gjs_ptr", "gs_ptr")}
+        pointers |= {f"{name}_ptr": "*fp64" if wide else "*fp32" for name in ("vjv", "vs", "ss", "gvjv", "gvs", "gss")}
+        aligned = ("js_ptr", "s_ptr", "gjs_ptr", "gs_ptr", "samples", "per_sample", "offset")
+        flags = {"HAS_J": True, "HAS_S": True}, {"HAS_GJS": True, "HAS_GVS": True, "HAS_GSS": True}
+        yield f"project {dtype}", project_kernel, constants | flags[0], pointers | scalars, aligned
+        yield f"spread {dtype}", spread_kernel, constants | flags[1], pointers | scalars, aligned
 
 
 def pixel_kernels(arch):
@@ -118,7 +126,7 @@ def algebra_kernels(arch):
 def triton_kernels(arch):
     from fastscore.kernels import BLOCK
 
-    noise = ((*entry, 4 * BLOCK, 4) for entry in noise_kernels())
+    noise = ((*entry, 32 * entry[2]["WORDS"] if "WORDS" in entry[2] else 4 * BLOCK, 4) for entry in noise_kernels())
     return itertools.chain(noise, pixel_kernels(arch), algebra_kernels(arch))
 
 

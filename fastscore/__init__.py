@@ -13,6 +13,7 @@ from fastscore.ops import (
     langevin_step,
     noisy_update,
     perturb,
+    rademacher_jvp,
 )
 from fastscore.sampling import sample
 
@@ -31,6 +32,7 @@ __all__ = [
     "nn",
     "noisy_update",
     "perturb",
+    "rademacher_jvp",
     "random",
     "sample",
     "sampling",

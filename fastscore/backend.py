@@ -19,8 +19,9 @@ BACKENDS = ("cuda", "triton", "cpp", "reference")
 OPS = (
     "words", "uniform", "normal", "rademacher", "noisy_update", "langevin_step", "perturb", "denoising_loss",
     "instance_norm_plus", "conditional_instance_norm_plus", "group_norm_modulate",
+    "rademacher_jvp",
 )  # fmt: skip
-RAW_OPS = ("fill", "noisy_update", "noise_reduce", "normalise", "normalise_backward")
+RAW_OPS = ("fill", "noisy_update", "noise_reduce", "normalise", "normalise_backward", "rademacher_project", "rademacher_spread")
 CPU_OPS = ("activate_dual",)   # in C++ alone; elsewhere plain PyTorch
 _requested: ContextVar[str | None] = ContextVar("fastscore_backend", default=None)
 

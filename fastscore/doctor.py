@@ -14,6 +14,7 @@ from fastscore.ops import (
     langevin_step,
     noisy_update,
     perturb,
+    rademacher_jvp,
 )
 
 
@@ -44,6 +45,7 @@ def _calls(device):
         "instance_norm_plus": lambda: instance_norm_plus(image, gamma, alpha, beta, activation="elu"),
         "conditional_instance_norm_plus": lambda: conditional_instance_norm_plus(image, torch.tensor([1, 0], device=device), row),
         "group_norm_modulate": lambda: group_norm_modulate(image, 2, gamma, beta, activation="silu"),
+        "rademacher_jvp": lambda: rademacher_jvp(torch.sin, x, projections=2, **key)[1],
     }
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastscore.kernels import launch_normalise
+from fastscore.kernels import launch_normalise, launch_rademacher_jvp
 
 SCHEMAS = {
     "fill": "fill(Tensor(a!) out, int kind, Tensor? key, int seed, int step, int stream, int offset) -> ()",
@@ -12,6 +12,8 @@ SCHEMAS = {
     "int stream, int offset, int reduction) -> ()",
     "normalise": launch_normalise.FORWARD,
     "normalise_backward": launch_normalise.BACKWARD,
+    "rademacher_project": launch_rademacher_jvp.PROJECT,
+    "rademacher_spread": launch_rademacher_jvp.SPREAD,
 }
 BLOCK = 512  # Philox blocks per program: 2048 elements, 16 per thread of four warps
 _library = None
@@ -23,6 +25,7 @@ def register() -> None:
     if _library is None:
         _library = torch.library.Library("fastscore_triton", "DEF")
         launchers = _fill, _noisy_update, _noise_reduce, launch_normalise.normalise, launch_normalise.normalise_backward
+        launchers += launch_rademacher_jvp.project, launch_rademacher_jvp.spread
         for (name, schema), launcher in zip(SCHEMAS.items(), launchers):
             _library.define(schema)
             for key in ("CPU", "CUDA"):

@@ -1,0 +1,454 @@
+#include "rademacher_jvp.h"
+
+#include "vector_cpu.h"
+
+namespace fastscore {
+namespace {
+
+constexpr int64_t kStep = 64;     // elements per turn of an inner loop: two words of signs
+constexpr int64_t kShort = 32;    // samples below this size are signed together, then summed one by one
+constexpr int64_t kTileOfShort = 1024;
+
+typedef double vd __attribute__((vector_size(kBytes)));
+FS_INLINE vd load_vector(const double* p) { vd v; __builtin_memcpy(&v, p, kBytes); return v; }
+FS_INLINE void store_vector(vd v, double* p) { __builtin_memcpy(p, &v, kBytes); }
+
+template <class A> struct Vector;
+template <> struct Vector<float> { using V = vf; using U = vu; using Bits = uint32_t; };
+template <> struct Vector<double> { using V = vd; using U = vq; using Bits = uint64_t; };
+
+// Bits [bit, bit + lanes) of a word, each as the sign bit of its lane.
+template <class A>
+FS_INLINE typename Vector<A>::U sign_bits(uint32_t word, int bit) {
+  using U = typename Vector<A>::U;
+  using Bits = typename Vector<A>::Bits;
+  constexpr int lanes = kBytes / sizeof(A);
+  constexpr Bits top = Bits{1} << (8 * sizeof(A) - 1);
+  U lane;
+  for (int i = 0; i < lanes; ++i) lane[i] = static_cast<Bits>(i);
+#if defined(__AVX2__)
+  return ((U{} + word) << (static_cast<Bits>(8 * sizeof(A) - 1 - bit) - lane)) & top;
+#else   // no shift by lane: compare instead
+  const U mask = (U{} + (Bits{1} << bit)) << lane;
+  return (U)(((U{} + word) & mask) == mask) & top;
+#endif
+}
+
+// The signs of one projection over one task: words, and a copy that starts at any bit.
+struct Signs {
+  alignas(64) uint32_t words[kSignChunk / 32 + 2 * kGroup + 16];
+  alignas(64) uint32_t shifted[kSignChunk / 32 + 16];
+  uint64_t start;
+
+  FS_INLINE void fill(uint64_t first, int64_t n, NoiseKey key, int64_t projection) {
+    key.stream += static_cast<uint32_t>(projection) << 16;
+    const uint64_t word = first / 32 / kGroup * kGroup, last = (first + static_cast<uint64_t>(n) - 1) / 32;
+    fill_words(words, word / 4, static_cast<int64_t>((last - word) / kGroup + 1), key);
+    start = word * 32;
+  }
+
+  // Bit 0 is the sign of element `first`. Bits past n are any.
+  FS_INLINE const uint32_t* from(uint64_t first, int64_t n) {
+    const uint32_t *w = words + (first - start) / 32, shift = static_cast<uint32_t>(first % 32);
+    if (shift == 0) return w;
+    for (int64_t i = 0; i < (n + 31) / 32; ++i) shifted[i] = w[i] >> shift | w[i + 1] << (32 - shift);
+    return shifted;
+  }
+};
+
+// full(i) for steps of kStep elements from i on, then rest(i, how many) for what is left.
+template <class Full, class Rest>
+FS_INLINE void in_steps(int64_t n, Full full, Rest rest) {
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) full(i);
+  if (i < n) rest(i, n - i);
+}
+
+// A page ahead, where the hardware's prefetchers stop.
+template <class T>
+FS_INLINE void prefetch_step(const T* p) {
+  for (int64_t line = 0; line < kStep * static_cast<int64_t>(sizeof(T)); line += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + 4096 + line, 0, 2);
+}
+
+// sum[0] = v . j, sum[1] = v . s, sum[2] = s . s
+template <bool kJ, bool kS, bool kSquare, class T>
+FS_INLINE void row_sums(const T* j, const T* s, const uint32_t* bits, int64_t n, double* sum) {
+  using A = typename Compute<T>::type;
+  using V = typename Vector<A>::V;
+  using U = typename Vector<A>::U;
+  constexpr int lanes = kBytes / sizeof(A), vectors = kStep / lanes, chains = 4;
+  V js[chains] = {}, ss[chains] = {}, squares[chains] = {};
+  const auto step = [&](const T* j, const T* s, const uint32_t* w) FS_LAMBDA {
+#pragma GCC unroll 32
+    for (int k = 0; k < vectors; ++k) {
+      const U sign = sign_bits<A>(w[k * lanes / 32], k * lanes % 32);
+      if constexpr (kJ) js[k % chains] += (V)((U)load_vector(j + k * lanes) ^ sign);
+      if constexpr (kS) {
+        const V v = load_vector(s + k * lanes);
+        ss[k % chains] += (V)((U)v ^ sign);
+        if constexpr (kSquare) squares[k % chains] += v * v;
+      }
+    }
+  };
+  const auto full = [&](int64_t i) FS_LAMBDA {
+    if constexpr (kJ) prefetch_step(j + i);
+    if constexpr (kS && kSquare) prefetch_step(s + i);   // later projections find it in the cache
+    step(kJ ? j + i : j, kS ? s + i : s, bits + i / 32);
+  };
+  in_steps(n, full, [&](int64_t i, int64_t left) FS_LAMBDA {
+    T rest_j[kStep] = {}, rest_s[kStep] = {};
+    if constexpr (kJ) __builtin_memcpy(rest_j, j + i, left * sizeof(T));
+    if constexpr (kS) __builtin_memcpy(rest_s, s + i, left * sizeof(T));
+    step(rest_j, rest_s, bits + i / 32);
+  });
+  for (int k = 1; k < chains; ++k) js[0] += js[k], ss[0] += ss[k], squares[0] += squares[k];
+  for (int i = 0; i < lanes; ++i) sum[0] += js[0][i], sum[1] += ss[0][i], sum[2] += squares[0][i];
+}
+
+// out = g v, with one g, or kEach one per element.
+template <bool kEach, class T, class A>
+FS_INLINE void signed_row(const A* g, const uint32_t* bits, int64_t n, T* out, bool bypass) {
+  using V = typename Vector<A>::V;
+  using U = typename Vector<A>::U;
+  constexpr int lanes = kBytes / sizeof(A), vectors = kStep / lanes;
+  const V constant = V{} + *g;
+  const auto step = [&](const A* g, const uint32_t* w, T* o, bool stream) FS_LAMBDA {
+#pragma GCC unroll 32
+    for (int k = 0; k < vectors; ++k) {
+      const U sign = sign_bits<A>(w[k * lanes / 32], k * lanes % 32);
+      const V v = (V)((U)(kEach ? load_vector(g + k * lanes) : constant) ^ sign);
+      if constexpr (__is_same(T, float)) {
+        if (stream) {
+          stream_vector(v, o + k * lanes);
+          continue;
+        }
+      }
+      store_vector(v, o + k * lanes);
+    }
+  };
+  bypass = bypass && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  const auto rest = [&](int64_t i, int64_t left) FS_LAMBDA {
+    A rest_g[kStep] = {};
+    T rest_out[kStep];
+    if constexpr (kEach) __builtin_memcpy(rest_g, g + i, left * sizeof(A));
+    step(rest_g, bits + i / 32, rest_out, false);
+    __builtin_memcpy(out + i, rest_out, left * sizeof(T));
+  };
+  if (bypass) in_steps(n, [&](int64_t i) FS_LAMBDA { step(kEach ? g + i : g, bits + i / 32, out + i, true); }, rest);
+  else in_steps(n, [&](int64_t i) FS_LAMBDA { step(kEach ? g + i : g, bits + i / 32, out + i, false); }, rest);
+}
+
+// sum += g v
+template <class A>
+FS_INLINE void add_signed_row(A g, const uint32_t* bits, int64_t n, A* sum) {
+  using V = typename Vector<A>::V;
+  using U = typename Vector<A>::U;
+  constexpr int lanes = kBytes / sizeof(A), vectors = kStep / lanes;
+  const V constant = V{} + g;
+  const auto step = [&](const uint32_t* w, A* o) FS_LAMBDA {
+#pragma GCC unroll 32
+    for (int k = 0; k < vectors; ++k)
+      store_vector(load_vector(o + k * lanes) + (V)((U)constant ^ sign_bits<A>(w[k * lanes / 32], k * lanes % 32)), o + k * lanes);
+  };
+  in_steps(n, [&](int64_t i) FS_LAMBDA { step(bits + i / 32, sum + i); }, [&](int64_t i, int64_t left) FS_LAMBDA {
+    A rest[kStep] = {};
+    step(bits + i / 32, rest);
+    for (int64_t k = 0; k < left; ++k) sum[i + k] += rest[k];
+  });
+}
+
+// out = x v
+template <class T, class A>
+FS_INLINE void signed_tile(const T* x, const uint32_t* bits, int64_t n, A* out) {
+  alignas(64) A wide[kTileOfShort];
+  for (int64_t i = 0; i < n; ++i) wide[i] = widen(x[i]);
+  signed_row<true>(wide, bits, n, out, false);
+}
+
+// The elements [first, first + n) of a tensor, in place or gathered.
+template <class T>
+FS_INLINE const T* gathered(const void* tensor, const Nest& nest, int64_t first, int64_t n, T* buffer) {
+  const T* p = static_cast<const T*>(tensor);
+  if (nest.contiguous) return p + first;
+  const int64_t stride = nest.strides[0][nest.ndim - 1];
+  for_rows(nest, first, n, [&](int64_t at, const int64_t* offset, int64_t m) FS_LAMBDA {
+    for (int64_t i = 0; i < m; ++i) buffer[at + i] = p[offset[0] + i * stride];
+  });
+  return buffer;
+}
+
+template <class T>
+FS_INLINE void scatter(const T* buffer, void* tensor, const Nest& nest, int64_t first, int64_t n) {
+  T* p = static_cast<T*>(tensor);
+  if (nest.contiguous) return;
+  const int64_t stride = nest.strides[0][nest.ndim - 1];
+  for_rows(nest, first, n, [&](int64_t at, const int64_t* offset, int64_t m) FS_LAMBDA {
+    for (int64_t i = 0; i < m; ++i) p[offset[0] + i * stride] = buffer[at + i];
+  });
+}
+
+// task(sample, how many samples, where in the sample, elements of each)
+template <class Args, class Task>
+FS_INLINE void in_tasks(const Args& p, int64_t begin, int64_t end, Task task) {
+  const int64_t fit = p.per_sample < kSignChunk ? kSignChunk / p.per_sample : 1;
+  for (int64_t t = begin; t < end;) {
+    if (p.chunks == 1) {
+      const int64_t count = end - t < fit ? end - t : fit;
+      task(t, count, 0, p.per_sample);
+      t += count;
+    } else {
+      const int64_t from = t % p.chunks * kSignChunk, left = p.per_sample - from;
+      task(t / p.chunks, 1, from, left < kSignChunk ? left : kSignChunk);
+      ++t;
+    }
+  }
+}
+
+// Short samples of one run: signed as a whole, a tile at a time.
+template <class T, class Emit>
+FS_INLINE void short_sums(const T* j, const T* s, Signs& signs, uint64_t first, int64_t count, int64_t d, bool square, Emit emit) {
+  using A = typename Compute<T>::type;
+  alignas(64) A js[kTileOfShort], ss[kTileOfShort];
+  for (int64_t c = 0, m; c < count; c += m) {
+    m = count - c < kTileOfShort / d ? count - c : kTileOfShort / d;
+    const uint32_t* bits = signs.from(first + static_cast<uint64_t>(c * d), m * d);
+    if (j) signed_tile(j + c * d, bits, m * d, js);
+    if (s) signed_tile(s + c * d, bits, m * d, ss);
+    for (int64_t k = 0; k < m; ++k) {
+      double sum[3] = {};
+      for (int64_t i = k * d; j && i < (k + 1) * d; ++i) sum[0] += js[i];
+      for (int64_t i = k * d; s && i < (k + 1) * d; ++i) sum[1] += ss[i];
+      for (int64_t i = k * d; s && square && i < (k + 1) * d; ++i) sum[2] += static_cast<double>(ss[i]) * ss[i];
+      emit(c + k, sum);
+    }
+  }
+}
+
+template <class T>
+void project(const ProjectArgs& p, int64_t begin, int64_t end) {
+  using A = typename Compute<T>::type;
+  Signs signs;
+  alignas(64) T js_buffer[kSignChunk], s_buffer[kSignChunk];
+  in_tasks(p, begin, end, [&](int64_t b, int64_t count, int64_t from, int64_t n) FS_LAMBDA {
+    const int64_t first = b * p.per_sample + from;
+    const uint64_t origin = p.key.offset + static_cast<uint64_t>(first);
+    const T* s = p.s ? gathered(p.s, p.s_nest, first, count * n, s_buffer) : nullptr;
+    for (int64_t m = 0; m < p.projections; ++m) {
+      const auto emit = [&](int64_t c, const double* sum) FS_LAMBDA {
+        if (p.partial) {
+          double* row = p.partial + (b * p.chunks + from / kSignChunk) * (2 * p.projections + 1);
+          row[m] = sum[0], row[p.projections + m] = sum[1];
+          if (m == 0) row[2 * p.projections] = sum[2];
+          return;
+        }
+        if (p.js) static_cast<A*>(p.vjv)[m * p.samples + b + c] = static_cast<A>(sum[0]);
+        if (p.s) static_cast<A*>(p.vs)[m * p.samples + b + c] = static_cast<A>(sum[1]);
+        if (p.s && m == 0) static_cast<A*>(p.ss)[b + c] = static_cast<A>(sum[2]);
+      };
+      signs.fill(origin, count * n, p.key, m);
+      const T* j = p.js ? gathered(p.js, p.js_nest, m * p.samples * p.per_sample + first, count * n, js_buffer) : nullptr;
+      if (n < kShort && count > 1) {
+        short_sums(j, s, signs, origin, count, n, m == 0, emit);
+        continue;
+      }
+      for (int64_t c = 0; c < count; ++c) {
+        const T *jc = j + c * n, *sc = s + c * n;
+        const uint32_t* bits = signs.from(origin + static_cast<uint64_t>(c * n), n);
+        double sum[3] = {};
+        if (!s) row_sums<true, false, false>(jc, sc, bits, n, sum);
+        else if (j && m == 0) row_sums<true, true, true>(jc, sc, bits, n, sum);
+        else if (j) row_sums<true, true, false>(jc, sc, bits, n, sum);
+        else if (m == 0) row_sums<false, true, true>(jc, sc, bits, n, sum);
+        else row_sums<false, true, false>(jc, sc, bits, n, sum);
+        emit(c, sum);
+      }
+    }
+  });
+}
+
+// A coefficient per sample, repeated for the sample's elements.
+template <class A>
+FS_INLINE void repeat(const A* each, int64_t count, int64_t n, A* out) {
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t i = 0; i < n; ++i) out[c * n + i] = each[c];
+}
+
+template <class T>
+void spread(const SpreadArgs& p, int64_t begin, int64_t end) {
+  using A = typename Compute<T>::type;
+  Signs signs;
+  alignas(64) T buffer[kSignChunk];
+  alignas(64) A total[kSignChunk], each[kTileOfShort], signed_each[kTileOfShort];
+  const A *g_vjv = static_cast<const A*>(p.g_vjv), *g_vs = static_cast<const A*>(p.g_vs), *g_ss = static_cast<const A*>(p.g_ss);
+  in_tasks(p, begin, end, [&](int64_t b, int64_t count, int64_t from, int64_t n) FS_LAMBDA {
+    const int64_t first = b * p.per_sample + from;
+    const uint64_t origin = p.key.offset + static_cast<uint64_t>(first);
+    const bool together = n < kShort && count > 1;
+    if (p.gs && g_ss) {
+      const T* s = gathered(p.s, p.s_nest, first, count * n, buffer);
+      for (int64_t c = 0; c < count; ++c) {
+        const A g = 2 * g_ss[b + c];
+        for (int64_t i = c * n; i < (c + 1) * n; ++i) total[i] = g * widen(s[i]);
+      }
+    } else if (p.gs) {
+      __builtin_memset(total, 0, count * n * sizeof(A));
+    }
+    for (int64_t m = 0; (g_vjv || g_vs) && m < p.projections; ++m) {
+      signs.fill(origin, count * n, p.key, m);
+      const int64_t at = m * p.samples + b, out_first = m * p.samples * p.per_sample + first;
+      T* out = p.gjs && p.gjs_nest.contiguous ? static_cast<T*>(p.gjs) + out_first : buffer;
+      const int64_t tile = together ? kTileOfShort / n : 1;
+      for (int64_t c = 0, k; c < count; c += k) {
+        k = count - c < tile ? count - c : tile;
+        const uint32_t* bits = signs.from(origin + static_cast<uint64_t>(c * n), k * n);
+        if (!together) {
+          if (p.gjs) signed_row<false>(g_vjv + at + c, bits, n, out + c * n, p.bypass_cache);
+          if (g_vs) add_signed_row(g_vs[at + c], bits, n, total + c * n);
+          continue;
+        }
+        if (p.gjs) {
+          repeat(g_vjv + at + c, k, n, each);
+          signed_row<true>(each, bits, k * n, out + c * n, false);
+        }
+        if (g_vs) {
+          repeat(g_vs + at + c, k, n, each);
+          signed_row<true>(each, bits, k * n, signed_each, false);
+          for (int64_t i = 0; i < k * n; ++i) total[c * n + i] += signed_each[i];
+        }
+      }
+      if (p.gjs) scatter(buffer, p.gjs, p.gjs_nest, out_first, count * n);
+    }
+    if (!p.gs) return;
+    T* out = p.gs_nest.contiguous ? static_cast<T*>(p.gs) + first : buffer;
+    int64_t i = 0;
+    if constexpr (__is_same(T, float))
+      if (p.bypass_cache && reinterpret_cast<uintptr_t>(out) % 64 == 0)
+        for (; i + kLanes <= count * n; i += kLanes) stream_vector(load_vector(total + i), out + i);
+    if constexpr (!__is_same(T, double))
+      for (; i + kLanes <= count * n; i += kLanes) store_vector(load_vector(total + i), out + i);
+    for (; i < count * n; ++i) narrow(total[i], out[i]);
+    scatter(buffer, p.gs, p.gs_nest, first, count * n);
+  });
+  if (p.bypass_cache) stream_fence();
+}
+
+}  // namespace
+
+void FS_KERNEL(rademacher_project)(const ProjectArgs& p, int64_t begin, int64_t end) {
+  if (p.dtype == kFloat32) project<float>(p, begin, end);
+  else if (p.dtype == kFloat64) project<double>(p, begin, end);
+  else if (p.dtype == kBFloat16) project<BFloat16>(p, begin, end);
+  else project<Float16>(p, begin, end);
+}
+
+void FS_KERNEL(rademacher_spread)(const SpreadArgs& p, int64_t begin, int64_t end) {
+  if (p.dtype == kFloat32) spread<float>(p, begin, end);
+  else if (p.dtype == kFloat64) spread<double>(p, begin, end);
+  else if (p.dtype == kBFloat16) spread<BFloat16>(p, begin, end);
+  else spread<Float16>(p, begin, end);
+}
+
+}  // namespace fastscore
+
+#if defined(FASTSCORE_REGISTER)
+#include <vector>
+
+#include "torch_cpu.h"
+
+namespace fastscore {
+namespace {
+
+void* mutable_pointer(const OptionalTensor& t) { return t ? t->mutable_data_ptr() : nullptr; }
+
+// Sizes, from (M, B, *) and (B, *) tensors of which one may be missing.
+template <class Args>
+void sizes(Args& p, const OptionalTensor& js, const OptionalTensor& s, int64_t projections) {
+  STD_TORCH_CHECK(js || s, "fastscore: a projection needs js or s");
+  STD_TORCH_CHECK(!js || !s || dtype_of(*js) == dtype_of(*s), "fastscore: js and s must have one dtype");
+  p.dtype = dtype_of(js ? *js : *s);
+  p.projections = projections;
+  p.samples = js ? js->size(1) : s->size(0);
+  const int64_t n = js ? js->numel() / (projections > 0 ? projections : 1) : s->numel();
+  p.per_sample = p.samples > 0 ? n / p.samples : 0;
+  p.chunks = p.per_sample <= kSignChunk ? 1 : (p.per_sample + kSignChunk - 1) / kSignChunk;
+}
+
+template <class Args>
+int64_t grain(const Args& p) {
+  const int64_t task = (p.chunks == 1 ? p.per_sample : kSignChunk) * p.projections;
+  return (32768 + task - 1) / task;
+}
+
+void rademacher_project(OptionalTensor vjv, OptionalTensor vs, OptionalTensor ss, OptionalTensor js, OptionalTensor s, int64_t projections,
+                        OptionalTensor key, int64_t seed, int64_t step, int64_t stream, int64_t offset) {
+  ProjectArgs p{};
+  sizes(p, js, s, projections);
+  p.vjv = mutable_pointer(vjv), p.vs = mutable_pointer(vs), p.ss = mutable_pointer(ss);
+  p.js = pointer(js), p.s = pointer(s);
+  p.key = noise_key(key, seed, step, stream, offset);
+  if (p.per_sample == 0 || projections == 0) {
+    for (const OptionalTensor& t : {vjv, vs, ss})
+      if (t) torch::stable::zero_(*const_cast<OptionalTensor&>(t));
+    return;
+  }
+  if (js) p.js_nest = nest_of(*js, std::nullopt, std::nullopt);
+  if (s) p.s_nest = nest_of(*s, std::nullopt, std::nullopt);
+  const int64_t tasks = p.samples * p.chunks, sums = 2 * projections + 1;
+  std::vector<double> partial(p.chunks > 1 ? tasks * sums : 0);
+  p.partial = p.chunks > 1 ? partial.data() : nullptr;
+  const auto kernel = FS_PICK(rademacher_project);
+  torch::stable::parallel_for(0, tasks, grain(p), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  if (p.chunks == 1) return;
+  const auto put = [&](void* out, int64_t at, double value) {
+    if (!out) return;
+    if (p.dtype == kFloat64) static_cast<double*>(out)[at] = value;
+    else static_cast<float*>(out)[at] = static_cast<float>(value);
+  };
+  for (int64_t b = 0; b < p.samples; ++b)
+    for (int64_t k = 0; k < sums; ++k) {
+      double total = 0;
+      for (int64_t c = 0; c < p.chunks; ++c) total += partial[(b * p.chunks + c) * sums + k];
+      if (k < projections) put(p.vjv, k * p.samples + b, total);
+      else if (k < 2 * projections) put(p.vs, (k - projections) * p.samples + b, total);
+      else put(p.ss, b, total);
+    }
+}
+
+void rademacher_spread(OptionalTensor gjs, OptionalTensor gs, OptionalTensor g_vjv, OptionalTensor g_vs, OptionalTensor g_ss,
+                       OptionalTensor s, int64_t projections, OptionalTensor key, int64_t seed, int64_t step, int64_t stream, int64_t offset) {
+  SpreadArgs p{};
+  sizes(p, gjs, gs, projections);
+  p.gjs = mutable_pointer(gjs), p.gs = mutable_pointer(gs);
+  p.g_vjv = pointer(g_vjv), p.g_vs = pointer(g_vs), p.g_ss = pointer(g_ss), p.s = pointer(s);
+  p.key = noise_key(key, seed, step, stream, offset);
+  for (const OptionalTensor& g : {g_vjv, g_vs, g_ss})
+    STD_TORCH_CHECK(!g || (g->is_contiguous() && dtype_of(*g) == (p.dtype == kFloat64 ? kFloat64 : kFloat32)),
+                    "fastscore: cotangents of projections must be contiguous and of the compute dtype");
+  if (p.per_sample == 0 || projections == 0) return;
+  if (gjs) p.gjs_nest = nest_of(*gjs, std::nullopt, std::nullopt);
+  if (gs) p.gs_nest = nest_of(*gs, std::nullopt, std::nullopt);
+  if (s) p.s_nest = nest_of(*s, std::nullopt, std::nullopt);
+  const int64_t elements = p.samples * p.per_sample;
+  p.bypass_cache = p.dtype == kFloat32 && elements * (gjs ? projections : 1) >= (int64_t{1} << 22);
+  for (const OptionalTensor& g : {gjs, gs})
+    if (g) advise_huge_pages(const_cast<void*>(g->const_data_ptr()), g->numel() * static_cast<int64_t>(g->element_size()));
+  const auto kernel = FS_PICK(rademacher_spread);
+  torch::stable::parallel_for(0, p.samples * p.chunks, grain(p), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastscore, m) {
+  m.def("rademacher_project(Tensor(a!)? vjv, Tensor(b!)? vs, Tensor(c!)? ss, Tensor? js, Tensor? s, int projections, Tensor? key, "
+        "int seed, int step, int stream, int offset) -> ()");
+  m.def("rademacher_spread(Tensor(a!)? gjs, Tensor(b!)? gs, Tensor? g_vjv, Tensor? g_vs, Tensor? g_ss, Tensor? s, int projections, "
+        "Tensor? key, int seed, int step, int stream, int offset) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastscore, CPU, m) {
+  m.impl("rademacher_project", TORCH_BOX(&rademacher_project));
+  m.impl("rademacher_spread", TORCH_BOX(&rademacher_spread));
+}
+
+}  // namespace fastscore
+#endif
