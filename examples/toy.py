@@ -1,5 +1,6 @@
 """What the examples share: a mixture of two Gaussians with unequal weights, a small training run, and panels of vector fields."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -71,5 +72,11 @@ def save(figure, out, name):
 
 
 def run(main):
-    """What each script does when it is started: `python examples/NAME.py [folder]`."""
-    print(main(sys.argv[1] if len(sys.argv) > 1 else "pictures"))
+    """What each script does when it is started: `python examples/NAME.py [folder] [--quick]`."""
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", default="pictures", help="where to write the pictures (created)")
+    parser.add_argument("--quick", action="store_true", help="fewer steps and points")
+    options = parser.parse_args()
+    for name, figure in main(options.folder, quick=options.quick).items():
+        print(f"{name}: {figure}")
+    print(f"pictures: {options.folder}")

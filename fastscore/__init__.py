@@ -2,6 +2,7 @@
 
 from fastscore import losses, models, nn, random, sampling, schedules, training
 from fastscore.backend import use_backend
+from fastscore.dual import jvp
 from fastscore.ops import (
     conditional_instance_norm_plus,
     conditional_instance_norm_plus_dual,
@@ -26,6 +27,7 @@ __all__ = [
     "group_norm_modulate_dual",
     "instance_norm_plus",
     "instance_norm_plus_dual",
+    "jvp",
     "langevin_step",
     "losses",
     "models",

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,7 +24,10 @@ def train(config) -> None:
 
     from fastscore import pictures, runs
 
+    if config.resume:
+        config = runs.resumed(config)
     loop = runs.train(config)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))   # a job that is ended saves like Ctrl-C
     try:
         with tqdm(total=config.steps, unit="step", desc="train") as bar:
             start, begin = time.perf_counter(), None
@@ -120,6 +124,8 @@ def evaluate(run: Path, /, n: Annotated[int, arg(aliases=["-n"])] = 500, seed: i
     """
     from fastscore import checkpoint, datasets, evaluation, runs
 
+    if n < 1:
+        raise ValueError(f"evaluate: n must be at least 1; got {n}.")
     _, _, _, config = runs.open_run(run)
     images, labels = datasets.load(config.data)
     if labels is None or config.held_out == 0:

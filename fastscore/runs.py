@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from fastscore import checkpoint, datasets, losses, models, random, sampling, schedules, training
 
 BATCHES = 1024  # the stream that picks each step's images
+SAVE_EVERY = 500  # steps: what a killed run may lose
 
 
 @dataclass
@@ -63,6 +64,8 @@ def check(config: TrainConfig) -> None:
             raise ValueError(f"train: {name} must be at least 1; got {getattr(config, name)}.")
     if not 0 < config.lr < float("inf"):
         raise ValueError(f"train: lr must be positive and finite; got {config.lr}.")
+    if not 0 <= config.ema_decay < 1:
+        raise ValueError(f"train: ema_decay must be in [0, 1); got {config.ema_decay}.")
     if config.network not in ("mlp", "ncsn"):
         raise ValueError(f"train: network must be mlp or ncsn; got {config.network!r}.")
     if config.loss not in losses.METHODS:
@@ -93,13 +96,13 @@ def batches(images, config, first_step):
 
 
 def train(config: TrainConfig):
-    """Yield (step, mean loss) after each update; the folder is complete whenever the generator is closed."""
+    """Yield (step, mean loss) after each update; the folder is complete every SAVE_EVERY steps and when the generator is closed."""
+    if config.resume:
+        config = resumed(config)
     check(config)
     images, _ = datasets.load(config.data)
     images = images[datasets.split(len(images), config.held_out, seed=0)[0]]
     out = Path(config.out)
-    if config.resume and not (out / "state.safetensors").exists():
-        raise ValueError(f"train: {out} holds no run to resume.")
     if not config.resume and out.exists() and any(out.iterdir()):
         raise ValueError(f"train: {out} exists already; choose another folder or pass --resume.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,9 +113,12 @@ def train(config: TrainConfig):
 
 def _train(config, out, images, net, sigmas):
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
-    ema = training.AveragedModel(net, multi_avg_fn=training.get_ema_multi_avg_fn(config.ema_decay))
+    ema = training.averaged(net, config.ema_decay)
     first = _restore(out, net, ema, optimizer) if config.resume else 0
+    if first > config.steps:
+        raise ValueError(f"train: {out} has done {first} steps already; steps must be at least that; got {config.steps}.")
     out.mkdir(parents=True, exist_ok=True)
+    _forget_after(first, out / "metrics.jsonl")
     write_config(out, config, images.shape[1:])
     labels = None
     objective = {"method": config.loss, "projections": config.projections, "distribution": config.distribution}
@@ -137,12 +143,38 @@ def _train(config, out, images, net, sigmas):
             if done % 100 == 0 or done == config.steps:
                 _record(out, done, sums, counts, time.perf_counter() - start)
                 sums.zero_(), counts.zero_()
+            if done % SAVE_EVERY == 0:
+                _save(out, net, ema, optimizer, done)
             yield state.step, float(state.losses.mean())
     finally:
-        checkpoint.save(out / "weights.safetensors", ema.module.state_dict())
-        state = {f"net.{k}": v for k, v in net.state_dict().items()} | {f"ema.{k}": v for k, v in ema.state_dict().items()}
-        state |= checkpoint.optimizer_tensors(optimizer) | {"step": torch.tensor(done)}
-        checkpoint.save(out / "state.safetensors", state)
+        _save(out, net, ema, optimizer, done)
+
+
+def _save(out, net, ema, optimizer, done):
+    checkpoint.save(out / "weights.safetensors", ema.module.state_dict())
+    state = {f"net.{k}": v for k, v in net.state_dict().items()} | {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    state |= checkpoint.optimizer_tensors(optimizer) | {"step": torch.tensor(done)}
+    checkpoint.save(out / "state.safetensors", state)
+
+
+def resumed(config: TrainConfig) -> TrainConfig:
+    """The options of the run in `out`, with the steps that are asked for now; another value than the run's is refused."""
+    out, default = Path(config.out), TrainConfig()
+    if not (out / "state.safetensors").exists():
+        raise ValueError(f"train: {out} holds no run to resume.")
+    stored = read_config(out)[0]
+    for name, value in asdict(config).items():
+        if name not in ("out", "resume", "steps") and value not in (getattr(default, name), getattr(stored, name)):
+            raise ValueError(f"train: the run in {out} has {name} {getattr(stored, name)}, which --resume cannot change; got {value}.")
+    steps = stored.steps if config.steps == default.steps else config.steps
+    return replace(stored, out=config.out, steps=steps, resume=True)
+
+
+def _forget_after(step, path):
+    """Drop the lines of steps that were done after the last save, and are done again."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        checkpoint.write_atomic(path, "".join(line + "\n" for line in kept).encode())
 
 
 def learning_rate(step, steps):
@@ -168,12 +200,13 @@ def _record(out, step, sums, counts, seconds):
 def write_config(out, config, shape):
     import tomli_w
 
-    text = tomli_w.dumps({**{k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}, "shape": list(shape)})
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items() if k != "resume"}
+    text = tomli_w.dumps({**options, "shape": list(shape)})
     checkpoint.write_atomic(out / "config.toml", text.encode())
 
 
-def open_run(folder):
-    """(averaged network, sigmas, sample shape (C, H, W), config) of a run folder."""
+def read_config(folder):
+    """(options, sample shape (C, H, W)) of a run folder."""
     try:
         import tomllib
     except ImportError:
@@ -182,11 +215,15 @@ def open_run(folder):
     if not (folder / "config.toml").exists():
         raise ValueError(f"{folder} is not a run folder: it has no config.toml.")
     values = tomllib.loads((folder / "config.toml").read_text())
-    shape = tuple(values.pop("shape"))
     known = {f.name for f in fields(TrainConfig)}
-    config = TrainConfig(**{k: v for k, v in values.items() if k in known})
+    return TrainConfig(**{k: v for k, v in values.items() if k in known}), tuple(values["shape"])
+
+
+def open_run(folder):
+    """(averaged network, sigmas, sample shape (C, H, W), config) of a run folder."""
+    config, shape = read_config(folder)
     net, sigmas = build(config, shape)
-    net.load_state_dict(checkpoint.load(folder / "weights.safetensors"))
+    net.load_state_dict(checkpoint.load(Path(folder) / "weights.safetensors"))
     return net.eval().requires_grad_(False), sigmas, shape, config
 
 
@@ -198,6 +235,8 @@ def draw(folder, n, **options):
 
 def draw_from(net, sigmas, shape, n, *, seed=0, first_sample=0, steps_per_level=20, step_size=None, batch_size=500, done=None):
     """The same of any network, on its device; `done` is called after each level of each batch."""
+    if steps_per_level < 1:
+        raise ValueError(f"sample: steps_per_level must be at least 1; got {steps_per_level}.")
     epsilon = 0.2 * float(sigmas[-1]) ** 2 if step_size is None else step_size
     parts, strip, device = [], [], next(net.parameters()).device
     for start in range(0, n, batch_size):
@@ -207,6 +246,8 @@ def draw_from(net, sigmas, shape, n, *, seed=0, first_sample=0, steps_per_level=
         for level in sampling.annealed_langevin(net, x, first_sample=first_sample + start, **options):
             if start == 0:
                 strip.append(level.x[:8].cpu())
+            if not bool(level.x.isfinite().all()):
+                raise FloatingPointError(f"sample: the state is not finite after level {len(strip)}; choose a smaller step_size.")
             if done is not None:
                 done()
         parts.append(level.x.cpu())

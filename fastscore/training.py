@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 
 class Step(NamedTuple):
@@ -32,8 +32,17 @@ def training_loop(model, loader, loss, *, steps, optimizer=None, lr=1e-3, ema_de
     if not isinstance(steps, int) or steps < 0:
         raise ValueError(f"training_loop: steps must be a non-negative int; got {steps!r}.")
     optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=lr)
-    ema = ema or AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+    ema = ema or averaged(model, ema_decay)
     return _loop(model, loader, loss, range(first_step, steps), optimizer, ema, grad_clip)
+
+
+def averaged(model, decay):
+    """A moving average of a model's weights: decay min(decay, (1 + n)/(10 + n)) at update n, so early weights are soon forgotten."""
+
+    def average(ema, current, n):
+        torch._foreach_lerp_(list(ema), list(current), 1 - min(decay, (1 + float(n)) / (10 + float(n))))
+
+    return AveragedModel(model, multi_avg_fn=average)
 
 
 def _loop(model, loader, loss, steps, optimizer, ema, grad_clip):

@@ -79,6 +79,26 @@ def test_the_loss_is_trained_and_recorded(tmp_path):
         assert [getattr(recorded, k) for k in ("loss", "projections", "distribution")] == [loss, config.projections, config.distribution]
 
 
+def test_resuming_keeps_the_options_of_the_run_and_refuses_others(tmp_path):
+    options = {"out": tmp_path / "run", "width": 16, "depth": 1, "levels": 3, "batch_size": 32, "held_out": 300, "loss": "sliced"}
+    for _ in runs.train(runs.TrainConfig(steps=5, **options)):
+        pass
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 5}\n{"step": 9}\n')   # 9: done after the last save, by a run that was killed
+    for _ in runs.train(runs.TrainConfig(out=tmp_path / "run", steps=8, resume=True)):
+        pass
+    config, _ = runs.read_config(tmp_path / "run")
+    assert config == runs.TrainConfig(**{**options, "out": str(options["out"])}, steps=8)
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [5, 8]
+    with pytest.raises(ValueError, match="has held_out 300, which --resume cannot change; got 10"):
+        runs.train(runs.TrainConfig(out=tmp_path / "run", held_out=10, resume=True))
+    with pytest.raises(ValueError, match="has done 8 steps already; steps must be at least that; got 3"):
+        next(runs.train(runs.TrainConfig(out=tmp_path / "run", steps=3, resume=True)))
+    with pytest.raises(FloatingPointError, match="the state is not finite after level"):
+        runs.draw(tmp_path / "run", 2, step_size=1e6)
+    with pytest.raises(ValueError, match="steps_per_level must be at least 1; got 0"):
+        runs.draw(tmp_path / "run", 2, steps_per_level=0)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -89,6 +109,7 @@ def test_the_loss_is_trained_and_recorded(tmp_path):
         (("--sigma-min", "2"), "sigma_max > sigma_min > 0"),
         (("--lr", "nan"), "lr must be positive and finite"),
         (("--steps", "0"), "steps must be at least 1"),
+        (("--ema-decay", "2"), r"ema_decay must be in [0, 1); got 2.0"),
         (("--network", "cnn"), "network must be mlp or ncsn"),
         (("--loss", "ssm"), "loss must be one of denoising, sliced, sliced-vr, exact"),
     ],
