@@ -89,18 +89,18 @@ def merge_kernel(
     unit = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
     known, moment = unit < units, tl.program_id(1)
     dtype: tl.constexpr = stats_ptr.dtype.element_ty
-    near = tl.zeros([UNITS], dtype)
+    near, share = tl.zeros([UNITS], dtype), 1.0 / int64(S).to(dtype)
     for step in range(STEPS):
         split = step * SPLITS + tl.arange(0, SPLITS)
         mask = known[:, None] & (split < splits)[None, :]
-        weight = tl.minimum(S - split.to(tl.int64) * PIXELS, PIXELS).to(dtype) / S
+        weight = tl.minimum(S - split.to(tl.int64) * PIXELS, PIXELS).to(dtype) * share
         at = (unit[:, None] * splits + split[None, :]) * 2
         near += tl.sum(tl.load(part_ptr + at, mask=mask, other=0.0) * weight[None, :], 1)
     rest, first, second = tl.zeros([UNITS], dtype), tl.zeros([UNITS], dtype), tl.zeros([UNITS], dtype)
     for step in range(STEPS):
         split = step * SPLITS + tl.arange(0, SPLITS)
         mask = known[:, None] & (split < splits)[None, :]
-        weight = tl.minimum(S - split.to(tl.int64) * PIXELS, PIXELS).to(dtype) / S
+        weight = tl.minimum(S - split.to(tl.int64) * PIXELS, PIXELS).to(dtype) * share
         at = (unit[:, None] * splits + split[None, :]) * 2
         d = tl.where(mask, tl.load(part_ptr + at, mask=mask, other=0.0) - near[:, None], 0.0) * weight[None, :]
         at += moment * int64(units) * splits * 2
