@@ -29,7 +29,7 @@ def test_every_benchmark_runs_and_times_ours_a_ceiling_and_a_peer(tmp_path):
     assert found["device"] and found["versions"]["torch"] and len(rows) == int(re.search(r"(\d+) passed", result.stdout)[1])
     for row in rows:
         peers = set(row.seconds) - {"ceiling", *harness.OURS}
-        assert row.ours == "cpp" and "ceiling" in row.seconds and "eager" in peers, row
+        assert row.ours == "cpp" and "ceiling" in row.seconds and any(peer.startswith("eager") for peer in peers), row
         assert all(0 < seconds < 60 for seconds in row.seconds.values()) and row.bytes >= row.elements > 0, row
     lines = harness.table(found).splitlines()
     assert len(lines) == 2 + len(rows) and all(line.count("|") == lines[0].count("|") for line in lines)
