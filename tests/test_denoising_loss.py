@@ -1,5 +1,6 @@
 """denoising_loss: value, derivatives, closed form, and no stored noise."""
 
+import itertools
 import math
 
 import pytest
@@ -47,6 +48,29 @@ def test_derivatives_in_every_mode(backend):
     assert torch.allclose(hessian.reshape(6, 6), 0.09 * torch.eye(6, dtype=torch.float64))
     rows = torch.vmap(lambda s: f(s, 0.3))(torch.stack([s.detach(), 2 * s.detach()]))
     assert torch.allclose(rows[1], f(2 * s.detach(), 0.3))
+
+
+@pytest.mark.parametrize("nesting", ["".join(c) for k in (2, 3) for c in itertools.product("FR", repeat=k)])
+def test_every_nesting_of_transforms(backend, nesting):
+    """F: jvp, R: grad, inner to outer, against plain PyTorch on the given noise, to the noise in float32 that higher orders amplify."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 4).double()
+    v, z = torch.ones_like(x).cumsum(-1) / 4, random.normal((3, 4), stream=random.PERTURB, dtype=torch.float64, **KEY)
+
+    def nested(key):
+        def f(x):
+            return fastscore.denoising_loss(x.sin() * x, x.square().mean(1), **key)[:, None] * x
+
+        wrap = {
+            "F": lambda f: lambda x: torch.func.jvp(f, (x,), (v * x.cos(),))[1],
+            "R": lambda f: torch.func.grad(lambda x: f(x).sin().sum()),
+        }
+        for letter in nesting:
+            f = wrap[letter](f)
+        return f(x)
+
+    expected = nested({"noise": z})
+    assert float((nested(KEY) - expected).abs().max()) < 1e-3 * float(expected.abs().max())
 
 
 def test_compiled_gradient_equals_eager_gradient(backend):

@@ -1,5 +1,6 @@
 """noisy_update, langevin_step, perturb: value against float64, derivatives, layouts, laws, errors."""
 
+import itertools
 import math
 import sys
 
@@ -115,6 +116,29 @@ def test_derivatives_of_every_input_in_every_mode(backend):
 
     assert gradcheck(f, (x, s, a, b), check_forward_ad=True)
     assert gradgradcheck(f, (x, s, a, b), check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("nesting", ["".join(c) for k in (2, 3) for c in itertools.product("FR", repeat=k)])
+def test_every_nesting_of_transforms(backend, nesting):
+    """F: jvp, R: grad, inner to outer, against plain PyTorch on the given noise, to the noise in float32 that higher orders amplify."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 4).double()
+    v, z = torch.ones_like(x).cumsum(-1) / 4, random.normal((3, 4), stream=random.LANGEVIN, dtype=torch.float64, **KEY)
+
+    def nested(key):
+        def f(x):
+            return fastscore.noisy_update(x.sin(), x.cos() * x, x.sum(1).sin(), x.sum(1).cos(), **key)
+
+        wrap = {
+            "F": lambda f: lambda x: torch.func.jvp(f, (x,), (v * x.cos(),))[1],
+            "R": lambda f: torch.func.grad(lambda x: f(x).sin().sum()),
+        }
+        for letter in nesting:
+            f = wrap[letter](f)
+        return f(x)
+
+    expected = nested({"noise": z})
+    assert float((nested(KEY) - expected).abs().max()) < 1e-3 * float(expected.abs().max())
 
 
 def test_transforms_agree_with_plain_pytorch(backend):

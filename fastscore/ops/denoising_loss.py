@@ -5,7 +5,7 @@ import torch
 from fastscore import backend as _backend
 from fastscore import random
 from fastscore.ops import checks
-from fastscore.ops.functions import quick
+from fastscore.ops.functions import plain, quick
 from fastscore.ops.langevin_step import LOSS, noise_dot, reduce, refuse_mapped_key, update
 
 
@@ -91,14 +91,15 @@ class _DenoisingLoss(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, ts, tsigma, *_):
+        # One plain() for all sums and products: in a jvp rule ordinary operations lose the tangents of the levels around it.
         s, sigma, key = _DenoisingLoss._saved(ctx)
-        t = None
-        if ts is not None:
-            t = sigma**2 * _inner(s, ts) + sigma * noise_dot(ts, key, ctx.numbers, ctx.backend)
-        if tsigma is not None:
-            slope = tsigma * _slope(s, sigma, key, ctx)
-            t = slope if t is None else t + slope
-        return t
+        ts = torch.zeros_like(s) if ts is None else ts
+        along = noise_dot(ts, key, ctx.numbers, ctx.backend)
+        if tsigma is None:
+            if isinstance(sigma, torch.Tensor):
+                return plain(_tangent, s, ts, along, sigma)
+            return plain(lambda s, ts, along: _tangent(s, ts, along, sigma), s, ts, along)
+        return plain(_tangent, s, ts, along, sigma, tsigma, noise_dot(s, key, ctx.numbers, ctx.backend))
 
     @staticmethod
     def vmap(info, in_dims, s, sigma, key, numbers, backend):
@@ -115,6 +116,12 @@ class _DenoisingLoss(torch.autograd.Function):
 def _inner(a, b):
     dtype = checks.compute_dtype(a.dtype)
     return checks.per_sample_sum(a.to(dtype) * b.to(dtype))
+
+
+def _tangent(s, ts, along, sigma, tsigma=None, dot=None):
+    """σ² Σ s ṡ + σ D(ṡ) + σ̇ (σ Σs² + D(s)), given D(ṡ) and D(s)."""
+    t = sigma**2 * _inner(s, ts) + sigma * along
+    return t if tsigma is None else t + tsigma * (sigma * _inner(s, s) + dot)
 
 
 def _slope(s, sigma, key, ctx):

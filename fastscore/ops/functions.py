@@ -46,7 +46,11 @@ def plain(f, *tensors):
 class _Plain(torch.autograd.Function):
     @staticmethod
     def forward(f, *tensors):
-        return f(*tensors)
+        def own(t):   # autograd accepts neither an input nor a view of one as a result
+            return t.clone() if t._is_view() or any(t is given for given in tensors) else t
+
+        outputs = f(*tensors)
+        return own(outputs) if isinstance(outputs, torch.Tensor) else tuple(map(own, outputs))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -7,7 +7,7 @@ import torch
 from fastscore import backend as _backend
 from fastscore import random
 from fastscore.ops import checks
-from fastscore.ops.functions import quick
+from fastscore.ops.functions import plain, quick
 
 
 def noisy_update(
@@ -124,7 +124,7 @@ class _NoisyUpdate(torch.autograd.Function):
     def backward(ctx, g):
         d, a, b, key = _restore(ctx)
         needs = ctx.needs_input_grad
-        gd = noisy_update_ref(None, g, a, 0.0, torch.zeros((), device=g.device)) if needs[1] else None
+        gd = _scaled(g, a) if needs[1] else None
         ga = gb = None
         if needs[2]:
             dtype = checks.compute_dtype(g.dtype)
@@ -135,14 +135,15 @@ class _NoisyUpdate(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, tx, td, ta, tb, *_):
+        # Sums and products through plain(): in a jvp rule ordinary operations lose the tangents of the levels around it.
         d, a, b, key = _restore(ctx)
         shape, dtype = ctx.like
         t = tx
         if td is not None:
-            ad = noisy_update_ref(None, td, a, 0.0, torch.zeros((), device=td.device))
-            t = ad if t is None else t + ad
+            ad = plain(_scaled, td, a) if isinstance(a, torch.Tensor) else plain(lambda td: _scaled(td, a), td)
+            t = ad if t is None else plain(torch.add, t, ad)
         if ta is None and tb is None:
-            return t.clone() if t is tx else t   # a view of an input tangent may not be returned
+            return plain(torch.clone, t) if t is tx else t   # a view of an input tangent may not be returned
         ta, tb = (0.0 if c is None else c for c in (ta, tb))
         if t is None:
             like = next(c for c in (d, ta, tb) if isinstance(c, torch.Tensor))
@@ -189,6 +190,11 @@ class _NoiseDot(torch.autograd.Function):
 
 
 LOSS, DOT = 0, 1  # modes of the raw op noise_reduce
+
+
+def _scaled(d, a):
+    """a d in the compute dtype, rounded once."""
+    return noisy_update_ref(None, d, a, 0.0, torch.zeros((), device=d.device))
 
 
 def _restore(ctx):
