@@ -119,9 +119,10 @@ def test_forward_mode_nests(backend):
             vjv, vs, ss = project(s.sin(), torch.stack([s.exp(), s * s]))
             return (vjv * vs).sum() * ss.sum()
 
-        for _ in range(3):
-            f = lambda s, f=f: torch.func.jvp(f, (s,), (t,))[1]  # noqa: E731
-        return f(s), torch.func.grad(f)(s)
+        def along(f, times):
+            return f if times == 0 else along(lambda s: torch.func.jvp(f, (s,), (t,))[1], times - 1)
+
+        return along(f, 3)(s), torch.func.grad(along(f, 2))(s), along(torch.func.grad(f), 2)(s)
 
     got = third(lambda s, js: project(s, js, None, numbers(), backend))
     for a, b in zip(got, third(lambda s, js: project_ref(s, js, v))):
