@@ -23,7 +23,8 @@ def main(out, quick=False):
     points = grid(60)
     high = MIXTURE.log_prob(points) > MIXTURE.log_prob(MIXTURE.sample(4000, seed=3)).quantile(0.05)
     start = EXTENT * (2 * random.uniform((n, 2), seed=4, stream=1024) - 1)
-    *_, x = sampling.langevin(net, start, steps=500 if quick else 2000, step_size=0.01, seed=5)
+    *_, last = sampling.langevin(net, start, steps=500 if quick else 2000, step_size=0.01, seed=5)
+    x = last.x
     figure, axes = panels("density", "true score", "learnt score", "error of the learnt score", "Langevin samples")
     draw_density(axes[0], MIXTURE.log_prob)
     draw_field(axes[1], MIXTURE.score)

@@ -241,13 +241,10 @@ def draw_from(net, sigmas, shape, n, *, seed=0, first_sample=0, steps_per_level=
     parts, strip, device = [], [], next(net.parameters()).device
     for start in range(0, n, batch_size):
         m = min(batch_size, n - start)
-        x = sampling.initial((m, *shape), seed=seed, first_sample=first_sample + start, device=device)
-        options = {"sigmas": sigmas, "steps_per_level": steps_per_level, "step_size": epsilon, "seed": seed}
-        for level in sampling.annealed_langevin(net, x, first_sample=first_sample + start, **options):
+        options = {"sigmas": sigmas, "steps_per_level": steps_per_level, "step_size": epsilon, "seed": seed, "device": device}
+        for level in sampling.states(net, shape=(m, *shape), first_sample=first_sample + start, **options):
             if start == 0:
                 strip.append(level.x[:8].cpu())
-            if not bool(level.x.isfinite().all()):
-                raise FloatingPointError(f"sample: the state is not finite after level {len(strip)}; choose a smaller step_size.")
             if done is not None:
                 done()
         parts.append(level.x.cpu())

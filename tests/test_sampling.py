@@ -44,7 +44,7 @@ def test_samples_are_the_same_for_any_split():
 def test_langevin_does_not_touch_its_start():
     x = torch.ones(4, 2)
     *_, last = sampling.langevin(lambda x: -x, x, steps=3, step_size=0.1, seed=0)
-    assert torch.equal(x, torch.ones(4, 2)) and last.shape == x.shape
+    assert torch.equal(x, torch.ones(4, 2)) and last.x.shape == x.shape
 
 
 def test_geometric_ladder_and_step_conventions():
@@ -82,3 +82,21 @@ X, ONE = torch.zeros(2, 2), {"steps_per_level": 1, "step_size": 0.1, "seed": 0}
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_hook_sees_every_network_call_and_the_end():
+    seen, sigmas = [], [0.5, 0.25]
+
+    def project(x, sigma, step):
+        seen.append((sigma, step))
+        return x.clamp(0, 1)
+
+    options = {"sigmas": sigmas, "steps_per_level": 2, "step_size": 0.02, "seed": 0, "project": project}
+    for denoise, calls in ((True, [(0.5, 0), (0.5, 1), (0.25, 2), (0.25, 3), (0.25, 4), (0.0, 5)]),
+                           (False, [(0.5, 0), (0.5, 1), (0.25, 2), (0.25, 3), (0.0, 4)])):  # fmt: skip
+        seen.clear()
+        x = fastscore.sample(gaussian, shape=(8, 2), denoise=denoise, **options)
+        assert seen == calls and 0 <= float(x.min()) and float(x.max()) <= 1
+    seen.clear()
+    fastscore.sample(lambda x: -x, sampler="langevin", x=X, steps=2, step_size=0.1, seed=0, project=project)
+    assert seen == [(0.0, 0), (0.0, 1), (0.0, 2)]

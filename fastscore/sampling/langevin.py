@@ -1,0 +1,100 @@
+"""Langevin dynamics, plain and annealed."""
+
+import torch
+
+from fastscore.sampling.state import State, begin, check_count, denoised, epsilon, number, spread
+from fastscore.schedules import check_ladder
+
+
+def langevin(
+    score, x, *, steps, step_size=None, step_lr=None, sigma=None, temperature=1.0, project=None, diagnostics=False, start=0, seed=None,
+    first_sample=0,
+):  # fmt: skip
+    """Run unadjusted Langevin dynamics; yields a `State` after each step.
+
+        x ← x + (ε/2) s(x) + √(T ε) z
+
+    Args:
+        score: called score(x), or score(x, sigma) with sigma (B,) if sigma is given. x: start, (B, *), not modified.
+        steps: how many. step_size: ε > 0, a float, 0-d or (B,); or step_lr: NCSN's η = ε/2.
+        sigma: the noise level at which a noise-conditional score is followed.
+        temperature: T; with small ε the samples follow p^(1/T). On N(μ, v) the stationary variance is T v / (1 - ε/(4 v)).
+        project: project(x, sigma, step) -> x, called before each call of the score and, with sigma 0, after the last step.
+        diagnostics: fill `State.diagnostics`: x_norm, score_norm and snr = √ε ‖s‖ / (2 √(T d)), each (B,).
+        start: steps done already; x is the state after them.
+        seed: of the run; first_sample: global number of x[0], so that splits of a batch agree.
+
+    Raises:
+        ValueError: steps is negative, start is not in 0..steps, ε is negative or not finite, or temperature is negative.
+
+    Source: Song & Ermon 2019, equation 4 (arXiv:1907.05600).
+    """
+    op = "langevin"
+    run = begin(op, score, x, temperature=temperature, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample)
+    check_count(op, "steps", steps)
+    check_count(op, "start", start, steps)
+    each = None if sigma is None else spread(number(op, "sigma", sigma), x)
+    return _langevin(run, x, start, steps, epsilon(op, step_size, step_lr, x), sigma or 0.0, each)
+
+
+@torch.no_grad()
+def _langevin(run, x, start, steps, e, sigma, each):
+    a, b = run.langevin_coefficients(e)
+    for step in range(start, steps):
+        before, s = run.look(x, sigma, each, step)
+        x = run.move(before, s, a, b, step)
+        if step + 1 == steps:
+            x = run.projected(x, 0.0, steps)
+        yield State(0, sigma, x, step + 1, run.diagnose(before, s, a, b))
+
+
+def annealed_langevin(
+    score, x, *, sigmas, steps_per_level, step_size=None, step_lr=None, denoise=True, temperature=1.0, project=None, diagnostics=False,
+    every_step=False, start=0, seed=None, first_sample=0,
+):  # fmt: skip
+    """Run annealed Langevin dynamics; yields a `State` after each noise level, and after the last denoise.
+
+        ε_i = ε σ_i² / σ_L²;    n times: x ← x + (ε_i/2) s(x, σ_i) + √(T ε_i) z;    last, if asked: x ← x + σ_L² s(x, σ_L)
+
+    Args:
+        score: called score(x, sigma) with sigma (B,). x: start, (B, *), not modified.
+        sigmas: descending ladder, (L,). steps_per_level: n.
+        step_size: ε at the smallest level, a float, 0-d or (B,); or step_lr: NCSN's η = ε/2.
+        denoise: take the last, noise-free step (NCSNv2 does, NCSN did not).
+        temperature: T, scales the noise by √T and nothing else. For data N(μ, s²), with t = s² + σ_i² and a = 1 - ε_i/(2t), a level
+            takes the variance V to a²ⁿ V + (1 - a²ⁿ) T t / (1 - ε_i/(4t)).
+        project: project(x, sigma, step) -> x, called before each call of the score and, with sigma 0, after the last update.
+        diagnostics: fill `State.diagnostics`: x_norm, score_norm and snr = √ε_i ‖s‖ / (2 √(T d)) of the last step, each (B,).
+        every_step: yield after each step, not only after each level.
+        start: updates done already, `State.step`; x is the state after them.
+        seed: of the run; first_sample: global number of x[0].
+
+    Raises:
+        ValueError: the ladder does not descend, a count is negative, start is beyond the end, ε is negative or not finite.
+
+    Source: Song & Ermon 2019, Algorithm 1 (arXiv:1907.05600); last step: Jolicoeur-Martineau et al. 2020 (arXiv:2009.05475).
+    """
+    op = "annealed_langevin"
+    run = begin(op, score, x, temperature=temperature, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample)
+    check_count(op, "steps_per_level", steps_per_level)
+    sigmas = check_ladder(op, sigmas).tolist()
+    check_count(op, "start", start, len(sigmas) * steps_per_level + bool(denoise))
+    return _annealed(run, x, sigmas, steps_per_level, epsilon(op, step_size, step_lr, x), denoise, every_step, start)
+
+
+@torch.no_grad()
+def _annealed(run, x, sigmas, n, e, denoise, every_step, start):
+    end, smallest = len(sigmas) * n, sigmas[-1]
+    for level in range(start // n if n else len(sigmas), len(sigmas)):
+        sigma, each = sigmas[level], spread(sigmas[level], x)
+        a, b = run.langevin_coefficients(e * (sigma / smallest) ** 2)
+        for step in range(max(start, level * n), (level + 1) * n):
+            before, s = run.look(x, sigma, each, step)
+            x = run.move(before, s, a, b, step)
+            if step + 1 == end and not denoise:
+                x = run.projected(x, 0.0, end)
+            if every_step or step + 1 == (level + 1) * n:
+                yield State(level, sigma, x, step + 1, run.diagnose(before, s, a, b))
+    if denoise and start <= end:
+        x, s = run.look(x, smallest, spread(smallest, x), end)
+        yield State(len(sigmas), 0.0, run.projected(denoised(x, s, smallest), 0.0, end + 1), end + 1)

@@ -1,0 +1,88 @@
+"""Run a sampler, named by a word, to its end."""
+
+import math
+
+import torch
+
+from fastscore import random
+from fastscore.ops import checks
+from fastscore.sampling.langevin import annealed_langevin, langevin
+from fastscore.sampling.state import choice
+
+SAMPLERS = {"annealed_langevin": annealed_langevin, "langevin": langevin}
+CHECK_EVERY = 100   # steps between two looks at the state of a sampler without levels
+
+
+def initial(shape, *, law="uniform", sigma=None, seed, first_sample=0, dtype=None, device=None):
+    """The initial draw of a sampler, stream INIT: sample n is the same in every batch that holds it.
+
+    Args:
+        shape: (B, *). law: "uniform" in [0, 1], or "gaussian", N(0, σ² I), with sigma σ.
+
+    Raises:
+        ValueError: the law is unknown, or gaussian without a sigma.
+    """
+    choice("initial", "law", law, ("uniform", "gaussian"))
+    offset = first_sample * math.prod(shape[1:])
+    key = {"seed": seed, "stream": random.INIT, "offset": offset, "device": device}
+    if law == "uniform":
+        return random.uniform(shape, dtype=dtype, **key)
+    if sigma is None:
+        raise ValueError("initial: the law gaussian needs sigma.")
+    dtype = dtype or torch.get_default_dtype()
+    return (sigma * random.normal(shape, dtype=checks.compute_dtype(dtype), **key)).to(dtype)
+
+
+def states(
+    score, *, sampler="annealed_langevin", x=None, shape=None, initial_law=None, seed=None, first_sample=0, dtype=None, device=None,
+    check_finite=True, **options,
+):  # fmt: skip
+    """The states of a sampler, from the initial draw on. Arguments and errors as in `sample`."""
+    choice("sample", "sampler", sampler, SAMPLERS)
+    if (x is None) == (shape is None):
+        raise ValueError("sample: give either x or shape.")
+    seed = random.draw_seed() if seed is None else seed
+    if x is None:
+        sigma = float(options["sigmas"][0]) if options.get("sigmas") is not None else options.get("sigma")
+        law = initial_law or "uniform"
+        x = initial(tuple(shape), law=law, sigma=sigma, seed=seed, first_sample=first_sample, dtype=dtype, device=device)
+    run = SAMPLERS[sampler](score, x, seed=seed, first_sample=first_sample, **options)
+    return _checked(run) if check_finite else run
+
+
+def _checked(run):
+    """The same states, looked at once per level (the host waits for the device there) or every hundredth step, and at the end."""
+    state, level = None, None
+    for state in run:
+        if state.level != level or state.step % CHECK_EVERY == 0:
+            _check(state)
+        level = state.level
+        yield state
+    if state is not None:
+        _check(state)
+
+
+def _check(state):
+    if not bool(state.x.isfinite().all()):
+        where = f"level {state.level} (σ = {state.sigma:g}, step {state.step})"
+        raise FloatingPointError(f"sample: the state is not finite after {where}; choose a smaller step_size.")
+
+
+def sample(score, *, x=None, **options):
+    """Run a sampler to its end and return the samples.
+
+    Args:
+        score: as the sampler calls it. sampler: "annealed_langevin" (default) or another name of `fastscore.sampling`.
+        x: start, (B, *); or shape: its shape, then x is drawn from initial_law, "uniform" in [0, 1] or "gaussian", N(0, σ_1² I), with
+            dtype and device.
+        seed, first_sample: sample(n=64) equals two calls of 32 with first_sample 0 and 32, noise bit for bit.
+        check_finite: look at the state after each level (every 100 steps where there are none), which waits for the device.
+        options: the sampler's other arguments.
+
+    Raises:
+        ValueError: the sampler or the law is unknown, or not exactly one of x and shape is given; and what the sampler refuses.
+        FloatingPointError: the state is not finite; the level and the step are named.
+    """
+    for state in states(score, x=x, **options):
+        x = state.x
+    return x

@@ -1,0 +1,128 @@
+"""What all samplers share: the state they yield, the checks at their door, one look at the score and one noisy move."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from fastscore import backend, random
+from fastscore.ops import checks
+from fastscore.ops.langevin_step import update
+from fastscore.schedules import to_epsilon
+
+
+class State(NamedTuple):
+    """What every sampler yields.
+
+    level: number of the noise level just done (the number of levels after a last denoise). sigma: its σ, 0 when the run has ended on clean
+    data. x: the samples, (B, *); a sampler never writes into them again. step: updates done so far, which is the noise key's step of the
+    next one: the same call with x=state.x and start=state.step goes on bit for bit. diagnostics: None, or a dict of (B,) tensors.
+    """
+
+    level: int
+    sigma: float
+    x: torch.Tensor
+    step: int
+    diagnostics: dict | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """The fixed part of one run of a sampler."""
+
+    op: str
+    score: Callable
+    seed: int
+    first_sample: int
+    size: int   # elements per sample
+    root_temperature: float
+    project: Callable | None
+    diagnostics: bool
+    backend: str
+
+    def look(self, x, sigma, each, step):
+        """The projected x and its score; each is σ as (B,), or None for a score of x alone."""
+        x = self.projected(x, sigma, step)
+        s = self.score(x) if each is None else self.score(x, each)
+        checks.check_like(self.op, "score", s, x)
+        return x, s
+
+    def projected(self, x, sigma, step):
+        if self.project is None:
+            return x
+        y = self.project(x, sigma, step)
+        checks.check_like(self.op, "the result of project", y, x)
+        return y
+
+    def move(self, x, direction, drift, diffusion, step, stream=random.LANGEVIN):
+        """x + a d + b z: `noisy_update`, but coefficients that come from the state are not looked at on the host."""
+        key, *numbers = random.noise_key(self.op, self.seed, step, stream, 0, self.first_sample * self.size, x.device)
+        return update(x, direction, drift, diffusion, key, tuple(numbers), self.backend)
+
+    def langevin_coefficients(self, epsilon):
+        """Drift ε/2 and diffusion √(T ε)."""
+        root = epsilon.sqrt() if isinstance(epsilon, torch.Tensor) else math.sqrt(epsilon)
+        return 0.5 * epsilon, root * self.root_temperature
+
+    def diagnose(self, x, s, drift, diffusion):
+        """Norms of x and of the score, and the ratio of drift to noise, a ‖s‖ / (b √d), of the last update; None unless asked for."""
+        if not self.diagnostics:
+            return None
+        x_norm, score_norm = (torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=checks.compute_dtype(t.dtype)) for t in (x, s))
+        return {"x_norm": x_norm, "score_norm": score_norm, "snr": drift * score_norm / (diffusion * math.sqrt(self.size))}
+
+
+def begin(op, score, x, *, temperature, project, diagnostics, seed, first_sample):
+    """Check what every sampler takes; returns its `Run`."""
+    for name, f in (("score", score), ("project", project)):
+        if not callable(f) and (f is not None or name == "score"):
+            raise TypeError(f"{op}: {name} must be callable; got {type(f).__name__}.")
+    checks.check_float(op, "x", x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must be (B, *); got shape ().")
+    check_count(op, "first_sample", first_sample)
+    temperature = number(op, "temperature", temperature)
+    seed = random.draw_seed() if seed is None else seed
+    size = math.prod(x.shape[1:])
+    return Run(op, score, seed, first_sample, size, math.sqrt(temperature), project, bool(diagnostics), backend.choose(x.device))
+
+
+def check_count(op, name, value, maximum=None):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{op}: {name} must be a non-negative int; got {value!r}.")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{op}: {name} must be at most {maximum}, the updates of the whole run; got {value}.")
+
+
+def number(op, name, value):
+    """A finite float >= 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{op}: {name} must be a finite number >= 0; got {value!r}.")
+    return float(value)
+
+
+def choice(op, name, value, known):
+    if value not in known:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(known)}; got {value!r}.")
+
+
+def epsilon(op, step_size, step_lr, x):
+    """ε from exactly one of step_size (ε) and NCSN's step_lr (ε/2)."""
+    if (step_size is None) == (step_lr is None):
+        raise ValueError(f"{op}: give either step_size (ε) or step_lr (NCSN's η = ε/2).")
+    if step_size is None:
+        return to_epsilon(checks.coefficient(op, "step_lr", step_lr, x, minimum=0))
+    return checks.coefficient(op, "step_size", step_size, x, minimum=0)
+
+
+def spread(sigma, x):
+    """σ for each sample, (B,), as scores take it."""
+    return torch.full((x.shape[0],), sigma, dtype=checks.compute_dtype(x.dtype), device=x.device)
+
+
+def denoised(x, s, sigma):
+    """x + σ² s, rounded once."""
+    dtype = checks.compute_dtype(x.dtype)
+    return torch.add(x.to(dtype), s.to(dtype), alpha=sigma**2).to(x.dtype)
