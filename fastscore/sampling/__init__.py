@@ -1,7 +1,26 @@
 """Samplers: short generators that hand a `State` to the caller after every level or step."""
 
+from fastscore.sampling.consistent import consistent_annealed
 from fastscore.sampling.langevin import annealed_langevin, langevin
-from fastscore.sampling.run import initial, sample, states
+from fastscore.sampling.mala import mala
+from fastscore.sampling.predictor_corrector import predictor_corrector
+from fastscore.sampling.presets import PRESETS, Preset
+from fastscore.sampling.probability_flow import probability_flow
+from fastscore.sampling.run import SAMPLERS, initial, sample, states
 from fastscore.sampling.state import State
 
-__all__ = ["State", "annealed_langevin", "initial", "langevin", "sample", "states"]
+__all__ = [
+    "PRESETS",
+    "SAMPLERS",
+    "Preset",
+    "State",
+    "annealed_langevin",
+    "consistent_annealed",
+    "initial",
+    "langevin",
+    "mala",
+    "predictor_corrector",
+    "probability_flow",
+    "sample",
+    "states",
+]

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastscore.sampling.state import State, begin, check_count, denoised, epsilon, number, spread
+from fastscore.sampling.state import State, begin, check_count, epsilon, number, shifted, spread
 from fastscore.schedules import check_ladder
 
 
@@ -97,4 +97,4 @@ def _annealed(run, x, sigmas, n, e, denoise, every_step, start):
                 yield State(level, sigma, x, step + 1, run.diagnose(before, s, a, b))
     if denoise and start <= end:
         x, s = run.look(x, smallest, spread(smallest, x), end)
-        yield State(len(sigmas), 0.0, run.projected(denoised(x, s, smallest), 0.0, end + 1), end + 1)
+        yield State(len(sigmas), 0.0, run.projected(shifted(x, s, smallest**2), 0.0, end + 1), end + 1)

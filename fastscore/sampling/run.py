@@ -6,10 +6,15 @@ import torch
 
 from fastscore import random
 from fastscore.ops import checks
+from fastscore.sampling.consistent import consistent_annealed
 from fastscore.sampling.langevin import annealed_langevin, langevin
+from fastscore.sampling.mala import mala
+from fastscore.sampling.predictor_corrector import predictor_corrector
+from fastscore.sampling.probability_flow import probability_flow
 from fastscore.sampling.state import choice
 
-SAMPLERS = {"annealed_langevin": annealed_langevin, "langevin": langevin}
+SAMPLERS = {f.__name__: f for f in (annealed_langevin, consistent_annealed, predictor_corrector, probability_flow, langevin, mala)}
+GAUSSIAN = ("predictor_corrector", "probability_flow")   # these start from N(0, σ_1² I) unless told otherwise
 CHECK_EVERY = 100   # steps between two looks at the state of a sampler without levels
 
 
@@ -44,7 +49,7 @@ def states(
     seed = random.draw_seed() if seed is None else seed
     if x is None:
         sigma = float(options["sigmas"][0]) if options.get("sigmas") is not None else options.get("sigma")
-        law = initial_law or "uniform"
+        law = initial_law or ("gaussian" if sampler in GAUSSIAN else "uniform")
         x = initial(tuple(shape), law=law, sigma=sigma, seed=seed, first_sample=first_sample, dtype=dtype, device=device)
     run = SAMPLERS[sampler](score, x, seed=seed, first_sample=first_sample, **options)
     return _checked(run) if check_finite else run
@@ -73,8 +78,8 @@ def sample(score, *, x=None, **options):
 
     Args:
         score: as the sampler calls it. sampler: "annealed_langevin" (default) or another name of `fastscore.sampling`.
-        x: start, (B, *); or shape: its shape, then x is drawn from initial_law, "uniform" in [0, 1] or "gaussian", N(0, σ_1² I), with
-            dtype and device.
+        x: start, (B, *); or shape: its shape, then x is drawn from initial_law, "uniform" in [0, 1] or "gaussian", N(0, σ_1² I) (the
+            default of predictor_corrector and probability_flow), with dtype and device.
         seed, first_sample: sample(n=64) equals two calls of 32 with first_sample 0 and 32, noise bit for bit.
         check_finite: look at the state after each level (every 100 steps where there are none), which waits for the device.
         options: the sampler's other arguments.

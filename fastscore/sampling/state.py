@@ -16,9 +16,12 @@ from fastscore.schedules import to_epsilon
 class State(NamedTuple):
     """What every sampler yields.
 
-    level: number of the noise level just done (the number of levels after a last denoise). sigma: its σ, 0 when the run has ended on clean
-    data. x: the samples, (B, *); a sampler never writes into them again. step: updates done so far, which is the noise key's step of the
-    next one: the same call with x=state.x and start=state.step goes on bit for bit. diagnostics: None, or a dict of (B,) tensors.
+    level: number of the noise level just done (in annealed_langevin, the number of levels after the last denoise).
+    sigma: the noise at which x now stands; 0 where there are no levels, and after a last denoise.
+    x: the samples, (B, *); a sampler never writes into them again.
+    step: updates done so far, which is the noise key's step of the next one: the same call with x=state.x and start=state.step goes on
+        bit for bit.
+    diagnostics: None, or a dict of (B,) tensors.
     """
 
     level: int
@@ -58,20 +61,31 @@ class Run:
 
     def move(self, x, direction, drift, diffusion, step, stream=random.LANGEVIN):
         """x + a d + b z: `noisy_update`, but coefficients that come from the state are not looked at on the host."""
+        return update(x, direction, drift, diffusion, *self.key(x, step, stream), self.backend)
+
+    def key(self, x, step, stream):
+        """The noise key as the raw ops take it: a tensor or None, and four numbers."""
         key, *numbers = random.noise_key(self.op, self.seed, step, stream, 0, self.first_sample * self.size, x.device)
-        return update(x, direction, drift, diffusion, key, tuple(numbers), self.backend)
+        return key, tuple(numbers)
 
     def langevin_coefficients(self, epsilon):
         """Drift ε/2 and diffusion √(T ε)."""
         root = epsilon.sqrt() if isinstance(epsilon, torch.Tensor) else math.sqrt(epsilon)
         return 0.5 * epsilon, root * self.root_temperature
 
-    def diagnose(self, x, s, drift, diffusion):
-        """Norms of x and of the score, and the ratio of drift to noise, a ‖s‖ / (b √d), of the last update; None unless asked for."""
+    def norms(self, x, s):
+        """‖x‖ and ‖s‖ of each sample; None unless asked for."""
         if not self.diagnostics:
             return None
         x_norm, score_norm = (torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=checks.compute_dtype(t.dtype)) for t in (x, s))
-        return {"x_norm": x_norm, "score_norm": score_norm, "snr": drift * score_norm / (diffusion * math.sqrt(self.size))}
+        return {"x_norm": x_norm, "score_norm": score_norm}
+
+    def diagnose(self, x, s, drift, diffusion):
+        """The norms, and the ratio of drift to noise a ‖s‖ / (b √d), of an update; None unless asked for."""
+        told = self.norms(x, s)
+        if told is not None and not (isinstance(diffusion, float) and diffusion == 0):
+            told["snr"] = drift * told["score_norm"] / (diffusion * math.sqrt(self.size))
+        return told
 
 
 def begin(op, score, x, *, temperature, project, diagnostics, seed, first_sample):
@@ -122,7 +136,9 @@ def spread(sigma, x):
     return torch.full((x.shape[0],), sigma, dtype=checks.compute_dtype(x.dtype), device=x.device)
 
 
-def denoised(x, s, sigma):
-    """x + σ² s, rounded once."""
+def shifted(x, s, c):
+    """x + c s without noise, rounded once; c a float or (B,)."""
     dtype = checks.compute_dtype(x.dtype)
-    return torch.add(x.to(dtype), s.to(dtype), alpha=sigma**2).to(x.dtype)
+    if isinstance(c, torch.Tensor):
+        return (x.to(dtype) + checks.expand(c, x) * s.to(dtype)).to(x.dtype)
+    return torch.add(x.to(dtype), s.to(dtype), alpha=c).to(x.dtype)

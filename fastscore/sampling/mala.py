@@ -1,0 +1,85 @@
+"""The Metropolis-adjusted Langevin algorithm: Langevin proposals, accepted so that the law is exact at every step size."""
+
+import torch
+
+from fastscore import random
+from fastscore.models.energy import EnergyScore
+from fastscore.ops import checks
+from fastscore.sampling.state import State, begin, check_count, epsilon
+
+
+def mala(
+    log_prob, x, *, steps, step_size, temperature=1.0, project=None, diagnostics=False, start=0, seed=None, first_sample=0,
+):  # fmt: skip
+    """Run the Metropolis-adjusted Langevin algorithm on p^(1/T) ∝ e^(f/T); yields a `State` after each step.
+
+        y = x + (ε/2) s(x) + √(T ε) z,    s = ∇f
+        log α = (f(y) - f(x) - ½ (s(x) + s(y)) · (y - x + (ε/4) (s(y) - s(x)))) / T;    x ← y if log u < log α
+
+    p^(1/T) is invariant for every ε; a proposal that is not finite is refused.
+
+    Args:
+        log_prob: f, called f(x): the unnormalised log-density of each sample, (B,) or (B, 1), differentiable; or a `models.EnergyScore`.
+        x: start, (B, *), not modified. steps: how many. step_size: ε > 0, a float, 0-d or (B,).
+        temperature: T > 0. project: project(y, 0.0, step) -> y, called on x at the start, on every proposal and at the end; the law is
+            then no longer exact.
+        diagnostics: fill `State.diagnostics`: acceptance (min(1, α)), accepted (0 or 1), x_norm, score_norm and snr, each (B,).
+        start: steps done already; x is the state after them. seed: of the run; first_sample: global number of x[0].
+
+    Noise: z from the stream LANGEVIN as in `langevin`, u from its substream 1, element n for sample n.
+
+    Raises:
+        ValueError: f(x) has another shape or does not depend on x, steps is negative, or ε or T is no positive number.
+
+    Source: Roberts & Tweedie 1996, "Exponential convergence of Langevin distributions and their discrete approximations".
+    """
+    op = "mala"
+    f = log_prob.f if isinstance(log_prob, EnergyScore) else log_prob
+    run = begin(op, f, x, temperature=temperature, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample)
+    if run.root_temperature == 0:
+        raise ValueError(f"{op}: temperature must be positive; got {temperature}.")
+    check_count(op, "steps", steps)
+    check_count(op, "start", start, steps)
+    return _mala(run, x, start, steps, epsilon(op, step_size, None, x))
+
+
+@torch.no_grad()
+def _mala(run, x, start, steps, e):
+    a, b = run.langevin_coefficients(e)
+    x = run.projected(x, 0.0, start)
+    f, s = _value_and_score(run, x)
+    for step in range(start, steps):
+        y = run.projected(run.move(x, s, a, b, step), 0.0, step)
+        f2, s2 = _value_and_score(run, y)
+        ratio = _log_ratio(run, x, f, s, y, f2, s2, a)
+        u = random.uniform(
+            f.shape, seed=run.seed, step=step, stream=random.LANGEVIN, substream=1, offset=run.first_sample, dtype=f.dtype, device=x.device
+        )
+        accepted = u.log() < ratio   # false for NaN
+        told = run.diagnose(x, s, a, b)
+        x, s = (torch.where(checks.expand(accepted, x), new, old) for new, old in ((y, x), (s2, s)))
+        f = torch.where(accepted, f2, f)
+        if told is not None:
+            told |= {"acceptance": ratio.exp().clamp(max=1), "accepted": accepted.to(f.dtype)}
+        if step + 1 == steps:
+            x = run.projected(x, 0.0, steps)
+        yield State(0, 0.0, x, step + 1, told)
+
+
+def _log_ratio(run, x, f, s, y, f2, s2, half):
+    """log α, (B,). The proposal densities of both directions are one inner product: nothing is divided by ε."""
+    x, s, y, s2 = (t.to(f.dtype) for t in (x, s, y, s2))
+    inner = checks.per_sample_sum((s + s2) * (y - x + checks.expand(0.5 * half, x) * (s2 - s)))
+    return (f2 - f - 0.5 * inner) / run.root_temperature**2
+
+
+def _value_and_score(run, x):
+    """f(x) (B,) in the compute dtype, and ∇f like x."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = run.score(x)
+        if not isinstance(value, torch.Tensor) or value.shape not in ((len(x),), (len(x), 1)) or not value.requires_grad:
+            got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ValueError(f"{run.op}: log_prob(x) must be one value per sample, ({len(x)},), that depends on x; got {got}.")
+        (s,) = torch.autograd.grad(value.sum(), x)
+    return value.detach().reshape(-1).to(checks.compute_dtype(x.dtype)), s

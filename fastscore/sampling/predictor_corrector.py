@@ -1,0 +1,118 @@
+"""Predictor-corrector sampling down a ladder of the variance-exploding process."""
+
+import math
+
+import torch
+
+from fastscore import random
+from fastscore.ops import checks
+from fastscore.ops.langevin_step import LOSS, reduce
+from fastscore.sampling.state import State, begin, check_count, choice, number, shifted, spread
+from fastscore.schedules import check_ladder
+
+PREDICTORS = ("reverse_diffusion", "ancestral", "euler", "none")
+CORRECTORS = ("langevin", "annealed", "none")
+NORMS = ("sample", "batch", "dimension")
+
+
+def predictor_corrector(
+    score, x, *, sigmas, predictor="reverse_diffusion", corrector="langevin", corrector_steps=1, snr=0.16, norms="sample", denoise=True,
+    temperature=1.0, project=None, diagnostics=False, every_step=False, start=0, seed=None, first_sample=0,
+):  # fmt: skip
+    """Correct at each level, then predict the next; yields a `State` after each level.
+
+        corrector, n times: x ← x + (ε/2) s(x, σ_i) + √(T ε) z
+            langevin: ε = 4 (r ‖z‖/‖s‖)²;  annealed: ε = 4 (r σ_i)²
+        predictor: x ← x + g s(x, σ_i) + √T b z
+            reverse_diffusion: g = σ_i² - σ_{i+1}², b = √g;  ancestral: the same g, b = √g σ_{i+1}/σ_i
+            euler (Euler-Maruyama in log σ): g = 2 σ_i² log(σ_i/σ_{i+1}), b = √g
+        last, if asked: x ← x + σ_L² s(x, σ_L), no noise
+
+    The last step is the mean of Score-SDE's own last step, which goes from σ_L to 0. Without denoise the samples stay at σ_L.
+
+    Args:
+        score: called score(x, sigma) with sigma (B,). x: start, (B, *), such as N(0, σ_1² I); not modified.
+        sigmas: descending ladder, (L,). predictor: see above, or "none". corrector: see above, or "none".
+        corrector_steps: n; a level costs n + 1 calls of the score.
+        snr: r, the signal-to-noise ratio of a corrector step. Score-SDE's ε is half of ours, its r the same.
+        norms: ‖z‖ and ‖s‖ of each "sample" (it does not depend on its batch mates), their means over the "batch" as in Score-SDE, or
+            of each sample with ‖z‖ ≈ √d ("dimension").
+        temperature: T, scales every noise by √T. For data N(μ, s²), with t = s² + σ_i², a predictor takes the variance V to
+            (1 - g/t)² V + T b², and an annealed corrector to (1 - ε/(2t))² V + T ε. A langevin corrector's ε depends on the data: the
+            same holds with ε = 4 r² t²/V as d grows.
+        denoise, project, diagnostics, every_step, start, seed, first_sample: as in `annealed_langevin`; predictors draw from the stream
+            LANGEVIN and correctors from CORRECTOR, and `step` counts both.
+
+    Raises:
+        ValueError: an unknown name, the ladder does not descend, snr is negative, or start is beyond the end.
+
+    Source: Song et al. 2021, Algorithms 2 and 4 (arXiv:2011.13456).
+    """
+    op = "predictor_corrector"
+    run = begin(op, score, x, temperature=temperature, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample)
+    for name, value, known in (("predictor", predictor, PREDICTORS), ("corrector", corrector, CORRECTORS), ("norms", norms, NORMS)):
+        choice(op, name, value, known)
+    check_count(op, "corrector_steps", corrector_steps)
+    sigmas = check_ladder(op, sigmas).tolist()
+    plan = _plan(len(sigmas), predictor, 0 if corrector == "none" else corrector_steps, denoise)
+    check_count(op, "start", start, len(plan))
+    return _run(run, x, sigmas, plan, predictor, corrector, number(op, "snr", snr), norms, every_step, start)
+
+
+def _plan(levels, predictor, corrections, denoise):
+    """(level, what) of each update."""
+    plan = []
+    for level in range(levels):
+        plan += [(level, "correct")] * corrections
+        if level + 1 < levels and predictor != "none":
+            plan.append((level, "predict"))
+    return plan + [(levels - 1, "denoise")] * bool(denoise)
+
+
+@torch.no_grad()
+def _run(run, x, sigmas, plan, predictor, corrector, snr, norms, every_step, start):
+    level = None
+    for step in range(start, len(plan)):
+        if plan[step][0] != level:
+            level = plan[step][0]
+            sigma, each = sigmas[level], spread(sigmas[level], x)
+        what, to, ends = plan[step][1], sigma, step + 1 == len(plan)
+        before, s = run.look(x, sigma, each, step)
+        if what == "correct":
+            a, b = run.langevin_coefficients(_step_size(run, corrector, norms, snr, sigma, s, step))
+            x = run.move(before, s, a, b, step, random.CORRECTOR)
+        elif what == "predict":
+            to = sigmas[level + 1]
+            a, b = predict(predictor, sigma, to)
+            b *= run.root_temperature
+            x = run.move(before, s, a, b, step)
+        else:
+            a, b, to = sigma**2, 0.0, 0.0
+            x = shifted(before, s, a)
+        if ends:
+            x = run.projected(x, 0.0, step + 1)
+        if every_step or ends or plan[step + 1][0] != level:
+            yield State(level, to, x, step + 1, run.diagnose(before, s, a, b))
+
+
+def predict(predictor, sigma, to):
+    """Drift g and diffusion b of one predictor step from σ to the next level."""
+    if predictor == "euler":
+        g = 2 * sigma**2 * math.log(sigma / to)
+        return g, math.sqrt(g)
+    g = sigma**2 - to**2
+    return g, math.sqrt(g) * (to / sigma if predictor == "ancestral" else 1.0)
+
+
+def _step_size(run, corrector, norms, snr, sigma, s, step):
+    """ε of a corrector step: a float, or a tensor () or (B,) that the host never looks at."""
+    if corrector == "annealed":
+        return 4 * (snr * sigma) ** 2
+    dtype = checks.compute_dtype(s.dtype)
+    score_norm = torch.linalg.vector_norm(s.flatten(1), dim=1, dtype=dtype)
+    if norms == "dimension":
+        return (4 * snr**2 * run.size) / score_norm.square()
+    half = reduce(s, 0.0, *run.key(s, step, random.CORRECTOR), run.backend, LOSS)   # ½ ‖z‖² of the very noise of this step
+    if norms == "sample":
+        return (8 * snr**2) * half / score_norm.square()
+    return 4 * (snr * (2 * half).sqrt().mean() / score_norm.mean()).square()

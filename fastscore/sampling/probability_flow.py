@@ -1,0 +1,94 @@
+"""The probability-flow ODE: the deterministic path with the same marginals as the noisy ones."""
+
+import importlib.util
+
+import torch
+
+from fastscore.ops import checks
+from fastscore.sampling.state import State, begin, check_count, choice, number, shifted, spread
+from fastscore.schedules import check_ladder
+
+METHODS = ("heun", "euler", "adaptive")
+
+
+def probability_flow(
+    score, x, *, sigmas, method="heun", rtol=1e-5, atol=1e-5, denoise=True, project=None, diagnostics=False, start=0, seed=None,
+    first_sample=0,
+):  # fmt: skip
+    """Solve the probability-flow ODE down the ladder; yields a `State` after each level.
+
+        dx/dσ = -σ s(x, σ) from σ_1 to σ_L;    last, if asked: x ← x + σ_L² s(x, σ_L)
+
+    For data N(μ, s²) the exact end is μ + (x - μ) √((s² + σ_L²)/(s² + σ_1²)). Deterministic.
+
+    Args:
+        score: called score(x, sigma) with sigma (B,). x: start, (B, *), such as N(0, σ_1² I); not modified.
+        sigmas: descending ladder, (L,): the steps of "heun" (second order, two calls) and "euler" (first order, one call), the points at
+            which "adaptive" (Dormand-Prince 5(4) of torchdiffeq) reports.
+        rtol, atol: of "adaptive", whose step sizes look at the whole batch: a sample depends on its batch mates within them.
+        denoise: take the last step. project: project(x, sigma, step) -> x, called before each call of the score ("adaptive": before each
+            level) and, with sigma 0, at the end; `step` counts levels.
+        diagnostics: fill `State.diagnostics` with x_norm and score_norm, (B,). start: levels done already, `State.step`.
+        seed, first_sample: for the same call as the other samplers; nothing is drawn here.
+
+    Raises:
+        ValueError: an unknown method, "adaptive" without torchdiffeq, tolerances negative, or start beyond the end.
+        FloatingPointError: "adaptive" finds no step small enough.
+
+    Source: Song et al. 2021, equation 13 (arXiv:2011.13456); Heun's method in σ: Karras et al. 2022 (arXiv:2206.00364).
+    """
+    op = "probability_flow"
+    run = begin(op, score, x, temperature=1.0, project=project, diagnostics=diagnostics, seed=0, first_sample=first_sample)
+    choice(op, "method", method, METHODS)
+    if method == "adaptive" and importlib.util.find_spec("torchdiffeq") is None:
+        raise ValueError(f"{op}: method adaptive needs torchdiffeq: pip install 'fastscore[ode]'.")
+    sigmas = check_ladder(op, sigmas).tolist()
+    check_count(op, "start", start, len(sigmas) - 1 + bool(denoise))
+    solve = {"heun": _heun, "euler": _euler, "adaptive": _adaptive(number(op, "rtol", rtol), number(op, "atol", atol))}[method]
+    return _flow(run, x, sigmas, solve, denoise, start)
+
+
+@torch.no_grad()
+def _flow(run, x, sigmas, solve, denoise, start):
+    last = len(sigmas) - 1
+    for level in range(start, last + bool(denoise)):
+        sigma, to = sigmas[level], 0.0 if level == last else sigmas[level + 1]
+        if level < last:
+            x, s = solve(run, x, sigma, to, level)
+        else:
+            x, s = run.look(x, sigma, spread(sigma, x), level)
+            x = shifted(x, s, sigma**2)
+        if level + 1 == last + bool(denoise):
+            x = run.projected(x, 0.0, level + 1)
+        yield State(level, to, x, level + 1, None if s is None else run.norms(x, s))
+
+
+def _euler(run, x, sigma, to, level):
+    x, s = run.look(x, sigma, spread(sigma, x), level)
+    return shifted(x, s, (sigma - to) * sigma), s
+
+
+def _heun(run, x, sigma, to, level):
+    x, s = run.look(x, sigma, spread(sigma, x), level)
+    h = sigma - to
+    _, s2 = run.look(shifted(x, s, h * sigma), to, spread(to, x), level)
+    return shifted(shifted(x, s, 0.5 * h * sigma), s2, 0.5 * h * to), s
+
+
+def _adaptive(rtol, atol):
+    def solve(run, x, sigma, to, level):
+        from torchdiffeq import odeint
+
+        def slope(t, x):
+            s = run.score(x, t.to(checks.compute_dtype(x.dtype)).expand(x.shape[0]))
+            checks.check_like(run.op, "score", s, x)
+            return s * -t.to(s.dtype)
+
+        x = run.projected(x, sigma, level)
+        ends = torch.tensor([sigma, to], dtype=torch.float64, device=x.device)
+        try:
+            return odeint(slope, x, ends, rtol=rtol, atol=atol, method="dopri5")[1], None
+        except AssertionError as error:   # torchdiffeq's word for steps that shrink to nothing
+            raise FloatingPointError(f"{run.op}: no step is small enough below σ = {sigma:g} ({error}).") from None
+
+    return solve
