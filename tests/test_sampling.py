@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastscore
+from fastscore import backend as backends
 from fastscore import random, sampling, schedules
 
 
@@ -13,38 +15,175 @@ def gaussian(x, sigma):
     return -(x - 0.7) / (0.04 + sigma.reshape(-1, *[1] * (x.dim() - 1)) ** 2)
 
 
-def test_annealed_chain_follows_its_recursion():
-    """m ← μ + a^T (m - μ), V ← a^{2T} V + (1 - a^{2T}) t / (1 - α/(4t)) at every level; then the final denoise."""
-    n, steps, epsilon, mu, s0 = 2**20, 3, 2e-3, 0.7, 0.04
-    sigmas, m, v = schedules.geometric(1.0, 0.1, 4), 0.5, 1 / 12
-    levels = fastscore.sampling.annealed_langevin(
-        gaussian, sampling.initial((n, 1), seed=1), sigmas=sigmas, steps_per_level=steps, step_size=epsilon, seed=1
-    )
-    for level in levels:
-        if level.sigma:
-            t, alpha = s0 + level.sigma**2, epsilon * level.sigma**2 / float(sigmas[-1]) ** 2
-            a = (1 - alpha / (2 * t)) ** steps
-            m, v = mu + a * (m - mu), a**2 * v + (1 - a**2) * t / (1 - alpha / (4 * t))
-        else:
-            shrink = s0 / (s0 + float(sigmas[-1]) ** 2)
-            m, v = mu + shrink * (m - mu), shrink**2 * v
-        x = level.x.double()
-        assert abs(float(x.mean()) - m) < 5 * math.sqrt(v / n)
-        # The start is uniform, so the kurtosis is at most normal and 2 v²/n bounds the variance of the variance.
-        assert abs(float(x.var()) - v) < 5 * v * math.sqrt(2 / n)
+LADDER = {"sigmas": schedules.geometric(1.0, 0.1, 4)}
+SAMPLERS = {
+    "annealed_langevin": {**LADDER, "steps_per_level": 3, "step_size": 2e-3},
+    "consistent_annealed": LADDER,
+    "predictor_corrector": {**LADDER, "corrector_steps": 2},
+    "probability_flow": LADDER,
+    "langevin": {"steps": 5, "step_size": 0.01, "sigma": 0.5},
+    "mala": {"steps": 5, "step_size": 0.05},
+}
+every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
 
 
-def test_samples_are_the_same_for_any_split():
-    options = {"sigmas": schedules.geometric(1.0, 0.1, 4), "steps_per_level": 3, "step_size": 2e-3, "seed": 8}
-    whole = fastscore.sample(gaussian, shape=(64, 3, 5), **options)
-    halves = [fastscore.sample(gaussian, shape=(32, 3, 5), first_sample=k, **options) for k in (0, 32)]
-    assert torch.equal(whole, torch.cat(halves))
+def log_prob(x):
+    return -0.5 * (x - 0.7).square().flatten(1).sum(1) / 0.04
 
 
-def test_langevin_does_not_touch_its_start():
-    x = torch.ones(4, 2)
-    *_, last = sampling.langevin(lambda x: -x, x, steps=3, step_size=0.1, seed=0)
-    assert torch.equal(x, torch.ones(4, 2)) and last.x.shape == x.shape
+def target(sampler):
+    return log_prob if sampler == "mala" else gaussian
+
+
+@every_sampler
+def test_samples_are_the_same_for_any_split(sampler):
+    options = {"sampler": sampler, "seed": 8, **SAMPLERS[sampler]}
+    whole = fastscore.sample(target(sampler), shape=(12, 3, 5), **options)
+    parts = [fastscore.sample(target(sampler), shape=(n, 3, 5), first_sample=k, **options) for k, n in ((0, 5), (5, 1), (6, 6))]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "mala"])
+def test_samples_of_a_network_agree_across_splits(sampler):
+    """The noise is the same bit for bit; the network's own rounding depends on the batch."""
+    torch.manual_seed(0)
+    net = fastscore.models.NCSNv2(channels=1, ngf=4, sigmas=schedules.geometric(1.0, 0.1, 4), image_size=8)
+    options = {"sampler": sampler, "seed": 8, **SAMPLERS[sampler]}
+    whole = fastscore.sample(net, shape=(6, 1, 8, 8), **options)
+    parts = [fastscore.sample(net, shape=(n, 1, 8, 8), first_sample=k, **options) for k, n in ((0, 1), (1, 5))]
+    assert float((whole - torch.cat(parts)).abs().max()) < 1e-5 * max(1.0, float(whole.abs().max()))
+
+
+def test_batch_norms_couple_a_sample_to_its_batch_mates_and_the_others_do_not():
+    options = {"sampler": "predictor_corrector", "seed": 8, **SAMPLERS["predictor_corrector"]}
+    for norms, same in (("batch", False), ("sample", True), ("dimension", True)):
+        whole = fastscore.sample(gaussian, shape=(6, 3, 5), norms=norms, **options)
+        assert torch.equal(whole[:3], fastscore.sample(gaussian, shape=(3, 3, 5), norms=norms, **options)) is same
+
+
+@every_sampler
+def test_a_resumed_run_equals_the_whole_one_bit_for_bit(sampler):
+    """From every state that is yielded, in the middle of a level too; and a start is never written to."""
+    options = {"sampler": sampler, "seed": 8, **SAMPLERS[sampler]}
+    options |= {"every_step": True} if sampler in ("annealed_langevin", "predictor_corrector") else {}
+    whole = list(sampling.states(target(sampler), shape=(4, 3), **options))
+    kept = [state.x.clone() for state in whole]
+    assert [state.step for state in whole] == list(range(1, len(whole) + 1))
+    for i, state in enumerate(whole):
+        rest = list(sampling.states(target(sampler), x=state.x, start=state.step, **options))
+        assert [s._replace(x=None) for s in rest] == [s._replace(x=None) for s in whole[i + 1 :]]
+        assert all(torch.equal(a.x, b.x) for a, b in zip(rest, whole[i + 1 :]))
+    assert all(torch.equal(state.x, x) for state, x in zip(whole, kept))
+
+
+def test_step_sizes_may_differ_between_samples():
+    x, sizes = sampling.initial((4, 3), seed=1), torch.tensor([0.0, 1e-3, 2e-3, 4e-3])
+    for sampler in ("annealed_langevin", "langevin", "mala"):
+        options = {"sampler": sampler, "seed": 8, **SAMPLERS[sampler]}
+        together = fastscore.sample(target(sampler), x=x, **{**options, "step_size": sizes})
+        for i, e in enumerate(sizes.tolist()):
+            alone = fastscore.sample(target(sampler), x=x[i : i + 1], first_sample=i, **{**options, "step_size": e})
+            assert torch.allclose(together[i], alone[0], atol=1e-6)
+    sizes = torch.tensor([0.007, 0.01, 0.012, 0.014])
+    together = fastscore.sample(gaussian, sampler="consistent_annealed", x=x, step_lr=sizes, seed=8, **LADDER)
+    alone = fastscore.sample(gaussian, sampler="consistent_annealed", x=x[3:], step_lr=0.014, first_sample=3, seed=8, **LADDER)
+    assert torch.allclose(together[3], alone[0], atol=1e-6)
+
+
+class Counter(TorchDispatchMode):
+    """Counts what computes; allocations and views do not. Reading a value on the host is forbidden."""
+
+    FREE = ("empty", "view", "reshape", "expand", "detach", "alias", "slice", "select", "unsqueeze", "t.")
+    HOST = ("_local_scalar_dense", "is_nonzero", "equal.default", "nonzero", "item")
+
+    def __init__(self, forbid=True):
+        super().__init__()
+        self.seen, self.forbid = [], forbid
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        name = str(f).split("::")[-1].removeprefix("aten.").removeprefix("fastscore.")
+        assert not (self.forbid and name.startswith(self.HOST)), f"{name} waits for the device"
+        if not name.startswith(self.FREE):
+            self.seen.append(name)
+        return f(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("step_size", [2e-3, torch.full((64,), 2e-3)], ids=["float", "per-sample"])
+def test_an_annealed_step_is_one_kernel_and_a_level_a_few(step_size):
+    if backends.why_not("cpp", "cpu") is not None:
+        pytest.skip(backends.why_not("cpp", "cpu"))
+    x, seen = sampling.initial((64, 3, 8, 8), seed=0), []
+    for n in (1, 4):
+        options = {"sigmas": [1.0, 0.5, 0.25], "steps_per_level": n, "step_size": step_size, "denoise": False}
+        run = sampling.annealed_langevin(lambda x, sigma: x, x, seed=0, **options)   # a network that costs nothing
+        with Counter() as counter:
+            assert len(list(run)) == 3
+        assert counter.seen.count("noisy_update.default") == 3 * n
+        seen.append(len(counter.seen))
+    assert seen[1] - seen[0] == 3 * 3 and seen[0] <= 3 * 6
+
+
+@every_sampler
+def test_no_sampler_waits_for_the_device_between_its_states(sampler):
+    """The door may look at what it was given; from then on nothing is read on the host. A step of Score-SDE's corrector costs 9 calls."""
+    x = sampling.initial((8, 3, 4, 4), seed=0)
+    options = dict(SAMPLERS[sampler])
+    run = getattr(sampling, sampler)(target(sampler), x, seed=0, diagnostics=True, **options)
+    with Counter():
+        for state in run:
+            assert all(value.shape == (8,) for value in (state.diagnostics or {}).values())
+    with pytest.raises(AssertionError, match="waits for the device"), Counter():
+        bool(x.isfinite().all())
+
+
+@every_sampler
+def test_diagnostics_come_when_asked_for(sampler):
+    x = sampling.initial((8, 3), seed=0)
+    run = getattr(sampling, sampler)
+    assert all(state.diagnostics is None for state in run(target(sampler), x, seed=0, **SAMPLERS[sampler]))
+    first = next(run(target(sampler), x, seed=0, diagnostics=True, **SAMPLERS[sampler])).diagnostics
+    assert {"x_norm", "score_norm"} <= first.keys()
+    if sampler == "langevin":
+        s = gaussian(x, torch.tensor(0.5)).norm(dim=1)
+        assert torch.allclose(first["x_norm"], x.norm(dim=1)) and torch.allclose(first["score_norm"], s)
+        assert torch.allclose(first["snr"], math.sqrt(0.01) * s / (2 * math.sqrt(3)))
+
+
+def test_low_precision_and_double_states_keep_their_dtype():
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        for sampler in SAMPLERS:
+            score = (lambda x: log_prob(x)) if sampler == "mala" else (lambda x, sigma: gaussian(x, sigma).to(x.dtype))
+            x = fastscore.sample(score, sampler=sampler, shape=(4, 3), dtype=dtype, seed=0, **SAMPLERS[sampler])
+            single = fastscore.sample(target(sampler), sampler=sampler, shape=(4, 3), seed=0, **SAMPLERS[sampler])
+            if sampler != "mala":   # a rounded ratio may decide otherwise
+                assert torch.allclose(x.float(), single, atol=40 * max(torch.finfo(dtype).eps, 1e-6))
+            assert x.dtype == dtype
+
+
+def test_a_compiled_score_gives_the_samples_of_the_eager_one():
+    torch.manual_seed(0)
+    net = fastscore.models.ScoreMLP(6, width=16, depth=1, sigmas=LADDER["sigmas"])
+    for parameter in net.parameters():   # the last layer starts at zero
+        torch.nn.init.normal_(parameter, std=0.3)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for sampler in ("annealed_langevin", "consistent_annealed", "predictor_corrector", "probability_flow"):
+        options = {"sampler": sampler, "shape": (4, 6), "seed": 8, **SAMPLERS[sampler]}
+        assert torch.allclose(fastscore.sample(net, **options), fastscore.sample(compiled, **options), atol=1e-5)
+
+
+def test_presets_run_and_cost_what_was_published():
+    calls = [sampling.PRESETS[f"ncsnv2-{name}"].calls for name in ("cifar10", "celeba", "church", "bedroom", "ffhq")]
+    assert calls == [1161, 2501, 3153, 3259, 6934] and sampling.PRESETS["ncsn"].calls == 1000
+    for preset in sampling.PRESETS.values():
+        calls, d = 0, 4
+
+        def exact(x, sigma):   # of data at 1/2
+            nonlocal calls
+            calls += 1
+            return (0.5 - x) / sigma[:, None] ** 2
+
+        x = fastscore.sample(exact, shape=(2, d), seed=0, **preset.options)
+        assert calls == preset.calls and float((x - 0.5).abs().max()) < (1e-5 if preset.denoise else 5 * 0.0106)
 
 
 def test_geometric_ladder_and_step_conventions():
@@ -64,6 +203,14 @@ def test_noise_conditional_loss_reaches_its_floor():
 X, ONE = torch.zeros(2, 2), {"steps_per_level": 1, "step_size": 0.1, "seed": 0}
 
 
+def gaussian_density(x):
+    return -x.square()
+
+
+def run(sampler, score=gaussian, **options):
+    return list(getattr(sampling, sampler)(score, X, **options))
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -76,12 +223,53 @@ X, ONE = torch.zeros(2, 2), {"steps_per_level": 1, "step_size": 0.1, "seed": 0}
         (lambda: fastscore.sample(gaussian, sampler="magic", x=X), "sampler must be one of"),
         (lambda: fastscore.sample(gaussian, sigmas=[1.0], **ONE), "give either x or shape"),
         (lambda: fastscore.losses.noise_conditional(gaussian, X, [1.0], method="magic", seed=0), "method must be"),
+        (lambda: run("consistent_annealed", sigmas=[1.0, 0.1], step_lr=0.005), "step_size must lie between 0.018 and 0.022 on this ladder"),
+        (lambda: run("consistent_annealed", sigmas=[1.0, 0.9], step_lr=0.01), "step_size must lie between .*; got 0.02"),
+        (lambda: run("annealed_langevin", sigmas=[1.0], steps_per_level=1), r"give either step_size \(ε\) or step_lr"),
+        (lambda: run("annealed_langevin", sigmas=[1.0], step_lr=1.0, **ONE), r"give either step_size \(ε\) or step_lr"),
+        (lambda: run("annealed_langevin", sigmas=[1.0], start=3, **ONE), "start must be at most 2, the updates of the whole run; got 3"),
+        (lambda: run("annealed_langevin", sigmas=[1.0], temperature=-1.0, **ONE), "temperature must be a finite number >= 0; got -1.0"),
+        (lambda: run("annealed_langevin", sigmas=[1.0], first_sample=-1, **ONE), "first_sample must be a non-negative int; got -1"),
+        (lambda: run("predictor_corrector", sigmas=[1.0], predictor="magic"), "predictor must be one of reverse_diffusion, ancestral"),
+        (lambda: run("predictor_corrector", sigmas=[1.0], corrector="magic"), "corrector must be one of langevin, annealed, none"),
+        (lambda: run("predictor_corrector", sigmas=[1.0], norms="magic"), "norms must be one of sample, batch, dimension"),
+        (lambda: run("predictor_corrector", sigmas=[1.0], snr=-0.1), "snr must be a finite number >= 0; got -0.1"),
+        (lambda: run("probability_flow", sigmas=[1.0, 0.5], method="rk4"), "method must be one of heun, euler, adaptive; got 'rk4'"),
+        (lambda: run("probability_flow", sigmas=[1.0, 0.5], rtol=-1.0, method="adaptive"), "rtol must be a finite number >= 0"),
+        (lambda: run("langevin", steps=1, step_size=torch.ones(3)), r"step_size must be a number, 0-d or \(2,\)"),
+        (lambda: run("mala", log_prob, steps=1, step_size=0.1, temperature=0.0), "temperature must be positive"),
+        (lambda: run("mala", gaussian_density, steps=1, step_size=0.1), r"log_prob\(x\) must be one value per sample, \(2,\)"),
+        (lambda: run("annealed_langevin", lambda x, s: x[:1], sigmas=[1.0], **ONE), r"score must have the shape of x, \(2, 2\); got \(1, "),
+        (lambda: run("langevin", lambda x: x, steps=1, step_size=0.1, project=lambda x, *_: x[:1]), "the result of project must have"),
+        (lambda: sampling.initial((2, 2), law="normal", seed=0), "law must be one of uniform, gaussian"),
         (lambda: fastscore.losses.noise_conditional(lambda x, s: x[:1], X, [1.0], seed=0), "must have the shape of x"),
     ],
 )
 def test_bad_arguments(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         call()
+    assert str(caught.value).count("\n") == 0
+
+
+@every_sampler
+def test_what_is_not_finite_is_named_by_level_and_step(sampler):
+    def broken(x, sigma=None):
+        return (log_prob if sampler == "mala" else lambda x: gaussian(x, torch.tensor(0.5)))(x) * torch.tensor(math.nan)
+
+    options = {"sampler": sampler, "x": torch.zeros(2, 2), "seed": 0, **SAMPLERS[sampler]}
+    if sampler == "mala":   # it refuses what is not finite
+        assert torch.equal(fastscore.sample(broken, **options), options["x"])
+        return
+    with pytest.raises(FloatingPointError, match=r"the state is not finite after level 0 \(σ = .*, step [13]\); choose a smaller"):
+        fastscore.sample(broken, **options)
+    assert bool(fastscore.sample(broken, check_finite=False, **options).isnan().all())
+
+
+def test_a_step_size_that_diverges_is_an_error():
+    """|1 - ε/(2σ²)| > 1 on data narrower than the noise: 10^30 after some steps, infinite at last."""
+    options = {**SAMPLERS["annealed_langevin"], "step_size": 1.0, "steps_per_level": 40}
+    with pytest.raises(FloatingPointError, match=r"not finite after level 0 .*choose a smaller step_size"):
+        fastscore.sample(gaussian, shape=(4, 3), seed=0, **options)
 
 
 def test_the_hook_sees_every_network_call_and_the_end():

@@ -70,7 +70,7 @@ def _checked(run):
 def _check(state):
     if not bool(state.x.isfinite().all()):
         where = f"level {state.level} (σ = {state.sigma:g}, step {state.step})"
-        raise FloatingPointError(f"sample: the state is not finite after {where}; choose a smaller step_size.")
+        raise FloatingPointError(f"sample: the state is not finite after {where}; choose a smaller step_size, or look at the score.")
 
 
 def sample(score, *, x=None, **options):
