@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -43,8 +43,10 @@ class BuildNative(build_ext):
             self.warn(f"fastscore is installed without its C++ kernels: {error}")
 
 
+packages = sorted({*find_packages(include=["fastscore", "fastscore.*"]), "fastscore.kernels"})   # kernels/ lies beside it
 sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.c*"))]
 setup(
+    packages=packages,
     ext_modules=[Extension("fastscore._C", sources, py_limited_api=True, optional=True)],
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

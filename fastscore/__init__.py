@@ -1,6 +1,6 @@
 """fastscore: score matching and annealed Langevin sampling in PyTorch, right and fast."""
 
-from fastscore import losses, models, nn, random, sampling, schedules, training
+from fastscore import conversions, interop, losses, models, nn, random, sampling, schedules, training
 from fastscore.backend import use_backend
 from fastscore.dual import jvp
 from fastscore.ops import (
@@ -22,11 +22,13 @@ __version__ = "0.1.0"
 __all__ = [
     "conditional_instance_norm_plus",
     "conditional_instance_norm_plus_dual",
+    "conversions",
     "denoising_loss",
     "group_norm_modulate",
     "group_norm_modulate_dual",
     "instance_norm_plus",
     "instance_norm_plus_dual",
+    "interop",
     "jvp",
     "langevin_step",
     "losses",

@@ -1,4 +1,4 @@
-"""fastscore train | sample | evaluate | demo | doctor."""
+"""fastscore train | sample | evaluate | recipe | demo | doctor."""
 
 import importlib.util
 import json
@@ -168,7 +168,7 @@ def main() -> None:
         sys.exit(f"error: the command line needs {', '.join(missing)}: pip install 'fastscore[cli]'.")
     import tyro
 
-    from fastscore import runs
+    from fastscore import recipe_cli, runs
 
     app = tyro.extras.SubcommandApp()
 
@@ -177,7 +177,7 @@ def main() -> None:
         """Train a noise-conditional score network by denoising, sliced or exact score matching."""
         train(config)
 
-    for function in (sample, evaluate, demo, doctor):
+    for function in (sample, evaluate, recipe_cli.recipe, demo, doctor):
         app.command(function)
     try:
         app.cli(prog="fastscore")

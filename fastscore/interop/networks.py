@@ -1,0 +1,139 @@
+"""Adapters: a network of diffusers, k-diffusion or EDM as score(x, sigma).
+
+All are Modules that hold the network (parameters, modes and devices follow), pass gradients to x and the parameters, take one σ per
+sample, compute in the network's dtype and answer in x's. The score is that of the network's own data, in [-1, 1] for most image networks;
+`conversions.Rescaled(score, 2, -1)` makes it the score of images in [0, 1].
+"""
+
+import torch
+from torch import nn
+
+from fastscore import conversions, schedules
+from fastscore.ops import checks
+from fastscore.schedules.rescaled import check_table
+
+_DIFFUSERS_NAMES = {"epsilon": "noise", "sample": "denoiser", "v_prediction": "v"}
+
+
+def prediction_kind(op, name):
+    """The kind of `conversions` for a name of either vocabulary."""
+    kind = _DIFFUSERS_NAMES.get(name, name)
+    if kind not in conversions.KINDS:
+        raise ValueError(f"{op}: a prediction must be one of {', '.join((*conversions.KINDS, *_DIFFUSERS_NAMES))}; got {name!r}.")
+    return kind
+
+
+class _Adapter(nn.Module):
+    def __init__(self, network, arguments):
+        super().__init__()
+        self.network, self.arguments = network, arguments
+
+    def each(self, x, sigma):
+        """σ as (B,), checked, in the compute dtype."""
+        checks.check_float(type(self).__name__, "x", x)
+        sigma = checks.coefficient(type(self).__name__, "sigma", sigma, x, minimum=1e-30)
+        return torch.as_tensor(sigma, dtype=checks.compute_dtype(x.dtype), device=x.device).expand(x.shape[:1])
+
+    def call(self, x, condition):
+        """The network's answer in x's dtype; of twice the channels (a learned variance) the first half."""
+        answer = self.network(x.to(getattr(self.network, "dtype", x.dtype)), condition, **self.arguments)
+        answer = answer.sample if hasattr(answer, "sample") else answer[0] if isinstance(answer, tuple) else answer
+        if x.dim() > 1 and answer.dim() == x.dim() and answer.shape[1] == 2 * x.shape[1]:
+            answer = answer[:, : x.shape[1]]
+        return answer.to(x.dtype)
+
+
+class VeUNet(_Adapter):
+    """A diffusers UNet2DModel of a VE process (google/ncsnpp-*, ScoreSdeVePipeline).
+
+    With time_embedding_type "fourier" the network is called unet(x, σ), embeds ln σ and divides its output by σ: it returns the score.
+
+    Args:
+        unet: called unet(sample, timestep) -> .sample. arguments: passed on, e.g. class_labels.
+
+    Raises:
+        ValueError: the network's config says that it embeds discrete timesteps.
+    """
+
+    def __init__(self, unet, **arguments):
+        embedding = getattr(getattr(unet, "config", None), "time_embedding_type", "fourier")
+        if embedding != "fourier":
+            raise ValueError(f"VeUNet: the UNet must have time_embedding_type 'fourier'; got {embedding!r}, which VpUNet takes.")
+        super().__init__(unet, arguments)
+
+    def forward(self, x, sigma):
+        return self.call(x, self.each(x, sigma).float())
+
+
+class VpUNet(_Adapter):
+    """A diffusers UNet of a discrete VP process (DDPM, DDIM and most others), as the score of x = x₀ + σ z.
+
+        ᾱ = 1/(1 + σ²),    t: σ(t) = σ,    prediction = unet(√ᾱ x, t),    s = -ẑ/σ for a noise prediction ẑ
+
+    Args:
+        unet: called unet(sample, timestep) -> .sample. alphas_cumprod: ᾱ of timesteps 0 .. N-1, as its scheduler holds it.
+        prediction: "epsilon", "sample", "v_prediction", or "noise", "denoiser", "v", "score" (of √ᾱ x).
+        round_timesteps: call the network at the nearest whole timestep; fractions are interpolated in ln σ otherwise.
+        arguments: passed on, e.g. class_labels or encoder_hidden_states.
+
+    Raises:
+        ValueError: the config says "fourier", an unknown prediction, no ᾱ table; when called, σ outside the table.
+    """
+
+    def __init__(self, unet, alphas_cumprod, *, prediction="epsilon", round_timesteps=False, **arguments):
+        if getattr(getattr(unet, "config", None), "time_embedding_type", None) == "fourier":
+            raise ValueError("VpUNet: the UNet must embed discrete timesteps; its time_embedding_type is 'fourier', which VeUNet takes.")
+        check_table("VpUNet", alphas_cumprod)
+        super().__init__(unet, arguments)
+        self.kind, self.round_timesteps = prediction_kind("VpUNet", prediction), round_timesteps
+        self.register_buffer("alphas_cumprod", torch.as_tensor(alphas_cumprod).detach().clone(), persistent=False)
+
+    def forward(self, x, sigma):
+        sigma = self.each(x, sigma)
+        t = schedules.timesteps_of(sigma, self.alphas_cumprod)
+        root = schedules.alphas_cumprod(sigma).sqrt()
+        x_vp = (x * checks.expand(root, x)).to(x.dtype)
+        prediction = self.call(x_vp, t.round().long() if self.round_timesteps else t)
+        score = conversions.convert(prediction, x_vp, sigma * root, root, kind=self.kind, to="score")
+        return conversions.vp_to_ve(score, root.square())
+
+
+def score_of_pipeline(pipeline, **arguments):
+    """The score of an unconditional diffusers pipeline: a VeUNet, or a VpUNet with its scheduler's ᾱ table and prediction_type.
+
+    Raises:
+        ValueError: the pipeline has no unet, or a scheduler without alphas_cumprod beside a UNet of discrete timesteps.
+    """
+    unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
+    if unet is None:
+        raise ValueError(f"score_of_pipeline: the pipeline must have a unet; {type(pipeline).__name__} has none.")
+    if getattr(unet.config, "time_embedding_type", None) == "fourier":
+        return VeUNet(unet, **arguments)
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"score_of_pipeline: the scheduler must have alphas_cumprod; {type(scheduler).__name__} has none.")
+    return VpUNet(unet, scheduler.alphas_cumprod, prediction=scheduler.config.prediction_type, **arguments)
+
+
+class _Denoiser(_Adapter):
+    """D = network(x, σ), s = (D - x)/σ²."""
+
+    def forward(self, x, sigma):
+        sigma = self.each(x, sigma)
+        return conversions.denoiser_to_score(self.call(x, sigma), x, sigma)
+
+
+def k_diffusion(model, **arguments):
+    """The score of a k-diffusion denoiser, model(x, sigma) -> denoised. arguments: its extra_args.
+
+    The other way round, a score serves k-diffusion's samplers as `conversions.Converted(score, kind="score", to="denoiser")`.
+    """
+    return _Denoiser(model, arguments)
+
+
+def edm(net, class_labels=None, **arguments):
+    """The score of an EDM network, net(x, sigma, class_labels) -> D, e.g. the `ema` of a pickle of NVlabs/edm.
+
+    Args:
+        class_labels: one-hot (B, classes) or (1, classes), or None. arguments: passed on, e.g. force_fp32.
+    """
+    return _Denoiser(net, {"class_labels": class_labels, **arguments})

@@ -1,0 +1,82 @@
+"""Noise ladders, largest σ first."""
+
+import math
+
+import torch
+
+
+def geometric(sigma_max, sigma_min, n):
+    """Build a geometric ladder, largest σ first.
+
+        σ_i = σ_max (σ_min / σ_max)^(i / (n - 1)),    i = 0 .. n-1
+
+    Args:
+        sigma_max, sigma_min: σ_max > σ_min > 0; n: number of levels, at least 2 (or 1 with equal ends).
+
+    Returns:
+        float32 (n,), descending, both ends exact.
+
+    Raises:
+        ValueError: the ends are not positive, finite and descending, or n < 2.
+
+    Source: Song & Ermon 2019, section 4.2 (arXiv:1907.05600).
+
+    >>> geometric(1.0, 0.01, 3)
+    tensor([1.0000, 0.1000, 0.0100])
+    """
+    check_ends("geometric", sigma_max, sigma_min, n)
+    return _with_ends(torch.logspace(math.log10(sigma_max), math.log10(sigma_min), n, dtype=torch.float64), sigma_max, sigma_min)
+
+
+def karras(sigma_max, sigma_min, n, rho=7.0):
+    """Build the ladder of EDM and k-diffusion, without their closing 0.
+
+        σ_i = (σ_max^(1/ρ) + i/(n - 1) (σ_min^(1/ρ) - σ_max^(1/ρ)))^ρ
+
+    Args and errors: as for `geometric`; rho > 0, 1 is `linear` and ∞ is `geometric`.
+
+    Source: Karras et al. 2022, equation 5 (arXiv:2206.00364).
+
+    >>> karras(80.0, 0.002, 3)
+    tensor([8.0000e+01, 2.5152e+00, 2.0000e-03])
+    """
+    check_ends("karras", sigma_max, sigma_min, n)
+    if not (math.isfinite(rho) and rho > 0):
+        raise ValueError(f"karras: rho must be positive and finite; got {rho}.")
+    high, low = math.log(sigma_max) / rho, math.log(sigma_min) / rho
+    # log of a sum of two exponentials: σ^(1/ρ) itself is 1 - 1e-16 for a large ρ.
+    t = torch.linspace(0, 1, n, dtype=torch.float64)
+    return _with_ends((rho * (high + torch.log1p(t * math.expm1(low - high)))).exp(), sigma_max, sigma_min)
+
+
+def linear(sigma_max, sigma_min, n):
+    """Build an evenly spaced ladder, largest σ first. Args and errors: as for `geometric`.
+
+    >>> linear(1.0, 0.5, 3)
+    tensor([1.0000, 0.7500, 0.5000])
+    """
+    check_ends("linear", sigma_max, sigma_min, n)
+    return _with_ends(torch.linspace(sigma_max, sigma_min, n, dtype=torch.float64), sigma_max, sigma_min)
+
+
+def check_ends(op, sigma_max, sigma_min, n):
+    if not (math.isfinite(sigma_max) and 0 < sigma_min < sigma_max) and not (n == 1 and sigma_min == sigma_max > 0):
+        raise ValueError(f"{op}: sigma_max > sigma_min > 0 must hold; got {sigma_max} and {sigma_min}.")
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1 or (n == 1 and sigma_min != sigma_max):
+        raise ValueError(f"{op}: n must be an int of at least 2; got {n!r}.")
+
+
+def _with_ends(ladder, sigma_max, sigma_min):
+    """Both ends exact, then float32."""
+    ladder[0], ladder[-1] = sigma_max, sigma_min
+    return ladder.float()
+
+
+def check_ladder(op, sigmas):
+    """A ladder as float32 (L,); raises unless it is 1-d, positive, finite and strictly descending."""
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float32)
+    if sigmas.dim() != 1 or sigmas.numel() == 0:
+        raise ValueError(f"{op}: sigmas must be a non-empty 1-d ladder; got shape {tuple(sigmas.shape)}.")
+    if not bool((sigmas.isfinite() & (sigmas > 0)).all()) or bool((sigmas.diff() >= 0).any()):
+        raise ValueError(f"{op}: sigmas must be positive, finite and strictly descending; got {sigmas.tolist()}.")
+    return sigmas

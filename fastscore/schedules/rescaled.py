@@ -1,0 +1,88 @@
+"""Ladders of variance-preserving (VP) models, as the noise levels of the rescaled process.
+
+A VP model sees x_vp = √ᾱ x₀ + √(1 - ᾱ) z. Divided by √ᾱ this is x = x₀ + σ z with σ = √((1 - ᾱ)/ᾱ): the noise levels of the VE convention.
+"""
+
+import math
+
+import torch
+
+from fastscore.ops import checks
+from fastscore.schedules.ladders import check_ladder
+
+# ln σ. A float32 table that starts at ᾱ = 0.9999 knows its smallest σ to a relative 2^-25/(2·10^-4) = 1.5e-4.
+_SLACK = 1e-3
+
+
+def sigmas_of(alphas_cumprod):
+    """σ = √((1 - ᾱ)/ᾱ), elementwise: from VP's ᾱ to the noise level of x_vp/√ᾱ. Reverse a DDPM table (`.flip(0)`) for a ladder.
+
+    >>> sigmas_of(torch.tensor([0.5, 0.2]))
+    tensor([1., 2.])
+    """
+    return ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
+
+
+def alphas_cumprod(sigmas):
+    """ᾱ = 1/(1 + σ²), elementwise: the inverse of `sigmas_of`."""
+    return 1 / (1 + sigmas**2)
+
+
+def vp(n, *, beta_min=0.1, beta_max=20.0, t_min=1e-3):
+    """Build the ladder of score_sde's VP process at n evenly spaced times from 1 down to t_min.
+
+        σ(t) = √(exp(β_min t + (β_max - β_min) t²/2) - 1)
+
+    Returns:
+        float32 (n,), descending.
+
+    Raises:
+        ValueError: n is not an int of at least 2, 0 < t_min < 1 or 0 <= β_min <= β_max, β_max > 0, fails.
+
+    Source: Song et al. 2021, appendix C (arXiv:2011.13456).
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 2:
+        raise ValueError(f"vp: n must be an int of at least 2; got {n!r}.")
+    if not (0 < t_min < 1 and 0 <= beta_min <= beta_max < math.inf and beta_max > 0):
+        raise ValueError(
+            f"vp: 0 < t_min < 1 and 0 <= beta_min <= beta_max, beta_max > 0, must hold; got t_min {t_min}, betas {beta_min} and {beta_max}."
+        )
+    t = torch.linspace(1, t_min, n, dtype=torch.float64)
+    return check_ladder("vp", torch.expm1(beta_min * t + 0.5 * (beta_max - beta_min) * t.square()).sqrt().float())
+
+
+def timesteps_of(sigma, alphas_cumprod):
+    """The (fractional) timestep at which a discrete VP model has noise level σ; ln σ is interpolated between timesteps.
+
+    Args:
+        sigma: (B,) or any shape, float. alphas_cumprod: (N,), descending, of timesteps 0 .. N-1, as a diffusers scheduler holds it.
+
+    Returns:
+        float32, shape of sigma, in [0, N - 1].
+
+    Raises:
+        ValueError: σ lies outside the table (on the CPU; elsewhere, where looking would wait for the device, such a timestep is NaN),
+            or the table does not descend within (0, 1).
+    """
+    log_table = check_table("timesteps_of", alphas_cumprod)
+    log_sigma = torch.as_tensor(sigma, dtype=torch.float64).log()
+    log_table = log_table.to(log_sigma.device)
+    # What is outside by rounding is the end.
+    outside = (log_sigma < log_table[0] - _SLACK) | (log_sigma > log_table[-1] + _SLACK) | log_sigma.isnan()
+    if log_sigma.device.type == "cpu" and checks.readable() and bool(outside.any()):
+        low, high = (log_table[i].exp().item() for i in (0, -1))
+        raise ValueError(f"timesteps_of: sigma must lie in the model's range, {low:.4g} to {high:.4g}; got {log_sigma.exp().tolist()}.")
+    log_sigma = log_sigma.clamp(log_table[0], log_table[-1])
+    right = torch.searchsorted(log_table, log_sigma).clamp(1, len(log_table) - 1)
+    left = right - 1
+    t = left + (log_sigma - log_table[left]) / (log_table[right] - log_table[left])
+    return t.masked_fill(outside, math.nan).float()
+
+
+def check_table(op, alphas_cumprod):
+    """ln σ of a ᾱ table, float64 (N,), ascending."""
+    table = torch.as_tensor(alphas_cumprod).detach().double()
+    if table.dim() != 1 or len(table) < 2 or not bool(((table > 0) & (table < 1)).all()) or bool((table.diff() >= 0).any()):
+        expected = "(N,) with N >= 2, strictly descending within (0, 1)"
+        raise ValueError(f"{op}: alphas_cumprod must be {expected}; got {table if table.numel() < 9 else tuple(table.shape)}.")
+    return sigmas_of(table).log()
