@@ -1,6 +1,6 @@
 """fastscore: score matching and annealed Langevin sampling in PyTorch, right and fast."""
 
-from fastscore import conversions, interop, losses, models, nn, random, sampling, schedules, training
+from fastscore import conversions, interop, likelihood, losses, models, nn, random, sampling, schedules, training
 from fastscore.backend import use_backend
 from fastscore.dual import jvp
 from fastscore.ops import (
@@ -31,6 +31,7 @@ __all__ = [
     "interop",
     "jvp",
     "langevin_step",
+    "likelihood",
     "losses",
     "models",
     "nn",

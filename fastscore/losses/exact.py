@@ -48,11 +48,17 @@ def _explicit(score, x, target):
 
 
 def implicit(score, x, chunk=16, arguments=()):
+    s, trace = divergence("exact", score, x, chunk, arguments)
+    return trace + 0.5 * checks.per_sample_sum(s.to(trace.dtype).square())
+
+
+def divergence(op, score, x, chunk=16, arguments=()):
+    """s(x) and the trace of its Jacobian, (B,) in the compute dtype: d unit tangents, `chunk` at a time."""
     dtype, d, trace = checks.compute_dtype(x.dtype), x[:1].numel(), 0
     units = torch.eye(d, dtype=x.dtype, device=x.device)
     for first in range(0, d, chunk):
         e = units[first : first + chunk]
-        s, js = derivatives("exact", score, x, e.view(-1, 1, *x.shape[1:]).expand(-1, *x.shape), arguments)
+        s, js = derivatives(op, score, x, e.view(-1, 1, *x.shape[1:]).expand(-1, *x.shape), arguments)
         diagonal = js.reshape(len(e), len(x), d)[:, :, first : first + chunk].diagonal(dim1=0, dim2=2)   # (B, chunk)
         trace = trace + diagonal.to(dtype).sum(1)
-    return trace + 0.5 * checks.per_sample_sum(s.to(dtype).square())
+    return s, trace
