@@ -183,6 +183,18 @@ def test_probability_flow_reaches_the_closed_form_at_its_order():
     assert float((denoised - (MU + (exact - MU) * S2 / (S2 + 0.01))).abs().max()) < 1e-7
 
 
+def test_the_adaptive_flow_asks_for_no_noise_outside_the_ladder():
+    """The first guess of the solver's step reaches from 10 far beyond 0.01."""
+    seen = []
+
+    def watched(x, sigma):
+        seen.extend((float(sigma.min()), float(sigma.max())))
+        return score(x, sigma)
+
+    fastscore.sample(watched, sampler="probability_flow", x=10 * torch.ones(4, 1), sigmas=[10.0, 0.01], method="adaptive")
+    assert 0.01 <= min(seen) * (1 + 1e-6) and max(seen) <= 10 * (1 + 1e-6)
+
+
 def log_prob(x):
     return -0.5 * (x - MU).square().sum(1)
 

@@ -1,6 +1,7 @@
 """The probability-flow ODE: the deterministic path with the same marginals as the noisy ones."""
 
 import importlib.util
+import math
 
 import torch
 
@@ -79,15 +80,17 @@ def _adaptive(rtol, atol):
     def solve(run, x, sigma, to, level):
         from torchdiffeq import odeint
 
-        def slope(t, x):
-            s = run.score(x, t.to(checks.compute_dtype(x.dtype)).expand(x.shape[0]))
+        def slope(t, x):   # dx/d(log σ) = -σ² s: the solver's first guess may reach beyond the end, where σ itself would be negative
+            each = t.exp().clamp(min=to).to(checks.compute_dtype(x.dtype)).expand(x.shape[0])
+            s = run.score(x, each)
             checks.check_like(run.op, "score", s, x)
-            return s * -t.to(s.dtype)
+            return s * -checks.expand(each.square(), x).to(s.dtype)
 
         x = run.projected(x, sigma, level)
-        ends = torch.tensor([sigma, to], dtype=torch.float64, device=x.device)
+        ends = torch.tensor([math.log(sigma), math.log(to)], dtype=torch.float64, device=x.device)
+        options = {"step_t": ends[1:]}   # step onto the end instead of over it
         try:
-            return odeint(slope, x, ends, rtol=rtol, atol=atol, method="dopri5")[1], None
+            return odeint(slope, x, ends, rtol=rtol, atol=atol, method="dopri5", options=options)[1], None
         except AssertionError as error:   # torchdiffeq's word for steps that shrink to nothing
             raise FloatingPointError(f"{run.op}: no step is small enough below σ = {sigma:g} ({error}).") from None
 
