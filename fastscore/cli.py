@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+from fastscore.drawing import SamplerOptions
+
 try:
     from tyro.conf import arg
 except ImportError:   # main() says what to install; `doctor` works without
@@ -48,25 +50,26 @@ def train(config) -> None:
         pictures.save_loss_curve(out / "loss.png", records, sigmas.tolist(), config.loss)
     samples, strip = runs.draw(out, 64)
     pictures.save_grid(out / "samples.png", samples)
-    pictures.save_grid(out / "levels.png", strip.transpose(0, 1).flatten(0, 1), columns=len(strip))
+    pictures.save_strip(out / "levels.png", strip)
     print(f"run: {out}\npictures: {out / 'samples.png'}, {out / 'levels.png'}, {out / 'loss.png'}")
 
 
-def sample(run: Path, /, n: Annotated[int, arg(aliases=["-n"])] = 100, out: Path = Path("grid.png"), seed: int = 0, first_sample: int = 0,
-           steps_per_level: int = 20, step_size: float | None = None, batch_size: int = 100, arch: str | None = None, ema: bool = True,
+def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")],
+           n: Annotated[int, arg(aliases=["-n"])] = 100, out: Path = Path("grid.png"), seed: int = 0, first_sample: int = 0,
+           batch_size: int = 100, path: Path | None = None, arch: str | None = None, ema: bool = True,
            sigma_max: float | None = None, sigma_min: float | None = None, levels: int | None = None,
            image_size: int | None = None) -> None:  # fmt: skip
     """Draw samples of a trained run, or of an official NCSN, NCSNv2 or CAS checkpoint, and write them as a grid.
 
     Args:
         run: run folder, or a checkpoint (.pth).
+        options: the sampler.
         n: number of samples.
         out: a .png for a grid, or a .npz for the samples themselves (array `images`).
         seed: of the sampler.
         first_sample: global number of the first sample; splits of one run agree.
-        steps_per_level: Langevin steps at each noise level.
-        step_size: ε at the smallest level, twice the step_lr of the official configurations; 0.2 σ_L² unless given.
-        batch_size: samples computed at a time.
+        batch_size: samples computed at a time; a job of several goes on where it was interrupted when the command is given again.
+        path: a .png for the way of the first eight samples through the noise levels.
         arch: of a checkpoint, ncsn, ncsnv2, ncsnv2deeper or ncsnv2deepest; unless given it follows from the names in the file.
         ema: take a checkpoint's averaged weights.
         sigma_max: largest noise, for checkpoints that store no ladder (NCSN, CAS).
@@ -78,23 +81,34 @@ def sample(run: Path, /, n: Annotated[int, arg(aliases=["-n"])] = 100, out: Path
     import torch
     from tqdm import tqdm
 
-    from fastscore import pictures, runs
+    from fastscore import drawing, pictures
 
     if n < 1 or batch_size < 1:
         raise ValueError(f"sample: n and batch_size must be at least 1; got {n} and {batch_size}.")
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"sample: out must end in .png or .npz; got {out}.")
+    if path is not None and path.suffix != ".png":
+        raise ValueError(f"sample: path must end in .png; got {path}.")
     if not out.parent.is_dir():
         raise ValueError(f"sample: the folder {out.parent} does not exist.")
     net, sigmas, shape = open_network(run, arch, ema, (sigma_max, sigma_min, levels), image_size)
     net.to("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"seed": seed, "first_sample": first_sample, "steps_per_level": steps_per_level, "step_size": step_size}
-    with tqdm(total=-(-n // batch_size) * (len(sigmas) + 1), unit="level", desc="sample", disable=None) as bar:
-        samples, _ = runs.draw_from(net, sigmas, shape, n, batch_size=batch_size, done=bar.update, **options)
+    parts = out.with_name(f"{out.name}.parts") if n > batch_size else None
+    total = -(-n // batch_size) * drawing.states_per_batch(sigmas, options.sampler, options.denoise)
+    job = {"seed": seed, "first_sample": first_sample, "batch_size": batch_size, "parts": parts, **drawing.chosen(options)}
+    try:
+        with tqdm(total=total, unit="level", desc="sample", disable=None) as bar:
+            samples, strip = drawing.draw_from(net, sigmas, shape, n, done=bar.update, **job)
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; {parts} keeps the finished batches, the same command goes on" if parts else "interrupted")
     if out.suffix == ".npz":
         np.savez(out, images=samples.clamp(0, 1).numpy())
     else:
         pictures.save_grid(out, samples)
+    if path is not None:
+        pictures.save_strip(path, strip)
+    if parts is not None:
+        drawing.remove_parts(parts)
     print(f"{n} samples: {out}")
 
 

@@ -47,6 +47,12 @@ def save_row(path, panels):
     checkpoint.write_atomic(path, buffer.getvalue())
 
 
+def save_strip(path, strip, columns=20):
+    """Write the path of some samples, (states, N, C, H, W), as PNG: a row for each sample, at most `columns` states with the last."""
+    kept = np.unique(np.linspace(0, len(strip) - 1, min(columns, len(strip))).round().astype(int))
+    save_grid(path, strip[kept].transpose(0, 1).flatten(0, 1), columns=len(kept))
+
+
 def save_loss_curve(path, records, sigmas, loss="denoising"):
     """Write the loss per noise level over the steps, from the records of metrics.jsonl."""
     from matplotlib.figure import Figure

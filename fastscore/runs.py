@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from fastscore import checkpoint, datasets, losses, models, random, sampling, schedules, training
+from fastscore import checkpoint, datasets, losses, models, random, schedules, training
+from fastscore.drawing import draw_from
 
 BATCHES = 1024  # the stream that picks each step's images
 SAVE_EVERY = 500  # steps: what a killed run may lose
@@ -228,24 +229,6 @@ def open_run(folder):
 
 
 def draw(folder, n, **options):
-    """Samples (n, C, H, W) of a run, and the strip of the first eight after each level (levels + 1, 8, C, H, W)."""
+    """Samples (n, C, H, W) of a run, and the path of the first eight (states, 8, C, H, W); options as in `draw_from`."""
     net, sigmas, shape, _ = open_run(folder)
     return draw_from(net, sigmas, shape, n, **options)
-
-
-def draw_from(net, sigmas, shape, n, *, seed=0, first_sample=0, steps_per_level=20, step_size=None, batch_size=500, done=None):
-    """The same of any network, on its device; `done` is called after each level of each batch."""
-    if steps_per_level < 1:
-        raise ValueError(f"sample: steps_per_level must be at least 1; got {steps_per_level}.")
-    epsilon = 0.2 * float(sigmas[-1]) ** 2 if step_size is None else step_size
-    parts, strip, device = [], [], next(net.parameters()).device
-    for start in range(0, n, batch_size):
-        m = min(batch_size, n - start)
-        options = {"sigmas": sigmas, "steps_per_level": steps_per_level, "step_size": epsilon, "seed": seed, "device": device}
-        for level in sampling.states(net, shape=(m, *shape), first_sample=first_sample + start, **options):
-            if start == 0:
-                strip.append(level.x[:8].cpu())
-            if done is not None:
-                done()
-        parts.append(level.x.cpu())
-    return torch.cat(parts), torch.stack(strip)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastscore import checkpoint, datasets, runs
+from fastscore import checkpoint, datasets, drawing, runs, sampling
 
 
 def run(*arguments):
@@ -97,6 +97,85 @@ def test_resuming_keeps_the_options_of_the_run_and_refuses_others(tmp_path):
         runs.draw(tmp_path / "run", 2, step_size=1e6)
     with pytest.raises(ValueError, match="steps_per_level must be at least 1; got 0"):
         runs.draw(tmp_path / "run", 2, steps_per_level=0)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder, barely trained."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    for _ in runs.train(runs.TrainConfig(out=out, width=16, depth=1, levels=3, batch_size=32, steps=20)):
+        pass
+    return out
+
+
+@pytest.mark.parametrize(
+    "sampler, options, states",
+    [
+        ("annealed_langevin", {"steps_per_level": 2}, 4),
+        ("annealed_langevin", {"steps_per_level": 2, "denoise": False, "temperature": 0.5}, 3),
+        ("consistent_annealed", {}, 3),
+        ("predictor_corrector", {"snr": 0.1, "predictor": "ancestral"}, 3),
+        ("probability_flow", {"method": "euler"}, 3),
+        ("probability_flow", {"denoise": False}, 2),
+    ],
+)
+def test_an_interrupted_job_goes_on_and_ends_where_the_whole_one_ends(tmp_path, trained, sampler, options, states):
+    """Finished batches are not drawn again; the pictures of the path and the count of states are the same too."""
+    options, total = {"sampler": sampler, "batch_size": 4, "seed": 3, **options}, 3 * states
+    seen = []
+    whole, path = runs.draw(trained, 10, done=seen.append, **options)
+    assert sum(seen) == total == 3 * drawing.states_per_batch(torch.zeros(3), sampler, options.get("denoise", True))
+    assert len(path) == states and torch.equal(path[-1], whole[:8][: path.shape[1]])
+
+    def interrupt(count):
+        seen.append(count)
+        if len(seen) == states + 1:   # in the second batch
+            raise KeyboardInterrupt
+
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        runs.draw(trained, 10, done=interrupt, parts=tmp_path / "parts", **options)
+    assert sorted(p.name for p in (tmp_path / "parts").glob("*.safetensors")) == ["0-4.safetensors"]
+    seen.clear()
+    rest, path2 = runs.draw(trained, 10, done=seen.append, parts=tmp_path / "parts", **options)
+    assert torch.equal(rest, whole) and torch.equal(path2, path) and seen == [states] + [1] * 2 * states
+    with pytest.raises(ValueError, match=r"holds batches of another job \(seed differ\); remove it or write elsewhere"):
+        runs.draw(trained, 10, parts=tmp_path / "parts", **{**options, "seed": 4})
+
+
+def test_sample_takes_a_sampler_and_leaves_nothing_but_its_files(tmp_path, trained):
+    out = tmp_path / "x.npz"
+    done = run("sample", trained, "-n", "5", "--batch-size", "2", "--sampler", "predictor_corrector", "--snr", "0.1", "--out", out,
+               "--path", tmp_path / "path.png")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["path.png", "x.npz"]
+    expected, _ = runs.draw(trained, 5, sampler="predictor_corrector", snr=0.1, batch_size=2)
+    assert np.allclose(np.load(out)["images"], expected.clamp(0, 1).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"sampler": "magic"}, "sampler must be one of annealed_langevin, consistent_annealed, predictor_corrector, probability_flow"),
+        ({"sampler": "probability_flow", "snr": 0.1}, "snr cannot be chosen for probability_flow"),
+        ({"method": "heun"}, "method cannot be chosen for annealed_langevin"),
+        ({"sampler": "consistent_annealed", "step_size": 1.0}, "step_size must lie between"),
+        ({"step_size": 1e-3, "step_lr": 1e-3}, "give either step_size"),
+    ],
+)
+def test_options_of_another_sampler_are_refused(trained, options, message):
+    with pytest.raises(ValueError, match=message):
+        runs.draw(trained, 2, **options)
+
+
+def test_a_long_path_is_thinned(trained):
+    def run(count):
+        for step in range(count):
+            yield sampling.State(step, 1.0, torch.full((9, 1, 2, 2), float(step)), step + 1)
+
+    for count in (1, 128, 129, 1000):
+        path = drawing._followed(run(count), 8, None)["path"][:, 0, 0, 0, 0]
+        assert len(path) <= 129 and path[0] == 0 and path[-1] == count - 1 and bool((path.diff() > 0).all())
 
 
 @pytest.mark.parametrize(
