@@ -272,19 +272,47 @@ def test_a_step_size_that_diverges_is_an_error():
         fastscore.sample(gaussian, shape=(4, 3), seed=0, **options)
 
 
-def test_the_hook_sees_every_network_call_and_the_end():
-    seen, sigmas = [], [0.5, 0.25]
+@pytest.mark.parametrize(
+    "sampler, options, updates",
+    [
+        ("annealed_langevin", {}, 13),
+        ("annealed_langevin", {"denoise": False}, 12),
+        ("consistent_annealed", {}, 4),
+        ("predictor_corrector", {}, 12),
+        ("predictor_corrector", {"denoise": False}, 11),
+        ("predictor_corrector", {"predictor": "none"}, 9),
+        ("probability_flow", {}, 4),
+        ("probability_flow", {"method": "euler", "denoise": False}, 3),
+        ("langevin", {}, 5),
+    ],
+)
+def test_the_hook_comes_before_every_network_call_and_once_at_the_end(sampler, options, updates):
+    """With the σ of that call, and the step of its noise; what it returns is what the network sees and what the caller gets."""
+    hooks, calls = [], []
+
+    def project(x, sigma, step):
+        hooks.append((sigma, step))
+        return x.clamp(0.25, 0.75)
+
+    def score(x, sigma):
+        assert 0.25 <= float(x.min()) and float(x.max()) <= 0.75
+        calls.append(float(sigma[0]))
+        return gaussian(x, sigma)
+
+    options = {"sampler": sampler, "shape": (8, 2), "seed": 0, "project": project, **SAMPLERS[sampler], **options}
+    x = fastscore.sample(score, **options)
+    assert 0.25 <= float(x.min()) and float(x.max()) <= 0.75
+    assert [sigma for sigma, _ in hooks[:-1]] == calls and hooks[-1] == (0.0, updates)
+    assert sorted({step for _, step in hooks}) == list(range(updates + 1))
+
+
+def test_the_hook_of_mala_sees_every_proposal():
+    seen = []
 
     def project(x, sigma, step):
         seen.append((sigma, step))
-        return x.clamp(0, 1)
+        return x
 
-    options = {"sigmas": sigmas, "steps_per_level": 2, "step_size": 0.02, "seed": 0, "project": project}
-    for denoise, calls in ((True, [(0.5, 0), (0.5, 1), (0.25, 2), (0.25, 3), (0.25, 4), (0.0, 5)]),
-                           (False, [(0.5, 0), (0.5, 1), (0.25, 2), (0.25, 3), (0.0, 4)])):  # fmt: skip
-        seen.clear()
-        x = fastscore.sample(gaussian, shape=(8, 2), denoise=denoise, **options)
-        assert seen == calls and 0 <= float(x.min()) and float(x.max()) <= 1
-    seen.clear()
-    fastscore.sample(lambda x: -x, sampler="langevin", x=X, steps=2, step_size=0.1, seed=0, project=project)
-    assert seen == [(0.0, 0), (0.0, 1), (0.0, 2)]
+    options = {"sampler": "mala", "x": X, "seed": 0, **SAMPLERS["mala"]}
+    assert torch.equal(fastscore.sample(log_prob, project=project, **options), fastscore.sample(log_prob, **options))
+    assert seen == [(0.0, step) for step in (0, 0, 1, 2, 3, 4, 5)]
