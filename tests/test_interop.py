@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastscore import conversions, interop, models, random, sample, schedules
+from fastscore import conversions, interop, jvp, models, random, sample, schedules
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -154,6 +154,53 @@ def test_gradients_reach_x_and_the_parameters(fourier, positional, ddpm, kind):
     # Central differences in float32: h² of the third derivative and 2^-24/h of rounding, both near 1e-4 of terms of order 10.
     assert torch.allclose((gx * tangent).sum(), slope, rtol=2e-2, atol=2e-2)
     assert gw.abs().max() > 1e-3
+
+
+class NormedNet(torch.nn.Module):
+    """A network through whose norm stock forward mode gives wrong parameter gradients."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 9), torch.nn.LayerNorm(9), torch.nn.SiLU(), torch.nn.Linear(9, 4)).double()
+
+    def forward(self, x, condition):
+        return self.layers(x) * (1 + condition.double().log1p()[:, None])
+
+
+VP_TABLE = schedules.alphas_cumprod(schedules.geometric(20.0, 0.02, 100).flip(0).double())
+WRAPPERS = {
+    **{kind: (lambda net, kind=kind: conversions.Converted(net, kind=kind)) for kind in conversions.KINDS},
+    "rescaled": lambda net: conversions.Rescaled(net, 2.0, -1.0),
+    "ve_unet": interop.VeUNet,
+    "vp_unet": lambda net: interop.VpUNet(net, VP_TABLE),
+    "k_diffusion": interop.k_diffusion,
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_forward_mode_through_every_wrapper_equals_double_backprop_in_float64(name):
+    net = NormedNet()
+    score, sigma = WRAPPERS[name](net), torch.tensor([0.3, 1.0, 4.0], dtype=torch.float64)
+    x, v = (random.normal((3, 4), seed=s, stream=1024, dtype=torch.float64) for s in (1, 2))
+    jacobian = torch.autograd.functional.jacobian(lambda y: score(y, sigma), x).diagonal(dim1=0, dim2=2)   # (d, d, B)
+    value, tangent = jvp(lambda y: score(y, sigma), x, v)
+    assert torch.allclose(value, score(x, sigma), rtol=1e-12)
+    assert torch.allclose(tangent, torch.einsum("ijb,bj->bi", jacobian, v), rtol=1e-9, atol=1e-11)
+    weights = [p for n, p in net.named_parameters() if n != "layers.3.bias"]   # the last bias has no tangent
+    found = torch.autograd.grad((v * tangent).sum(), weights)
+    y = x.clone().requires_grad_()
+    (gy,) = torch.autograd.grad((v * score(y, sigma)).sum(), y, create_graph=True)
+    for a, b in zip(found, torch.autograd.grad((v * gy).sum(), weights)):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers_compile_without_a_graph_break(name):
+    net = NormedNet().requires_grad_(False)
+    score, x, sigma = WRAPPERS[name](net), random.normal((3, 4), seed=1, stream=1024, dtype=torch.float64), torch.ones(3).double()
+    compiled = torch.compile(score, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, sigma), score(x, sigma))
 
 
 def test_score_of_pipeline_knows_both_kinds(fourier, positional, ddpm):
@@ -361,6 +408,8 @@ ENDS = {"sigma_max": 3.0, "sigma_min": 0.1, "steps_per_level": 2}
         (lambda: interop.VpUNet(len, TABLE.flip(0)), "strictly descending"),
         (lambda: interop.VpUNet(GaussianUNet(TABLE), TABLE)(noise(), torch.tensor([1.0, 50.0])), "in the model's range, 0.07089 to 4.359"),
         (lambda: interop.VpUNet(GaussianUNet(TABLE), TABLE)(noise(), torch.tensor([1.0])), r"sigma must be a number, 0-d or \(2,\)"),
+        (lambda: interop.k_diffusion(lambda x, sigma: x[:1])(noise(), torch.ones(2)), r"the shape of x, .*; got \(1, 3, 8, 8\)"),
+        (lambda: interop.VeUNet(lambda x, t: (x[:, :1],))(noise(), torch.ones(2)), r"network's answer must have the shape of x"),
         (lambda: interop.score_of_pipeline(object()), "must have a unet; object has none"),
         (lambda: interop.AnnealedLangevinScheduler(), "give either sigmas, or sigma_max and sigma_min"),
         (lambda: interop.AnnealedLangevinScheduler(sigma_max=1.0), "give either sigmas, or sigma_max and sigma_min"),

@@ -1,8 +1,8 @@
 """Adapters: a network of diffusers, k-diffusion or EDM as score(x, sigma).
 
 All are Modules that hold the network (parameters, modes and devices follow), pass gradients to x and the parameters, take one σ per
-sample, compute in the network's dtype and answer in x's. The score is that of the network's own data, in [-1, 1] for most image networks;
-`conversions.Rescaled(score, 2, -1)` makes it the score of images in [0, 1].
+sample and answer in x's dtype; UNets are called in their own dtype. The score is that of the network's own data, in [-1, 1]
+for most image networks; `conversions.Rescaled(score, 2, -1)` makes it the score of images in [0, 1].
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from fastscore import conversions, schedules
 from fastscore.ops import checks
-from fastscore.schedules.rescaled import check_table
+from fastscore.schedules.rescaled import check_table, interpolate
 
 _DIFFUSERS_NAMES = {"epsilon": "noise", "sample": "denoiser", "v_prediction": "v"}
 
@@ -34,13 +34,17 @@ class _Adapter(nn.Module):
         sigma = checks.coefficient(type(self).__name__, "sigma", sigma, x, minimum=1e-30)
         return torch.as_tensor(sigma, dtype=checks.compute_dtype(x.dtype), device=x.device).expand(x.shape[:1])
 
-    def call(self, x, condition):
-        """The network's answer in x's dtype; of twice the channels (a learned variance) the first half."""
+    def unet(self, x, condition):
+        """A UNet's answer in x's dtype; of twice the channels (a learned variance) the first half."""
         answer = self.network(x.to(getattr(self.network, "dtype", x.dtype)), condition, **self.arguments)
         answer = answer.sample if hasattr(answer, "sample") else answer[0] if isinstance(answer, tuple) else answer
         if x.dim() > 1 and answer.dim() == x.dim() and answer.shape[1] == 2 * x.shape[1]:
             answer = answer[:, : x.shape[1]]
-        return answer.to(x.dtype)
+        return self.like(answer.to(x.dtype), x)
+
+    def like(self, answer, x):
+        checks.check_like(type(self).__name__, "the network's answer", answer, x)
+        return answer
 
 
 class VeUNet(_Adapter):
@@ -62,7 +66,7 @@ class VeUNet(_Adapter):
         super().__init__(unet, arguments)
 
     def forward(self, x, sigma):
-        return self.call(x, self.each(x, sigma).float())
+        return self.unet(x, self.each(x, sigma).float())
 
 
 class VpUNet(_Adapter):
@@ -83,19 +87,24 @@ class VpUNet(_Adapter):
     def __init__(self, unet, alphas_cumprod, *, prediction="epsilon", round_timesteps=False, **arguments):
         if getattr(getattr(unet, "config", None), "time_embedding_type", None) == "fourier":
             raise ValueError("VpUNet: the UNet must embed discrete timesteps; its time_embedding_type is 'fourier', which VeUNet takes.")
-        check_table("VpUNet", alphas_cumprod)
+        log_table = check_table("VpUNet", alphas_cumprod)
         super().__init__(unet, arguments)
         self.kind, self.round_timesteps = prediction_kind("VpUNet", prediction), round_timesteps
-        self.register_buffer("alphas_cumprod", torch.as_tensor(alphas_cumprod).detach().clone(), persistent=False)
+        self._log_tables = {log_table.device: log_table}   # no buffer: .half() must not round it
 
     def forward(self, x, sigma):
         sigma = self.each(x, sigma)
-        t = schedules.timesteps_of(sigma, self.alphas_cumprod)
+        t = interpolate(sigma, self._log_table(sigma.device))
         root = schedules.alphas_cumprod(sigma).sqrt()
         x_vp = (x * checks.expand(root, x)).to(x.dtype)
-        prediction = self.call(x_vp, t.round().long() if self.round_timesteps else t)
+        prediction = self.unet(x_vp, t.round().long() if self.round_timesteps else t)
         score = conversions.convert(prediction, x_vp, sigma * root, root, kind=self.kind, to="score")
         return conversions.vp_to_ve(score, root.square())
+
+    def _log_table(self, device):
+        if device not in self._log_tables:
+            self._log_tables[device] = next(iter(self._log_tables.values())).to(device)
+        return self._log_tables[device]
 
 
 def score_of_pipeline(pipeline, **arguments):
@@ -115,11 +124,12 @@ def score_of_pipeline(pipeline, **arguments):
 
 
 class _Denoiser(_Adapter):
-    """D = network(x, σ), s = (D - x)/σ²."""
+    """D = network(x, σ), s = (D - x)/σ². x keeps its dtype: these networks round inside, after the skip connection is split off."""
 
     def forward(self, x, sigma):
         sigma = self.each(x, sigma)
-        return conversions.denoiser_to_score(self.call(x, sigma), x, sigma)
+        denoised = self.like(self.network(x, sigma, **self.arguments).to(x.dtype), x)
+        return conversions.denoiser_to_score(denoised, x, sigma)
 
 
 def k_diffusion(model, **arguments):

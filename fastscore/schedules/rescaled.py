@@ -64,9 +64,13 @@ def timesteps_of(sigma, alphas_cumprod):
         ValueError: σ lies outside the table (on the CPU; elsewhere, where looking would wait for the device, such a timestep is NaN),
             or the table does not descend within (0, 1).
     """
-    log_table = check_table("timesteps_of", alphas_cumprod)
-    log_sigma = torch.as_tensor(sigma, dtype=torch.float64).log()
-    log_table = log_table.to(log_sigma.device)
+    sigma = torch.as_tensor(sigma)
+    return interpolate(sigma, check_table("timesteps_of", alphas_cumprod).to(sigma.device))
+
+
+def interpolate(sigma, log_table):
+    """`timesteps_of` for what `check_table` has returned, on the device of sigma."""
+    log_sigma = sigma.double().log()
     # What is outside by rounding is the end.
     outside = (log_sigma < log_table[0] - _SLACK) | (log_sigma > log_table[-1] + _SLACK) | log_sigma.isnan()
     if log_sigma.device.type == "cpu" and checks.readable() and bool(outside.any()):
