@@ -45,6 +45,11 @@ def test_max_pairwise_distance_survives_what_a_float32_gram_matrix_does_not():
     assert abs(naive / exact - 1) > 1e-3, "the trap that this test guards against is gone"
 
 
+def test_max_pairwise_distance_is_centred_so_that_float64_far_from_0_keeps_its_digits():
+    data = 1e8 + 1e-3 * random.normal((50, 8), seed=1, stream=1024, dtype=torch.float64)   # ‖a‖² is 8e16, its rounding 8, distances² 1e-4
+    assert abs(schedules.max_pairwise_distance(data, chunk=16) / pdist(data.numpy()).max() - 1) < 1e-13
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_max_pairwise_distance_of_images_in_any_dtype(dtype):
     data = random.uniform((20, 3, 4, 4), seed=2, stream=1024, dtype=dtype)
