@@ -41,9 +41,12 @@ def grid(n):
     return torch.cartesian_prod(axis, axis)
 
 
-def panels(*titles):
-    figure = Figure(figsize=(3.4 * len(titles), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(titles), squeeze=False)[0]
+def panels(*titles, rows=1):
+    columns = -(-len(titles) // rows)
+    figure = Figure(figsize=(3.4 * columns, 3.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for a in axes[len(titles) :]:
+        a.set_axis_off()
     for a, title in zip(axes, titles):
         a.set(title=title, xlim=(-EXTENT, EXTENT), ylim=(-EXTENT, EXTENT), aspect="equal", xticks=[], yticks=[])
     return figure, axes

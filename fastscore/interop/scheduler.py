@@ -7,6 +7,7 @@ import torch
 from fastscore import conversions, random, schedules
 from fastscore.interop.networks import prediction_kind
 from fastscore.ops import checks, langevin_step
+from fastscore.sampling.state import shifted
 
 
 class StepOutput(NamedTuple):
@@ -146,7 +147,7 @@ class AnnealedLangevinScheduler:
         score = self._score(model_output, sample)
         level = self._levels[self._index]
         if self.config.denoise and self._index == self.num_inference_steps - 1:
-            x = (sample + self._ladder[-1] ** 2 * score).to(sample.dtype)
+            x = shifted(sample, score, self._ladder[-1] ** 2)
         else:
             offset = self.config.first_sample * sample[:1].numel()
             x = langevin_step(sample, score, self._step_sizes[level], seed=self._run_seed(generator), step=self._index, offset=offset)
