@@ -225,10 +225,13 @@ def test_recipe_agrees_with_its_techniques():
     assert small.steps_per_level == 1 and small.overlap < 0.5 and len(small.sigmas) == 9
 
 
-def test_recipe_of_two_dimensions_falls_back_on_the_ratio_of_ncsn():
-    plan = schedules.recipe(random.normal((50, 2), seed=6, stream=1024), 400)
+@pytest.mark.parametrize("dim", [1, 2, 5, 20])
+def test_recipe_of_a_few_dimensions_is_no_sparser_than_ncsn(dim):
+    plan = schedules.recipe(random.normal((50, dim), seed=6, stream=1024), 400)
+    assert dim < 5 or schedules.number_of_levels(dim, plan.sigmas[0].item(), 0.01) < len(plan.sigmas)
     ncsn = (1 / 0.01) ** (1 / 9)
-    assert len(plan.sigmas) == round(1 + math.log(plan.sigmas[0].item() / 0.01) / math.log(ncsn))
+    levels = round(1 + math.log(plan.sigmas[0].item() / 0.01) / math.log(ncsn))
+    assert plan.steps_per_level == 399 // levels and len(plan.sigmas) == 399 // plan.steps_per_level
 
 
 def test_recipe_prints_what_sample_takes(capsys):
@@ -309,6 +312,8 @@ TABLE = torch.linspace(0.99, 0.01, 10)
         (lambda: schedules.recipe(POINTS, 2), ValueError, "budget must be an int of at least 3 network calls; got 2"),
         (lambda: schedules.recipe(POINTS, 100, sigma_min=5.0), ValueError, "must exceed sigma_min; got 5.0"),
         (lambda: schedules.recipe(POINTS, 100, overlap=1.5), ValueError, "overlap must lie"),
+        (lambda: schedules.recipe(POINTS, 100, sigma_max=0.001), ValueError, "recipe: sigma_max > .* got 0.001 and 0.01"),
+        (lambda: schedules.recipe(POINTS, 100, sigma_max=math.inf), ValueError, "got inf and 0.01"),
         (lambda: schedules.karras(1.0, 0.1, 5, rho=0), ValueError, "rho must be positive"),
         (lambda: schedules.linear(1.0, 0.1, 1), ValueError, "linear: n must be an int of at least 2; got 1"),
         (lambda: schedules.vp(5, t_min=0), ValueError, "vp: 0 < t_min < 1"),

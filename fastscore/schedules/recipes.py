@@ -7,11 +7,11 @@ import torch
 
 from fastscore.ops import checks
 from fastscore.schedules.distance import distance_bounds, max_pairwise_distance
-from fastscore.schedules.ladders import geometric
+from fastscore.schedules.ladders import check_ends, geometric
 from fastscore.schedules.techniques import level_overlap, number_of_levels, technique4_step_size, variance_ratio, variance_ratios
 
 _EXACT = 1e12   # n²d up to which the largest distance is computed and not bounded
-_SPARSEST = 100 ** (1 / 9)   # NCSN's γ, for data of fewer than 5 dimensions, where technique 2 is silent
+_SPARSEST = 100 ** (1 / 9)   # NCSN's γ: in a few dimensions technique 2 asks for less (γ = 17 for D = 5) or is silent
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,7 +49,8 @@ def recipe(data, budget, *, sigma_max=None, sigma_min=0.01, overlap=0.5, denoise
         T = max(1, ⌊(budget - 1)/L₀⌋);    L = ⌊(budget - 1)/T⌋;    ε = technique4_step_size(ladder, T)
 
     The remainder densifies the ladder. From their budgets and σ_max this gives L and T of all five official NCSNv2 configurations.
-    A budget below L₀ + 1 gives T = 1 and a ladder sparser than asked; its `overlap` says by how much.
+    L₀ is at least that of NCSN's ratio, γ = 1.668, which decides below some 30 dimensions. A budget below L₀ + 1 gives T = 1 and a ladder
+    sparser than asked; its `overlap` says by how much.
 
     Args:
         data: (n, *), float. budget: calls of the network for one batch, an int of at least 3 (2 without denoise).
@@ -85,12 +86,14 @@ def _largest_noise(data, seed):
 
 
 def _wanted_levels(dim, sigma_max, sigma_min, overlap):
+    check_ends("recipe", sigma_max, sigma_min, 2)
+    least = max(2, round(1 + math.log(sigma_max / sigma_min) / math.log(_SPARSEST)))
     try:
-        return number_of_levels(dim, sigma_max, sigma_min, overlap)
+        return max(least, number_of_levels(dim, sigma_max, sigma_min, overlap))
     except ValueError:
         if dim >= 5 or not 0 < overlap < level_overlap(dim, 1.0):
             raise
-        return max(2, round(1 + math.log(sigma_max / sigma_min) / math.log(_SPARSEST)))
+        return least
 
 
 def _plan(dim, sigmas, per_level, denoise):
