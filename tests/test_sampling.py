@@ -316,3 +316,13 @@ def test_the_hook_of_mala_sees_every_proposal():
     options = {"sampler": "mala", "x": X, "seed": 0, **SAMPLERS["mala"]}
     assert torch.equal(fastscore.sample(log_prob, project=project, **options), fastscore.sample(log_prob, **options))
     assert seen == [(0.0, step) for step in (0, 0, 1, 2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("sampler", [*SAMPLERS, "predictor_corrector, batch norms"])
+def test_every_back_end_draws_the_samples_of_the_reference(sampler, backend):
+    options = {"norms": "batch"} if sampler.endswith("norms") else {}
+    sampler = sampler.split(",")[0]
+    options = {"sampler": sampler, "shape": (4, 3, 5), "seed": 8, **SAMPLERS[sampler], **options}
+    drawn = fastscore.sample(target(sampler), **options)
+    with fastscore.use_backend("reference"):
+        assert float((drawn - fastscore.sample(target(sampler), **options)).abs().max()) < 1e-5
