@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastscore import checkpoint, datasets, drawing, runs, sampling
+from fastscore import checkpoint, cli, datasets, drawing, runs, sampling
 
 
 def run(*arguments):
@@ -151,6 +151,16 @@ def test_sample_takes_a_sampler_and_leaves_nothing_but_its_files(tmp_path, train
     assert sorted(p.name for p in tmp_path.iterdir()) == ["path.png", "x.npz"]
     expected, _ = runs.draw(trained, 5, sampler="predictor_corrector", snr=0.1, batch_size=2)
     assert np.allclose(np.load(out)["images"], expected.clamp(0, 1).numpy(), atol=1e-6)
+
+
+def test_an_interrupted_sample_says_what_it_keeps(tmp_path, trained, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(drawing, "draw_from", interrupted)
+    with pytest.raises(SystemExit, match=r"x\.npz\.parts keeps the finished batches, the same command goes on"):
+        cli.sample(trained, drawing.SamplerOptions(), n=3, batch_size=1, out=tmp_path / "x.npz")
+    assert not (tmp_path / "x.npz").exists()
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,17 @@ def test_what_is_not_finite_is_named_by_level_and_step(sampler):
     assert bool(fastscore.sample(broken, check_finite=False, **options).isnan().all())
 
 
+def test_sample_looks_at_the_state_once_per_level_however_many_steps_that_has():
+    def looks(**options):
+        with Counter(forbid=False) as counter:
+            fastscore.sample(gaussian, shape=(4, 3), seed=0, **options)
+        return sum(name.startswith(Counter.HOST) for name in counter.seen)
+
+    options = {**LADDER, "step_size": 2e-3}
+    blind, one, nine = (looks(check_finite=c, steps_per_level=n, **options) for c, n in ((False, 1), (True, 1), (True, 9)))
+    assert one == nine == blind + 4 + 1 + 1   # each level, the denoised samples, and the end
+
+
 def test_a_step_size_that_diverges_is_an_error():
     """|1 - ε/(2σ²)| > 1 on data narrower than the noise: 10^30 after some steps, infinite at last."""
     options = {**SAMPLERS["annealed_langevin"], "step_size": 1.0, "steps_per_level": 40}

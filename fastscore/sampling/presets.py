@@ -44,8 +44,8 @@ def _consistent(n, step_lr):
     return Preset("NCSNv2", (3, 32, 32), (50.0, 0.01, 231 * n + 1), step_lr, ema=0.9999, sampler="consistent_annealed")
 
 
-# Sources: Song & Ermon 2019, section 5 and configs/anneal.yml of ermongroup/ncsn; Song & Ermon 2020, appendix B and configs/*.yml of
-# ermongroup/ncsnv2; Jolicoeur-Martineau et al. 2020 and tests/training_sampling_fid.sh of AdversarialConsistentScoreMatching.
+# Sources: configs/anneal.yml of ermongroup/ncsn; configs/*.yml of ermongroup/ncsnv2 (bedroom's are tower's too; church's ladder is that of
+# 96 pixels); tests/training_sampling_fid.sh of AlexiaJM/AdversarialConsistentScoreMatching.
 PRESETS = {
     "ncsn": Preset("NCSN", (3, 32, 32), (1.0, 0.01, 10), 2e-5, 100, denoise=False, ema=None),
     "ncsnv2-cifar10": Preset("NCSNv2", (3, 32, 32), (50.0, 0.01, 232), 6.2e-6, 5),
