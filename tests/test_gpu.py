@@ -249,3 +249,37 @@ def test_normalisation_of_more_than_two_to_the_31_elements(norm_backend, channel
     gamma = torch.ones(64, device="cuda", requires_grad=True)
     y, last = fastscore.instance_norm_plus(x, gamma, gamma, activation="elu"), x[-1:].clone()
     assert torch.equal(y[-1:], fastscore.instance_norm_plus(last, gamma, gamma, activation="elu"))
+
+
+SAMPLER_OPTIONS = {
+    "annealed_langevin": {"sigmas": [1.0, 0.5, 0.2], "steps_per_level": 3, "step_size": 2e-3},
+    "consistent_annealed": {"sigmas": [1.0, 0.5, 0.2]},
+    "predictor_corrector": {"sigmas": [1.0, 0.5, 0.2]},
+    "probability_flow": {"sigmas": [1.0, 0.5, 0.2]},
+    "langevin": {"steps": 5, "step_size": 0.01, "sigma": 0.5},
+    "mala": {"steps": 5, "step_size": 0.01},
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLER_OPTIONS)
+def test_samplers_draw_what_the_cpu_draws_and_never_wait_for_the_device(sampler):
+    def score(x, sigma):
+        return (0.7 - x) / (0.04 + sigma[:, None] ** 2)
+
+    def log_prob(x):
+        return -0.5 * (x - 0.7).square().sum(1) / 0.04
+
+    def states(x):
+        f = log_prob if sampler == "mala" else score
+        return getattr(fastscore.sampling, sampler)(f, x, seed=1, diagnostics=True, **SAMPLER_OPTIONS[sampler])
+
+    start = random.normal((32, 12), seed=2, stream=1024, device="cuda")
+    list(states(start))   # kernels are compiled
+    run = states(start)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        *_, last = run
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    *_, expected = cpu(lambda x: list(states(x)), start)
+    assert torch.allclose(last.x.cpu(), expected.x, atol=1e-4)
