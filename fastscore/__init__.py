@@ -1,6 +1,6 @@
 """fastscore: score matching and annealed Langevin sampling in PyTorch, right and fast."""
 
-from fastscore import conversions, interop, likelihood, losses, models, nn, random, sampling, schedules, training
+from fastscore import conversions, guidance, interop, likelihood, losses, models, nn, random, sampling, schedules, training
 from fastscore.backend import use_backend
 from fastscore.dual import jvp
 from fastscore.ops import (
@@ -26,6 +26,7 @@ __all__ = [
     "denoising_loss",
     "group_norm_modulate",
     "group_norm_modulate_dual",
+    "guidance",
     "instance_norm_plus",
     "instance_norm_plus_dual",
     "interop",

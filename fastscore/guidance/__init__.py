@@ -1,0 +1,30 @@
+"""Conditional sampling by Bayes' rule for scores, ∇ log p(x | y) = ∇ log p(x) + ∇ log p(y | x): guided scores, and hooks for samplers.
+
+Guidance is a score like any other, or a hook `project(x, sigma, step)`: both go into every sampler, alone, together, and nested.
+"""
+
+from fastscore.guidance.bayes import posterior
+from fastscore.guidance.classifier import classifier
+from fastscore.guidance.hooks import chain, data_consistency, inpainting
+from fastscore.guidance.inverse import linear_inverse
+from fastscore.guidance.linear import Composition, LinearOperator, adjoint_gap, from_function
+from fastscore.guidance.operators import Blur, Downsample, Grey, Mask, Matrix, gaussian_kernel
+
+__all__ = [
+    "Blur",
+    "Composition",
+    "Downsample",
+    "Grey",
+    "LinearOperator",
+    "Mask",
+    "Matrix",
+    "adjoint_gap",
+    "chain",
+    "classifier",
+    "data_consistency",
+    "from_function",
+    "gaussian_kernel",
+    "inpainting",
+    "linear_inverse",
+    "posterior",
+]

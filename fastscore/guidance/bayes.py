@@ -1,0 +1,103 @@
+"""Bayes' rule for scores."""
+
+import torch
+from torch.autograd import forward_ad
+
+from fastscore.ops import checks
+
+
+def posterior(score, log_likelihood=None, scale=1.0, *, likelihood_score=None):
+    """The score of x given an observation y.
+
+        ∇ log p(x | y) = ∇ log p(x) + scale · ∇ log p(y | x)
+
+    At noise σ both terms are those of the noisy x: p(y | x_σ), not p(y | x₀).
+
+    Args:
+        score: called score(x, sigma), or score(x); a posterior score is one too, so that observations add up.
+        log_likelihood: called with the same arguments, log p(y | x) of each sample alone, (B,); differentiated here.
+        likelihood_score: ∇ₓ log p(y | x) itself, like x, in place of log_likelihood.
+        scale: a float or (B,); 1 is Bayes' rule, more than 1 sharpens the likelihood to p(y | x)^scale.
+
+    Returns:
+        A function of the arguments of `score`, for any sampler. It works under no_grad, where the result holds no graph; where gradients
+        are enabled the result is differentiable.
+
+    Raises:
+        ValueError: not exactly one of log_likelihood and likelihood_score is given; scale is not finite; when called: log_likelihood
+            returns another shape or does not depend on x, likelihood_score returns another shape.
+
+    Source: Song et al. 2021, section 5 (arXiv:2011.13456).
+
+    >>> guided = posterior(lambda x: -x, likelihood_score=lambda x: 1 - x)     # prior N(0, 1), y = 1 with noise N(0, 1)
+    >>> guided(torch.tensor([[0.5]])).item()     # the posterior is N(1/2, 1/2)
+    0.0
+    """
+    if (log_likelihood is None) == (likelihood_score is None):
+        raise ValueError("posterior: give exactly one of log_likelihood and likelihood_score.")
+    check_scale("posterior", scale)
+    if likelihood_score is None:
+        likelihood_score = gradient_of(log_likelihood)
+
+    def guided(x, *arguments):
+        g = likelihood_score(x, *arguments)
+        checks.check_like("posterior", "the likelihood's score", g, x)
+        return add("posterior", score(x, *arguments), g, scale)
+
+    return guided
+
+
+def gradient_of(log_likelihood):
+    """∇ₓ log p(y | x) as a function of (x, ...)."""
+
+    def value(x, arguments):
+        v = log_likelihood(x, *arguments)
+        if not isinstance(v, torch.Tensor) or v.shape != x.shape[:1]:
+            got = tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__
+            raise ValueError(f"posterior: log_likelihood must return one value per sample, ({len(x)},); got {got}.")
+        return v, v
+
+    return lambda x, *arguments: gradient("posterior", lambda x: value(x, arguments), x)[0]
+
+
+def gradient(op, f, x):
+    """f(x) returns values (B,) and another tensor; this returns ∇ₓ of the values, and the other tensor.
+
+    Samples never mix, so the gradient of the sum holds the gradient of each. Both results are differentiable where gradients are enabled.
+    """
+    if not checks.readable():   # inside a transform or torch.compile tensors have no graph to walk
+        return torch.func.grad(lambda x: _summed(*f(x)), has_aux=True)(x)
+    wanted = torch.is_grad_enabled()
+    leaf = x if wanted and x.requires_grad else x.view_as(x).requires_grad_()   # a view, for detach() would drop a forward-mode tangent
+    with torch.enable_grad():
+        values, rest = f(leaf)
+        if not values.requires_grad:
+            raise ValueError(f"{op}: log_likelihood must depend on x through differentiable operations.")
+        # Forward mode over reverse mode needs the formulas that a graph is made of: fused ones carry no tangent.
+        create_graph = wanted or forward_ad.unpack_dual(leaf).tangent is not None
+        g = torch.autograd.grad(values.sum(), leaf, create_graph=create_graph, materialize_grads=True)[0]
+    return (g, rest) if wanted else (released(g), released(rest))
+
+
+def released(t):
+    """Without the graph of this call, but with the forward-mode tangent that detach() would drop."""
+    if not t.requires_grad:
+        return t
+    primal, tangent = forward_ad.unpack_dual(t)
+    return primal.detach() if tangent is None else forward_ad.make_dual(primal.detach(), tangent.detach())
+
+
+def _summed(values, rest):
+    return values.sum(), rest
+
+
+def check_scale(op, scale):
+    """Finite; the shape of a tensor is checked with the first x."""
+    probe = torch.zeros(scale.shape if isinstance(scale, torch.Tensor) and scale.dim() else (1,), device=getattr(scale, "device", None))
+    checks.coefficient(op, "scale", scale, probe)
+
+
+def add(op, s, g, scale):
+    """s + scale · g in the dtype of s."""
+    scale = checks.expand(checks.coefficient(op, "scale", scale, s), s)
+    return (s + scale * g).to(s.dtype)

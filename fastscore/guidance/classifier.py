@@ -1,0 +1,42 @@
+"""The likelihood of a class label, from a noise-conditional classifier."""
+
+import torch
+
+
+def classifier(net, labels):
+    """log p(label | x_σ), for `posterior`.
+
+    Args:
+        net: called net(x, sigma), returns logits (B, K); trained on noisy x, as by `fastscore train --task classifier`.
+        labels: one class for all samples, an int, or one for each, int64 (B,); in 0..K-1.
+
+    Returns:
+        log_likelihood(x, sigma) -> (B,).
+
+    Raises:
+        ValueError: a label is negative or not an integer; when called: it is not below K, there is not one for each sample, or the
+            logits are not (B, K).
+
+    Source: Song et al. 2021, section 5 and appendix I.1 (arXiv:2011.13456).
+
+    >>> classifier(lambda x, sigma: torch.zeros(len(x), 4), 3)(torch.zeros(2, 5), torch.ones(2)).exp()
+    tensor([0.2500, 0.2500])
+    """
+    labels = torch.as_tensor(labels)
+    if labels.dtype not in (torch.int64, torch.int32) or labels.dim() > 1 or bool((labels < 0).any()):
+        raise ValueError(f"classifier: labels must be a class number, or int64 (B,), not negative; got {labels.tolist()}.")
+    highest = int(labels.max())
+
+    def log_likelihood(x, *arguments):
+        logits = net(x, *arguments)
+        if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != len(x):
+            got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise ValueError(f"classifier: net(x, sigma) must return logits ({len(x)}, K); got {got}.")
+        if highest >= logits.shape[1]:
+            raise ValueError(f"classifier: labels must be in 0..{logits.shape[1] - 1}; got {highest}.")
+        if labels.dim() and len(labels) != len(x):
+            raise ValueError(f"classifier: labels must be one for each of the {len(x)} samples; got {len(labels)}.")
+        index = labels.to(logits.device, torch.int64).expand(len(x))[:, None]
+        return logits.log_softmax(1).gather(1, index)[:, 0]
+
+    return log_likelihood

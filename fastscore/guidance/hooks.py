@@ -1,0 +1,113 @@
+"""Hooks for samplers, project(x, sigma, step) -> x: what is known is put back before every network call and after the last update."""
+
+import math
+
+import torch
+
+from fastscore import random
+from fastscore.guidance.linear import check_operator, solve
+from fastscore.guidance.operators import check_mask, fitted_mask
+from fastscore.ops import checks
+
+_STEP, _LEVEL = 0, 1  # substreams of PERTURB
+
+
+def inpainting(observation, mask, *, noise=0.0, redraw="level", seed=0, first_sample=0):
+    """The hook that puts the known pixels back, with the noise that they have at the sampler's level.
+
+        x ← y + √(σ² - σ_y²) z  where the mask is 1,    z from stream PERTURB;    x stays where it is 0, and everywhere once σ < σ_y
+
+    y with noise σ_y is a draw at level σ_y: above it the missing noise is added, below it the score cleans the known pixels, too. With
+    σ_y = 0 the last call (σ = 0) leaves the known pixels equal to y. Each unknown pixel sees neighbours of the right noise, but the chain
+    is not that of the posterior: for one that is, see `linear_inverse`.
+
+    Args:
+        observation: y, a sample's shape (*), or (B, *); its unknown values are ignored.
+        mask: bool, or 1 (known) and 0; broadcasts to a sample.
+        noise: σ_y >= 0, of the observation.
+        redraw: "level" (NCSN: z is drawn once for each σ; its key's step is the bit pattern of σ in float32, on substream 1) or "step"
+            (NCSNv2: with the sampler's step, on substream 0).
+        seed, first_sample: the noise key; first_sample as given to the sampler, so that splits of a batch agree.
+
+    Raises:
+        ValueError: a shape that does not fit, a mask that is neither 0 nor 1, negative noise, an unknown redraw.
+
+    Source: Song & Ermon 2019, appendix B.3 (arXiv:1907.05600); Song & Ermon 2020 redraw (arXiv:2006.09011).
+    """
+    op = "inpainting"
+    checks.check_float(op, "the observation", observation)
+    mask, noise = check_mask(op, mask), check_noise(op, noise)
+    if redraw not in ("level", "step"):
+        raise ValueError(f"{op}: redraw must be level or step; got {redraw!r}.")
+    if not bool(observation.isfinite()[fitted_mask(op, mask, observation[None]).expand_as(observation)].all()):
+        raise ValueError(f"{op}: the known part of the observation must be finite.")
+
+    def project(x, sigma, step):
+        y, known = fitted_observation(op, observation, x), fitted_mask(op, mask, x)
+        if sigma < noise:
+            return x
+        added = math.sqrt(sigma**2 - noise**2)
+        if added:
+            key = {"step": step, "substream": _STEP} if redraw == "step" else {"step": level_key(sigma), "substream": _LEVEL}
+            offset = first_sample * math.prod(x.shape[1:])
+            y = y + added * random.normal(x.shape, seed=seed, stream=random.PERTURB, offset=offset, dtype=x.dtype, device=x.device, **key)
+        return torch.where(known, y, x)
+
+    return project
+
+
+def data_consistency(operator, observation):
+    """The hook that moves the finished sample to the nearest one with A x = y, for observations without noise.
+
+        x ← x + Aᵀ (A Aᵀ)⁻¹ (y - A x)    at σ = 0
+
+    Args:
+        operator: as in `linear_inverse`. observation: y, a shape (*) or (B, *) of A x.
+
+    Raises:
+        ValueError: the operator has no adjoint, or (when called) y has another shape than A x.
+
+    Source: Wang et al. 2022, equation 10 (arXiv:2212.00490).
+    """
+    check_operator("data_consistency", operator)
+
+    def project(x, sigma, step):
+        if sigma > 0:
+            return x
+        ax = operator.forward(x)
+        r = fitted_observation("data_consistency", observation, ax, "A x") - ax
+        return x + operator.adjoint(solve(operator, r, *(r.new_full((1,) * r.dim(), value) for value in (0.0, 1.0))))
+
+    return project
+
+
+def chain(*hooks):
+    """One hook that applies several, in this order."""
+
+    def project(x, sigma, step):
+        for hook in hooks:
+            x = hook(x, sigma, step)
+        return x
+
+    return project
+
+
+def level_key(sigma):
+    """The bit pattern of σ in float32, an int."""
+    return int(torch.tensor(sigma, dtype=torch.float32).view(torch.int32)) & 0xFFFFFFFF
+
+
+def check_noise(op, noise):
+    """σ_y as a float."""
+    return checks.coefficient(op, "noise", float(noise), torch.zeros(1), minimum=0)
+
+
+def fitted_observation(op, y, like, of="x"):
+    """y as (B, *) or (1, *) in the dtype and on the device of `like`."""
+    checks.check_float(op, "the observation", y)
+    if y.shape == like.shape[1:]:
+        y = y[None]
+    if y.shape[1:] != like.shape[1:] or len(y) not in (1, len(like)):
+        want = tuple(like.shape[1:])
+        raise ValueError(f"{op}: the observation must have the shape of {of}, {want} or {tuple(like.shape)}; got {tuple(y.shape)}.")
+    return y.to(like.device, like.dtype)
