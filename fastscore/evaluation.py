@@ -11,10 +11,8 @@ def report(samples, images, labels, held_out_images, held_out_labels):
     Returns a dict: classifier accuracy on held-out images; for samples and held-out images the fraction of which the
     classifier is at least 90 % sure, the number of images per class, and the median nearest-training-image distance.
     """
-    from sklearn.neural_network import MLPClassifier
-
     flat = [t.flatten(1).cpu() for t in (images, samples.clamp(0, 1), held_out_images)]
-    classifier = MLPClassifier((256,), alpha=1e-3, max_iter=200, random_state=0).fit(flat[0].numpy(), labels.numpy())
+    classifier = _classifier(images, labels)
     result = {"classifier_accuracy_held_out": float(classifier.score(flat[2].numpy(), held_out_labels.numpy()))}
     for name, x in (("samples", flat[1]), ("held_out", flat[2])):
         p = torch.from_numpy(classifier.predict_proba(x.numpy()))
@@ -30,6 +28,18 @@ def report(samples, images, labels, held_out_images, held_out_labels):
             },
         }
     return result
+
+
+def as_asked(samples, asked, images, labels):
+    """Whether the classifier sees the class that was asked for, bool (N,); asked is an int or int64 (N,)."""
+    seen = _classifier(images, labels).predict(samples.clamp(0, 1).flatten(1).cpu().numpy())
+    return torch.from_numpy(seen) == asked
+
+
+def _classifier(images, labels):
+    from sklearn.neural_network import MLPClassifier
+
+    return MLPClassifier((256,), alpha=1e-3, max_iter=200, random_state=0).fit(images.flatten(1).cpu().numpy(), labels.numpy())
 
 
 def markdown(result):

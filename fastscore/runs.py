@@ -16,9 +16,10 @@ SAVE_EVERY = 500  # steps: what a killed run may lose
 
 @dataclass
 class TrainConfig:
-    """Train a noise-conditional score network by denoising, sliced or exact score matching.
+    """Train a noise-conditional score network by denoising, sliced or exact score matching, or a classifier of noisy images.
 
     Args:
+        task: score, or classifier (of noisy images; for sample --condition class=K).
         data: digits, mnist, fashion, a folder of images, or an .npz file with an array named images.
         out: run folder to create.
         network: mlp (residual ScoreMLP) or ncsn (convolutional RefineNet).
@@ -39,6 +40,7 @@ class TrainConfig:
         resume: go on with the run in `out`.
     """
 
+    task: str = "score"
     data: str = "digits"
     out: Path = Path("runs/digits")
     network: str = "mlp"
@@ -63,6 +65,8 @@ def check(config: TrainConfig) -> None:
     for name in ("steps", "batch_size", "levels", "width", "depth", "projections"):
         if getattr(config, name) < 1:
             raise ValueError(f"train: {name} must be at least 1; got {getattr(config, name)}.")
+    if config.task not in ("score", "classifier"):
+        raise ValueError(f"train: task must be score or classifier; got {config.task!r}.")
     if not 0 < config.lr < float("inf"):
         raise ValueError(f"train: lr must be positive and finite; got {config.lr}.")
     if not 0 <= config.ema_decay < 1:
@@ -101,6 +105,8 @@ def train(config: TrainConfig):
     if config.resume:
         config = resumed(config)
     check(config)
+    if config.task != "score":
+        raise ValueError(f"train: classifier_training trains a {config.task}.")
     images, _ = datasets.load(config.data)
     images = images[datasets.split(len(images), config.held_out, seed=0)[0]]
     out = Path(config.out)
@@ -223,6 +229,8 @@ def read_config(folder):
 def open_run(folder):
     """(averaged network, sigmas, sample shape (C, H, W), config) of a run folder."""
     config, shape = read_config(folder)
+    if config.task != "score":
+        raise ValueError(f"{folder} holds a {config.task}, not a score network; sample takes it as --classifier.")
     net, sigmas = build(config, shape)
     net.load_state_dict(checkpoint.load(Path(folder) / "weights.safetensors"))
     return net.eval().requires_grad_(False), sigmas, shape, config

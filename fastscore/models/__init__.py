@@ -4,6 +4,7 @@ from fastscore.models.analytic import Gaussian, GaussianMixture
 from fastscore.models.energy import EnergyMLP, EnergyScore
 from fastscore.models.ncsn import NCSN
 from fastscore.models.ncsnv2 import NCSNv2, NCSNv2Deeper, NCSNv2Deepest
+from fastscore.models.noise_classifier import NoiseClassifier
 from fastscore.models.official import load_official
 from fastscore.models.score_mlp import ScoreMLP
 
@@ -16,6 +17,7 @@ __all__ = [
     "NCSNv2",
     "NCSNv2Deeper",
     "NCSNv2Deepest",
+    "NoiseClassifier",
     "ScoreMLP",
     "load_official",
 ]
