@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+from fastscore.conditions import ConditionOptions
 from fastscore.drawing import SamplerOptions
 
 try:
@@ -28,6 +29,10 @@ def train(config) -> None:
 
     if config.resume:
         config = runs.resumed(config)
+    if config.task == "classifier":
+        from fastscore import classifier_training
+
+        return classifier_training.command(config)
     loop = runs.train(config)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))   # a job that is ended saves like Ctrl-C
     try:
@@ -54,7 +59,7 @@ def train(config) -> None:
     print(f"run: {out}\npictures: {out / 'samples.png'}, {out / 'levels.png'}, {out / 'loss.png'}")
 
 
-def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")],
+def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")], asked: Annotated[ConditionOptions, arg(name="")],
            n: Annotated[int, arg(aliases=["-n"])] = 100, out: Path = Path("grid.png"), seed: int = 0, first_sample: int = 0,
            batch_size: int = 100, path: Path | None = None, arch: str | None = None, ema: bool = True,
            sigma_max: float | None = None, sigma_min: float | None = None, levels: int | None = None,
@@ -64,6 +69,7 @@ def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")],
     Args:
         run: run folder, or a checkpoint (.pth).
         options: the sampler.
+        asked: conditions on the samples.
         n: number of samples.
         out: a .png for a grid, or a .npz for the samples themselves (array `images`).
         seed: of the sampler.
@@ -81,7 +87,7 @@ def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")],
     import torch
     from tqdm import tqdm
 
-    from fastscore import drawing, pictures
+    from fastscore import conditions, drawing, pictures
 
     if n < 1 or batch_size < 1:
         raise ValueError(f"sample: n and batch_size must be at least 1; got {n} and {batch_size}.")
@@ -91,17 +97,25 @@ def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")],
         raise ValueError(f"sample: path must end in .png; got {path}.")
     if not out.parent.is_dir():
         raise ValueError(f"sample: the folder {out.parent} does not exist.")
+    condition = conditions.prepare(run, asked)
+    if condition and path is not None:
+        raise ValueError("sample: path shows samples without a condition; leave it out.")
     net, sigmas, shape = open_network(run, arch, ema, (sigma_max, sigma_min, levels), image_size)
     net.to("cuda" if torch.cuda.is_available() else "cpu")
-    parts = out.with_name(f"{out.name}.parts") if n > batch_size else None
+    parts = out.with_name(f"{out.name}.parts") if n > batch_size and not condition else None
     total = -(-n // batch_size) * drawing.states_per_batch(sigmas, options.sampler, options.denoise)
-    job = {"seed": seed, "first_sample": first_sample, "batch_size": batch_size, "parts": parts, **drawing.chosen(options)}
+    job = {"seed": seed, "first_sample": first_sample, "batch_size": batch_size, **drawing.chosen(options)}
     try:
         with tqdm(total=total, unit="level", desc="sample", disable=None) as bar:
-            samples, strip = drawing.draw_from(net, sigmas, shape, n, done=bar.update, **job)
+            if condition:
+                result = conditions.draw(net, sigmas, shape, n=n, done=bar.update, **condition, **job)
+            else:
+                samples, strip = drawing.draw_from(net, sigmas, shape, n, done=bar.update, parts=parts, **job)
     except KeyboardInterrupt:
         sys.exit(f"interrupted; {parts} keeps the finished batches, the same command goes on" if parts else "interrupted")
-    if out.suffix == ".npz":
+    if condition:
+        conditions.save(out, result)
+    elif out.suffix == ".npz":
         np.savez(out, images=samples.clamp(0, 1).numpy())
     else:
         pictures.save_grid(out, samples)
@@ -188,7 +202,7 @@ def main() -> None:
 
     @app.command(name="train")
     def _train(config: tyro.conf.OmitArgPrefixes[runs.TrainConfig]) -> None:
-        """Train a noise-conditional score network by denoising, sliced or exact score matching."""
+        """Train a noise-conditional score network, or a classifier of noisy images."""
         train(config)
 
     for function in (sample, evaluate, recipe_cli.recipe, demo, doctor):

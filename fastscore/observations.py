@@ -1,0 +1,169 @@
+"""Images of which only a part, or a degraded copy, is known: what `fastscore sample --condition` names, as operators and observations.
+
+    class=K    inpaint=IMAGE,MASK    colourise=IMAGE    super_resolution=IMAGE,FACTOR    deblur=IMAGE,SIGMA
+
+IMAGE is held-out:N or data:N, an image of the run's data set, which is degraded here; or a .png or .npy file, which is the observation.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fastscore import datasets, guidance, random
+from fastscore.guidance.hooks import check_noise
+
+KINDS = {"class": "class=K", "inpaint": "inpaint=IMAGE,MASK", "colourise": "colourise=IMAGE",
+         "super_resolution": "super_resolution=IMAGE,FACTOR", "deblur": "deblur=IMAGE,SIGMA"}  # fmt: skip
+HALVES = ("left-half", "right-half", "top-half", "bottom-half", "centre")
+_OBSERVATION = 1026  # the stream of the noise on observations that are made here
+
+
+class Request(NamedTuple):
+    """One condition as it was written: its kind, the image's name and the last word (both None where there is none)."""
+
+    kind: str
+    image: str | None
+    value: str | None
+
+
+class Observed(NamedTuple):
+    """An image condition: y = operator(image) + noise, and what there is to show of it, (C, H, W) each."""
+
+    operator: guidance.LinearOperator
+    y: torch.Tensor
+    original: torch.Tensor | None   # where y was made of it
+    picture: torch.Tensor   # y at the size of a sample
+    mask: torch.Tensor | None   # bool, of inpaint: True where known
+
+
+def parse(text):
+    """A `Request` from KIND=VALUE.
+
+    >>> parse("super_resolution=held-out:3,2")
+    Request(kind='super_resolution', image='held-out:3', value='2')
+    """
+    kind, _, value = text.partition("=")
+    if kind not in KINDS or not value:
+        raise ValueError(f"condition must be one of {', '.join(KINDS.values())}; got {text!r}.")
+    if kind == "class":
+        return Request(kind, None, value)
+    if kind == "colourise":
+        return Request(kind, value, None)
+    image, comma, last = value.rpartition(",")
+    if not (comma and image and last):
+        raise ValueError(f"condition {kind} must be {KINDS[kind]}; got {text!r}.")
+    return Request(kind, image, last)
+
+
+def observe(request, shape, config=None, *, noise=0.0, seed=0):
+    """The `Observed` of an image condition, for samples of `shape` (C, H, W) of a run with this config.
+
+    Raises:
+        ValueError: an image that cannot be had or has another shape, a mask, factor or SIGMA out of range, or negative noise.
+    """
+    check_noise("condition", noise)
+    operator, mask = _operator(request, shape)
+    empty = torch.zeros(1, *shape)
+    wanted = operator.forward(empty).shape[1:]
+    image, clean = load_image(request.image, config)
+    whole = shape if clean or request.kind == "inpaint" else wanted
+    if (clean and image.shape != torch.Size(shape)) or (not clean and image.shape != torch.Size(whole)):
+        raise ValueError(f"condition {request.kind}: {request.image} must be an image of shape {tuple(whole)}; got {tuple(image.shape)}.")
+    y = operator.forward(image[None]) if clean or request.kind == "inpaint" else image[None]
+    if clean and noise:
+        y = y + noise * random.normal(y.shape, seed=seed, stream=_OBSERVATION)
+        y = operator.forward(y) if request.kind == "inpaint" else y   # nothing, and no noise, where nothing is known
+    return Observed(operator, y[0], image if clean else None, _picture(request.kind, operator, y, mask, shape), mask)
+
+
+def _operator(request, shape):
+    """The operator of a condition, and the mask of inpaint."""
+    if request.kind == "inpaint":
+        mask = load_mask(request.value, shape)
+        return guidance.Mask(mask), mask
+    if request.kind == "colourise":
+        if shape[0] != 3:
+            raise ValueError(f"condition colourise: the run must be of RGB images; its samples are {tuple(shape)}.")
+        return guidance.Grey("luma"), None
+    if request.kind == "super_resolution":
+        if not request.value.isdecimal() or int(request.value) < 1:
+            raise ValueError(f"condition super_resolution: FACTOR must be an int of at least 1; got {request.value!r}.")
+        return guidance.Downsample(int(request.value)), None
+    try:
+        sigma = float(request.value)
+    except ValueError:
+        raise ValueError(f"condition deblur: SIGMA must be a number; got {request.value!r}.") from None
+    largest = (min(shape[1:]) - 1) // 2   # the kernel must fit into the image
+    radius = len(guidance.gaussian_kernel(sigma)) // 2
+    return guidance.Blur(guidance.gaussian_kernel(sigma, min(radius, largest))), None
+
+
+def _picture(kind, operator, y, mask, shape):
+    """The observation at the size of a sample: hidden pixels grey, large pixels, grey images."""
+    if kind == "inpaint":
+        return torch.where(mask, y[0], 0.5)
+    if kind == "super_resolution":
+        return operator.adjoint(y)[0] / operator.gram
+    return y[0].expand(shape)
+
+
+def load_mask(source, shape):
+    """bool (C, H, W), True where known. source names what is hidden: left-half, right-half, top-half, bottom-half, centre; or a .png or
+    .npy file, whose black pixels (below 1/2) are hidden."""
+    _, h, w = shape
+    known = torch.ones(shape, dtype=torch.bool)
+    parts = {"left-half": np.s_[:, :, : w // 2], "right-half": np.s_[:, :, w // 2 :], "top-half": np.s_[:, : h // 2],
+             "bottom-half": np.s_[:, h // 2 :], "centre": np.s_[:, h // 4 : h - h // 4, w // 4 : w - w // 4]}  # fmt: skip
+    if source in parts:
+        known[parts[source]] = False
+        return known
+    if Path(source).suffix not in (".png", ".npy"):
+        raise ValueError(f"condition inpaint: MASK must be {', '.join(HALVES)}, or a .png or .npy file; got {source!r}.")
+    mask = read_file(source)
+    if mask.shape[1:] != (h, w) or len(mask) not in (1, 3, shape[0]):
+        raise ValueError(f"condition inpaint: {source} must be a mask of {(h, w)} pixels; got {tuple(mask.shape[1:])}.")
+    mask = mask if len(mask) == shape[0] else mask.mean(0, keepdim=True)
+    return (mask >= 0.5).expand(shape).clone()
+
+
+def load_image(source, config):
+    """(image (C, H, W) in [0, 1], whether it is a clean image of the data set)."""
+    name, colon, number = source.partition(":")
+    if colon and name in ("held-out", "data"):
+        if config is None:
+            raise ValueError(f"condition: {source} needs a run folder; a checkpoint names no data set.")
+        if not number.isdecimal():
+            raise ValueError(f"condition: {name}:N must name an image by its number; got {source!r}.")
+        images, _ = datasets.load(config.data)
+        if name == "held-out":
+            images = images[datasets.split(len(images), config.held_out, seed=0)[1]]
+        if int(number) >= len(images):
+            raise ValueError(f"condition: {source} is not there; the run has {len(images)} {name} images.")
+        return images[int(number)], True
+    if Path(source).suffix not in (".png", ".npy"):
+        raise ValueError(f"condition: IMAGE must be held-out:N, data:N or a .png or .npy file; got {source!r}.")
+    return read_file(source), False
+
+
+def read_file(path):
+    """float32 (C, H, W) in [0, 1] from a .png, or a .npy of (H, W), (H, W, C) or (C, H, W), uint8 or float."""
+    from PIL import Image
+
+    try:
+        if Path(path).suffix == ".npy":
+            array = np.load(path, allow_pickle=False)
+        else:
+            with Image.open(path, formats=("PNG",)) as image:
+                array = np.asarray(image if image.mode in ("L", "RGB") else image.convert("L" if image.mode in ("1", "I", "LA") else "RGB"))
+    except (OSError, EOFError, ValueError, SyntaxError) as error:
+        raise ValueError(f"condition: {path} is not a readable .png or .npy file ({type(error).__name__}).") from None
+    if array.ndim == 3 and array.shape[-1] in (1, 3) and array.shape[0] not in (1, 3):
+        array = array.transpose(2, 0, 1)
+    array = array[None] if array.ndim == 2 else array
+    array = array.astype(np.float32) / 255 if array.dtype == np.uint8 else array
+    if array.ndim != 3 or array.dtype.kind not in "fb" or not array.size or not np.isfinite(array).all():
+        wanted = "(H, W), (H, W, C) or (C, H, W), uint8 or finite floats"
+        raise ValueError(f"condition: {path} must hold {wanted}; got {array.dtype} {array.shape}.")
+    return torch.from_numpy(np.ascontiguousarray(array, np.float32))
