@@ -134,7 +134,7 @@ def classes_as_asked(folder, classifier_folder, *, per_class=50, scale=1.0, seed
     for k in range(classifier.num_classes):
         draws.append(draw(net, sigmas, shape, [Request("class", None, str(k))], per_class, first_sample=k * per_class, **options).samples)
     asked = torch.arange(classifier.num_classes).repeat_interleave(per_class)
-    right = evaluation.as_asked(torch.cat(draws), asked, *classifier_training.training_images(config))
+    right = evaluation.seen(evaluation.reader(*classifier_training.training_images(config)), torch.cat(draws)) == asked
     return right.double().reshape(-1, per_class).mean(1).tolist()
 
 

@@ -5,14 +5,26 @@ import torch
 SURE = 0.9
 
 
-def report(samples, images, labels, held_out_images, held_out_labels):
-    """Compare samples with held-out real images under one classifier and one training set.
+def reader(images, labels):
+    """A classifier trained on real images, of scikit-learn: a second opinion that no sampler has seen."""
+    from sklearn.neural_network import MLPClassifier
+
+    return MLPClassifier((256,), alpha=1e-3, max_iter=200, random_state=0).fit(images.flatten(1).cpu().numpy(), labels.numpy())
+
+
+def seen(classifier, samples):
+    """The classes that the reader sees, int64 (N,)."""
+    return torch.from_numpy(classifier.predict(samples.clamp(0, 1).flatten(1).cpu().numpy()))
+
+
+def report(samples, images, labels, held_out_images, held_out_labels, classifier=None):
+    """Compare samples with held-out real images under one classifier (`reader(images, labels)`) and one training set.
 
     Returns a dict: classifier accuracy on held-out images; for samples and held-out images the fraction of which the
     classifier is at least 90 % sure, the number of images per class, and the median nearest-training-image distance.
     """
     flat = [t.flatten(1).cpu() for t in (images, samples.clamp(0, 1), held_out_images)]
-    classifier = _classifier(images, labels)
+    classifier = reader(images, labels) if classifier is None else classifier
     result = {"classifier_accuracy_held_out": float(classifier.score(flat[2].numpy(), held_out_labels.numpy()))}
     for name, x in (("samples", flat[1]), ("held_out", flat[2])):
         p = torch.from_numpy(classifier.predict_proba(x.numpy()))
@@ -28,18 +40,6 @@ def report(samples, images, labels, held_out_images, held_out_labels):
             },
         }
     return result
-
-
-def as_asked(samples, asked, images, labels):
-    """Whether the classifier sees the class that was asked for, bool (N,); asked is an int or int64 (N,)."""
-    seen = _classifier(images, labels).predict(samples.clamp(0, 1).flatten(1).cpu().numpy())
-    return torch.from_numpy(seen) == asked
-
-
-def _classifier(images, labels):
-    from sklearn.neural_network import MLPClassifier
-
-    return MLPClassifier((256,), alpha=1e-3, max_iter=200, random_state=0).fit(images.flatten(1).cpu().numpy(), labels.numpy())
 
 
 def markdown(result):

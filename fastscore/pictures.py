@@ -32,16 +32,19 @@ def save_grid(path, images, columns=None):
     checkpoint.write_atomic(path, buffer.getvalue())
 
 
-def save_row(path, panels):
+def save_row(path, panels, rows=1):
     """Write titled grids of images side by side; panels maps a title to images (N, C, H, W)."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3 * len(panels), 3.3), layout="constrained")
-    for axes, (title, images) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+    columns = -(-len(panels) // rows)
+    figure = Figure(figsize=(3 * columns, 3.4 * rows), layout="constrained")
+    every = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in every:
+        axes.set_axis_off()
+    for axes, (title, images) in zip(every, panels.items()):
         array = grid(images)
         axes.imshow(array[..., 0] if array.shape[-1] == 1 else array, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_title(title, fontsize=10)
-        axes.set_axis_off()
+        axes.set_title(title, fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     checkpoint.write_atomic(path, buffer.getvalue())

@@ -1,0 +1,123 @@
+"""Bayes' rule on the digits: samples of a class, and of what an observation leaves open."""
+
+import numpy as np
+import torch
+
+from fastscore import classifier_training, conditions, datasets, evaluation, pictures, runs
+
+from gallery_digits import colour, trained
+from gallery_tables import table
+
+SAMPLES = 8   # shown of each condition
+REQUESTS = {   # title: (what is asked for, how)
+    "inpaint, as in NCSN": ("inpaint=held-out:3,right-half", {"guide": "replace"}),
+    "inpaint, likelihood flat": ("inpaint=held-out:3,right-half", {"guide": "flat"}),
+    "inpaint, likelihood denoiser": ("inpaint=held-out:3,right-half", {}),
+    "inpaint, likelihood moments": ("inpaint=held-out:3,right-half", {"guide": "moments"}),
+    "the same with noise 0.1": ("inpaint=held-out:3,right-half", {"noise": 0.1}),
+    "super-resolution, from 4×4": ("super_resolution=held-out:3,2", {}),
+    "super-resolution, from 4×4, probability flow": ("super_resolution=held-out:3,2", {"sampler": "probability_flow"}),
+    "deblurring, 0.8 pixels, noise 0.05": ("deblur=held-out:3,0.8", {"noise": 0.05}),
+}
+
+
+def draw(out, folder, quick):
+    """Returns the lines of the section, and its rows."""
+    net, sigmas, shape, config = trained(folder / "digits", quick)
+    classifier = trained_classifier(folder / "classifier", quick)
+    n = SAMPLES if quick else 64
+    reader, shown, rows = evaluation.reader(*classifier_training.training_images(config)), [], []
+    classes, right = by_class(net, sigmas, shape, config, classifier, n, reader)
+    pictures.save_grid(out / "classes.png", classes, columns=SAMPLES)
+    for title, (text, options) in REQUESTS.items():
+        result, error = conditioned(net, sigmas, shape, config, text, n, **options)
+        shown.append(in_row(result))
+        rows.append(row(title, result, error, reader))
+    pictures.save_grid(out / "conditions.png", torch.cat(shown), columns=SAMPLES + 2)
+    left_half = REQUESTS["inpaint, likelihood denoiser"][0]
+    both, _ = conditioned(net, sigmas, shape, config, left_half, n, "class=3", classifier=classifier)
+    pictures.save_grid(out / "both.png", in_row(both), columns=SAMPLES + 2)
+    asked = float((evaluation.seen(reader, both.samples) == 3).double().mean())
+    coloured, error = recoloured(folder, quick, n)
+    pictures.save_grid(out / "colours.png", coloured, columns=SAMPLES + 2)
+    lines = [
+        CLASSES.format(right=100 * right), "![a row for each class](gallery/classes.png)\n",
+        OBSERVED, "![original, observation, samples; a row for each condition](gallery/conditions.png)\n", *table(rows),
+        BOTH.format(asked=100 * asked), "![original, observation, samples](gallery/both.png)\n",
+        COLOURS.format(error=error), "![original, observation, samples](gallery/colours.png)\n",
+    ]  # fmt: skip
+    return lines, [{"condition": "class", "as asked": right}, *rows]
+
+
+def trained_classifier(folder, quick):
+    config = runs.TrainConfig(task="classifier", out=folder, held_out=300, steps=40 if quick else 3000)
+    if not (folder / "state.safetensors").exists():
+        for _ in classifier_training.train(config):
+            pass
+    return classifier_training.open_classifier(folder)[0]
+
+
+def by_class(net, sigmas, shape, config, classifier, n, reader):
+    """Eight samples of each class, and the fraction of all in which a reader sees the class that was asked for."""
+    drawn = [
+        conditions.draw(net, sigmas, shape, [conditions.parse(f"class={k}")], n, config=config, classifier=classifier, first_sample=k * n)
+        for k in range(10)
+    ]
+    x, asked = torch.cat([r.samples for r in drawn]), torch.arange(10).repeat_interleave(n)
+    right = float((evaluation.seen(reader, x) == asked).double().mean())
+    return torch.cat([r.samples[:SAMPLES] for r in drawn]), right
+
+
+def conditioned(net, sigmas, shape, config, text, n, *more, noise=0.0, **options):
+    """The `Result` of the conditions, and the root mean square of A x - y."""
+    requests = [conditions.parse(t) for t in (text, *more)]
+    result = conditions.draw(net, sigmas, shape, requests, n, config=config, noise=noise, **options)
+    observed = conditions.observe(requests[0], shape, config, noise=noise)
+    gap = observed.operator.forward(result.samples) - observed.y
+    known = gap if observed.mask is None else gap[:, observed.mask]
+    return result, float(known.square().mean().sqrt())
+
+
+def in_row(result):
+    return torch.cat([result.original[None], result.observation[None], result.samples[:SAMPLES]])
+
+
+def row(title, result, error, reader):
+    k = int(evaluation.seen(reader, result.original[None]))
+    share = float((evaluation.seen(reader, result.samples) == k).double().mean())
+    apart = float(result.samples.var(0).mean().sqrt())
+    return {"condition": title, f"read as the original, a {k}": f"{100 * share:.0f} %", "root mean square of A x - y": error,
+            "spread of the samples": apart}  # fmt: skip
+
+
+def recoloured(folder, quick, n):
+    """Grey images in colour: rows of original, observation and samples, from a network trained on coloured digits."""
+    source = folder / "coloured.npz"
+    images, _ = datasets.load("digits")
+    np.savez(source, images=colour(images).numpy())
+    net, sigmas, shape, config = trained(folder / "coloured", quick, data=str(source))
+    shown, error = [], 0.0
+    for number in (3, 7):
+        result, error = conditioned(net, sigmas, shape, config, f"colourise=held-out:{number}", n)
+        shown.append(in_row(result))
+    return torch.cat(shown), error
+
+
+CLASSES = """## A class that is asked for
+
+`fastscore sample RUN --condition class=3 --classifier CLASSIFIER`: Bayes' rule with a noise-conditional classifier. Another classifier,
+trained on clean images, sees the class that was asked for in {right:.0f} % of the samples.
+"""
+OBSERVED = """## What an observation leaves open
+
+Original (never trained on), observation, samples; a row for each row of the table. `inpaint=held-out:3,right-half` and so on are the
+arguments of `fastscore sample RUN --condition`.
+"""
+BOTH = """## Two conditions at once
+
+The left half as above, and the class 3: read as a 3 in {asked:.0f} % of the samples.
+"""
+COLOURS = """## Colours of grey images
+
+From a network trained on digits in random colours; the luma of the samples keeps to the grey image within {error:.2g} (root mean square).
+"""
