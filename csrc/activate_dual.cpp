@@ -5,17 +5,6 @@
 namespace fastscore {
 namespace {
 
-template <class T> FS_INLINE vf load_some(const T* p, int64_t n) {
-  T buffer[kLanes] = {};
-  __builtin_memcpy(buffer, p, n * sizeof(T));
-  return load_vector(buffer);
-}
-template <class T> FS_INLINE void store_some(vf v, T* p, int64_t n) {
-  T buffer[kLanes];
-  store_vector(v, buffer);
-  __builtin_memcpy(p, buffer, n * sizeof(T));
-}
-
 template <class T, int kKind>
 void run(const ActivateArgs& p, int64_t begin, int64_t end) {
   const T *s = static_cast<const T*>(p.s), *g = static_cast<const T*>(p.g);

@@ -1,4 +1,4 @@
-// Activations f with f' and f'', on a vector of floats or on one double. Internal linkage, as in normal_cpu.h.
+// Activations f with f', f'' and f''', on a vector of floats or on one double. Internal linkage, as in normal_cpu.h.
 #pragma once
 #include <cmath>
 
@@ -67,9 +67,9 @@ FS_INLINE V sigmoid(V u) {
   return where(u < 0, e, V{} + 1) / (1 + e);
 }
 
-// y = f(u), d1 = f'(u), d2 = f''(u); a null pointer is not computed.
+// y = f(u), d1 = f'(u), d2 = f''(u), d3 = f'''(u); a null pointer is not computed.
 template <class V>
-FS_INLINE void activate(int kind, V u, V* y, V* d1, V* d2) {
+FS_INLINE void activate(int kind, V u, V* y, V* d1, V* d2, V* d3 = nullptr) {
   const V one = V{} + 1, zero = V{};
   switch (kind) {
     case kElu: {
@@ -77,6 +77,7 @@ FS_INLINE void activate(int kind, V u, V* y, V* d1, V* d2) {
       if (y) *y = where(u > 0, u, e);
       if (d1) *d1 = e + 1;
       if (d2) *d2 = where(u > 0, zero, e + 1);
+      if (d3) *d3 = where(u > 0, zero, e + 1);
       return;
     }
     case kSilu: {
@@ -84,12 +85,14 @@ FS_INLINE void activate(int kind, V u, V* y, V* d1, V* d2) {
       if (y) *y = u * s;
       if (d1) *d1 = s * (u * (1 - s) + 1);
       if (d2) *d2 = s * (1 - s) * (u * (1 - s - s) + 2);
+      if (d3) *d3 = s * (1 - s) * (3 * (1 - s - s) + u * (1 - 6 * s * (1 - s)));
       return;
     }
     case kRelu:
       if (y) *y = where(u < 0, zero, u);
       if (d1) *d1 = where(u > 0, one, zero);
       if (d2) *d2 = zero;
+      if (d3) *d3 = zero;
       return;
     case kGelu: {
       V cdf, density;
@@ -97,6 +100,7 @@ FS_INLINE void activate(int kind, V u, V* y, V* d1, V* d2) {
       if (y) *y = u * cdf;
       if (d1) *d1 = cdf + u * density;
       if (d2) *d2 = density * (2 - u * u);
+      if (d3) *d3 = density * u * (u * u - 4);
       return;
     }
     case kSoftplus: {
@@ -104,6 +108,7 @@ FS_INLINE void activate(int kind, V u, V* y, V* d1, V* d2) {
       if (y) *y = where(u < 0, zero, u) + log1p_unit(exp_negative(-magnitude(u)));
       if (d1) *d1 = s;
       if (d2) *d2 = s * (1 - s);
+      if (d3) *d3 = s * (1 - s) * (1 - s - s);
       return;
     }
     case kTanh: {
@@ -111,6 +116,7 @@ FS_INLINE void activate(int kind, V u, V* y, V* d1, V* d2) {
       if (y) *y = s;
       if (d1) *d1 = 1 - s * s;
       if (d2) *d2 = -2 * s * (1 - s * s);
+      if (d3) *d3 = (1 - s * s) * (6 * s * s - 2);
       return;
     }
     case kSigmoid: {
@@ -118,12 +124,14 @@ FS_INLINE void activate(int kind, V u, V* y, V* d1, V* d2) {
       if (y) *y = s;
       if (d1) *d1 = s * (1 - s);
       if (d2) *d2 = s * (1 - s) * (1 - s - s);
+      if (d3) *d3 = s * (1 - s) * (1 - 6 * s * (1 - s));
       return;
     }
     default:
       if (y) *y = u;
       if (d1) *d1 = one;
       if (d2) *d2 = zero;
+      if (d3) *d3 = zero;
   }
 }
 

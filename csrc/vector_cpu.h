@@ -55,6 +55,18 @@ FS_INLINE void store_vector(vf v, Float16* p) {
 #endif
 }
 
+// The first n lanes of a vector.
+template <class T> FS_INLINE vf load_some(const T* p, int64_t n) {
+  T buffer[kLanes] = {};
+  __builtin_memcpy(buffer, p, n * sizeof(T));
+  return load_vector(buffer);
+}
+template <class T> FS_INLINE void store_some(vf v, T* p, int64_t n) {
+  T buffer[kLanes];
+  store_vector(v, buffer);
+  __builtin_memcpy(p, buffer, n * sizeof(T));
+}
+
 // a b + c, fused wherever the compiler would fuse it in a loop over elements.
 FS_INLINE vf multiply_add(vf a, vf b, vf c) {
 #if defined(__AVX512F__)

@@ -22,7 +22,7 @@ OPS = (
     "rademacher_jvp",
 )  # fmt: skip
 RAW_OPS = ("fill", "noisy_update", "noise_reduce", "normalise", "normalise_backward", "rademacher_project", "rademacher_spread")
-CPU_OPS = ("activate_dual",)   # in C++ alone; elsewhere plain PyTorch
+CPU_OPS = ("activate_dual", "activate_jet")   # in C++ alone; elsewhere plain PyTorch
 _requested: ContextVar[str | None] = ContextVar("fastscore_backend", default=None)
 
 

@@ -106,6 +106,10 @@ class Dual(torch.Tensor):
     def __init__(self, stack):
         self.stack = stack
 
+    def like(self, stack):
+        """Another number of this kind."""
+        return type(self)(stack)
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -159,17 +163,28 @@ def _on_values(func, args, kwargs):
 def _special(func, args, kwargs):
     """In-place operations, the constructors that follow a tensor, gradients asked for inside f."""
     name = getattr(func, "__name__", "")
-    if func in _LIKE:   # a place to write dual numbers into
-        value = func(args[0].stack[0], *args[1:], **kwargs)
-        return Dual(torch.cat([value[None], value.new_zeros(len(args[0].stack) - 1, *value.shape)])) if value.is_floating_point() else value
+    if func in _LIKE:
+        return _place(func, args, kwargs)
     if func == torch.Tensor.requires_grad.__get__:
         return args[0].stack.requires_grad
-    if func == torch.Tensor.__setitem__:
-        return _setitem(*args)
     if kwargs.get("out") is not None or func in REFUSED or func in (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward):
         raise NoRule(f"fastscore.jvp: {name} cannot be carried through with its tangents.")
     if name in ("requires_grad_", "data", "set_", "register_hook", "retain_grad", "as_strided", "untyped_storage", "data_ptr"):
         raise NoRule(f"fastscore.jvp: {name} cannot be carried through with its tangents.")
+    return _in_place(func, name, args, kwargs)
+
+
+def _place(func, args, kwargs):
+    """A place to write dual numbers into."""
+    value = func(args[0].stack[0], *args[1:], **kwargs)
+    if not value.is_floating_point():
+        return value
+    return args[0].like(torch.cat([value[None], value.new_zeros(len(args[0].stack) - 1, *value.shape)]))
+
+
+def _in_place(func, name, args, kwargs):
+    if func == torch.Tensor.__setitem__:
+        return _setitem(*args)
     if name.startswith("__i") and name.endswith("__"):
         plain = getattr(torch.Tensor, f"__{name[3:-2]}__", None)
     elif name.endswith("_") and not name.endswith("__"):
@@ -185,7 +200,7 @@ def _special(func, args, kwargs):
 
 
 def _copy(x):
-    return Dual(x.stack.clone()) if isinstance(x, Dual) else x
+    return x.like(x.stack.clone()) if isinstance(x, Dual) else x
 
 
 def _write(target, result):

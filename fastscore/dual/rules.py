@@ -16,14 +16,14 @@ RULES = {}
 HOLDERS = (torch.Tensor, torch, F, torch._C._nn, torch.special)
 
 
-def rule(*names):
+def rule(*names, table=RULES):
     """Register a rule under every function of that name in torch, torch.Tensor and torch.nn.functional."""
 
     def register(function):
         for name in names:
             for holder in HOLDERS:
                 if hasattr(holder, name):
-                    RULES.setdefault(getattr(holder, name), function)
+                    table.setdefault(getattr(holder, name), function)
         return function
 
     return register

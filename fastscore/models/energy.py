@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _NormBase
 
+from fastscore.dual.jets import second_order
 from fastscore.models.score_mlp import Trunk
 from fastscore.ops import checks
 
@@ -64,6 +66,8 @@ class EnergyScore(nn.Module):
     [[-1.0, 2.0]]
     """
 
+    _whole = False   # f has shown an operation that has no second-order rule
+
     def __init__(self, f):
         super().__init__()
         self.f = f
@@ -91,9 +95,21 @@ class EnergyScore(nn.Module):
     def along(self, x, v, *arguments):
         """vᵀ∇f and vᵀ∇²f v for v (M, B, *): each (M, B), all that the plain sliced loss needs.
 
-        TODO: one forward pass of second-order Taylor coefficients gives both without the gradient; until those rules exist this goes
-        through `jvp`, which is right for every f.
+        One forward pass of first and second derivatives along v, where f is made of operations that `fastscore.dual.jets` has rules
+        for; f is then called a second time only if it turns out not to be. Otherwise by `jvp`, which is right for every f.
         """
+        if self._whole or _needs_whole(self.f, x):
+            return self._along_by_jvp(x, v, arguments)
+        try:
+            with torch.enable_grad():
+                _, slope, curvature = second_order(lambda x: self.f(x, *arguments), x, v, straight=not _writes_in_place(self.f))
+        except Exception:   # whatever it was: on the other path it comes again, or it came of ours
+            self._whole = True
+            return self._along_by_jvp(x, v, arguments)
+        wanted = self._leaf(x)[1] or torch.is_grad_enabled() and v.requires_grad
+        return tuple((t if wanted else t.detach()).to(checks.compute_dtype(v.dtype)) for t in (slope, curvature))
+
+    def _along_by_jvp(self, x, v, arguments):
         s, hv = self.jvp(x, v, *arguments)
         return tuple((v * t).to(checks.compute_dtype(v.dtype)).reshape(*v.shape[:2], -1).sum(-1) for t in (s, hv))
 
@@ -116,3 +132,14 @@ class EnergyScore(nn.Module):
             got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(f"EnergyScore: f(x) must be one value per sample, ({len(x)},); got {got}.")
         return value
+
+
+def _needs_whole(f, x):
+    """Where the second-order rules do not hold (transforms, autocast), or a first attempt that fails would leave traces in f."""
+    if not checks.readable() or forward_ad._current_level >= 0 or torch.is_autocast_enabled(x.device.type) or torch.is_inference_mode_enabled():
+        return True
+    return isinstance(f, nn.Module) and any(m.training and m.track_running_stats for m in f.modules() if isinstance(m, _NormBase))
+
+
+def _writes_in_place(f):
+    return isinstance(f, nn.Module) and any(getattr(m, "inplace", False) is True for m in f.modules())

@@ -1,0 +1,418 @@
+"""What each torch function does to jets, on the stack (1 + 2M, B, *) of values, first and second derivatives.
+
+Linear maps do not know which coefficient they carry, so their rules are those of the dual numbers. Every rule refuses what would mix
+samples (their coefficients along a joint direction are not those of each sample alone) and is made of differentiable operations.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+from fastscore.dual import norms, numbers
+from fastscore.dual import rules as first_order
+from fastscore.dual.rules import rule, shape_of
+from fastscore.ops import normalise as core
+from fastscore.ops.activate_jet import activate_jet
+
+RULES = {}
+VALUES = numbers._VALUES - {torch.Tensor.numpy}   # which a variable refuses
+jet_rule = functools.partial(rule, table=RULES)
+
+
+def is_jet(a):
+    return hasattr(a, "stack")
+
+
+def kept(x, made):
+    """Jets from what a rule of the dual numbers made, where the samples are still the first dimension."""
+    if made is NotImplemented or made is x:
+        return made
+    if isinstance(made, tuple):
+        return tuple(kept(x, m) for m in made)
+    s = made.stack if is_jet(made) else made
+    if s.dim() < 2 or s.shape[1] != x.stack.shape[1]:
+        raise numbers.NoRule("second_order: the samples would not stay the first dimension.")
+    return x.like(s) if s.is_floating_point() else s[0]
+
+
+def bent(x):
+    """x with room for second derivatives."""
+    return x.like(torch.cat([x.stack, torch.zeros_like(x.stack[1:])])) if x.straight else x
+
+
+def joined(x, y, first, second):
+    return kept(x, torch.cat([y, first, second]))
+
+
+# ---- linear maps, by the rules of dual numbers; a predicate says whether the samples stay apart
+
+
+def _linear(predicate, *names, holders=first_order.HOLDERS):
+    for holder in holders:
+        for function in (getattr(holder, name) for name in names if hasattr(holder, name)):
+            if function in first_order.RULES:
+                RULES[function] = _guarded(first_order.RULES[function], predicate)
+
+
+def _guarded(linear, predicate):
+    def apply(*args, **kwargs):
+        x = args[0] if args else next(kwargs.pop(name) for name in ("input", "x", "tensor") if name in kwargs)
+        if not is_jet(x) or any(map(is_jet, args[1:])) or any(map(is_jet, kwargs.values())) or not predicate(x, *args[1:], **kwargs):
+            return NotImplemented
+        return kept(x, linear(x, *args[1:], **kwargs))
+
+    return apply
+
+
+def _inner(x, dims):
+    """Dimensions other than the samples'."""
+    dims = (dims,) if isinstance(dims, int) else dims
+    return dims is not None and len(dims) > 0 and all(d % x.dim() for d in dims)
+
+
+def _along(x, dim=None, *args, dims=None, **kwargs):
+    return _inner(x, dim if dims is None else dims)
+
+
+def _at_least(n):
+    return lambda x, *args, **kwargs: x.dim() >= n
+
+
+def _exactly(n):
+    return lambda x, *args, **kwargs: x.dim() == n
+
+
+def _whole(index, x):
+    """Whether an index leaves the samples alone."""
+    index = index if isinstance(index, tuple) else (index,)
+    if index[0] is Ellipsis:
+        used = sum(i.dim() if isinstance(i, torch.Tensor) and i.dtype == torch.bool else i is not None for i in index[1:])
+        return used < x.dim()
+    return isinstance(index[0], slice) and index[0] == slice(None)
+
+
+_linear(_at_least(1), "reshape", "view", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous", "clone", "neg", "negative", "__neg__",
+        "to", "type", "float", "double", "half", "bfloat16", "cuda", "cpu")   # in C order a first dimension of B is that of the samples
+_linear(lambda x, *shape: len(shape_of(shape)) == x.dim(), "expand", "repeat", "tile")
+_linear(_along, "sum", "mean", "select", "narrow", "index_select", "gather", "cumsum")
+_linear(lambda x, *dims: _inner(x, shape_of(dims)), "flip")
+_linear(lambda x, shifts, dims=None: _inner(x, dims), "roll")
+_linear(lambda x, repeats, dim=None, **kwargs: _inner(x, dim), "repeat_interleave")
+_linear(lambda x, dim=0: _inner(x, dim), "unbind")
+_linear(lambda x, n, dim=0: _inner(x, dim), "chunk", "split")
+_linear(lambda x, dim0, dim1: _inner(x, (dim0, dim1)), "transpose", "swapaxes", "swapdims")
+_linear(lambda x, source, destination: _inner(x, source) and _inner(x, destination), "movedim", "moveaxis")
+_linear(lambda x, *dims: shape_of(dims)[0] % x.dim() == 0, "permute")
+_linear(lambda x, index: _whole(index, x), "__getitem__", holders=(torch.Tensor,))
+_linear(lambda x, mask, value: mask.dim() <= x.dim(), "masked_fill")
+_linear(lambda x, weight, bias=None: x.dim() > 1, "linear")
+_linear(lambda x, weight, *args, **kwargs: x.dim() == weight.dim(), *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
+for _n in (1, 2, 3):
+    _linear(_exactly(_n + 2), f"avg_pool{_n}d", f"adaptive_avg_pool{_n}d")
+_linear(_exactly(4), "pixel_shuffle", "pixel_unshuffle")
+_linear(_exactly(4), "unfold", holders=(F,))
+_linear(_exactly(3), "fold", holders=(F,))
+_linear(_at_least(3), "interpolate", holders=(F,))
+_linear(lambda x, pad, *args, **kwargs: len(pad) // 2 < x.dim(), "pad", holders=(F,))
+RULES[torch.Tensor.mT.__get__] = _guarded(first_order.RULES[torch.Tensor.mT.__get__], _at_least(3))
+
+
+def _dropout(function):
+    masked = _guarded(first_order.RULES[function], _at_least(1))
+    return lambda input, p=0.5, training=True, inplace=False: masked(input, p, training) if training and p else input
+
+
+for _name in ("dropout", "dropout1d", "dropout2d", "dropout3d"):
+    RULES[getattr(F, _name)] = _dropout(getattr(F, _name))
+
+
+def _shaped_like(name):
+    def apply(x, other):
+        return getattr(x, name)(tuple(other.shape))
+
+    return apply
+
+
+for _name in ("view", "reshape", "expand"):
+    jet_rule(f"{_name}_as")(_shaped_like(_name))
+
+
+def _several(linear):
+    """cat and stack: all of them bent if one is."""
+
+    def apply(tensors, dim=0):
+        x = next(filter(is_jet, tensors))
+        rank = x.dim() + (linear is first_order.stack_of)
+        if dim % rank == 0 or any(a.dim() != x.dim() for a in tensors):
+            return NotImplemented
+        if not all(a.straight for a in tensors if is_jet(a)):
+            tensors = [bent(a) if is_jet(a) else a for a in tensors]
+        return kept(x, linear(tensors, dim))
+
+    return apply
+
+
+jet_rule("cat", "concat", "concatenate")(_several(first_order.cat))
+jet_rule("stack")(_several(first_order.stack_of))
+
+
+@jet_rule("where")
+def where(condition, input=None, other=None):
+    jets = [a for a in (input, other) if is_jet(a)]
+    if input is None or is_jet(condition) or not jets or not _aligned(jets[0], condition, input, other):
+        return NotImplemented
+    if not all(a.straight for a in jets):
+        input, other = (bent(a) if is_jet(a) else a for a in (input, other))
+    return kept(jets[0], first_order.where(condition, input, other))
+
+
+def _aligned(x, *others):
+    """Whether broadcasting leaves the samples the first dimension: other jets have as many dimensions, constants no more."""
+    return all(a.dim() == x.dim() if is_jet(a) else a.dim() <= x.dim() for a in others if isinstance(a, torch.Tensor))
+
+
+# ---- arithmetic
+
+
+@jet_rule("add", "__add__", "__radd__")
+def add(a, b, *, alpha=1):
+    b = b * alpha if alpha != 1 else b
+    x, c = (a, b) if is_jet(a) else (b, a)
+    if not _aligned(x, c):
+        return NotImplemented
+    if not is_jet(c):
+        value, rest = x.stack.split([1, len(x.stack) - 1])
+        value = value + c
+        return kept(x, torch.cat([value, rest.expand(len(rest), *value.shape[1:])]))
+    if x.straight == c.straight:
+        return kept(x, x.stack + c.stack)
+    full, straight = (c, x) if x.straight else (x, c)
+    M = x.directions
+    head, second = full.stack.split([1 + M, M])
+    head = head + straight.stack
+    return kept(x, torch.cat([head, second.expand(M, *head.shape[1:])]))
+
+
+@jet_rule("sub", "subtract", "__sub__")
+def sub(a, b, *, alpha=1):
+    return add(a, -b if alpha == 1 else b * -alpha)
+
+
+@jet_rule("rsub", "__rsub__")
+def rsub(a, b, *, alpha=1):
+    return sub(b, a, alpha=alpha)
+
+
+@jet_rule("mul", "multiply", "__mul__", "__rmul__")
+def mul(a, b):
+    x, c = (a, b) if is_jet(a) else (b, a)
+    if not _aligned(x, c):
+        return NotImplemented
+    if not is_jet(c):
+        return kept(x, x.stack * c)
+    return _product(torch.mul, x, c)
+
+
+def _product(times, a, b):
+    """Leibniz: (a b)'' = a'' b + 2 a' b' + a b''."""
+    (a0, a1, a2), (b0, b1, b2) = a.parts(), b.parts()
+    second = 2 * times(a1, b1)
+    second = second if a2 is None else second + times(a2, b0)
+    second = second if b2 is None else second + times(a0, b2)
+    return joined(a, times(a0, b0), times(a1, b0) + times(a0, b1), second)
+
+
+@jet_rule("div", "divide", "true_divide", "__truediv__")
+def div(a, b, *, rounding_mode=None):
+    if rounding_mode is not None:
+        return NotImplemented
+    if is_jet(b):
+        return mul(a, b.reciprocal())
+    return kept(a, a.stack / b) if _aligned(a, b) else NotImplemented
+
+
+@jet_rule("__rdiv__", "__rtruediv__")
+def rdiv(a, b):
+    return div(b, a)
+
+
+@jet_rule("addcmul")
+def addcmul(input, tensor1, tensor2, *, value=1):
+    return input + value * (tensor1 * tensor2)
+
+
+@jet_rule("lerp")
+def lerp(input, end, weight):
+    return input + weight * (end - input)
+
+
+@jet_rule("matmul", "__matmul__", "bmm", "mm")
+def matmul(a, b):
+    if is_jet(a) and is_jet(b):
+        return _product(torch.matmul, a, b) if a.dim() == b.dim() > 2 else NotImplemented
+    if is_jet(a):
+        return kept(a, a.stack @ b) if 1 < a.dim() >= b.dim() else NotImplemented
+    return kept(b, a @ b.stack) if 2 < b.dim() >= a.dim() > 1 else NotImplemented
+
+
+RULES[torch.Tensor.__rmatmul__] = lambda a, b: matmul(b, a)
+
+
+# ---- functions of one element
+
+
+def elementwise(x, function, slopes):
+    """f' and f'' from slopes(u, f(u)); f'' None stands for 0."""
+    u, first, second = x.parts()
+    y = function(u)
+    d1, d2 = slopes(u, y)
+    bend = torch.zeros_like(first) if d2 is None else d2 * first.square()
+    return joined(x, y, d1 * first, bend if second is None else bend + d1 * second)
+
+
+_SLOPES = {
+    "exp": lambda x, y: (y, y),
+    "expm1": lambda x, y: (y + 1, y + 1),
+    "log": lambda x, y: (1 / x, -1 / x.square()),
+    "log1p": lambda x, y: (1 / (x + 1), -1 / (x + 1).square()),
+    "sqrt": lambda x, y: (0.5 / y, -0.25 / (x * y)),
+    "rsqrt": lambda x, y: (-0.5 * y / x, 0.75 * y / x.square()),
+    "square": lambda x, y: (2 * x, 2),
+    "reciprocal": lambda x, y: (-y.square(), 2 * y**3),
+    "sin": lambda x, y: (x.cos(), -y),
+    "cos": lambda x, y: (-x.sin(), -y),
+    "sinh": lambda x, y: (x.cosh(), y),
+    "cosh": lambda x, y: (x.sinh(), y),
+    "abs": lambda x, y: (x.sgn(), None),
+    "erf": lambda x, y: _gauss(x, 2 / math.sqrt(math.pi)),
+    "logsigmoid": lambda x, y: ((-x).sigmoid(), -x.sigmoid() * (-x).sigmoid()),
+}
+
+
+def _gauss(x, scale):
+    density = scale * (-x.square()).exp()
+    return density, -2 * x * density
+
+
+def _elementwise(name, slopes):
+    function = getattr(torch, name, None) or getattr(F, name)
+    jet_rule(name)(lambda input: elementwise(input, function, slopes))
+
+
+for _name, _slopes in _SLOPES.items():
+    _elementwise(_name, _slopes)
+RULES[torch.Tensor.__abs__] = RULES[torch.abs]
+
+
+@jet_rule("pow", "__pow__")
+def power(x, exponent):
+    n = exponent
+    if not is_jet(x) or not isinstance(n, int | float):
+        return NotImplemented
+    if n == 2:
+        return x.square()
+    # A factor of zero wins over x to a negative power at x = 0, as in PyTorch.
+    first = (lambda u: n * u ** (n - 1)) if n else torch.zeros_like
+    second = (lambda u: n * (n - 1) * u ** (n - 2)) if n not in (0, 1) else torch.zeros_like
+    return elementwise(x, lambda u: u**n, lambda u, y: (first(u), second(u)))
+
+
+def _activation(name, same=lambda **options: True):
+    def apply(input, inplace=False, **options):
+        return kept(input, activate_jet(input.stack, input.directions, name)) if same(**options) else NotImplemented
+
+    return apply
+
+
+for _name in ("relu", "silu", "tanh", "sigmoid"):
+    jet_rule(_name)(_activation(_name))
+jet_rule("elu")(_activation("elu", lambda alpha=1.0: alpha == 1))
+jet_rule("softplus")(_activation("softplus", lambda beta=1, threshold=20: beta == 1 and threshold >= 20))
+_gelu = _activation("gelu")
+
+
+@jet_rule("gelu")
+def gelu(input, *, approximate="none"):
+    if approximate == "none":
+        return _gelu(input)
+    return 0.5 * input * (1 + torch.tanh(math.sqrt(2 / math.pi) * (input + 0.044715 * input**3)))
+
+
+@jet_rule("leaky_relu")
+def leaky_relu(input, negative_slope=0.01, inplace=False):
+    u = input.stack[:1]
+    return kept(input, torch.where(u > 0, input.stack, negative_slope * input.stack))
+
+
+@jet_rule("logsumexp")
+def logsumexp(input, dim, keepdim=False):
+    top = input.detach().amax(dim, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0)
+    y = (input - top).exp().sum(dim, keepdim=True).log() + top
+    return y if keepdim else y.squeeze(dim)
+
+
+@jet_rule("log_softmax")
+def log_softmax(input, dim=None, _stacklevel=3, dtype=None):
+    if dim is None or dtype is not None:
+        return NotImplemented
+    return input - input.logsumexp(dim, keepdim=True)
+
+
+@jet_rule("softmax")
+def softmax(input, dim=None, _stacklevel=3, dtype=None):
+    y = log_softmax(input, dim, dtype=dtype)
+    return y if y is NotImplemented else y.exp()
+
+
+# ---- normalisations, as compositions
+
+
+def _norm(function):
+    """Statistics in float32 or wider."""
+
+    def apply(input, *args, **kwargs):
+        if any(map(is_jet, (*args, *kwargs.values()))):
+            return NotImplemented
+        low = input.dtype in (torch.bfloat16, torch.float16)
+        y = function(input.float() if low else input, *args, **kwargs)
+        return y.to(input.dtype) if low else y
+
+    return apply
+
+
+for _function, _composition in norms.COMPOSED.items():
+    RULES[_function] = _norm(_composition)
+
+
+def _evaluated(function, place):
+    """A batch norm that does not mix samples."""
+    norm = _norm(norms.COMPOSED[function])
+
+    def apply(*args, training=None, **kwargs):
+        mixes = training if training is not None else len(args) > place and args[place]
+        return NotImplemented if mixes else norm(*args, **kwargs)
+
+    return apply
+
+
+RULES[F.batch_norm], RULES[torch.batch_norm] = _evaluated(F.batch_norm, 5), _evaluated(torch.batch_norm, 5)
+
+
+def normalise(x, coef, labels, form, backend):
+    """ops.normalise on a jet."""
+    B, C = x.shape[:2]
+    u = x.to(coef.dtype).reshape(B, form.groups or C, -1)
+    gamma, alpha, beta = (None if c is None else c[..., None] for c in core._columns(core.rows(coef, labels), C, form))
+    h = norms._standardised(u, (2,), form.eps).reshape(B, C, -1)
+    if alpha is not None:
+        mean = u.mean(2, keepdim=True)
+        deviation = mean - mean.mean(1, keepdim=True)
+        h = h + alpha * (deviation * torch.rsqrt(deviation.square().sum(1, keepdim=True) / max(C - 1, 1) + form.eps))
+    y = gamma * h if beta is None else gamma * h + beta
+    return core.ACTIVATIONS[form.activation](y).to(x.dtype).reshape(tuple(x.shape))
+
+
+RULES[core.normalise] = normalise
