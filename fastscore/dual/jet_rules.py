@@ -93,8 +93,9 @@ def _whole(index, x):
     return isinstance(index[0], slice) and index[0] == slice(None)
 
 
-_linear(_at_least(1), "reshape", "view", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous", "clone", "neg", "negative", "__neg__",
-        "to", "type", "float", "double", "half", "bfloat16", "cuda", "cpu")   # in C order a first dimension of B is that of the samples
+# In C order a first dimension of B is that of the samples.
+_linear(_at_least(1), "reshape", "view", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous", "clone", "neg", "negative",
+        "__neg__", "to", "type", "float", "double", "half", "bfloat16", "cuda", "cpu")  # fmt: skip
 _linear(lambda x, *shape: len(shape_of(shape)) == x.dim(), "expand", "repeat", "tile")
 _linear(_along, "sum", "mean", "select", "narrow", "index_select", "gather", "cumsum")
 _linear(lambda x, *dims: _inner(x, shape_of(dims)), "flip")

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastscore.dual.jet_rules import RULES, VALUES
+from fastscore.dual.jet_rules import RULES, VALUES, is_jet
 from fastscore.dual.numbers import _LIKE, _METADATA, Dual, NoRule, _copy, _in_place, _on_values, _place, _write
 
 
@@ -87,8 +87,9 @@ class Jet(Dual):
         if func in RULES:
             result = RULES[func](*args, **kwargs)
             return _refuse(name) if result is NotImplemented else result
-        in_place = name == "__setitem__" or (name.startswith("__i") or name.endswith("_")) and hasattr(args[0], "stack")
-        return _in_place(func, name, args, kwargs) if in_place and name not in ("requires_grad_", "set_") else _refuse(name)
+        if name == "__setitem__" or (name.endswith("_") and name not in _OTHERS and is_jet(args[0])):
+            return _in_place(func, name, args, kwargs)
+        return _refuse(name)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -96,6 +97,9 @@ class Jet(Dual):
 
     def __repr__(self):
         return f"Jet({self.directions} directions at {self.stack[0]!r})"
+
+
+_OTHERS = ("requires_grad_", "set_", "resize_", "share_memory_")
 
 
 def _refuse(name):

@@ -106,7 +106,7 @@ class EnergyScore(nn.Module):
         except Exception:   # whatever it was: on the other path it comes again, or it came of ours
             self._whole = True
             return self._along_by_jvp(x, v, arguments)
-        wanted = self._leaf(x)[1] or torch.is_grad_enabled() and v.requires_grad
+        wanted = self._leaf(x)[1] or (torch.is_grad_enabled() and v.requires_grad)
         return tuple((t if wanted else t.detach()).to(checks.compute_dtype(v.dtype)) for t in (slope, curvature))
 
     def _along_by_jvp(self, x, v, arguments):
@@ -136,7 +136,9 @@ class EnergyScore(nn.Module):
 
 def _needs_whole(f, x):
     """Where the second-order rules do not hold (transforms, autocast), or a first attempt that fails would leave traces in f."""
-    if not checks.readable() or forward_ad._current_level >= 0 or torch.is_autocast_enabled(x.device.type) or torch.is_inference_mode_enabled():
+    if not checks.readable() or forward_ad._current_level >= 0:
+        return True
+    if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(x.device.type):
         return True
     return isinstance(f, nn.Module) and any(m.training and m.track_running_stats for m in f.modules() if isinstance(m, _NormBase))
 
