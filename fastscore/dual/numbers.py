@@ -1,5 +1,7 @@
 """Dual numbers as a tensor subclass that flows through unmodified modules, and jvp, their door."""
 
+import sys
+
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -116,7 +118,10 @@ class Dual(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _VALUES or (cls.grad_mode and not torch.is_grad_enabled()):
+        constant = cls.grad_mode and not torch.is_grad_enabled()
+        if constant and _inside_function():
+            raise NoRule("fastscore.jvp: an autograd.Function inside f cannot be carried through.")
+        if func in _VALUES or constant:
             return _on_values(func, args, kwargs)
         if kwargs.get("inplace"):
             return _write(args[0], func(_copy(args[0]), *args[1:], **{**kwargs, "inplace": False}))
@@ -132,6 +137,19 @@ class Dual(torch.Tensor):
 
     def __repr__(self):
         return f"Dual({len(self.stack) - 1} tangents of {self.stack[0]!r})"
+
+
+def _inside_function():
+    """Whether we stand in the forward of an autograd.Function, which runs without gradients and is no constant."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not _jvp_code:
+        if frame.f_code is _apply_code:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_apply_code, _jvp_code = torch.autograd.Function.apply.__func__.__code__, _stacked.__code__
 
 
 def _getters(*names):

@@ -282,13 +282,18 @@ def getitem(x, index):
     return dual(stack(x)[(slice(None), *index)])
 
 
-@rule("contiguous", "clone")
-def clone(x, *args, memory_format=None, **kwargs):
-    layout = memory_format or (args[0] if args else None)
-    s = stack(x).contiguous() if layout in (None, torch.contiguous_format, torch.preserve_format) else None
-    if s is None:   # channels last within each of the stack's values
-        s = stack(x).flatten(0, 1).contiguous(memory_format=layout).unflatten(0, stack(x).shape[:2])
-    return dual(s)
+@rule("contiguous")
+def contiguous(x, memory_format=torch.contiguous_format):
+    if memory_format in (torch.contiguous_format, torch.preserve_format):
+        return dual(stack(x).contiguous())
+    # Channels last within each of the stack's values.
+    return dual(stack(x).flatten(0, 1).contiguous(memory_format=memory_format).unflatten(0, stack(x).shape[:2]))
+
+
+@rule("clone")
+def clone(x, *, memory_format=torch.preserve_format):
+    y = contiguous(x, memory_format)
+    return dual(y.stack.clone()) if y.stack.data_ptr() == stack(x).data_ptr() else y   # memory of its own: somebody may write into it
 
 
 def _conversion(name):

@@ -1,11 +1,14 @@
 """Energy models: any scalar network as an unnormalised log-density, and its score."""
 
+import contextlib
+
 import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastscore.dual.jets import second_order
+from fastscore.dual.norms import RightNorms
 from fastscore.models.score_mlp import Trunk
 from fastscore.ops import checks
 
@@ -74,7 +77,8 @@ class EnergyScore(nn.Module):
 
     def forward(self, x, *arguments):
         if not checks.readable():   # inside a transform or torch.compile tensors have no graph to walk
-            return torch.func.grad(lambda x: self._value(x, arguments).sum())(x)
+            with _right_norms(not torch.compiler.is_compiling()):
+                return torch.func.grad(lambda x: self._value(x, arguments).sum())(x)
         x, wanted = self._leaf(x)
         # Forward mode over reverse mode needs the formulas that a graph is made of: fused ones, as of SiLU, carry no tangent.
         create_graph = wanted or forward_ad.unpack_dual(x).tangent is not None
@@ -121,7 +125,8 @@ class EnergyScore(nn.Module):
         return (x if wanted and x.requires_grad else x.view_as(x).requires_grad_()), wanted
 
     def _gradient(self, x, create_graph, arguments):
-        value = self._value(x, arguments)
+        with _right_norms(create_graph):
+            value = self._value(x, arguments)
         if not value.requires_grad:
             raise ValueError("EnergyScore: f(x) must depend on x through differentiable operations.")
         return torch.autograd.grad(value.sum(), x, create_graph=create_graph, materialize_grads=True)[0]
@@ -132,6 +137,11 @@ class EnergyScore(nn.Module):
             got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(f"EnergyScore: f(x) must be one value per sample, ({len(x)},); got {got}.")
         return value
+
+
+def _right_norms(wanted):
+    """PyTorch's layer, instance and batch norms have wrong third derivatives, those of the energy that a sliced loss trains by."""
+    return RightNorms() if wanted else contextlib.nullcontext()
 
 
 def _needs_whole(f, x):
