@@ -320,9 +320,9 @@ def power(x, exponent):
     return elementwise(x, lambda u: u**n, lambda u, y: (first(u), second(u)))
 
 
-def _activation(name, same=lambda **options: True):
-    def apply(input, inplace=False, **options):
-        return kept(input, activate_jet(input.stack, input.directions, name)) if same(**options) else NotImplemented
+def _activation(name, same=lambda: True):
+    def apply(input, *options, inplace=False, **named):
+        return kept(input, activate_jet(input.stack, input.directions, name)) if same(*options, **named) else NotImplemented
 
     return apply
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastscore.dual.jet_rules import RULES, VALUES, is_jet
+from fastscore.dual.jet_rules import RULES, VALUES, bent, is_jet
 from fastscore.dual.numbers import _LIKE, _METADATA, Dual, NoRule, _copy, _in_place, _on_values, _place, _write
 
 
@@ -81,12 +81,14 @@ class Jet(Dual):
         if func in VALUES:
             return _on_values(func, args, kwargs)
         if func in _LIKE:
-            return _place(func, args, kwargs)
+            return _place(func, (bent(args[0]), *args[1:]), kwargs)
         if kwargs.get("inplace"):
             return _write(args[0], func(_copy(args[0]), *args[1:], **{**kwargs, "inplace": False}))
         if func in RULES:
             result = RULES[func](*args, **kwargs)
             return _refuse(name) if result is NotImplemented else result
+        if name == "__setitem__" and is_jet(args[0]) and is_jet(args[2]) and not args[0].straight:
+            return _in_place(func, name, (*args[:2], bent(args[2])), kwargs)
         if name == "__setitem__" or (name.endswith("_") and name not in _OTHERS and is_jet(args[0])):
             return _in_place(func, name, args, kwargs)
         return _refuse(name)

@@ -88,6 +88,7 @@ class EnergyScore(nn.Module):
     def jvp(self, x, v, *arguments):
         """s(x), and ∇²f v_m for v (M, B, *), by one backward pass each."""
         x, wanted = self._leaf(x)
+        wanted = wanted or (torch.is_grad_enabled() and v.requires_grad)
         with torch.enable_grad():
             s = self._gradient(x, True, arguments)
             if s.requires_grad:
@@ -115,7 +116,8 @@ class EnergyScore(nn.Module):
 
     def _along_by_jvp(self, x, v, arguments):
         s, hv = self.jvp(x, v, *arguments)
-        return tuple((v * t).to(checks.compute_dtype(v.dtype)).reshape(*v.shape[:2], -1).sum(-1) for t in (s, hv))
+        products = ((v * t).to(checks.compute_dtype(v.dtype)) for t in (s, hv))
+        return tuple(t.flatten(2).sum(2) if t.dim() > 2 else t for t in products)
 
     def _leaf(self, x):
         """x as a variable of its own where it is none yet; and whether the result shall be differentiable."""
@@ -146,7 +148,7 @@ def _right_norms(wanted):
 
 def _needs_whole(f, x):
     """Where the second-order rules do not hold (transforms, autocast), or a first attempt that fails would leave traces in f."""
-    if not checks.readable() or forward_ad._current_level >= 0:
+    if not checks.readable() or forward_ad._current_level >= 0 or not x.numel():
         return True
     if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(x.device.type):
         return True
