@@ -191,6 +191,52 @@ def test_constants_inside_f():
     assert torch.equal(jvp(lambda x: torch.ones(3, 2), x, v)[1], torch.zeros(3, 2))
 
 
+def test_a_clone_owns_its_memory():
+    """It shared the stack of its source, so that writing into it changed both."""
+    x, v = torch.randn(3, 4).double(), torch.randn(3, 4).double()
+
+    def f(x):
+        y = x.clone()
+        y += 1
+        return x * y
+
+    y, jv = jvp(f, x, v)
+    assert torch.allclose(y, x * (x + 1)) and torch.allclose(jv, v * (2 * x + 1))
+
+
+class Cubed(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+    @staticmethod
+    def jvp(ctx, t):
+        return 3 * ctx.saved_tensors[0] ** 2 * t
+
+
+class Sine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sin()
+
+
+def test_an_autograd_function_inside_f_is_no_constant():
+    """Its forward runs without gradients, like a block that means to be constant: its own jvp, or a refusal."""
+    x, v = torch.randn(3, 4).double(), torch.randn(3, 4).double()
+    assert torch.allclose(jvp(lambda x: Cubed.apply(x) + x, x, v)[1], v * (3 * x**2 + 1))
+    with pytest.raises(NotImplementedError, match="jvp"):
+        jvp(lambda x: Sine.apply(x) + x, x, v)
+
+
 def test_gradient_inside_f_is_carried_as_a_whole():
     """A score that is the gradient of an energy: no rule can carry autograd.grad, stock forward mode over it can."""
     weight = torch.randn(4, 4).double().requires_grad_()

@@ -157,7 +157,7 @@ def test_gradients_through_stock_norms_are_difference_quotients(path, layer):
     values = []
     for t in (1e-5, -1e-5):
         weight.data = original + t * direction
-        values.append(float(total()))
+        values.append(float(total().detach()))
     slope = float((g * direction).sum())
     assert abs((values[0] - values[1]) / 2e-5 - slope) < 1e-6 * abs(slope) + 1e-8
 
@@ -185,7 +185,7 @@ def test_third_and_fourth_derivatives(no_detour, name):
 @pytest.mark.parametrize("straight", [True, False])
 @pytest.mark.parametrize("name", ["elu", "silu", "relu", "gelu", "softplus", "tanh", "sigmoid"])
 def test_fused_activation_is_its_reference(name, straight):
-    """Against the equations in float64. Each slope has an absolute error of a few ulp of 1, which u'² and u'' multiply, and g in reverse."""
+    """Against the equations in float64. Each slope is off by a few ulp of 1, which u'² and u'' multiply, and g in reverse."""
     torch.manual_seed(0)
     M = 3
     s, g = torch.randn(1 + M if straight else 1 + 2 * M, 41, 7), torch.randn(1 + 2 * M, 41, 7)

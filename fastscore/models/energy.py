@@ -55,7 +55,8 @@ class EnergyMLP(Trunk):
 class EnergyScore(nn.Module):
     """The score of an energy model: s(x, ...) = ∇ₓ f(x, ...), by automatic differentiation.
 
-    Every loss and sampler takes it like any other score. A constant added to f changes nothing.
+    Every loss and sampler takes it like any other score. A constant added to f changes nothing. The plain sliced loss goes by one forward
+    pass of first and second derivatives where f is made of operations that have rules for it (`along`), by double backprop elsewhere.
 
     Args:
         f: a module or function, called f(x, ...), the unnormalised log-density of each sample alone, (B,) or (B, 1).
