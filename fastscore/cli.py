@@ -142,14 +142,21 @@ def open_network(run, arch, ema, ladder, image_size):
     return net, net.sigmas, net.sample_shape
 
 
-def evaluate(run: Path, /, n: Annotated[int, arg(aliases=["-n"])] = 500, seed: int = 0) -> None:
-    """Compare samples of a run with held-out real images: classifier and nearest neighbours.
+def evaluate(run: Path, /, n: Annotated[int, arg(aliases=["-n"])] = 500, seed: int = 0, likelihood: bool = False,
+             gray_levels: int | None = None) -> None:  # fmt: skip
+    """Compare samples of a run with held-out real images: classifier and nearest neighbours; or the log-density of held-out images.
 
     Args:
-        run: run folder, of a data set with labels, trained with held_out > 0.
-        n: number of samples.
-        seed: of the sampler.
+        run: run folder, trained with held_out > 0; of a data set with labels, except with --likelihood.
+        n: number of samples, or of images whose density is computed.
+        seed: of the sampler, or of noise and projections.
+        likelihood: report the log-density of held-out and of training images.
+        gray_levels: also their bits per dimension, dequantised: 17 for the digits, 256 for 8-bit images.
     """
+    if likelihood:
+        return evaluate_likelihood(run, n, seed, gray_levels)
+    if gray_levels is not None:
+        raise ValueError("evaluate: gray_levels belongs to --likelihood.")
     from fastscore import checkpoint, datasets, evaluation, runs
 
     if n < 1:
@@ -164,6 +171,15 @@ def evaluate(run: Path, /, n: Annotated[int, arg(aliases=["-n"])] = 500, seed: i
     checkpoint.write_atomic(run / "report.json", json.dumps(result, indent=2).encode())
     checkpoint.write_atomic(run / "report.md", evaluation.markdown(result).encode())
     print(evaluation.markdown(result) + f"report: {run / 'report.md'}")
+
+
+def evaluate_likelihood(run, n, seed, gray_levels):
+    from fastscore import checkpoint, held_out
+
+    result = held_out.report(run, n, seed=seed, gray_levels=gray_levels)
+    checkpoint.write_atomic(run / "likelihood.json", json.dumps(result, indent=2).encode())
+    checkpoint.write_atomic(run / "likelihood.md", held_out.markdown(result).encode())
+    print(held_out.markdown(result) + f"report: {run / 'likelihood.md'}")
 
 
 def demo(out: Path = Path("demo"), steps: int = 9000) -> None:
