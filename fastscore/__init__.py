@@ -1,6 +1,6 @@
 """fastscore: score matching and annealed Langevin sampling in PyTorch, right and fast."""
 
-from fastscore import conversions, guidance, interop, likelihood, losses, models, nn, random, sampling, schedules, training
+from fastscore import conversions, distributed, guidance, interop, likelihood, losses, models, nn, random, sampling, schedules, training
 from fastscore.backend import use_backend
 from fastscore.dual import jvp
 from fastscore.ops import (
@@ -24,6 +24,7 @@ __all__ = [
     "conditional_instance_norm_plus_dual",
     "conversions",
     "denoising_loss",
+    "distributed",
     "group_norm_modulate",
     "group_norm_modulate_dual",
     "guidance",

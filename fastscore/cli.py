@@ -25,8 +25,9 @@ PACKAGES = {"tyro": "tyro", "tqdm": "tqdm", "PIL": "pillow", "matplotlib": "matp
 def train(config) -> None:
     from tqdm import tqdm
 
-    from fastscore import pictures, runs
+    from fastscore import distributed, pictures, runs
 
+    distributed.one_process("train")
     if config.resume:
         config = runs.resumed(config)
     if config.task == "classifier":
@@ -66,6 +67,8 @@ def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")], asked
            image_size: int | None = None) -> None:  # fmt: skip
     """Draw samples of a trained run, or of an official NCSN, NCSNv2 or CAS checkpoint, and write them as a grid.
 
+    Started by torchrun, every process draws its share, and one writes the samples that a single process would have drawn.
+
     Args:
         run: run folder, or a checkpoint (.pth).
         options: the sampler.
@@ -83,11 +86,9 @@ def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")], asked
         levels: number of noise levels, likewise.
         image_size: of a checkpoint's samples; 32, 128 (ncsnv2deeper) or 256 (ncsnv2deepest) unless given.
     """
-    import numpy as np
-    import torch
     from tqdm import tqdm
 
-    from fastscore import conditions, drawing, pictures
+    from fastscore import conditions, distributed, drawing
 
     if n < 1 or batch_size < 1:
         raise ValueError(f"sample: n and batch_size must be at least 1; got {n} and {batch_size}.")
@@ -101,29 +102,41 @@ def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")], asked
     if condition and path is not None:
         raise ValueError("sample: path shows samples without a condition; leave it out.")
     net, sigmas, shape = open_network(run, arch, ema, (sigma_max, sigma_min, levels), image_size)
-    net.to("cuda" if torch.cuda.is_available() else "cpu")
-    parts = out.with_name(f"{out.name}.parts") if n > batch_size and not condition else None
-    total = -(-n // batch_size) * drawing.states_per_batch(sigmas, options.sampler, options.denoise)
+    net.to(distributed.device())
+    (rank, _), (_, count) = distributed.environment(), distributed.share(n)
+    parts = distributed.own(out.with_name(f"{out.name}.parts")) if count > batch_size and not condition else None
+    total = -(-count // batch_size) * drawing.states_per_batch(sigmas, options.sampler, options.denoise)
     job = {"seed": seed, "first_sample": first_sample, "batch_size": batch_size, **drawing.chosen(options)}
     try:
-        with tqdm(total=total, unit="level", desc="sample", disable=None) as bar:
+        with tqdm(total=total, unit="level", desc="sample", disable=rank > 0 or None) as bar:
             if condition:
-                result = conditions.draw(net, sigmas, shape, n=n, done=bar.update, **condition, **job)
+                result = conditions.draw_shared(net, sigmas, shape, n=n, done=bar.update, **condition, **job)
             else:
-                samples, strip = drawing.draw_from(net, sigmas, shape, n, done=bar.update, parts=parts, **job)
+                samples, strip = distributed.draw(net, sigmas, shape, n, done=bar.update, parts=parts, **job)
     except KeyboardInterrupt:
         sys.exit(f"interrupted; {parts} keeps the finished batches, the same command goes on" if parts else "interrupted")
-    if condition:
-        conditions.save(out, result)
-    elif out.suffix == ".npz":
+    if rank == 0:
+        if condition:
+            conditions.save(out, result)
+        else:
+            write_samples(out, path, samples, strip)
+    if parts is not None:
+        drawing.remove_parts(parts)
+    if rank == 0:
+        print(f"{n} samples: {out}")
+
+
+def write_samples(out, path, samples, strip):
+    import numpy as np
+
+    from fastscore import pictures
+
+    if out.suffix == ".npz":
         np.savez(out, images=samples.clamp(0, 1).numpy())
     else:
         pictures.save_grid(out, samples)
     if path is not None:
         pictures.save_strip(path, strip)
-    if parts is not None:
-        drawing.remove_parts(parts)
-    print(f"{n} samples: {out}")
 
 
 def open_network(run, arch, ema, ladder, image_size):

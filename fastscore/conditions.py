@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastscore import drawing, guidance, pictures, runs, sampling
+from fastscore import distributed, drawing, guidance, pictures, runs, sampling
 from fastscore.guidance.hooks import check_noise
 from fastscore.observations import Request, observe, parse
 
@@ -117,6 +117,14 @@ def draw(
         parts.append(x.cpu())
     known = (None, None, None) if observed is None else (observed.original, observed.picture, observed.mask)
     return Result(*known, torch.cat(parts))
+
+
+def draw_shared(net, sigmas, shape, requests, n, *, first_sample=0, **options):
+    """`draw` with the samples split over the processes of torchrun: its result on rank 0, None on the others."""
+    first, count = distributed.share(n)
+    result = draw(net, sigmas, shape, requests, count, first_sample=first_sample + first, **options) if count else None
+    samples = distributed.gather(result.samples if count else torch.empty((0, *shape)), n)
+    return None if samples is None else result._replace(samples=samples)
 
 
 def classes_as_asked(folder, classifier_folder, *, per_class=50, scale=1.0, seed=0, **options):

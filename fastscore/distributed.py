@@ -1,0 +1,129 @@
+"""Sampling on several processes: which samples are whose, and how they come together.
+
+Noise is a function of the global number of a sample, so a rank needs no message from any other before the samples are gathered.
+"""
+
+import os
+from datetime import timedelta
+
+import torch
+
+from fastscore import drawing
+
+PATIENCE = timedelta(days=7)   # of a rank that is done, for the others; where one dies torchrun ends them all
+
+
+def environment():
+    """(rank, world size) as torchrun sets them in RANK and WORLD_SIZE; (0, 1) without them.
+
+    Raises:
+        ValueError: one of them is missing, is no integer, or the rank is not below the world size.
+    """
+    values = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if values == (None, None):
+        return 0, 1
+    try:
+        rank, world_size = map(int, values)
+    except (TypeError, ValueError):
+        raise ValueError(f"distributed: RANK and WORLD_SIZE must both be integers; got {values[0]!r} and {values[1]!r}.") from None
+    _check_rank("distributed", rank, world_size)
+    return rank, world_size
+
+
+def share(n, rank=None, world_size=None):
+    """The contiguous share of one rank in n samples: (first_sample, count).
+
+    The first n mod W of the W ranks take one sample more. Pass first_sample on to any sampler or to `models.Gaussian.sample`, and the
+    shares of all ranks, one after another, are the n samples of a single process.
+
+    Args:
+        n: number of samples. rank, world_size: those of the environment (torchrun) unless given.
+
+    Raises:
+        ValueError: n is negative, or the rank is not in 0..world_size - 1.
+
+    >>> [share(10, rank, 4) for rank in range(4)]
+    [(0, 3), (3, 3), (6, 2), (8, 2)]
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise ValueError(f"share: n must be a non-negative int; got {n!r}.")
+    if (rank is None) != (world_size is None):
+        raise ValueError("share: give rank and world_size together, or neither.")
+    rank, world_size = environment() if rank is None else (rank, world_size)
+    _check_rank("share", rank, world_size)
+    each, more = divmod(n, world_size)
+    return rank * each + min(rank, more), each + (rank < more)
+
+
+def gather(samples, n):
+    """Bring the shares of all ranks together, on the CPU: (n, *) on rank 0, None on the others.
+
+    Args:
+        samples: this rank's share, (count, *), as `share` counts; every rank must call. n: number of samples of all ranks.
+
+    Without a process group one is set up (gloo, from torchrun's environment) and taken down again.
+
+    Raises:
+        ValueError: the share has another count, or there is no torchrun environment to meet in.
+    """
+    rank, world_size = environment()
+    count = share(n, rank, world_size)[1]
+    if len(samples) != count:
+        raise ValueError(f"gather: rank {rank} of {world_size} must hold {count} of the {n} samples; got {len(samples)}.")
+    return samples.cpu() if world_size == 1 else _gathered(samples.cpu(), n, rank, world_size)
+
+
+def _gathered(samples, n, rank, world_size):
+    import torch.distributed as dist
+
+    own = not dist.is_initialized()
+    if own and "MASTER_ADDR" not in os.environ:
+        raise ValueError("gather: the ranks meet at MASTER_ADDR and MASTER_PORT, which are not set; start them with torchrun.")
+    if own:
+        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=PATIENCE)
+    try:
+        group = None if own else dist.new_group(backend="gloo", timeout=PATIENCE)   # the caller's may know nothing of CPU tensors
+        padded = samples.new_zeros((share(n, 0, world_size)[1], *samples.shape[1:]))   # of equal length for all
+        padded[: len(samples)] = samples
+        parts = [torch.empty_like(padded) for _ in range(world_size)] if rank == 0 else None
+        dist.gather(padded, parts, dst=0, group=group)
+    finally:
+        if own:
+            dist.destroy_process_group()
+    return None if parts is None else torch.cat([part[: share(n, r, world_size)[1]] for r, part in enumerate(parts)])
+
+
+def device():
+    """This rank's GPU (LOCAL_RANK, modulo their number), or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def draw(net, sigmas, shape, n, *, first_sample=0, **options):
+    """`drawing.draw_from` with the samples split over the ranks: its result on rank 0, (None, None) on the others."""
+    first, count = share(n)
+    samples, path = torch.empty((0, *shape)), None
+    if count:
+        samples, path = drawing.draw_from(net, sigmas, shape, count, first_sample=first_sample + first, **options)
+    samples = gather(samples, n)
+    return samples, None if samples is None else path
+
+
+def own(path):
+    """A path for this rank alone: itself where there is one process, with the rank in its name where there are more."""
+    rank, world_size = environment()
+    return path if world_size == 1 else path.with_name(f"{path.name}.{rank}-of-{world_size}")
+
+
+def one_process(op):
+    """Refuse several ranks where each would do the same work and write the same files."""
+    world_size = environment()[1]
+    if world_size > 1:
+        raise ValueError(f"{op}: runs as one process; got WORLD_SIZE {world_size} (only `sample` is split over processes).")
+
+
+def _check_rank(op, rank, world_size):
+    ints = all(isinstance(v, int) and not isinstance(v, bool) for v in (rank, world_size))
+    if not ints or not 0 <= rank < world_size:
+        raise ValueError(f"{op}: 0 <= rank < world_size must hold; got {rank!r} and {world_size!r}.")
