@@ -57,3 +57,9 @@ def test_only_annealing_keeps_the_weights(tmp_path):
     for name in ("data", "annealed", "annealed, learnt"):
         assert abs(figures[name] - 0.8) < 5 * error, figures
     assert figures["plain"] < 0.7
+
+
+def test_the_density_comes_back_from_a_learnt_score(tmp_path):
+    """A quarter of a nat after 600 steps; log p itself spreads by one over the samples of a component, and by log 4 over the components."""
+    figures = run("density", tmp_path)
+    assert figures["by the flow"] < 0.25 and figures["by the line"] < 0.25
