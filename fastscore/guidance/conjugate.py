@@ -43,9 +43,9 @@ def _dot(a, b):
 def _iterate(multiply, r, iterations, tolerance):
     v, p, rr = torch.zeros_like(r), r, _dot(r, r)
     goal = tolerance**2 * rr
-    for _ in range(iterations):
+    for count in range(iterations):
         running = rr > goal
-        if not bool(running.any()):
+        if count % 8 == 7 and not bool(running.any()):   # seldom: the host waits for the device here
             break
         q = multiply(p)
         curvature = _dot(p, q)
