@@ -32,9 +32,11 @@ def kept(x, made):
     if isinstance(made, tuple):
         return tuple(kept(x, m) for m in made)
     s = made.stack if is_jet(made) else made
+    if not s.is_floating_point():   # integers, a plain value already
+        return s
     if s.dim() < 2 or s.shape[1] != x.stack.shape[1]:
         raise numbers.NoRule("second_order: the samples would not stay the first dimension.")
-    return x.like(s) if s.is_floating_point() else s[0]
+    return x.like(s)
 
 
 def bent(x):

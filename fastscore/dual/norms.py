@@ -1,12 +1,25 @@
 """PyTorch's normalisations as compositions whose forward mode is right: means, products and reciprocal roots."""
 
+import math
+
 import torch
 import torch.nn.functional as F
+import torch.utils._python_dispatch
 
 
 def _standardised(x, dims, eps):
     centred = x - x.mean(dims, keepdim=True)
     return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+
+
+def _enough(op, x, dims):
+    if math.prod(x.shape[d] for d in dims) == 1:
+        raise ValueError(f"{op}: expected more than one value per channel when training; got an input of shape {tuple(x.shape)}.")
+
+
+def check_shape(op, x, normalized_shape):
+    if tuple(x.shape[x.dim() - len(normalized_shape) :]) != tuple(normalized_shape):
+        raise RuntimeError(f"{op}: expected an input that ends in {tuple(normalized_shape)}; got {tuple(x.shape)}.")
 
 
 def _affine(h, weight, bias, dim=1):
@@ -21,6 +34,7 @@ def instance_norm(input, running_mean=None, running_var=None, weight=None, bias=
     if not use_input_stats:
         return _affine((input - _column(running_mean, input)) * torch.rsqrt(_column(running_var, input) + eps), weight, bias)
     dims = tuple(range(2, input.dim()))
+    _enough("instance_norm", input, dims)
     if running_mean is not None:
         _update(running_mean, running_var, input.detach().transpose(0, 1).flatten(2), momentum, per_sample=True)
     return _affine(_standardised(input, dims, eps), weight, bias)
@@ -29,12 +43,15 @@ def instance_norm(input, running_mean=None, running_var=None, weight=None, bias=
 def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, cudnn_enabled=None):
     if not training:
         return _affine((input - _column(running_mean, input)) * torch.rsqrt(_column(running_var, input) + eps), weight, bias)
+    dims = (0, *range(2, input.dim()))
+    _enough("batch_norm", input, dims)
     if running_mean is not None:
         _update(running_mean, running_var, input.detach().transpose(0, 1).flatten(1)[:, None], momentum)
-    return _affine(_standardised(input, (0, *range(2, input.dim())), eps), weight, bias)
+    return _affine(_standardised(input, dims, eps), weight, bias)
 
 
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=None):
+    check_shape("layer_norm", input, normalized_shape)
     h = _standardised(input, tuple(range(-len(normalized_shape), 0)), eps)
     h = h if weight is None else h * weight
     return h if bias is None else h + bias
@@ -46,6 +63,7 @@ def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enable
 
 
 def rms_norm(input, normalized_shape, weight=None, eps=None):
+    check_shape("rms_norm", input, normalized_shape)
     dims = tuple(range(-len(normalized_shape), 0))
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     h = input * torch.rsqrt(input.square().mean(dims, keepdim=True) + eps)
@@ -92,6 +110,28 @@ REFUSED = {
     for name in ("native_layer_norm", "native_batch_norm", "native_group_norm", "batch_norm_stats", "cudnn_batch_norm", "miopen_batch_norm")
     if hasattr(torch, name)
 }
+
+
+# By name, for not every build has all of them.
+NATIVE_NORMS = {"native_layer_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional",
+                "_batch_norm_with_update", "cudnn_batch_norm", "miopen_batch_norm"}  # fmt: skip
+# Their tangents are made from a factorisation that was saved as a constant, too.
+FACTORISED = {"_linalg_solve_ex", "_linalg_det", "_linalg_slogdet", "linalg_householder_product", "cholesky_inverse"}
+
+
+class Refuse(torch.utils._python_dispatch.TorchDispatchMode):
+    """Inside, operations of these names are refused: `RightNorms` does not see those of TorchScript and torch.ops."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names, self.met = names, None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        if name in self.names and not any(a is False for a in args[:6]):   # batch norm with training=False has no statistics of x
+            self.met = name
+            raise NotImplementedError(name)
+        return func(*args, **(kwargs or {}))
 
 
 class RightNorms(torch.overrides.TorchFunctionMode):

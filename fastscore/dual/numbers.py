@@ -1,12 +1,14 @@
 """Dual numbers as a tensor subclass that flows through unmodified modules, and jvp, their door."""
 
-import sys
+import contextlib
+import threading
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastscore.dual.norms import REFUSED, RightNorms
-from fastscore.dual.rules import RULES
+from fastscore.dual.norms import FACTORISED, NATIVE_NORMS, REFUSED, Refuse, RightNorms
+from fastscore.dual.rules import RULES, NoDual, aligned, separated
 from fastscore.ops import checks
 
 
@@ -17,11 +19,13 @@ def jvp(f, x, v):
 
     Value and tangents flow through f side by side: every linear layer and convolution is one call for all of them, activations and
     normalisations are fused. PyTorch's own norms, whose forward mode gives wrong gradients, are right here. What no rule covers goes
-    through stock forward mode, operation by operation, or, where even that is impossible, f as a whole.
+    through stock forward mode, operation by operation, or, where even that is impossible, f as a whole, last of all by two backward
+    passes.
 
     Args:
-        f: any function or module of x alone; its result is a tensor. f may be called a second time, if it holds an operation that cannot
-            be carried through (autograd.grad inside f, an in-place write into a tensor that is no function of x).
+        f: any function or module of x alone; its result is a tensor. f is called again, once per direction, if it holds an operation that
+            cannot be carried through (autograd.grad or an autograd.Function inside f, TorchScript, an in-place write into a tensor that is
+            no function of x); it then draws the same random numbers each time.
         x: (B, *), any float dtype.
         v: directions, (B, *) like x, or (M, B, *).
 
@@ -31,13 +35,16 @@ def jvp(f, x, v):
     Raises:
         ValueError: v does not fit x. TypeError: x is no float tensor, or f returns something else than a tensor.
 
-    Under torch.compile it runs eagerly (a graph break). A block under torch.no_grad() inside f and .detach() count as constants.
+    Under torch.compile it runs eagerly (a graph break). A block under torch.no_grad() inside f and .detach() count as constants; where
+    the caller is under no_grad himself, such a block cannot be told from the rest, and is carried like it.
 
     >>> jvp(torch.sin, torch.zeros(1, 2), torch.ones(3, 1, 2))[1].shape
     torch.Size([3, 1, 2])
     """
     checks.check_float("jvp", "x", x)
     checks.check_float("jvp", "v", v)
+    if v.dim() > x.dim() and not len(v):
+        raise ValueError("jvp: v must hold at least one direction; got none.")
     if v.shape != x.shape and v.shape[1:] != x.shape:
         raise ValueError(f"jvp: v must have the shape of x, {tuple(x.shape)}, or (M, *) of it; got {tuple(v.shape)}.")
     if v.dtype != x.dtype or v.device != x.device:
@@ -52,11 +59,17 @@ def _jvp(f, x, v):
     if torch._C._functorch.maybe_current_level() is not None:   # inside a transform: torch's own forward mode nests with it
         y, ty = _transformed(f, x, directions)
     else:
-        try:
-            y, ty = _stacked(f, x, directions)
-        except NoRule:
-            y, ty = _forward_mode(f, x, directions)
+        y, ty = _carried(f, x, directions)
     return y, ty[0] if single else ty
+
+
+def _carried(f, x, v):
+    with contextlib.suppress(NoRule):
+        return _stacked(f, x, v)
+    try:
+        return _forward_mode(f, x, v)
+    except (NotImplementedError, RuntimeError):   # of torch: an operation, or an autograd.Function, without a rule for forward mode
+        return _double_backward(f, x, v)
 
 
 def _stacked(f, x, v):
@@ -64,11 +77,8 @@ def _stacked(f, x, v):
     s = torch.cat([x[None], v])
     if layout:
         s = s.flatten(0, 1).contiguous(memory_format=layout).unflatten(0, s.shape[:2])
-    before, Dual.grad_mode = Dual.grad_mode, torch.is_grad_enabled()
-    try:
+    with _grad_mode(torch.is_grad_enabled()):
         y = f(Dual(s))
-    finally:
-        Dual.grad_mode = before
     if isinstance(y, Dual):
         return y.stack[0], y.stack[1:]
     if not isinstance(y, torch.Tensor):
@@ -78,18 +88,86 @@ def _stacked(f, x, v):
 
 def _forward_mode(f, x, v):
     """Stock forward mode, one direction at a time, with PyTorch's norms replaced by compositions."""
-    outputs = []
+    outputs, again = [], _same_draws(x.device)
     for direction in v:
-        with torch.autograd.forward_ad.dual_level(), RightNorms():
+        again()
+        with torch.autograd.forward_ad.dual_level(), _right(NATIVE_NORMS | FACTORISED):
             y, ty = torch.autograd.forward_ad.unpack_dual(f(torch.autograd.forward_ad.make_dual(x, direction)))
             outputs.append((y, torch.zeros_like(y) if ty is None else ty))
     return outputs[0][0], torch.stack([ty for _, ty in outputs])
+
+
+def _double_backward(f, x, v):
+    """J v as the transpose of the transpose, by two more levels of backward."""
+    graph = torch.is_grad_enabled()
+    with _right(NATIVE_NORMS), torch.enable_grad():
+        x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        y = f(x)
+        if not isinstance(y, torch.Tensor) or not y.requires_grad:
+            raise NotImplementedError("fastscore.jvp: f holds an operation through which neither forward nor reverse mode leads to x.")
+        u = torch.zeros_like(y).requires_grad_()
+        (g,) = torch.autograd.grad(y, x, u, create_graph=True, materialize_grads=True)
+        if not g.requires_grad:   # a constant: f does not depend on x
+            return y, y.new_zeros(len(v), *y.shape)
+        products = [torch.autograd.grad(g, u, d, retain_graph=True, create_graph=graph, materialize_grads=True)[0] for d in v]
+    return y if graph else y.detach(), torch.stack(products)
 
 
 def _transformed(f, x, v):
     with RightNorms():
         pairs = [torch.func.jvp(f, (x,), (direction,)) for direction in v]
     return pairs[0][0], torch.stack([ty for _, ty in pairs])
+
+
+@contextlib.contextmanager
+def _right(refused):
+    """PyTorch's own derivatives of second and third order, without those that it lacks or gets wrong."""
+    guard = Refuse(refused if torch.is_grad_enabled() else set())
+    try:
+        with sdpa_kernel(SDPBackend.MATH), RightNorms(), guard:
+            yield
+    except Exception as error:   # TorchScript wraps what is raised inside
+        if guard.met is None:
+            raise
+        where = "reached from TorchScript, torch.ops or beside what dual numbers cannot carry"
+        raise NotImplementedError(f"fastscore.jvp: {guard.met} is {where}; PyTorch's gradients of its tangent are wrong.") from error
+
+
+def _same_draws(device):
+    """A function that sets the generators back to where they are now."""
+    cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def again():
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+    return again
+
+
+_modes = threading.local()
+
+
+@contextlib.contextmanager
+def _grad_mode(enabled):
+    """Note the caller's mode: for this thread, and for the workers that f may start."""
+    before = getattr(_modes, "enabled", None), Dual.grad_mode
+    _modes.enabled = Dual.grad_mode = enabled
+    try:
+        yield
+    finally:
+        _modes.enabled, Dual.grad_mode = before
+        if before[0] is None:
+            del _modes.enabled
+
+
+def _constant_block():
+    """Whether grad mode was switched off inside f. An autograd.Function's forward is no such block: its backward carries gradients."""
+    if torch.is_grad_enabled():
+        return False
+    if not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled():
+        raise NoRule("fastscore.jvp: an autograd.Function cannot be carried through with its tangents.")
+    return getattr(_modes, "enabled", Dual.grad_mode)
 
 
 class NoRule(NotImplementedError):
@@ -100,9 +178,11 @@ class Dual(torch.Tensor):
     """A value with M tangents: looks like the value, holds `stack` (1 + M, *shape)."""
 
     grad_mode = True   # of the caller of jvp: a no_grad block inside f is a constant
+    rules = RULES
 
     @staticmethod
     def __new__(cls, stack):
+        cls = ComplexDual if stack.is_complex() else cls
         return torch.Tensor._make_wrapper_subclass(cls, stack.shape[1:], strides=stack.stride()[1:], dtype=stack.dtype, device=stack.device)
 
     def __init__(self, stack):
@@ -118,18 +198,24 @@ class Dual(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        constant = cls.grad_mode and not torch.is_grad_enabled()
-        if constant and _inside_function():
-            raise NoRule("fastscore.jvp: an autograd.Function inside f cannot be carried through.")
-        if func in _VALUES or constant:
+        if func in _VALUES or _constant_block():
             return _on_values(func, args, kwargs)
         if kwargs.get("inplace"):
             return _write(args[0], func(_copy(args[0]), *args[1:], **{**kwargs, "inplace": False}))
-        rule = RULES.get(func)
-        result = rule(*args, **kwargs) if rule is not None and not isinstance(kwargs.get("out"), torch.Tensor) else NotImplemented
+        result = cls.ruled(func, args, kwargs)
         if result is NotImplemented:
             result = _special(func, args, kwargs)
         return _generic(func, args, kwargs) if result is NotImplemented else result
+
+    @classmethod
+    def ruled(cls, func, args, kwargs):
+        rule = cls.rules.get(func)
+        if rule is None or isinstance(kwargs.get("out"), torch.Tensor) or (args and isinstance(args[0], Dual) and not args[0].dim()):
+            return NotImplemented   # a dimension counted from the end of a 0-d value would be that of the stack
+        try:
+            return rule(*args, **kwargs)
+        except (NoDual, TypeError):   # an argument that has no stack, or a spelling that the rule does not know (axis=, input=)
+            return NotImplemented
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -139,37 +225,41 @@ class Dual(torch.Tensor):
         return f"Dual({len(self.stack) - 1} tangents of {self.stack[0]!r})"
 
 
-def _inside_function():
-    """Whether we stand in the forward of an autograd.Function, which runs without gradients and is no constant."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not _jvp_code:
-        if frame.f_code is _apply_code:
-            return True
-        frame = frame.f_back
-    return False
+class ComplexDual(Dual):
+    """Complex values take stock forward mode for everything: the rules are those of real numbers."""
 
-
-_apply_code, _jvp_code = torch.autograd.Function.apply.__func__.__code__, _stacked.__code__
+    rules = {}
 
 
 def _getters(*names):
     return {getattr(torch.Tensor, name).__get__ for name in names if hasattr(torch.Tensor, name)}
 
 
-_METADATA = _getters("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_sparse", "is_quantized", "is_meta", "is_nested")
+_METADATA = _getters("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_sparse", "is_quantized", "is_meta", "is_nested", "is_cpu",
+                     "is_mps", "is_xpu", "itemsize", "nbytes", "is_leaf", "grad_fn", "grad", "output_nr", "_version", "_backward_hooks",
+                     "names", "is_sparse_csr", "is_mkldnn")  # fmt: skip
 _METADATA |= {getattr(torch.Tensor, name) for name in ("size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous",
-              "is_floating_point", "is_complex", "element_size", "get_device", "__len__", "is_signed")}  # fmt: skip
+              "is_floating_point", "is_complex", "element_size", "get_device", "__len__", "is_signed", "storage_offset", "is_conj",
+              "is_neg", "is_inference")}  # fmt: skip
 _METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel}
 # Values without tangents: comparisons, integers, numbers, what stops a gradient.
 _VALUES = """
     eq ne lt le gt ge isnan isinf isfinite argmax argmin argsort sign sgn floor ceil round trunc detach item tolist numpy allclose equal
     isclose bincount nonzero any all logical_not heaviside signbit bool int long short searchsorted bucketize rand_like randn_like new_zeros
     new_ones new_empty new_full new_tensor is_same_size __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __bool__ __float__ __int__ __format__
-    __index__ __contains__
+    __index__ __contains__ __array__ result_type can_cast
 """.split()
 _VALUES = {getattr(holder, name) for holder in (torch.Tensor, torch) for name in _VALUES if hasattr(holder, name)}
 _LIKE = {getattr(torch, name) for name in ("zeros_like", "ones_like", "empty_like", "full_like")}
-_RANDOM = ("rrelu", "alpha_dropout", "feature_alpha_dropout", "gumbel_softmax", "bernoulli", "multinomial", "poisson", "normal")
+# Random as values, and in place; and functions that draw and then compute, which must draw alike for every tangent.
+_VALUES |= {getattr(torch, name) for name in ("bernoulli", "multinomial", "poisson")} | {torch.Tensor.bernoulli, torch.Tensor.multinomial}
+_FILLS = ("normal_", "uniform_", "bernoulli_", "exponential_", "random_", "log_normal_", "geometric_", "cauchy_")
+_RANDOM = ("rrelu", "alpha_dropout", "feature_alpha_dropout", "gumbel_softmax", "normal", "multi_head_attention_forward", "lstm", "gru",
+           "rnn_tanh", "rnn_relu", "fractional_max_pool2d", "fractional_max_pool3d", "scaled_dot_product_attention")  # fmt: skip
+
+
+_STORAGE = ("requires_grad_", "set_", "register_hook", "retain_grad", "as_strided", "untyped_storage", "data_ptr", "__deepcopy__",
+            "__reduce_ex__", "resize_")  # fmt: skip
 
 
 def _on_values(func, args, kwargs):
@@ -187,7 +277,7 @@ def _special(func, args, kwargs):
         return args[0].stack.requires_grad
     if kwargs.get("out") is not None or func in REFUSED or func in (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward):
         raise NoRule(f"fastscore.jvp: {name} cannot be carried through with its tangents.")
-    if name in ("requires_grad_", "data", "set_", "register_hook", "retain_grad", "as_strided", "untyped_storage", "data_ptr"):
+    if name in _STORAGE or type(func).__name__ in ("OpOverload", "OpOverloadPacket", "ScriptFunction", "ScriptMethod"):
         raise NoRule(f"fastscore.jvp: {name} cannot be carried through with its tangents.")
     return _in_place(func, name, args, kwargs)
 
@@ -209,6 +299,8 @@ def _in_place(func, name, args, kwargs):
         plain = getattr(torch.Tensor, name[:-1], None) or getattr(torch.nn.functional, name[:-1], None)
     else:
         return NotImplemented
+    if name in _FILLS and isinstance(args[0], Dual):
+        return _setitem(args[0], ..., func(torch.empty_like(args[0].stack[0].detach()), *args[1:], **kwargs)) or args[0]
     if plain is None or not isinstance(args[0], Dual):
         raise NoRule(f"fastscore.jvp: {name} would write dual numbers into an ordinary tensor.")
     if name in ("zero_", "fill_", "copy_"):
@@ -225,6 +317,8 @@ def _write(target, result):
     """In place on the memory of the stack, so that views of it see the change; `result` was made from a copy, which autograd may keep."""
     if not isinstance(target, Dual) or result.shape != target.shape:
         raise NoRule("fastscore.jvp: an in-place operation would change a shape or write into an ordinary tensor.")
+    if not isinstance(result, Dual):   # sign_, floor_: no function of the tangents
+        return _setitem(target, ..., result) or target
     target.stack.copy_(result.stack)
     return target
 
@@ -233,38 +327,71 @@ def _setitem(target, index, source):
     if not isinstance(target, Dual):
         raise NoRule("fastscore.jvp: indexed writing of dual numbers into an ordinary tensor.")
     index = index if isinstance(index, tuple) else (index,)
-    if sum(isinstance(part, torch.Tensor | list) for part in index) > 1:
+    if separated(index, more=0):
         raise NoRule("fastscore.jvp: indexed writing with several index tensors.")
     if isinstance(source, Dual):
-        target.stack[(slice(None), *index)] = source.stack
+        target.stack[(slice(None), *index)] = _fitted(source.stack, target.stack[:1][(slice(None), *index)].dim())
     else:
         target.stack[(slice(0, 1), *index)] = source
         target.stack[(slice(1, None), *index)] = 0
 
 
+def _fitted(s, dims):
+    """The stack with as many dimensions as the place it goes to, so that its first one stays the first."""
+    s = aligned(s, dims - 1)
+    extra = s.dim() - dims   # leading ones
+    return s.reshape(len(s), *s.shape[1 + extra :]) if extra else s
+
+
 def _generic(func, args, kwargs):
     """Stock forward mode through one operation: right for everything but the norms, which have rules of their own."""
     name = getattr(func, "__name__", str(func))
-    if name in _RANDOM:
-        raise NotImplementedError(f"fastscore.jvp: {name} draws anew for every tangent; draw its noise outside and multiply.")
     leaves, spec = tree_flatten((args, kwargs))
     places = [i for i, a in enumerate(leaves) if isinstance(a, Dual)]
     stacks = [leaves[i].stack for i in places]
+    again, form = _same_draws(stacks[0].device) if name in _RANDOM else None, []
 
     def plain(*duals):
         filled = list(leaves)
         for i, d in zip(places, duals):
             filled[i] = d
-        again, keywords = tree_unflatten(filled, spec)
-        return func(*again, **keywords)
+        arguments, keywords = tree_unflatten(filled, spec)
+        outputs, spec_out = tree_flatten(func(*arguments, **keywords))
+        form[:] = spec_out, [o is None for o in outputs]
+        if not all(isinstance(o, torch.Tensor | None) for o in outputs):
+            raise NoRule(f"fastscore.jvp: {name} returns something else than tensors.")
+        return tuple(o for o in outputs if o is not None)
 
-    with torch._C.DisableTorchFunctionSubclass():
-        outputs = [torch.func.jvp(plain, tuple(s[0] for s in stacks), tuple(s[m] for s in stacks)) for m in range(1, len(stacks[0]))]
-    values, shape = tree_flatten(outputs[0][0])
-    tangents = [tree_flatten(t)[0] for _, t in outputs]
-    if not all(isinstance(v, torch.Tensor) for v in values):
-        raise NoRule(f"fastscore.jvp: {name} cannot be carried through with its tangents.")
-    joined = [
-        Dual(torch.stack([v, *(t[k] for t in tangents)])) if v.is_floating_point() else v for k, v in enumerate(values)
-    ]
-    return tree_unflatten(joined, shape)
+    def along(m):
+        if again:
+            again()
+        return torch.func.jvp(plain, tuple(s[0] for s in stacks), tuple(s[m] for s in stacks))
+
+    with torch._C.DisableTorchFunctionSubclass(), _differentiable(name):
+        try:
+            outputs = [along(m) for m in range(1, len(stacks[0]))]
+        except NotImplementedError as error:
+            raise NoRule(f"fastscore.jvp: {name} has no forward mode.") from error
+        values, (shape, missing) = outputs[0][0], form
+        if len(stacks) == 1 and any(_shares_memory(value, stacks[0]) for value in values):
+            joined = map(Dual, torch.vmap(plain)(stacks[0]))   # a view stays one, of the whole stack
+        else:
+            joined = (_joined(v, [t[k] for _, t in outputs]) for k, v in enumerate(values))
+    return tree_unflatten([None if none else next(joined) for none in missing], shape)
+
+
+def _joined(value, tangents):
+    return Dual(torch.stack([value, *tangents])) if value.is_floating_point() or value.is_complex() else value
+
+
+def _shares_memory(a, b):
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.numel() > 0
+
+
+def _differentiable(name):
+    """Attention and recurrent layers in the forms that have a forward mode."""
+    if name in ("multi_head_attention_forward", "scaled_dot_product_attention"):
+        return sdpa_kernel(SDPBackend.MATH)
+    if name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        return torch.backends.mkldnn.flags(enabled=False)
+    return contextlib.nullcontext()

@@ -29,12 +29,19 @@ def rule(*names, table=RULES):
     return register
 
 
+class NoDual(Exception):
+    """A rule's first argument is an ordinary tensor; stock forward mode takes the operation."""
+
+
 def is_dual(a):
     return hasattr(a, "stack")
 
 
 def stack(a):
-    return a.stack
+    try:
+        return a.stack
+    except AttributeError:
+        raise NoDual from None
 
 
 def dual(s):
@@ -276,28 +283,43 @@ def gather(x, dim, index):
 @rule("__getitem__")
 def getitem(x, index):
     index = index if isinstance(index, tuple) else (index,)
-    arrays = [i for i, part in enumerate(index) if isinstance(part, torch.Tensor | list)]
-    if len(arrays) > 1 and arrays != list(range(arrays[0], arrays[0] + len(arrays))):
+    if separated(index):
         return NotImplemented   # the indexed dimensions would move in front of the stack's
     return dual(stack(x)[(slice(None), *index)])
 
 
+def separated(index, more=1):
+    """Whether an index holds arrays, more than `more` of them, that do not follow each other."""
+    arrays = [i for i, part in enumerate(index) if not isinstance(part, int | slice | None | type(...))]
+    return len(arrays) > 1 and (not more or arrays != list(range(arrays[0], arrays[0] + len(arrays))))
+
+
 @rule("contiguous")
 def contiguous(x, memory_format=torch.contiguous_format):
-    if memory_format in (torch.contiguous_format, torch.preserve_format):
-        return dual(stack(x).contiguous())
-    # Channels last within each of the stack's values.
-    return dual(stack(x).flatten(0, 1).contiguous(memory_format=memory_format).unflatten(0, stack(x).shape[:2]))
+    return x if x.is_contiguous(memory_format=memory_format) else clone(x, memory_format=memory_format)
 
 
 @rule("clone")
 def clone(x, *, memory_format=torch.preserve_format):
-    y = contiguous(x, memory_format)
-    return dual(y.stack.clone()) if y.stack.data_ptr() == stack(x).data_ptr() else y   # memory of its own: somebody may write into it
+    s = stack(x)
+    if memory_format in (torch.contiguous_format, torch.preserve_format):
+        return dual(s.clone(memory_format=memory_format))
+    return dual(s.flatten(0, 1).clone(memory_format=memory_format).unflatten(0, s.shape[:2]))   # within each of the stack's values
 
 
 def _conversion(name):
-    return lambda x, *args, **kwargs: dual(getattr(stack(x), name)(*args, **kwargs))
+    def apply(x, *args, **kwargs):
+        if not is_dual(x):   # towards a dual number's dtype
+            return getattr(x, name)(*map(value, args), **{k: value(a) for k, a in kwargs.items()})
+        layout = kwargs.pop("memory_format", torch.preserve_format)
+        s = getattr(stack(x), name)(*map(value, args), **kwargs)
+        if not isinstance(s, torch.Tensor):   # type() without arguments
+            return s
+        if not s.is_floating_point():   # integers have no tangents
+            return s[0]
+        return dual(s) if layout == torch.preserve_format else contiguous(dual(s), layout)
+
+    return apply
 
 
 for _name in ("to", "type", "type_as", "float", "double", "half", "bfloat16", "cuda", "cpu"):
@@ -353,16 +375,25 @@ def cumsum(x, dim, **kwargs):
 def where(condition, input=None, other=None):
     if input is None or is_dual(condition):
         return NotImplemented
-    n = len(stack(input if is_dual(input) else other))
-    a, b = (stack(c) if is_dual(c) else torch.as_tensor(c, device=condition.device)[None] for c in (input, other))
-    dims = max(condition.dim(), a.dim() - 1, b.dim() - 1)
-    zeros = [s if len(s) == n else torch.cat([s, s.new_zeros(n - 1, *s.shape[1:])]) for s in (a, b)]
-    return dual(torch.where(condition, aligned(zeros[0], dims), aligned(zeros[1], dims)))
+    n, dtype = len(stack(input if is_dual(input) else other)), torch.result_type(value(input), value(other))
+    dims = max(c.dim() for c in (condition, input, other) if isinstance(c, torch.Tensor))
+
+    def whole(c):
+        s = stack(c).to(dtype) if is_dual(c) else constant(torch.as_tensor(c, dtype=dtype, device=condition.device), n)
+        return aligned(s, dims)
+
+    return dual(torch.where(condition, whole(input), whole(other)))
+
+
+RULES[torch.Tensor.where] = lambda x, condition, other: where(condition, x, other)
 
 
 @rule("masked_fill")
 def masked_fill(x, mask, value):
-    s = stack(x).masked_fill(mask, 0)
+    if not is_dual(x) or is_dual(value):
+        return where(mask, value, x)
+    s = aligned(stack(x), mask.dim())
+    s = s.expand(len(s), *torch.broadcast_shapes(s.shape[1:], mask.shape)).masked_fill(mask, 0)
     return dual(add_to_value(s, torch.zeros_like(s[0]).masked_fill(mask, value)))
 
 
@@ -373,9 +404,15 @@ def _number(a):
     return isinstance(a, int | float)
 
 
+def _summand(b, a):
+    """Integers in a's dtype: unsigned ones would wrap when negated or multiplied."""
+    whole = isinstance(b, torch.Tensor) and not b.is_floating_point() and not b.is_complex() and b.dtype != torch.bool
+    return b.to(a.dtype) if whole and isinstance(a, torch.Tensor) else b
+
+
 @rule("add", "__add__", "__radd__")
 def add(a, b, *, alpha=1):
-    b = b * alpha if alpha != 1 else b
+    b = _summand(b, a) * alpha if alpha != 1 else b
     if is_dual(a) and is_dual(b):
         a, b = both(stack(a), stack(b))
         return dual(a + b)
@@ -390,6 +427,7 @@ def add(a, b, *, alpha=1):
 
 @rule("sub", "subtract", "__sub__")
 def sub(a, b, *, alpha=1):
+    b = _summand(b, a)
     b = b * alpha if alpha != 1 else b
     return add(a, -b)
 
@@ -424,12 +462,14 @@ def rdiv(a, b):
 
 @rule("addcmul")
 def addcmul(input, tensor1, tensor2, *, value=1):
-    return add(input, mul(tensor1, tensor2), alpha=value)
+    product = mul(tensor1, tensor2) if is_dual(tensor1) or is_dual(tensor2) else tensor1 * tensor2
+    return add(input, product, alpha=value)
 
 
 @rule("lerp")
 def lerp(input, end, weight):
-    return add(input, mul(sub(end, input) if is_dual(input) or is_dual(end) else end - input, weight))
+    difference = sub(end, input) if is_dual(input) or is_dual(end) else end - input
+    return add(input, mul(difference, weight))
 
 
 def _elementwise(slope):
@@ -466,11 +506,13 @@ reciprocal = RULES[torch.reciprocal]
 RULES[torch.Tensor.__abs__] = RULES[torch.abs]
 
 
-@rule("pow", "__pow__", "float_power")
+@rule("pow", "__pow__")
 def power(x, exponent):
     if not is_dual(x) or not _number(exponent):
         return NotImplemented
     s = stack(x)
+    if exponent == 0:   # 0 · x⁻¹ is no number at x = 0
+        return joined(s[0] ** 0, torch.zeros_like(s[1:]))
     return joined(s[0] ** exponent, exponent * s[0] ** (exponent - 1) * s[1:])
 
 
@@ -488,6 +530,12 @@ for _name in ("relu", "silu", "tanh", "sigmoid"):
 rule("elu")(_activation("elu", unless=lambda alpha=1.0: alpha != 1))
 rule("gelu")(_activation("gelu", unless=lambda approximate="none": approximate != "none"))
 rule("softplus")(_activation("softplus", unless=lambda beta=1, threshold=20: beta != 1 or threshold < 20))
+
+
+@rule("glu")
+def glu(input, dim=-1):
+    a, b = chunk(input, 2, dim)
+    return mul(a, RULES[torch.sigmoid](b))
 
 
 @rule("softmax")
@@ -533,16 +581,108 @@ def baddbmm(input, batch1, batch2, *, beta=1, alpha=1):
     return scaled if beta == 0 else add(scaled, input * beta)
 
 
+# PyTorch makes the tangents of these from a factorisation that it saved as a constant; their reverse mode is right at every order.
+
+
+def _solve(A, B, *, left=True):
+    if not left:
+        return NotImplemented
+    n = len(stack(A if is_dual(A) else B))
+    A, B = (stack(a) if is_dual(a) else constant(a, n) for a in (A, B))
+    vector = B.dim() == 2 or (A.dim() - 1 == B.dim() and B.shape[1:] == A.shape[1:-1])   # as torch tells them apart
+    A, B = both(A, B[..., None] if vector else B)
+    y = torch.linalg.solve(A[0], B[0])
+    s = torch.cat([y[None], torch.linalg.solve(A[0], B[1:] - A[1:] @ y)])
+    return dual(s[..., 0] if vector else s)
+
+
+def _log_slope(s):
+    """tr(A⁻¹ Ȧ), the tangents of log |det A|."""
+    return (torch.linalg.inv(s[0]).mT * s[1:]).sum((-2, -1))
+
+
+def _det(A):
+    s = stack(A)
+    y = torch.linalg.det(s[0])
+    return joined(y, y * _log_slope(s))
+
+
+def _logdet(A):
+    s = stack(A)
+    return joined(torch.logdet(s[0]), _log_slope(s))
+
+
+def _slogdet(A):
+    s = stack(A)
+    sign, y = torch.linalg.slogdet(s[0])
+    return torch.return_types.slogdet((sign, joined(y, _log_slope(s))))
+
+
+def _refused(name):
+    def refuse(*args, **kwargs):
+        raise NotImplementedError(f"fastscore.jvp: {name} has no right forward mode.")
+
+    return refuse
+
+
+RULES[torch.linalg.solve] = _solve
+for _name, _function in (("det", _det), ("logdet", _logdet), ("slogdet", _slogdet)):
+    for _holder in (torch, torch.Tensor, torch.linalg):
+        if hasattr(_holder, _name):
+            RULES[getattr(_holder, _name)] = _function
+RULES[torch.cholesky_inverse] = _refused("torch.cholesky_inverse")   # the product itself is wrong
+for _name in ("solve_ex", "tensorsolve", "householder_product"):
+    RULES[getattr(torch.linalg, _name)] = _refused(f"torch.linalg.{_name}")
+
+
 @rule("scaled_dot_product_attention")
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    if enable_gqa or dropout_p:
-        return NotImplemented
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    return scores.softmax(-1) @ value
+    if attn_mask is None:
+        return F.dropout(scores.softmax(-1), dropout_p) @ value
+    if attn_mask.dtype != torch.bool:
+        return F.dropout((scores + attn_mask).softmax(-1), dropout_p) @ value
+    nothing = ~attn_mask.any(-1, keepdim=True)   # such rows attend to nothing and are zero
+    weights = scores.masked_fill(~(attn_mask | nothing), -math.inf).softmax(-1).masked_fill(nothing, 0)
+    return F.dropout(weights, dropout_p) @ value
+
+
+@rule("multi_head_attention_forward")
+def multi_head_attention(query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v, add_zero_attn,
+                         dropout_p, out_proj_weight, out_proj_bias, training=True, key_padding_mask=None, need_weights=True, attn_mask=None,
+                         use_separate_proj_weight=False, q_proj_weight=None, k_proj_weight=None, v_proj_weight=None, static_k=None,
+                         static_v=None, average_attn_weights=True, is_causal=False):  # fmt: skip
+    """Tokens first: query (L, B, E). What this leaves out goes through stock forward mode, with attention in plain operations."""
+    if need_weights or query.dim() != 3 or any(a is not None for a in (bias_k, bias_v, static_k, static_v)) or add_zero_attn:
+        return NotImplemented
+    weights = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_proj_weight.chunk(3)
+    biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+    if query is key is value and not use_separate_proj_weight:
+        parts = F.linear(query, in_proj_weight, in_proj_bias).chunk(3, -1)
+    else:
+        parts = [F.linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases)]
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for t in parts)   # (B, H, L, E/H)
+    mask = _attention_mask(attn_mask, key_padding_mask, len(q), num_heads, q)
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p if training else 0.0)
+    return F.linear(out.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias), None
+
+
+def _attention_mask(attn_mask, padding, B, H, q):
+    """One additive mask that broadcasts to (B, H, L, S); in the given ones True means: leave out."""
+
+    def additive(mask):
+        return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(mask, -math.inf) if mask.dtype == torch.bool else mask
+
+    total = None if padding is None else additive(padding)[:, None, None]
+    if attn_mask is None:
+        return total
+    attn_mask = additive(attn_mask)
+    attn_mask = attn_mask.unflatten(0, (B, H)) if attn_mask.dim() == 3 else attn_mask
+    return attn_mask if total is None else attn_mask + total
 
 
 def _dropout(function):
@@ -570,20 +710,29 @@ def _fused(x, groups, weight, bias, eps):
     return dual(normalise_stack(s, pack(columns), None, Form(groups, False, bias is not None, eps, None), None))
 
 
+def _dual_affine(x, weight, bias):
+    return not is_dual(x) or is_dual(weight) or is_dual(bias)
+
+
 @rule("instance_norm")
 def instance_norm(input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5):
-    if running_mean is not None or not use_input_stats or input.dim() < 3:
+    if running_mean is not None or not use_input_stats or input.dim() < 3 or _dual_affine(input, weight, bias):
         return norms.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     return _fused(input, 0, weight, bias, eps)
 
 
 @rule("group_norm")
 def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=None):
-    return _fused(input, num_groups, weight, bias, eps) if input.dim() > 2 else norms.group_norm(input, num_groups, weight, bias, eps)
+    if input.dim() < 3 or _dual_affine(input, weight, bias):
+        return norms.group_norm(input, num_groups, weight, bias, eps)
+    return _fused(input, num_groups, weight, bias, eps)
 
 
 @rule("layer_norm")
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=None):
+    norms.check_shape("layer_norm", input, normalized_shape)
+    if not is_dual(input):
+        return norms.layer_norm(input, normalized_shape, weight, bias, eps)
     lead = input.shape[: input.dim() - len(normalized_shape)]
     h = reshape(_fused(reshape(input, (math.prod(lead), 1, -1)), 1, None, None, eps), tuple(input.shape))
     h = h if weight is None else mul(h, weight)

@@ -5,6 +5,7 @@ import contextlib
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastscore.dual.jets import second_order
@@ -13,6 +14,12 @@ from fastscore.models.score_mlp import Trunk
 from fastscore.ops import checks
 
 _SMOOTH = ("silu", "gelu", "softplus", "tanh")
+
+
+@contextlib.contextmanager
+def _right_norms():
+    with RightNorms(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 class EnergyMLP(Trunk):
@@ -78,8 +85,7 @@ class EnergyScore(nn.Module):
 
     def forward(self, x, *arguments):
         if not checks.readable():   # inside a transform or torch.compile tensors have no graph to walk
-            with _right_norms(not torch.compiler.is_compiling()):
-                return torch.func.grad(lambda x: self._value(x, arguments).sum())(x)
+            return torch.func.grad(lambda x: self._value(x, arguments).sum())(x)
         x, wanted = self._leaf(x)
         # Forward mode over reverse mode needs the formulas that a graph is made of: fused ones, as of SiLU, carry no tangent.
         create_graph = wanted or forward_ad.unpack_dual(x).tangent is not None
@@ -118,7 +124,7 @@ class EnergyScore(nn.Module):
     def _along_by_jvp(self, x, v, arguments):
         s, hv = self.jvp(x, v, *arguments)
         products = ((v * t).to(checks.compute_dtype(v.dtype)) for t in (s, hv))
-        return tuple(t.flatten(2).sum(2) if t.dim() > 2 else t for t in products)
+        return tuple(t.flatten(2).sum(-1) if t.dim() > 2 else t for t in products)
 
     def _leaf(self, x):
         """x as a variable of its own where it is none yet; and whether the result shall be differentiable."""
@@ -128,23 +134,19 @@ class EnergyScore(nn.Module):
         return (x if wanted and x.requires_grad else x.view_as(x).requires_grad_()), wanted
 
     def _gradient(self, x, create_graph, arguments):
-        with _right_norms(create_graph):
-            value = self._value(x, arguments)
+        value = self._value(x, arguments, third=create_graph)
         if not value.requires_grad:
             raise ValueError("EnergyScore: f(x) must depend on x through differentiable operations.")
         return torch.autograd.grad(value.sum(), x, create_graph=create_graph, materialize_grads=True)[0]
 
-    def _value(self, x, arguments):
-        value = self.f(x, *arguments)
+    def _value(self, x, arguments, third=True):
+        # A loss takes third derivatives of f, which PyTorch gets wrong through its norms and lacks for fused attention.
+        with _right_norms() if third and not torch.compiler.is_compiling() else contextlib.nullcontext():
+            value = self.f(x, *arguments)
         if not isinstance(value, torch.Tensor) or value.shape not in ((len(x),), (len(x), 1)):
             got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(f"EnergyScore: f(x) must be one value per sample, ({len(x)},); got {got}.")
         return value
-
-
-def _right_norms(wanted):
-    """PyTorch's layer, instance and batch norms have wrong third derivatives, those of the energy that a sliced loss trains by."""
-    return RightNorms() if wanted else contextlib.nullcontext()
 
 
 def _needs_whole(f, x):
