@@ -3,6 +3,7 @@
 import torch
 
 from fastscore import random
+from fastscore.losses.projections import check_score
 from fastscore.ops import checks, denoising_loss, perturb
 
 
@@ -39,5 +40,5 @@ def weighted(score, x, each, seed, step, offset):
     """½ ‖σ s + z‖², σ² times the loss, with z made twice and stored never."""
     seed = random.draw_seed() if seed is None else seed
     s = score(perturb(x, each, seed=seed, step=step, offset=offset), each)
-    checks.check_like("denoising", "score(x, sigma)", s, x)
+    check_score("denoising", s, x, "score(x, sigma)")
     return denoising_loss(s, each, seed=seed, step=step, offset=offset)

@@ -41,7 +41,7 @@ def noise_conditional(
         sigmas: descending ladder, (L,). labels: int64 (B,), or None for uniform labels drawn on stream LEVEL.
         power: of the weight λ(σ) = σ^power; 2 weighs all levels alike.
         projections, distribution: of the sliced methods.
-        seed, step, offset: the noise key (streams PERTURB and PROJECTION).
+        seed, step, offset: the noise key (streams PERTURB, PROJECTION and LEVEL; the first level drawn is that of sample offset // d).
 
     Returns:
         (B,), float32 or wider.
@@ -57,8 +57,9 @@ def noise_conditional(
     check_projections(op, projections, distribution)
     sigmas = check_ladder(op, sigmas).to(x.device)
     if labels is None:
-        labels = draw_labels(len(sigmas), x.shape[0], seed=seed, step=step, first_sample=0, device=x.device)
-    elif labels.shape != x.shape[:1] or labels.dtype != torch.int64 or bool(((labels < 0) | (labels >= len(sigmas))).any()):
+        first = offset // max(1, x[:1].numel())   # a sample's level, like its noise, is the same in any split of the batch
+        labels = draw_labels(len(sigmas), x.shape[0], seed=seed, step=step, first_sample=first, device=x.device)
+    elif not _fit(labels, x, len(sigmas)):
         raise ValueError(f"{op}: labels must be int64 ({x.shape[0]},) in 0..{len(sigmas) - 1}.")
     each = sigmas[labels]
     if method == "denoising":
@@ -72,6 +73,12 @@ def noise_conditional(
         v = directions(op, noisy, projections, distribution, **key)
         loss = sliced_mean(op, score, noisy, v, variance_reduced=method == "sliced-vr", arguments=(each,))
     return loss * each.to(checks.compute_dtype(x.dtype)) ** power
+
+
+def _fit(labels, x, levels):
+    if not isinstance(labels, torch.Tensor) or labels.shape != x.shape[:1] or labels.dtype != torch.int64:
+        return False
+    return not bool(((labels < 0) | (labels >= levels)).any())
 
 
 def draw_labels(levels, n, *, seed, step=0, first_sample=0, device=None):

@@ -42,7 +42,7 @@ def _draw(x, distribution, seed, step, m, offset):
         return random.rademacher(x.shape, dtype=x.dtype, **key)
     z = random.normal(x.shape, dtype=checks.compute_dtype(x.dtype), **key)
     if distribution == "sphere":
-        flat = z.reshape(x.shape[0], -1)
+        flat = z.flatten(1) if z.dim() > 1 else z[:, None]
         z = (torch.nn.functional.normalize(flat, dim=1) * math.sqrt(flat.shape[1])).view(x.shape)
     return z.to(x.dtype)
 
@@ -71,11 +71,11 @@ def _checked(op, mask, x):
     return mask.to(x.dtype)
 
 
-def check_score(op, s, x):
+def check_score(op, s, x, name="score(x)"):
     """A score of x's shape; its dtype is its own (autocast)."""
-    checks.check_float(op, "score(x)", s)
+    checks.check_float(op, name, s)
     if s.shape != x.shape:
-        raise ValueError(f"{op}: score(x) must have the shape of x, {tuple(x.shape)}; got {tuple(s.shape)}.")
+        raise ValueError(f"{op}: {name} must have the shape of x, {tuple(x.shape)}; got {tuple(s.shape)}.")
 
 
 def derivatives(op, score, x, v, arguments=()):
@@ -112,4 +112,4 @@ def reduce(s, js, v, mask=None, variance_reduced=True):
 
 def dot(v, t):
     """(M, B, *) with (M, B, *) or (B, *) -> (M, B)."""
-    return (v * t).reshape(*v.shape[:2], -1).sum(-1)
+    return (v * t).flatten(2).sum(-1) if v.dim() > 2 else v * t
