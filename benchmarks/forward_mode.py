@@ -1,11 +1,15 @@
-"""How far the parameter gradient of a sliced-score loss is off in forward mode, layer by layer: `python benchmarks/forward_mode.py`.
+"""How far the parameter gradient of a sliced-score loss is off in forward mode, network by network: `python benchmarks/forward_mode.py`.
 
-The loss is Σ vᵀ(∂s/∂x)v + ½(vᵀs)² in float64. Double backprop is right for every layer (finite differences agree), so it is the yardstick.
+Stock is torch.func.jvp, beside fastscore.jvp. The loss is Σ vᵀ(∂s/∂x)v + ½(vᵀs)² in float64. Double backprop is right for
+every layer (finite differences agree), so it is the yardstick.
 """
+
+import importlib.util
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastscore
 
@@ -34,36 +38,85 @@ def stock_norms(module):
     return module
 
 
-def gradient(score, parameters, x, v, forward):
-    if forward:
-        s, js = torch.func.jvp(score, (x,), (v,))
-    else:
-        x = x.clone().requires_grad_()
-        s = score(x)
-        js = torch.autograd.grad((s * v).sum(), x, create_graph=True)[0]
-    loss = (v * js).sum() + 0.5 * (v * s).flatten(1).sum(1).square().sum()
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+def double_backprop(score, x, v):
+    x = x.clone().requires_grad_()
+    s = score(x)
+    return s, torch.stack([torch.autograd.grad(s, x, d, create_graph=True)[0] for d in v])
 
 
-def error(net, x, v, call=None):
+def stock(score, x, v):
+    pairs = [torch.func.jvp(score, (x,), (d,)) for d in v]
+    return pairs[0][0], torch.stack([js for _, js in pairs])
+
+
+def gradient(products, score, parameters, x, v):
+    s, js = products(score, x, v)
+    loss = (v * js).sum() + 0.5 * (v * s).flatten(2).sum(2).square().sum()
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)])
+
+
+def errors(net, x, v, call=None):
+    """Relative, of torch.func.jvp and of fastscore.jvp."""
     score, parameters = call or net, [p for p in net.parameters() if p.requires_grad]
-    right = gradient(score, parameters, x, v, forward=False)
-    return float((gradient(score, parameters, x, v, forward=True) - right).norm() / right.norm())
+    with sdpa_kernel(SDPBackend.MATH):   # fused attention has neither forward mode nor double backprop
+        right = gradient(double_backprop, score, parameters, x, v)
+        return [distance(lambda p=p: gradient(p, score, parameters, x, v), right) for p in (stock, fastscore.jvp)]
 
 
-def small(norm):
+def distance(found, right):
+    try:
+        return float((found() - right).norm() / right.norm())
+    except RuntimeError:   # PyTorch's group norm, where its input is not contiguous
+        return float("nan")
+
+
+class Residual(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
+class Tokens(nn.Module):
+    """A transformer layer over the pixels."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(channels, 4, 2 * channels, dropout=0.0, batch_first=True, norm_first=True)
+
+    def forward(self, x):
+        return self.layer(x.flatten(2).mT).mT.reshape(x.shape)
+
+
+def conv(inputs, outputs):
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+def small(*middle):
     torch.manual_seed(0)
-    blocks = [nn.Conv2d(3, 16, 3, padding=1), norm, nn.ELU(), nn.Conv2d(16, 16, 3, padding=1), nn.ELU(), nn.Conv2d(16, 3, 3, padding=1)]
-    return nn.Sequential(*blocks).double()
+    return nn.Sequential(conv(3, 16), *middle, conv(16, 16), nn.ELU(), conv(16, 3)).double()
 
 
-def rows():
-    """(network, relative error of the gradient in forward mode)."""
+def unet():
+    """diffusers' U-Net with attention, if it is installed."""
+    import diffusers
+
     torch.manual_seed(0)
-    x, v = torch.rand(4, 3, 16, 16).double(), torch.randn(4, 3, 16, 16).double().sign()
-    layers = {
+    net = diffusers.UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=4,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    return net.double()
+
+
+def networks():
+    """(name, network, how to call it)."""
+    norms = {
         "nn.InstanceNorm2d": nn.InstanceNorm2d(16),
-        "nn.LayerNorm": nn.LayerNorm((16, 16, 16)),
+        "nn.LayerNorm": nn.LayerNorm((16, 8, 8)),
         "nn.BatchNorm2d, batch statistics": nn.BatchNorm2d(16, track_running_stats=False),   # else func.jvp refuses the counter
         "nn.BatchNorm2d, running statistics": nn.BatchNorm2d(16).eval(),
         "nn.GroupNorm": nn.GroupNorm(4, 16),
@@ -71,15 +124,40 @@ def rows():
         "fastscore.nn.InstanceNorm2dPlus": fastscore.nn.InstanceNorm2dPlus(16),
         "fastscore.nn.GroupNormAct": fastscore.nn.GroupNormAct(4, 16, activation="silu"),
     }
-    for name, layer in layers.items():
-        yield name, error(small(layer), x, v)
+    for name, norm in norms.items():
+        yield f"conv, {name}, ELU", small(norm, nn.ELU()), None
+    yield "conv, nn.InstanceNorm2d, SiLU", small(nn.InstanceNorm2d(16), nn.SiLU()), None
+    yield "residual, nn.InstanceNorm2d", small(Residual(nn.InstanceNorm2d(16), nn.SiLU(), conv(16, 16))), None
+    yield "residual, nn.GroupNorm", small(Residual(nn.GroupNorm(4, 16), nn.SiLU(), conv(16, 16))), None
+    yield "nn.TransformerEncoderLayer", small(Tokens(16)), None
+    mixed = fastscore.nn.GroupNormAct(4, 16, activation="silu"), conv(16, 16), nn.BatchNorm2d(16, track_running_stats=False), nn.Softplus()
+    yield "mixed: ours and nn.BatchNorm2d", small(Residual(*mixed), fastscore.nn.InstanceNorm2dPlus(16)), None
+    if importlib.util.find_spec("diffusers"):
+        net = unet()
+        yield "diffusers.UNet2DModel", net, lambda x, net=net: net(x, 3).sample
     for name, change in (("NCSN (ngf 16) on stock instance norm", stock_norms), ("fastscore.models.NCSN (ngf 16)", lambda net: net)):
         torch.manual_seed(0)
         net = change(fastscore.models.NCSN(3, 16).double())
-        yield name, error(net, x, v, lambda x, net=net: net(x, net.sigmas[3]))
+        yield name, net, lambda x, net=net: net(x, net.sigmas[3])
+
+
+def rows(projections=(1, 4)):
+    """(network, relative errors of the gradient: stock and ours for each number of projections)."""
+    torch.manual_seed(0)
+    x, v = torch.rand(4, 3, 8, 8).double(), torch.randn(max(projections), 4, 3, 8, 8).double().sign()
+    for name, net, call in networks():
+        yield name, [e for M in projections for e in errors(net, x, v[:M], call)]
+
+
+def written(error):
+    if error != error:
+        return "raises"
+    return f"{error:.1e}" if error < 1e-3 else f"**{100 * error:.0f} %**"
 
 
 if __name__ == "__main__":
-    print(f"torch {torch.__version__.split('+')[0]}\n\n| network | relative error of the parameter gradient in forward mode |\n|---|---|")
-    for name, value in rows():
-        print(f"| {name} | {value:.1e} |" if value < 1e-3 else f"| {name} | **{100 * value:.0f} %** |", flush=True)
+    print(f"torch {torch.__version__.split('+')[0]}\n")
+    print("| network | torch.func.jvp, M = 1 | fastscore.jvp, M = 1 | torch.func.jvp, M = 4 | fastscore.jvp, M = 4 |")
+    print("|---|---|---|---|---|")
+    for name, values in rows():
+        print(f"| {name} | {' | '.join(map(written, values))} |", flush=True)
