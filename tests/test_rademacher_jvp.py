@@ -76,12 +76,13 @@ def test_value_and_transpose_equal_those_of_float64(backend, js, dtype, offset):
         assert gjs.is_contiguous() and gs.is_contiguous()
 
 
-@pytest.mark.parametrize("projections", [1, 3])
+@pytest.mark.parametrize("projections", [1, 2])
 def test_derivatives_in_every_mode(backend, projections):
     torch.manual_seed(0)
     fast = {"fast_mode": backend == "triton"}   # along one random direction: the interpreter takes seconds for all of them
-    s = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
-    js = torch.randn(projections, 2, 5, dtype=torch.float64, requires_grad=True)
+    n = 2 if backend == "triton" else 5
+    s = torch.randn(2, n, dtype=torch.float64, requires_grad=True)
+    js = torch.randn(projections, 2, n, dtype=torch.float64, requires_grad=True)
     key = (None, numbers(3), backend)
     for f, inputs in (
         (lambda s, js: project(s, js, *key), (s, js)),
