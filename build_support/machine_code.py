@@ -123,11 +123,25 @@ def algebra_kernels(arch):
             yield name, kernel, constants, types, ("C",), rows * D, rows * D // 32
 
 
+def stack_kernels(arch):
+    """Activations of a stack with one tangent; SiLU for every dtype and target."""
+    from fastscore.kernels import ACTIVATED, activate_dual, activation
+
+    names = "elu", "relu", "gelu", "softplus", "tanh", "sigmoid"
+    variants = [(dtype, "silu") for dtype in DTYPES] + ([("fp32", name) for name in names] if arch == 90 else [])
+    for dtype, name in variants:
+        pointers = {pointer: f"*{dtype}" for pointer in ("out_ptr", "s_ptr", "g_ptr")}
+        constants = {"M": 1, "KIND": getattr(activation, name.upper()).value, "WIDE": dtype == "fp64", "BLOCK": ACTIVATED}
+        for kernel in (activate_dual.activate_dual_kernel, activate_dual.activate_dual_gradient_kernel):
+            label = f"{kernel.fn.__name__.removesuffix('_kernel')} {name} {dtype}"
+            yield label, kernel, constants, pointers | {"n": "i32"}, (*pointers, "n"), ACTIVATED, 4
+
+
 def triton_kernels(arch):
     from fastscore.kernels import BLOCK
 
     noise = ((*entry, 32 * entry[2]["WORDS"] if "WORDS" in entry[2] else 4 * BLOCK, 4) for entry in noise_kernels())
-    return itertools.chain(noise, pixel_kernels(arch), algebra_kernels(arch))
+    return itertools.chain(noise, pixel_kernels(arch), algebra_kernels(arch), stack_kernels(arch))
 
 
 def compile_triton(entry, arch):

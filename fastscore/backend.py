@@ -16,13 +16,16 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("cuda", "triton", "cpp", "reference")
+CUDA_OPS = ("words", "uniform", "normal", "rademacher", "noisy_update", "langevin_step", "perturb", "denoising_loss")   # also in CUDA C++
 OPS = (
-    "words", "uniform", "normal", "rademacher", "noisy_update", "langevin_step", "perturb", "denoising_loss",
+    *CUDA_OPS,
     "instance_norm_plus", "conditional_instance_norm_plus", "group_norm_modulate",
-    "rademacher_jvp",
+    "rademacher_jvp", "activate_dual",
 )  # fmt: skip
-RAW_OPS = ("fill", "noisy_update", "noise_reduce", "normalise", "normalise_backward", "rademacher_project", "rademacher_spread")
-CPU_OPS = ("activate_dual", "activate_jet")   # in C++ alone; elsewhere plain PyTorch
+RAW_OPS = (
+    "fill", "noisy_update", "noise_reduce", "normalise", "normalise_backward", "rademacher_project", "rademacher_spread", "activate_dual",
+)  # fmt: skip
+CPU_OPS = ("activate_jet",)   # in C++ alone; elsewhere plain PyTorch
 _requested: ContextVar[str | None] = ContextVar("fastscore_backend", default=None)
 
 

@@ -16,6 +16,7 @@ from fastscore.ops import (
     perturb,
     rademacher_jvp,
 )
+from fastscore.ops.activate_dual import activate_dual
 
 
 def _version(package):
@@ -46,6 +47,7 @@ def _calls(device):
         "conditional_instance_norm_plus": lambda: conditional_instance_norm_plus(image, torch.tensor([1, 0], device=device), row),
         "group_norm_modulate": lambda: group_norm_modulate(image, 2, gamma, beta, activation="silu"),
         "rademacher_jvp": lambda: rademacher_jvp(torch.sin, x, projections=2, **key)[1],
+        "activate_dual": lambda: activate_dual(torch.stack([4 * x, x, -x]), "silu"),
     }
 
 
@@ -75,7 +77,9 @@ def lines():
         for name in backend.BACKENDS:
             reason = backend.why_not(name, torch.device(device).type)
             for op in backend.OPS if reason is None else ():
-                yield f"  {op:30} {name:10} yes  self-test {self_test(name, op, device)}"
+                without = name == "cuda" and op not in backend.CUDA_OPS
+                verdict = "no   a GPU runs its Triton kernel" if without else f"yes  self-test {self_test(name, op, device)}"
+                yield f"  {op:30} {name:10} {verdict}"
             if reason is not None:
                 yield f"  {'every op':30} {name:10} no   {reason}"
 

@@ -14,8 +14,10 @@ SCHEMAS = {
     "normalise_backward": launch_normalise.BACKWARD,
     "rademacher_project": launch_rademacher_jvp.PROJECT,
     "rademacher_spread": launch_rademacher_jvp.SPREAD,
+    "activate_dual": "activate_dual(Tensor(a!) out, Tensor s, Tensor? g, int activation) -> ()",
 }
 BLOCK = 512  # Philox blocks per program: 2048 elements, 16 per thread of four warps
+ACTIVATED = 1024   # elements of each part of a stack per program: one 128-bit access per thread of a 16-bit type, two of float32
 _library = None
 
 
@@ -25,7 +27,7 @@ def register() -> None:
     if _library is None:
         _library = torch.library.Library("fastscore_triton", "DEF")
         launchers = _fill, _noisy_update, _noise_reduce, launch_normalise.normalise, launch_normalise.normalise_backward
-        launchers += launch_rademacher_jvp.project, launch_rademacher_jvp.spread
+        launchers += launch_rademacher_jvp.project, launch_rademacher_jvp.spread, _activate_dual
         for (name, schema), launcher in zip(SCHEMAS.items(), launchers):
             _library.define(schema)
             for key in ("CPU", "CUDA"):
@@ -100,3 +102,18 @@ def _noise_reduce(out, score, sigma_each, sigma, key, seed, step, stream, offset
             DOT=reduction == 1, SIGMA_KIND=_kind(sigma_each), HAS_KEY=key is not None, WIDE=wide, ROWS=rows, BLOCK=block,
         )  # fmt: skip
     out.copy_(partial.sum(1))
+
+
+def _activate_dual(out, s, g, activation):
+    from fastscore.kernels.activate_dual import activate_dual_gradient_kernel, activate_dual_kernel
+
+    if s.numel() == 0:
+        return
+    n, M = s[0].numel(), len(s) - 1
+    constants = {"M": M, "KIND": activation, "WIDE": s.dtype == torch.float64, "BLOCK": ACTIVATED}
+    grid = ((n + ACTIVATED - 1) // ACTIVATED,)
+    with torch.cuda.device_of(out):
+        if g is None:
+            activate_dual_kernel[grid](out, s, n, **constants)
+        else:
+            activate_dual_gradient_kernel[grid](out, s, g, n, **constants)

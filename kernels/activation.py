@@ -1,9 +1,9 @@
-"""Activations f with f' and f'' for Triton, numbered as in fastscore/ops/normalise.py; float32 uses the fits of csrc/activation_cpu.h."""
+"""Activations f with f' and f'' for Triton, numbered as in csrc/activation_cpu.h; float32 uses the fits found there."""
 
 import triton
 import triton.language as tl
 
-IDENTITY, ELU, SILU, RELU, GELU, SOFTPLUS = (tl.constexpr(code) for code in range(6))
+IDENTITY, ELU, SILU, RELU, GELU, SOFTPLUS, TANH, SIGMOID = (tl.constexpr(code) for code in range(8))
 
 
 @triton.jit
@@ -48,6 +48,13 @@ def sigmoid(u):
 
 
 @triton.jit
+def hyperbolic_tangent(u):
+    e = expm1_negative(tl.abs(u) * -2.0)
+    t = -e / (e + 2.0)
+    return tl.where(u < 0, -t, t)
+
+
+@triton.jit
 def normal_density(u):
     return tl.exp(u * u * -0.5) * 0.39894228040143267794
 
@@ -83,6 +90,10 @@ def value(u, KIND: tl.constexpr):
         return u * normal_cdf(u)
     elif KIND == SOFTPLUS:
         return tl.where(u < 0, 0.0, u) + log1p_unit(tl.exp(-tl.abs(u)))
+    elif KIND == TANH:
+        return hyperbolic_tangent(u)
+    elif KIND == SIGMOID:
+        return sigmoid(u)
     else:
         return u
 
@@ -101,6 +112,12 @@ def slope(u, KIND: tl.constexpr):
         return normal_cdf(u) + u * normal_density(u)
     elif KIND == SOFTPLUS:
         return sigmoid(u)
+    elif KIND == TANH:
+        t = hyperbolic_tangent(u)
+        return 1.0 - t * t
+    elif KIND == SIGMOID:
+        s = sigmoid(u)
+        return s * (1.0 - s)
     else:
         return tl.full(u.shape, 1.0, u.dtype)
 
@@ -115,6 +132,12 @@ def curvature(u, KIND: tl.constexpr):
         return s * (1.0 - s) * (u * (1.0 - s - s) + 2.0)
     elif KIND == GELU:
         return normal_density(u) * (2.0 - u * u)
+    elif KIND == TANH:
+        t = hyperbolic_tangent(u)
+        return -2.0 * t * (1.0 - t * t)
+    elif KIND == SIGMOID:
+        s = sigmoid(u)
+        return s * (1.0 - s) * (1.0 - s - s)
     else:
         tl.static_assert(KIND == SOFTPLUS)
         s = sigmoid(u)

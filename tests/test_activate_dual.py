@@ -1,0 +1,111 @@
+"""An activation of a stack on every back end: value, tangents and gradients against float64."""
+
+import pytest
+import torch
+
+from fastscore import backend as backends
+from fastscore.ops.activate_dual import _CODES, _SLOPES, activate_dual
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def problem(shape, M, dtype, name):
+    """The stack and its cotangent, in `dtype` and exactly those numbers in float64; u keeps away from the kink of relu."""
+    generator = torch.Generator().manual_seed(0)
+    s, g = (torch.randn(1 + M, *shape, generator=generator).to(dtype) for _ in range(2))
+    s[0] *= 4
+    if name == "relu":
+        s[0] += s[0].sign() * 0.125
+    return s, g, s.double(), g.double()
+
+
+def exact(name, s):
+    """By autograd of PyTorch's own activation in float64."""
+    u = s[0].detach().requires_grad_()
+    slope = torch.autograd.grad(_SLOPES[name][0](u).sum(), u, create_graph=True)[0]
+    return torch.cat([_SLOPES[name][0](s[:1]), slope.detach() * s[1:]])
+
+
+def exact_gradient(name, s, g):
+    u, t = s[0].detach().requires_grad_(), s[1:].detach().requires_grad_()
+    y = _SLOPES[name][0](u)
+    slope = torch.autograd.grad(y.sum(), u, create_graph=True)[0]
+    gu, gt = torch.autograd.grad((y * g[0]).sum() + (slope * t * g[1:]).sum(), (u, t))
+    return torch.cat([gu[None], gt])
+
+
+def close(got, expected, dtype, units=20):
+    """One rounding to the element type, and before it `units` of the compute dtype relative to the larger of the result and 1."""
+    eps, least = torch.finfo(dtype).eps, torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    return bool(((got.double() - expected).abs() <= eps * expected.abs() + units * least * (1 + expected.abs())).all())
+
+
+@pytest.mark.parametrize("name", _SLOPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_value_tangents_and_gradient(backend, dtype, name):
+    if backend == "reference" and dtype.itemsize == 2:
+        pytest.skip("plain PyTorch rounds every step to the element type")
+    for shape, M in (((3, 5, 7), 1), ((2, 600), 3), ((1024,), 2), ((2, 0, 3), 1)):   # tails, whole programs, nothing
+        s, g, s_, g_ = problem(shape, M, dtype, name)
+        y = activate_dual(s.requires_grad_(), name)
+        assert y.dtype == dtype and close(y.detach(), exact(name, s_), dtype)
+        with torch.no_grad():
+            assert torch.equal(activate_dual(s, name), y)
+        # f'' meets a sum of up to three products of two normals.
+        assert close(torch.autograd.grad(y, s, g)[0], exact_gradient(name, s_, g_), dtype, 60)
+
+
+@pytest.mark.parametrize("name", _SLOPES)
+def test_the_whole_range(backend, name):
+    """Relative to the larger of the result and 1, from where exp underflows to where it overflows; infinities and NaN as in PyTorch."""
+    ends = [-1e4, -200.0, -90.0, -88.0, -40.0, -1e-3, -1e-6, -1e-30, -0.0]
+    u = torch.cat([torch.tensor(ends), torch.linspace(-30, 30, 2001), -torch.tensor(ends)])
+    s = torch.stack([u, torch.ones_like(u)])
+    keep = u != 0 if name == "relu" else u == u
+    assert close(activate_dual(s, name)[:, keep], exact(name, s.double())[:, keep], torch.float32)
+    beyond = torch.tensor([float("inf"), float("nan")])
+    expected = _SLOPES[name][0](beyond.double())
+    for got in activate_dual(beyond[None], name) if backend != "reference" else ():   # PyTorch's gelu(inf) is NaN in float32
+        assert torch.equal(got[:1].double(), expected[:1]) and bool(got[1].isnan())
+
+
+def test_any_layout(backend):
+    s = torch.randn(3, 4, 5, 6).transpose(1, 3)
+    expected = activate_dual(s.contiguous(), "silu", backend="reference")
+    leaf = s.detach().requires_grad_()
+    y = activate_dual(leaf, "silu")
+    assert torch.allclose(y, expected, atol=1e-6)
+    g = torch.randn(3, 4, 5, 6).transpose(1, 3)
+    again = s.contiguous().requires_grad_()
+    reference = torch.autograd.grad(activate_dual(again, "silu", backend="reference"), again, g)[0]
+    assert torch.allclose(torch.autograd.grad(y, leaf, g)[0], reference, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", _SLOPES)
+def test_derivatives_at_every_order(backend, name):
+    s = problem((3,), 2, torch.float64, name)[0].requires_grad_()
+    fast = backend == "triton"   # the interpreter is slow: a random direction instead of every one
+    assert torch.autograd.gradcheck(lambda s: activate_dual(s, name), s, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(lambda s: activate_dual(s, name), s, fast_mode=fast)
+
+
+def test_compiled_equals_eager(backend):
+    if backend == "triton":
+        pytest.skip("the interpreter cannot be compiled")
+    s = torch.randn(3, 4, 50, requires_grad=True)
+    compiled = torch.compile(lambda s: activate_dual(s.sin(), "gelu"), fullgraph=True)
+    assert torch.allclose(compiled(s), activate_dual(s.sin(), "gelu"), atol=1e-6)
+    gradients = [torch.autograd.grad(f(s).square().sum(), s)[0] for f in (compiled, lambda s: activate_dual(s.sin(), "gelu"))]
+    assert torch.allclose(*gradients, atol=1e-5)
+
+
+def test_raw_op_refuses_derivatives_and_passes_opcheck(backend):
+    if backend == "reference":
+        pytest.skip("plain PyTorch, no raw op")
+    op, s = backends.raw(backend, "activate_dual"), torch.randn(2, 30)
+    for g in (None, torch.randn(2, 30)):
+        torch.library.opcheck(op, (torch.empty_like(s), s, g, _CODES["tanh"]))
+    with pytest.raises(NotImplementedError, match="has no forward-mode rule"):
+        torch.func.jvp(lambda s: (op(torch.empty_like(s), s, None, 1), s)[1], (s,), (s,))
+    with pytest.raises(NotImplementedError, match="has no derivative rule"):
+        op(torch.empty_like(s), s.clone().requires_grad_(), None, 1)
