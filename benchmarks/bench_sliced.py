@@ -1,4 +1,4 @@
-"""Sliced score matching: loss and gradient of every parameter, one CPU thread.
+"""Sliced score matching: loss and gradient of every parameter, one CPU thread or a GPU in float32.
 
 "eager" is double backprop on a batch repeated M times, as it is usually written; the ceiling is not a copy here but the work that nobody
 can avoid: the 3(1+M)F of the network's matrix products, or its convolutions on the stacked batch with their gradients. "func.jvp" gives
@@ -17,8 +17,14 @@ from fastscore.dual import jvp
 
 
 @pytest.fixture(autouse=True)
-def one_thread(threads):
+def one_thread(threads, monkeypatch):
     torch.set_num_threads(1)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)   # float32 for all: TensorFloat-32 keeps three digits
+
+
+@pytest.fixture
+def ours(ours):
+    return [name for name in ours if name != "cuda"]   # a GPU runs the Triton kernels
 
 
 def finish(s, js, v, parameters):

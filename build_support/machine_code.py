@@ -62,6 +62,7 @@ def noise_kernels():
         pointers |= {name: "*fp64" if wide else "*fp32" for name in ("a_ptr", "b_ptr", "sigma_ptr", "partial_ptr")}
         scalars = {"a": "fp32", "b": "fp32", "sigma": "fp32", "stream": "i32"}
         constants = common | {"HAS_X": True, "HAS_D": True, "A_KIND": int(wide), "B_KIND": int(wide), "WIDE": wide, "shift": 0}
+        constants |= {"CROSSES": False, "BLOCK": BLOCK * (2 if dtype in ("bf16", "fp16") else 1)}
         constants |= {} if wide else {"a_ptr": None, "b_ptr": None}
         yield f"noisy_update {dtype}", noisy_update_kernel, constants, pointers | scalars, ("out_ptr", "x_ptr", "d_ptr", "n")
         for kind, label in enumerate(("words", "uniform", "normal", "rademacher")):
@@ -138,9 +139,7 @@ def stack_kernels(arch):
 
 
 def triton_kernels(arch):
-    from fastscore.kernels import BLOCK
-
-    noise = ((*entry, 32 * entry[2]["WORDS"] if "WORDS" in entry[2] else 4 * BLOCK, 4) for entry in noise_kernels())
+    noise = ((*entry, 32 * entry[2]["WORDS"] if "WORDS" in entry[2] else 4 * entry[2]["BLOCK"], 4) for entry in noise_kernels())
     return itertools.chain(noise, pixel_kernels(arch), algebra_kernels(arch), stack_kernels(arch))
 
 
@@ -169,8 +168,8 @@ def compile_cuda(source, folder):
     subprocess.run([nvcc, *native.nvcc_flags(includes), *native.gencode(), "-c", source, "-o", target], check=True)
     rows = count(target)
     for name, row in rows.items():
-        if "update_packs" in name:   # sixteen elements per thread, without a loop
-            row["per_element"] = row["instructions"] / 16
+        if "update_packs" in name:   # four packs per thread, without a loop
+            row["per_element"] = row["instructions"] / (32 if "bfloat16" in name or "half" in name else 16)
     return rows
 
 

@@ -66,7 +66,7 @@ def rademacher(shape, *, seed, step=0, stream, substream=0, offset=0, dtype=None
 
 def draw_seed() -> int:
     """One 63-bit seed from torch's default generator, so that torch.manual_seed decides."""
-    return int(torch.randint(0, 2**63 - 1, ()).item())
+    return int(torch.randint(0, 2**63 - 1, (), device="cpu").item())   # not from a GPU, which would be waited for
 
 
 def noise_key(op, seed, step, stream, substream, offset, device):

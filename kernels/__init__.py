@@ -34,8 +34,13 @@ def register() -> None:
                 _library.impl(name, launcher, key)
 
 
-def _programs(elements):
-    return ((elements + 4 * BLOCK - 1) // (4 * BLOCK),)
+def _programs(elements, block=BLOCK):
+    return ((elements + 4 * block - 1) // (4 * block),)
+
+
+def _crosses(first, n, block):
+    """Whether a program's Philox blocks, from `first` on, may hold a multiple of 2^32 inside."""
+    return first % block != 0 and first >> 32 != (first + n // 4 + block) >> 32
 
 
 def _kind(each):
@@ -70,12 +75,13 @@ def _noisy_update(out, x, direction, drift_each, drift, diffusion_each, diffusio
     if wide:   # a Python float reaches a kernel as float32
         drift_each = torch.full((1,), drift, dtype=out.dtype, device=out.device) if drift_each is None else drift_each
         diffusion_each = torch.full((1,), diffusion, dtype=out.dtype, device=out.device) if diffusion_each is None else diffusion_each
+    block = BLOCK * (2 if out.dtype.itemsize == 2 else 1)   # four 128-bit accesses per thread and tensor
     with torch.cuda.device_of(out):
-        noisy_update_kernel[_programs(n + offset % 4)](
+        noisy_update_kernel[_programs(n + offset % 4, block)](
             target, _dense(x), _dense(direction), drift_each, drift, diffusion_each, diffusion, key, n,
             n // out.shape[0] if out.dim() else 1, seed, step, stream, offset // 4, offset % 4,
             HAS_X=x is not None, HAS_D=direction is not None, A_KIND=_kind(drift_each), B_KIND=_kind(diffusion_each),
-            HAS_KEY=key is not None, WIDE=wide, BLOCK=BLOCK,
+            HAS_KEY=key is not None, CROSSES=_crosses(offset // 4, n, block), WIDE=wide, BLOCK=block,
         )  # fmt: skip
     if target is not out:
         out.copy_(target)

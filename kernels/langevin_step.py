@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastscore.kernels.philox import narrow, normals
+from fastscore.kernels.philox import narrow, normals_of_tile
 
 
 @triton.jit
@@ -21,20 +21,30 @@ def coefficient(each_ptr, number, sample, mask, PER_SAMPLE: tl.constexpr, dtype:
 def noisy_update_kernel(
     out_ptr, x_ptr, d_ptr, a_ptr, a, b_ptr, b, key_ptr, n, per_sample, seed, step, stream, first, shift,
     HAS_X: tl.constexpr, HAS_D: tl.constexpr, A_KIND: tl.constexpr, B_KIND: tl.constexpr,
-    HAS_KEY: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_KEY: tl.constexpr, CROSSES: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One lane per Philox block; first: block of element 0, shift: its entry in that block."""
     program = tl.program_id(0).to(tl.int64)
-    z = normals(first + program * BLOCK + tl.arange(0, BLOCK), key_ptr, seed, step, stream, HAS_KEY)
     index = program * 4 * BLOCK + tl.arange(0, 4 * BLOCK) - shift
     mask = (index >= 0) & (index < n)
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     sample = index
     if A_KIND == 2 or B_KIND == 2:
         sample = index // per_sample
-    y = coefficient(b_ptr, b, sample, mask, B_KIND, dtype) * z.to(dtype)
-    if HAS_D:
-        y += coefficient(a_ptr, a, sample, mask, A_KIND, dtype) * tl.load(d_ptr + index, mask=mask, other=0.0).to(dtype)
+    scale = 1.0   # of the radii: one coefficient in float32 costs a product per pair there
+    if B_KIND != 2 and not WIDE:
+        scale = coefficient(b_ptr, b, sample, mask, B_KIND, dtype)
+    pairs: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth == 16
+    z = normals_of_tile(first + program * BLOCK, scale, key_ptr, seed, step, stream, HAS_KEY, CROSSES, pairs, BLOCK).to(dtype)
+    if B_KIND == 2 or WIDE:
+        z *= coefficient(b_ptr, b, sample, mask, B_KIND, dtype)
     if HAS_X:
-        y += tl.load(x_ptr + index, mask=mask, other=0.0).to(dtype)
+        y = tl.load(x_ptr + index, mask=mask, other=0.0).to(dtype)
+        if HAS_D:
+            y += coefficient(a_ptr, a, sample, mask, A_KIND, dtype) * tl.load(d_ptr + index, mask=mask, other=0.0).to(dtype)
+        y += z
+    elif HAS_D:
+        y = coefficient(a_ptr, a, sample, mask, A_KIND, dtype) * tl.load(d_ptr + index, mask=mask, other=0.0).to(dtype) + z
+    else:
+        y = z
     tl.store(out_ptr + index, narrow(y, out_ptr.dtype.element_ty), mask=mask)

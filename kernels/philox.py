@@ -9,34 +9,37 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")   # n
 
 
 @triton.jit
-def minus_two_log(u):
-    """-2 ln u; the compiled one is good to 2^-22 absolutely near 1 and relatively elsewhere, without the cases that u never reaches."""
+def root_log(w):
+    """sqrt(-log2 u) of u = (w + 1/2) 2^-32, as csrc/philox.h explains: the larger of the hardware's logarithm and a fit in g near u = 1."""
+    u = w.to(tl.float32) * 2.328306992099033e-10 + 1.1641534960495165e-10   # (1 + 2^-22) u
+    g = w.to(tl.int32, bitcast=True).to(tl.float32)
+    near = ((u * 5.8253621835790336e-30 - 1.1763571072520622e-29) * g + 3.912537478629398e-20) * g - 3.359027223037714e-10
+    near = near * g - 1.679513611518857e-10
     if INTERPRETED:
-        return -2.0 * tl.log(u)
-    log2 = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
-    return log2 * -1.3862943611198906
+        return tl.sqrt(tl.maximum(near, -tl.log2(u)))
+    far = tl.inline_asm_elementwise(   # a minus sign of Triton's would be a subtraction
+        "{ lg2.approx.ftz.f32 $0, $1; neg.f32 $0, $0; }", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
+    )
+    q = tl.maximum(near, far)
+    rsqrt = tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [q], dtype=tl.float32, is_pure=True, pack=1)
+    root = q * rsqrt
+    return root + (q - root * root) * (0.5 * rsqrt)   # one Newton step
 
 
 @triton.jit
-def square_root(v):
-    """Of a positive normal number: the hardware's estimate and one Newton step."""
-    if INTERPRETED:
-        return tl.sqrt(v)
-    estimate = tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1)
-    root = v * estimate
-    return root + (v - root * root) * (0.5 * estimate)
+def multiply(c, M: tl.constexpr, ASM: tl.constexpr, USE_ASM: tl.constexpr):
+    """The 64-bit product c M. By assembly it is one IMAD.WIDE; without, some become two instructions, and the compiler is freer."""
+    if INTERPRETED or not USE_ASM:
+        return c.to(tl.uint64) * M
+    return tl.inline_asm_elementwise(ASM, "=l,r", [c], dtype=tl.uint64, is_pure=True, pack=1)
 
 
 @triton.jit
-def philox(block, step, stream, k0, k1):
-    """Four uint32 words per lane; block is int64 (a bit pattern), the rest are uint32."""
-    c0 = block.to(tl.uint32)
-    c1 = (block >> 32).to(tl.uint32)
-    c2 = c0 * 0 + step
-    c3 = c0 * 0 + stream
+def rounds(c0, c1, c2, c3, k0, k1, USE_ASM: tl.constexpr):
+    """Philox4x32-10 of uint32 words, lanes or one number for all of them: what all lanes share is computed once."""
     for _ in tl.static_range(10):
-        p0 = c0.to(tl.uint64) * 0xD2511F53  # one IMAD.WIDE gives both halves
-        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        p0 = multiply(c0, 0xD2511F53, "mul.wide.u32 $0, $1, 0xD2511F53;", USE_ASM)
+        p1 = multiply(c2, 0xCD9E8D57, "mul.wide.u32 $0, $1, 0xCD9E8D57;", USE_ASM)
         c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
         c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
         c1 = p1.to(tl.uint32)
@@ -47,21 +50,23 @@ def philox(block, step, stream, k0, k1):
 
 
 @triton.jit
-def box_muller(even, odd):
-    """(z_even, z_odd): the angle is a residual in [-pi/2, pi/2] and a sign, which goes to the radius."""
-    u = even.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-    t = (even ^ 0xFFFFFFFF).to(tl.uint32).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-    # Near 1 the exact number to keep is t = 1 - u.
-    near = 2.0 * t * (1.0 + t * (0.500010073184967 + t * (0.332370400428772 + t * 0.27588674426078796)))
-    radius = square_root(tl.where(t < 0.0625, near, minus_two_log(u)))
+def philox(block, step, stream, k0, k1, USE_ASM: tl.constexpr = True):
+    """Four uint32 words per lane; block is int64 (a bit pattern), the rest are uint32."""
+    return rounds(block.to(tl.uint32), (block >> 32).to(tl.uint32), step, stream, k0, k1, USE_ASM)
+
+
+@triton.jit
+def box_muller(even, odd, scale):
+    """scale (z_even, z_odd): the angle is a residual in [-pi/2, pi/2] and a sign, which goes to the radius; the fits hold sqrt(2 ln 2)."""
+    radius = root_log(even) * scale
     flip = (odd + 0x40000000) & 0x80000000
     r = (radius.to(tl.uint32, bitcast=True) ^ flip.to(tl.uint32)).to(tl.float32, bitcast=True)
     a = (odd << 1).to(tl.int32, bitcast=True).to(tl.float32) * 7.314590396335798e-10
     y = a * a
-    s = -0.00019806614727713168 + y * 2.6000548132287804e-06
-    s = a + y * a * (-0.16666656732559204 + y * (0.008333017118275166 + y * s))
-    c = -0.001385592739097774 + y * 2.3194383174995892e-05
-    c = 1.0 + y * (-0.4999993145465851 + y * (0.041663989424705505 + y * c))
+    s = -0.00023313773272093385 + y * 3.050063469345332e-06
+    s = a * (1.1774100065231323 + y * (-0.1962347775697708 + y * (0.009811239317059517 + y * s)))
+    c = -0.0016311488579958677 + y * 2.7261627110419795e-05
+    c = 1.1774100065231323 + y * (-0.5887038707733154 + y * (0.04905512183904648 + y * c))
     return r * c, r * s
 
 
@@ -88,13 +93,49 @@ def in_order(a, b, c, d):
 
 
 @triton.jit
+def four_normals(w0, w1, w2, w3, scale):
+    """scale times the normals of the lanes' words: (z0, z1, z2, z3)."""
+    z0, z1 = box_muller(w0, w1, scale)
+    z2, z3 = box_muller(w2, w3, scale)
+    return z0, z1, z2, z3
+
+
+@triton.jit
 def normals(block, key_ptr, seed, step, stream, HAS_KEY: tl.constexpr):
     """Standard normals of the lanes' blocks, in element order."""
     counter, k0, k1 = load_key(key_ptr, seed, step, HAS_KEY)
     w0, w1, w2, w3 = philox(block, counter, int64(stream).to(tl.uint32), k0, k1)
-    z0, z1 = box_muller(w0, w1)
-    z2, z3 = box_muller(w2, w3)
+    z0, z1, z2, z3 = four_normals(w0, w1, w2, w3, 1.0)
     return in_order(z0, z1, z2, z3)
+
+
+@triton.jit
+def normals_of_lanes(block, lane, scale, counter, stream, k0, k1, CROSSES: tl.constexpr):
+    if CROSSES:
+        w0, w1, w2, w3 = philox(block + lane, counter, stream, k0, k1)
+    else:   # the upper half of the counter is one number
+        w0, w1, w2, w3 = rounds(block.to(tl.uint32) + lane.to(tl.uint32), (block >> 32).to(tl.uint32), counter, stream, k0, k1, True)
+    return four_normals(w0, w1, w2, w3, scale)
+
+
+@triton.jit
+def normals_of_tile(
+    block, scale, key_ptr, seed, step, stream, HAS_KEY: tl.constexpr, CROSSES: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """scale times the normals of BLOCK blocks from `block` (int64) on, in element order.
+
+    CROSSES: a multiple of 2^32 may lie within. PAIRS: a thread gets two neighbouring blocks, as many elements as it loads of a 16-bit type.
+    """
+    counter, k0, k1 = load_key(key_ptr, seed, step, HAS_KEY)
+    stream = int64(stream).to(tl.uint32)
+    if PAIRS:
+        lane = tl.arange(0, BLOCK // 2) * 2
+        a0, a1, a2, a3 = normals_of_lanes(block, lane, scale, counter, stream, k0, k1, CROSSES)
+        b0, b1, b2, b3 = normals_of_lanes(block, lane + 1, scale, counter, stream, k0, k1, CROSSES)
+        return tl.interleave(in_order(a0, a2, b0, b2), in_order(a1, a3, b1, b3))
+    else:
+        z0, z1, z2, z3 = normals_of_lanes(block, tl.arange(0, BLOCK), scale, counter, stream, k0, k1, CROSSES)
+        return in_order(z0, z1, z2, z3)
 
 
 @triton.jit

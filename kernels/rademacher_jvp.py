@@ -13,7 +13,8 @@ from fastscore.kernels.philox import int64, load_key, narrow, philox
 def sign_words(word, projection, key_ptr, seed, step, stream, HAS_KEY: tl.constexpr):
     """Words (ROWS, WORDS) of 32 signs each; `word` is int64, the element index over 32."""
     counter, k0, k1 = load_key(key_ptr, seed, step, HAS_KEY)
-    w0, w1, w2, w3 = philox(word >> 2, counter, (int64(stream) + (projection << 16)).to(tl.uint32), k0, k1)
+    stream = (int64(stream) + (projection << 16)).to(tl.uint32)
+    w0, w1, w2, w3 = philox(word >> 2, counter, stream, k0, k1, False)   # assembly would spill a register on sm_100
     which = word & 3
     return tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
 

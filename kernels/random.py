@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastscore.kernels.philox import box_muller, in_order, int64, load_key, narrow, philox
+from fastscore.kernels.philox import four_normals, in_order, int64, load_key, narrow, philox
 
 
 @triton.jit
@@ -23,8 +23,7 @@ def fill_kernel(
     elif KIND == 1:
         v = ((in_order(w0, w1, w2, w3) >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
     elif KIND == 2:
-        z0, z1 = box_muller(w0, w1)
-        z2, z3 = box_muller(w2, w3)
+        z0, z1, z2, z3 = four_normals(w0, w1, w2, w3, 1.0)
         v = in_order(z0, z1, z2, z3)
     else:
         element = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)) * 4

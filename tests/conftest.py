@@ -15,7 +15,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords and "slow" not in (config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if "gpu" in item.keywords and not torch.cuda.is_available() and "FASTSCORE_GPU_TESTS_ON" not in os.environ:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 

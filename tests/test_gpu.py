@@ -1,22 +1,36 @@
-"""On a GPU: the same words, the same values, the same law."""
+"""On a GPU: the same words, the same values, the same law.
 
+FASTSCORE_GPU_TESTS_ON=cpu runs the bodies without one, on Triton's interpreter and the C++ kernels, to find their mistakes early.
+"""
+
+import contextlib
+import copy
 import itertools
+import os
 
 import pytest
 import torch
+from test_activate_dual import close as near
+from test_activate_dual import exact, exact_gradient, problem
 
 import fastscore
 from fastscore import backend as backends
-from fastscore import random
+from fastscore import losses, random
+from fastscore.models import EnergyMLP, EnergyScore, ScoreMLP
+from fastscore.ops.activate_dual import _SLOPES, activate_dual
 from fastscore.ops.normalise import ACTIVATIONS, Form, _dual_ref, _gradient_ref, _normalise, normalise, normalise_ref
+from fastscore.ops.rademacher_jvp import project, project_ref
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-@pytest.fixture(params=["triton", "cuda"], autouse=True)
+DEVICE = os.environ.get("FASTSCORE_GPU_TESTS_ON", "cuda")
+
+
+@pytest.fixture(params=["triton", "cuda" if DEVICE == "cuda" else "cpp"], autouse=True)
 def gpu_backend(request):
-    reason = backends.why_not(request.param, "cuda")
+    reason = backends.why_not(request.param, DEVICE)
     if reason is not None:
         pytest.skip(reason)
     with fastscore.use_backend(request.param):
@@ -37,7 +51,7 @@ def close(got, expected, dtype):
 @pytest.mark.parametrize("kind", ["words", "uniform", "normal", "rademacher"])
 def test_noise_equals_that_of_the_cpu(kind, offset):
     key = {"seed": -(2**40) - 1, "step": 3, "stream": 9, "substream": 2, "offset": offset}
-    got, expected = getattr(random, kind)(10_007, device="cuda", **key).cpu(), cpu(getattr(random, kind), 10_007, **key)
+    got, expected = getattr(random, kind)(10_007, device=DEVICE, **key).cpu(), cpu(getattr(random, kind), 10_007, **key)
     assert torch.equal(got, expected) if kind != "normal" else torch.allclose(got, expected, atol=1e-6, rtol=5e-7)
 
 
@@ -45,7 +59,7 @@ def test_normals_are_within_a_millionth_or_four_ulp():
     """2^30 of them: half a billion radii, up to about 6.3."""
     worst = 0.0
     for step in range(64):
-        key = {"seed": 1, "step": step, "stream": 9, "device": "cuda", "dtype": torch.float64}
+        key = {"seed": 1, "step": step, "stream": 9, "device": DEVICE, "dtype": torch.float64}
         worst = max(worst, float((random.normal(2**24, **key) - random.normal(2**24, backend="reference", **key)).abs().max()))
     assert worst <= 4 * 2**-21   # four units of the last place of a normal in [4, 8)
 
@@ -65,9 +79,9 @@ def layouts():
 @pytest.mark.parametrize("x", layouts())
 @pytest.mark.parametrize("offset", [0, 3])
 def test_ops_equal_those_of_the_cpu(dtype, x, offset):
-    x = x.to("cuda", dtype)
-    s, each = torch.randn_like(x), torch.rand(len(x), device="cuda")
-    for e in (0.3, each, torch.tensor(0.3, device="cuda")):
+    x = x.to(DEVICE, dtype)
+    s, each = torch.randn_like(x), torch.rand(len(x), device=DEVICE)
+    for e in (0.3, each, torch.tensor(0.3, device=DEVICE)):
         key = {"seed": 5, "offset": offset}
         got = fastscore.langevin_step(x, s, e, **key)
         assert got.stride() == torch.empty_like(x).stride()
@@ -79,23 +93,23 @@ def test_ops_equal_those_of_the_cpu(dtype, x, offset):
 
 @pytest.mark.parametrize("shape", [(4, 1), (300, 2), (7, 33), (3, 1025), (2, 100_000)], ids=str)
 def test_loss_at_every_group_size(shape):
-    s = torch.randn(shape, device="cuda", requires_grad=True)
+    s = torch.randn(shape, device=DEVICE, requires_grad=True)
     loss = fastscore.denoising_loss(s, 0.5, seed=5)
     assert torch.allclose(loss.cpu(), cpu(fastscore.denoising_loss, s.detach(), 0.5, seed=5), rtol=1e-5)
-    z = random.normal(shape, seed=5, stream=random.PERTURB, device="cuda")
+    z = random.normal(shape, seed=5, stream=random.PERTURB, device=DEVICE)
     assert torch.allclose(torch.autograd.grad(loss.sum(), s)[0], 0.5 * (0.5 * s + z).detach(), atol=3e-6)
 
 
 def test_derivatives_in_every_mode():
-    s = torch.randn(2, 5, dtype=torch.float64, device="cuda", requires_grad=True)
-    e = torch.rand(2, dtype=torch.float64, device="cuda").add(0.1).requires_grad_()
+    s = torch.randn(2, 5, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    e = torch.rand(2, dtype=torch.float64, device=DEVICE).add(0.1).requires_grad_()
     for f in (lambda s, e: fastscore.langevin_step(s.sin(), s, e, seed=3), lambda s, e: fastscore.denoising_loss(s, e, seed=3)):
         assert torch.autograd.gradcheck(f, (s, e), check_forward_ad=True)
         assert torch.autograd.gradgradcheck(f, (s, e), check_fwd_over_rev=True)
 
 
 def test_compiled_equals_eager():
-    x = torch.randn(64, 100, device="cuda", requires_grad=True)
+    x = torch.randn(64, 100, device=DEVICE, requires_grad=True)
     f = torch.compile(lambda x, step: fastscore.langevin_step(x, x.sin(), 0.1, seed=4, step=step), fullgraph=True)
     for step in range(3):
         assert torch.allclose(f(x, step), fastscore.langevin_step(x, x.sin(), 0.1, seed=4, step=step), atol=2e-6)
@@ -103,14 +117,14 @@ def test_compiled_equals_eager():
 
 
 def test_stationary_variance_matches_closed_form():
-    n, x = 2**20, random.normal((2**20,), seed=9, stream=1024, device="cuda") * (8 / 7) ** 0.5
+    n, x = 2**20, random.normal((2**20,), seed=9, stream=1024, device=DEVICE) * (8 / 7) ** 0.5
     for step in range(60):
         fastscore.langevin_step(x, -x, 0.5, seed=7, step=step, out=x)
     assert abs(float(x.double().var()) - 8 / 7) < 5 * 8 / 7 * (2 / n) ** 0.5
 
 
 def test_a_captured_graph_advances_with_its_step():
-    x, step = torch.zeros(5000, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
+    x, step = torch.zeros(5000, device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)
     fastscore.langevin_step(x, x, 0.1, seed=1, step=step)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -134,7 +148,8 @@ IMAGES = [
 @pytest.fixture
 def norm_backend(gpu_backend):
     if gpu_backend == "cuda":
-        pytest.skip("the normalisations' kernels for GPUs are Triton's")
+        pytest.skip("these kernels for GPUs are Triton's")
+    return gpu_backend
 
 
 def norm_problem(form, shape, dtype, M=0, channels_last=False):
@@ -149,8 +164,8 @@ def norm_problem(form, shape, dtype, M=0, channels_last=False):
     images = [x, draw(M, *shape), draw(*shape), draw(M, *shape)]
     compute = torch.promote_types(dtype, torch.float32)
     coefficients = [(1 + 0.5 * draw(shape[0], KC)).to(compute), draw(M, shape[0], KC).to(compute)]
-    x, t, gy, gty = ((_last(a, a.dim() - len(shape) + 1) if channels_last else a).cuda() for a in images)
-    coef, tcoef = (c.cuda() for c in coefficients)
+    x, t, gy, gty = ((_last(a, a.dim() - len(shape) + 1) if channels_last else a).to(DEVICE) for a in images)
+    coef, tcoef = (c.to(DEVICE) for c in coefficients)
     tensors = x, t, coef, tcoef, gy, gty
     return tensors, [a.cpu().double() for a in tensors]
 
@@ -202,7 +217,7 @@ def test_tangents_and_their_gradient_equal_those_of_the_cpu(norm_backend, dtype,
 def test_normalisation_has_every_derivative(norm_backend):
     form = Form(0, True, True, 1e-5, "silu")
     (x, _, table, *_), _ = norm_problem(form, (3, 6, 2, 2), torch.float64)
-    x, table, labels = x.requires_grad_(), table.requires_grad_(), torch.tensor([2, 0, 2], device="cuda")
+    x, table, labels = x.requires_grad_(), table.requires_grad_(), torch.tensor([2, 0, 2], device=DEVICE)
 
     def f(x, table):
         return fastscore.conditional_instance_norm_plus(x, labels, table, activation="silu")
@@ -214,7 +229,7 @@ def test_normalisation_has_every_derivative(norm_backend):
 def test_compiled_normalisation_equals_eager(norm_backend):
     form = Form(0, True, True, 1e-5, "elu")
     (x, t, table, _, gy, _), _ = norm_problem(form, (4, 6, 8, 8), torch.float32, 1)
-    x, table, labels = x.requires_grad_(), table.requires_grad_(), torch.tensor([1, 0, 3, 1], device="cuda")
+    x, table, labels = x.requires_grad_(), table.requires_grad_(), torch.tensor([1, 0, 3, 1], device=DEVICE)
 
     def f(x, table):
         return fastscore.conditional_instance_norm_plus(x.sin(), labels, table, activation="elu")
@@ -228,8 +243,8 @@ def test_compiled_normalisation_equals_eager(norm_backend):
 
 
 def test_gradients_of_a_table_and_of_split_rows_are_repeatable(norm_backend):
-    x, labels = torch.randn(64, 5, 200, 200, device="cuda"), torch.arange(64, device="cuda") % 3
-    table = torch.randn(4, 15, device="cuda", requires_grad=True)
+    x, labels = torch.randn(64, 5, 200, 200, device=DEVICE), torch.arange(64, device=DEVICE) % 3
+    table = torch.randn(4, 15, device=DEVICE, requires_grad=True)
 
     def gradient():
         y = fastscore.conditional_instance_norm_plus(x, labels, table, activation="elu")
@@ -242,11 +257,11 @@ def test_gradients_of_a_table_and_of_split_rows_are_repeatable(norm_backend):
 def test_normalisation_of_more_than_two_to_the_31_elements(norm_backend, channels_last):
     """The last sample of a large tensor equals that sample on its own; 12 GB in float16."""
     large = torch.cuda.get_device_properties(0).total_memory >= 24 * 2**30
-    x = torch.empty((2**15 + 1 if large else 9, 64, 32, 32), dtype=torch.float16, device="cuda")
+    x = torch.empty((2**15 + 1 if large else 9, 64, 32, 32), dtype=torch.float16, device=DEVICE)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     for part in x.split(4096):   # in place, so that memory is needed twice and not four times
         part.normal_()
-    gamma = torch.ones(64, device="cuda", requires_grad=True)
+    gamma = torch.ones(64, device=DEVICE, requires_grad=True)
     y, last = fastscore.instance_norm_plus(x, gamma, gamma, activation="elu"), x[-1:].clone()
     assert torch.equal(y[-1:], fastscore.instance_norm_plus(last, gamma, gamma, activation="elu"))
 
@@ -283,3 +298,202 @@ def test_samplers_draw_what_the_cpu_draws_and_never_wait_for_the_device(sampler)
         torch.cuda.set_sync_debug_mode("default")
     *_, expected = cpu(lambda x: list(states(x)), start)
     assert torch.allclose(last.x.cpu(), expected.x, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", _SLOPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activation_of_a_stack_and_its_gradient(norm_backend, dtype, name):
+    for shape, M in (((3, 5, 7), 1), ((8, 1024), 3), ((1024,), 2), ((2, 0), 1)):
+        s, g, s_, g_ = problem(shape, M, dtype, name)
+        s = s.to(DEVICE).requires_grad_()
+        y = activate_dual(s, name)
+        assert y.dtype == dtype and near(y.detach().cpu(), exact(name, s_), dtype)
+        assert near(torch.autograd.grad(y, s, g.to(DEVICE))[0].cpu(), exact_gradient(name, s_, g_), dtype, 60)
+
+
+def test_stack_of_more_than_two_to_the_31_elements(norm_backend):
+    large = DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory >= 24 * 2**30
+    s = torch.zeros((2, 2**30 + 2**16 if large else 5000), dtype=torch.float16, device=DEVICE)
+    s[:, -3000:] = torch.randn(2, 3000)
+    assert torch.equal(activate_dual(s, "silu")[:, -3000:], activate_dual(s[:, -3000:].contiguous(), "silu"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 7), (3, 4, 33, 5), (2, 20_000), (700, 2)], ids=str)
+def test_projections_and_their_gradient_equal_those_of_the_cpu(norm_backend, dtype, shape):
+    M, numbers = 3, (2**40 + 7, 3, random.PROJECTION, 2**33 + 5)
+    js, s = torch.randn(M, *shape).to(DEVICE, dtype).requires_grad_(), torch.randn(shape).to(DEVICE, dtype).requires_grad_()
+    key = {"seed": numbers[0], "step": numbers[1], "stream": numbers[2], "offset": numbers[3], "dtype": torch.float64}
+    v = torch.stack([random.rademacher(shape, substream=m, backend="reference", **key) for m in range(M)])
+    got = project(s, js, None, numbers, norm_backend)
+    wide = [t.detach().cpu().double().requires_grad_() for t in (s, js)]
+    expected = project_ref(*wide, v)
+    for a, b in zip(got, expected):   # sums of up to 20000 terms of size 1, at random
+        assert torch.allclose(a.detach().cpu().double(), b.detach(), rtol=1e-5, atol=1e-3 if dtype != torch.float64 else 1e-9)
+    weights = [torch.randn(a.shape) for a in got]
+    gradients = torch.autograd.grad([(a * w.to(a)).sum() for a, w in zip(got, weights)], (s, js))
+    for a, b in zip(gradients, torch.autograd.grad([(a * w.to(a)).sum() for a, w in zip(expected, weights)], wide)):
+        assert near(a.cpu(), b, dtype, 60)
+
+
+def mlp():
+    nn = torch.nn
+    return nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 40), nn.Softplus(), nn.Linear(40, 12))
+
+
+def conv_net():
+    conv, nn = (lambda a, b: torch.nn.Conv2d(a, b, 3, padding=1)), torch.nn
+    norms = nn.InstanceNorm2d(8, affine=True), nn.GroupNorm(2, 8), nn.BatchNorm2d(8)
+    return nn.Sequential(conv(3, 8), norms[0], nn.ELU(), conv(8, 8), norms[1], nn.SiLU(), conv(8, 8), norms[2], nn.GELU(), conv(8, 3))
+
+
+def double_backprop(net, x, v):
+    """Gradients of Σ vᵀJv + ½ Σ ‖s‖² to every parameter, in float64 on the CPU."""
+    wide, leaf = copy.deepcopy(net).cpu().double(), x.cpu().double().requires_grad_()
+    y, total = wide(leaf), 0
+    for d in v.cpu().double():
+        total = total + (torch.autograd.grad((y * d).sum(), leaf, create_graph=True)[0] * d).sum()
+    return torch.autograd.grad(total + 0.5 * y.square().sum(), list(wide.parameters()), allow_unused=True)
+
+
+def worst(gradients, expected):
+    """Relative to the gradient as a whole."""
+    pairs = [(torch.zeros_like(b) if a is None else a.cpu().double(), b) for a, b in zip(gradients, expected) if b is not None]
+    return float(torch.cat([(a - b).flatten() for a, b in pairs]).norm() / torch.cat([b.flatten() for _, b in pairs]).norm())
+
+
+@pytest.fixture
+def full_float32():
+    """Convolutions and products without TensorFloat-32, which keeps three digits."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("M", [1, 4])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("make, shape", [(mlp, (32, 12)), (conv_net, (6, 3, 8, 8))], ids=["mlp", "conv-net"])
+def test_jvp_of_a_network_and_its_gradient_equal_double_backprop(norm_backend, full_float32, make, shape, channels_last, M):
+    if channels_last and make is mlp:
+        pytest.skip("no images")
+    torch.manual_seed(0)
+    net, x, v = make().to(DEVICE), torch.randn(shape).to(DEVICE), torch.randn(M, *shape).sign().to(DEVICE)
+    if channels_last:
+        net, x = net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    y, jv = fastscore.jvp(net, x, v)
+    assert torch.allclose(y, net(x), atol=1e-5)
+    got = torch.autograd.grad((jv * v).sum() + 0.5 * y.square().sum(), list(net.parameters()), allow_unused=True)
+    assert worst(got, double_backprop(net, x, v)) < 1e-5
+
+
+LOSSES = {
+    "sliced": lambda s, x: losses.sliced(s, x, projections=2, seed=3),
+    "sliced-plain": lambda s, x: losses.sliced(s, x, variance_reduced=False, seed=3),
+    "sliced-gaussian": lambda s, x: losses.sliced(s, x, distribution="gaussian", seed=3),
+    "sliced-sphere": lambda s, x: losses.sliced(s, x, distribution="sphere", seed=3),
+    "exact": lambda s, x: losses.exact(s, x, chunk=5),
+    "explicit": lambda s, x: losses.exact(s, x, target=lambda x: -2 * x),
+    "finite-difference": lambda s, x: losses.finite_difference_sliced(s, x, seed=3, projections=2),
+}
+CONDITIONAL = {
+    method: lambda s, x, sigmas, method=method: losses.noise_conditional(s, x, sigmas, method=method, seed=3, step=2)
+    for method in losses.METHODS
+} | {
+    "denoising-number": lambda s, x, sigmas: losses.denoising(s, x, 0.5, seed=3),
+    "labels": lambda s, x, sigmas: losses.noise_conditional(s, x, sigmas, labels=torch.arange(len(x), device=x.device) % 3, seed=3),
+}
+
+
+def score(kind, conditional):
+    torch.manual_seed(1)
+    sigmas = torch.tensor([1.0, 0.5, 0.1]) if conditional else None
+    if kind == "mlp":
+        net = ScoreMLP(12, 16, 1, sigmas=sigmas)
+        torch.nn.init.normal_(net.last.weight)
+        return net
+    return EnergyScore(EnergyMLP(12, 16, 1, sigmas=sigmas))
+
+
+def value_and_gradient(loss, net, *args):
+    value = loss(net, *args)
+    return value.detach(), torch.autograd.grad(value.sum(), list(net.parameters()), allow_unused=True)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "energy"])
+@pytest.mark.parametrize("name", [*LOSSES, *CONDITIONAL])
+def test_losses_equal_those_of_the_cpu(norm_backend, full_float32, name, kind):
+    """The same seed draws the same noise and the same signs; the CPU's are float64. The GPU is never waited for."""
+    loss, rest = (LOSSES[name], ()) if name in LOSSES else (CONDITIONAL[name], (torch.tensor([1.0, 0.5, 0.1]),))
+    x, net = torch.randn(7, 12), score(kind, bool(rest))
+    on_gpu = copy.deepcopy(net).to(DEVICE), x.to(DEVICE), *(t.to(DEVICE) for t in rest)
+    value_and_gradient(loss, *on_gpu)   # kernels are loaded, which may wait
+    with not_waiting():
+        value, gradients = value_and_gradient(loss, *on_gpu)
+    with fastscore.use_backend("reference"):
+        expected, exact_gradients = value_and_gradient(loss, net.double(), x.double(), *rest)
+    # Differences of scores over 2h, h = 0.1/sqrt(12), lose a factor 20.
+    bound = 2e-4 if name == "finite-difference" else 2e-5
+    assert float((value.cpu().double() - expected).norm() / expected.norm()) < bound and worst(gradients, exact_gradients) < 10 * bound
+
+
+@contextlib.contextmanager
+def not_waiting():
+    if DEVICE == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if DEVICE == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", ["mlp", "energy"])
+def test_score_of_an_energy_and_its_products(norm_backend, full_float32, kind):
+    net, x, v = score(kind, False), torch.randn(5, 12), torch.randn(2, 5, 12)
+    wide = copy.deepcopy(net).double()
+    expected = torch.stack([torch.func.jvp(wide, (x.double(),), (d,))[1] for d in v.double()])
+    net, x, v = net.to(DEVICE), x.to(DEVICE), v.to(DEVICE)
+    s, hv = net.jvp(x, v) if kind == "energy" else fastscore.jvp(net, x, v)
+    assert torch.allclose(s.cpu().double(), wide(x.cpu().double()), atol=1e-5)
+    assert torch.allclose(hv.detach().cpu().double(), expected, atol=1e-4, rtol=1e-4)
+    y, vjv = fastscore.rademacher_jvp(net, x, projections=2, seed=4)
+    signs = torch.stack([random.rademacher((5, 12), seed=4, stream=random.PROJECTION, substream=m, dtype=torch.float64) for m in range(2)])
+    exact = [(torch.func.jvp(wide, (x.cpu().double(),), (d,))[1] * d).sum(1) for d in signs]
+    assert torch.allclose(vjv.detach().cpu().double(), torch.stack(exact), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sliced", "denoising", "sliced-vr"])
+def test_losses_under_autocast_stay_near_float64(norm_backend, name):
+    """bfloat16 keeps two to three digits."""
+    loss, rest = (LOSSES[name], ()) if name in LOSSES else (CONDITIONAL[name], (torch.tensor([1.0, 0.5, 0.1]),))
+    x, net = torch.randn(64, 12), score("mlp", bool(rest))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        value, gradients = value_and_gradient(loss, copy.deepcopy(net).to(DEVICE), x.to(DEVICE), *(t.to(DEVICE) for t in rest))
+    assert value.dtype == torch.float32
+    with fastscore.use_backend("reference"):
+        expected, exact_gradients = value_and_gradient(loss, net.double(), x.double(), *rest)
+    assert float((value.cpu().double() - expected).norm() / expected.norm()) < 0.03 and worst(gradients, exact_gradients) < 0.03
+
+
+def test_compiled_stack_and_projection_equal_eager(norm_backend):
+    if DEVICE == "cpu" and norm_backend == "triton":
+        pytest.skip("the interpreter cannot be compiled")
+    x = torch.randn(3, 4, 50, device=DEVICE, requires_grad=True)
+
+    def f(x):
+        y = activate_dual(x.sin(), "gelu")
+        vjv, vs, ss = project(y[0], y[1:], None, (5, 0, random.PROJECTION, 0), norm_backend)
+        return (vjv + vs).sum() + ss.sum()
+
+    compiled = torch.compile(f, fullgraph=True)
+    assert torch.allclose(compiled(x), f(x), rtol=1e-5)
+    assert torch.allclose(torch.autograd.grad(compiled(x), x)[0], torch.autograd.grad(f(x), x)[0], atol=1e-4)
+
+
+def test_compiled_loss_equals_eager(norm_backend):
+    if DEVICE == "cpu" and norm_backend == "triton":
+        pytest.skip("the interpreter cannot be compiled")
+    net, x = score("mlp", False).to(DEVICE), torch.randn(7, 12, device=DEVICE)
+    compiled = torch.compile(lambda x: losses.sliced(net, x, seed=3))   # a graph break at jvp
+    assert torch.allclose(compiled(x), losses.sliced(net, x, seed=3), atol=1e-4)

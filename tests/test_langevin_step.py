@@ -237,3 +237,13 @@ def test_bad_arguments_are_refused_in_one_sentence(call, message):
     with pytest.raises((ValueError, TypeError), match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", [2**32 - 3, 2**32 - 600, 2**32, 2**33 + 512, 5 * 2**32 + 7], ids=hex)
+def test_blocks_beyond_two_to_the_32(backend, dtype, block):
+    """Inside a program of 512 or 1024 blocks, before it, at its start: the counter's upper half is carried to."""
+    x, s = torch.zeros(5000, dtype=dtype), torch.ones(5000, dtype=dtype)
+    z = random.normal(5000, seed=9, stream=random.LANGEVIN, offset=4 * block + 1, dtype=torch.float64, backend="reference")
+    got = fastscore.langevin_step(x, s, 0.5, seed=9, offset=4 * block + 1).double()
+    assert bool(((got - (0.25 + 0.5**0.5 * z)).abs() <= torch.finfo(dtype).eps * got.abs() + 2e-6).all())

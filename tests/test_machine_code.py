@@ -77,15 +77,15 @@ def test_every_cuda_kernel_compiles_without_spills(cuda_rows):
 
 
 def test_instructions_per_element_do_not_grow(triton_rows, request):
-    """The goal is 30 for one coefficient per call. Today Triton stands at 40 (float32) and 43 (bfloat16), CUDA C++ at 37 and 41."""
+    """The goal is 30 for one coefficient per call. Today Triton stands at 32.6 (float32) and 33.2 (bfloat16), CUDA C++ at 30.3 and 31.9."""
     for name, row in triton_rows.items():
         if "noisy_update" in name:
-            assert row["per_element"] <= (50 if "fp64" in name else 46), (name, row)
+            assert row["per_element"] <= (46 if "fp64" in name else 36), (name, row)
         if name.startswith(("apply elu", "gradient elu")) and "fp64" not in name:
             assert row["per_element"] <= 25, (name, row)
     for name, row in request.getfixturevalue("cuda_rows").items():
-        if "update_packs" in name and "Lb0E" in name:   # Lb0E: not one coefficient per sample
-            assert row["per_element"] <= 43, (name, row)
+        if "update_packs" in name and "Li0E" in name:   # Li0E: key and coefficients are numbers
+            assert row["per_element"] <= 33, (name, row)
 
 
 def test_the_stream_is_found_in_a_torch_that_was_not_linked(tmp_path):

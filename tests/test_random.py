@@ -131,6 +131,20 @@ def test_radius_and_uniform_of_every_word(isa, stride, tmp_path):
     assert found["uniform_error"] <= 2**-25 and found["misrounded"] == 0   # rounded once, half a unit of the last place
 
 
+@pytest.mark.parametrize("sign", [-1, 0, 1])
+def test_radius_and_words_of_a_gpu_within_the_bounds_of_its_hardware(sign, tmp_path):
+    """A logarithm wrong by 2^-22 of itself moves a radius by half of that, up to 8e-7, and roundings add; a right one leaves 1e-6."""
+    try:
+        compiler = native.find_compiler().split()
+    except native.BuildError as error:
+        pytest.skip(str(error))
+    program = tmp_path / "gpu_normal_error"
+    flags = [*native.COMMON, *native.ISA_FLAGS["baseline"], "-std=c++20", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*compiler, *flags, ROOT / "tests/gpu_normal_error.cpp", "-o", program], check=True)
+    found = json.loads(subprocess.run([program, "4369", str(sign)], capture_output=True, check=True).stdout)   # divides 2^32 - 1
+    assert found["near"] <= 1e-6 and found["far"] <= (1.2e-6 if sign else 1e-6) and found["least"] > 0 and found["wrong"] == 0
+
+
 def test_moments_and_tails():
     n = 2**24
     z = random.normal((n,), seed=2, stream=1, dtype=torch.float64)

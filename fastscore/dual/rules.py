@@ -371,6 +371,11 @@ def cumsum(x, dim, **kwargs):
     return dual(stack(x).cumsum(shift(dim), **kwargs))
 
 
+def _tensor(c, like, dtype):
+    """A number as a tensor, made on the device: a copy from the host would be waited for."""
+    return c.to(dtype) if isinstance(c, torch.Tensor) else torch.full((), c, dtype=dtype, device=like.device)
+
+
 @rule("where")
 def where(condition, input=None, other=None):
     if input is None or is_dual(condition):
@@ -379,7 +384,7 @@ def where(condition, input=None, other=None):
     dims = max(c.dim() for c in (condition, input, other) if isinstance(c, torch.Tensor))
 
     def whole(c):
-        s = stack(c).to(dtype) if is_dual(c) else constant(torch.as_tensor(c, dtype=dtype, device=condition.device), n)
+        s = stack(c).to(dtype) if is_dual(c) else constant(_tensor(c, condition, dtype), n)
         return aligned(s, dims)
 
     return dual(torch.where(condition, whole(input), whole(other)))

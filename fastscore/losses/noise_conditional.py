@@ -55,7 +55,7 @@ def noise_conditional(
     if method not in METHODS:
         raise ValueError(f"{op}: method must be one of {', '.join(METHODS)}; got {method!r}.")
     check_projections(op, projections, distribution)
-    sigmas = check_ladder(op, sigmas).to(x.device)
+    sigmas = check_ladder(op, sigmas, wait=False).to(x.device)
     if labels is None:
         first = offset // max(1, x[:1].numel())   # a sample's level, like its noise, is the same in any split of the batch
         labels = draw_labels(len(sigmas), x.shape[0], seed=seed, step=step, first_sample=first, device=x.device)
@@ -78,7 +78,8 @@ def noise_conditional(
 def _fit(labels, x, levels):
     if not isinstance(labels, torch.Tensor) or labels.shape != x.shape[:1] or labels.dtype != torch.int64:
         return False
-    return not bool(((labels < 0) | (labels >= levels)).any())
+    # On a GPU the indexing itself refuses them, without waiting.
+    return labels.device.type != "cpu" or not bool(((labels < 0) | (labels >= levels)).any())
 
 
 def draw_labels(levels, n, *, seed, step=0, first_sample=0, device=None):

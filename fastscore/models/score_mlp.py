@@ -44,7 +44,9 @@ class Trunk(nn.Module):
         if sigma is None:
             return None
         sigma = checks.coefficient(self._name, "sigma", sigma, x, minimum=_SMALLEST)
-        return torch.as_tensor(sigma, dtype=checks.compute_dtype(x.dtype), device=x.device).reshape(-1, 1)
+        if not isinstance(sigma, torch.Tensor):   # made on the device: a copy from the host would be waited for
+            sigma = torch.full((), sigma, dtype=checks.compute_dtype(x.dtype), device=x.device)
+        return sigma.reshape(-1, 1)
 
     def inputs(self, x, sigma):
         """u (B, d), x to unit scale, and the embedding e of σ."""

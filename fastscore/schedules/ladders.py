@@ -72,11 +72,13 @@ def _with_ends(ladder, sigma_max, sigma_min):
     return ladder.float()
 
 
-def check_ladder(op, sigmas):
-    """A ladder as float32 (L,); raises unless it is 1-d, positive, finite and strictly descending."""
+def check_ladder(op, sigmas, wait=True):
+    """A ladder as float32 (L,); raises unless it is 1-d, positive, finite and strictly descending. wait=False: a GPU's values go unread."""
     sigmas = torch.as_tensor(sigmas, dtype=torch.float32)
     if sigmas.dim() != 1 or sigmas.numel() == 0:
         raise ValueError(f"{op}: sigmas must be a non-empty 1-d ladder; got shape {tuple(sigmas.shape)}.")
+    if not wait and sigmas.device.type != "cpu":
+        return sigmas
     if not bool((sigmas.isfinite() & (sigmas > 0)).all()) or bool((sigmas.diff() >= 0).any()):
         raise ValueError(f"{op}: sigmas must be positive, finite and strictly descending; got {sigmas.tolist()}.")
     return sigmas
