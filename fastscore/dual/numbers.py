@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fastscore.dual import chains
 from fastscore.dual.norms import FACTORISED, NATIVE_NORMS, REFUSED, Refuse, RightNorms
 from fastscore.dual.rules import RULES, NoDual, aligned, separated
 from fastscore.ops import checks
@@ -77,10 +78,10 @@ def _stacked(f, x, v):
     s = torch.cat([x[None], v])
     if layout:
         s = s.flatten(0, 1).contiguous(memory_format=layout).unflatten(0, s.shape[:2])
-    with _grad_mode(torch.is_grad_enabled()):
+    with _inside(torch.is_grad_enabled()):
         y = f(Dual(s))
-    if isinstance(y, Dual):
-        return y.stack[0], y.stack[1:]
+        if isinstance(y, Dual):
+            return y.stack[0], y.stack[1:]
     if not isinstance(y, torch.Tensor):
         raise TypeError(f"jvp: f must return a tensor; got {type(y).__name__}.")
     return y, y.new_zeros(len(v), *y.shape)   # no function of x
@@ -149,16 +150,21 @@ _modes = threading.local()
 
 
 @contextlib.contextmanager
-def _grad_mode(enabled):
-    """Note the caller's mode: for this thread, and for the workers that f may start."""
-    before = getattr(_modes, "enabled", None), Dual.grad_mode
-    _modes.enabled = Dual.grad_mode = enabled
+def _inside(grad_mode):
+    """Note the caller's mode, and an empty list of what waits: for this thread, and for the workers that f may start."""
+    before, of_class = dict(vars(_modes)), (Dual.grad_mode, Dual.waiting)
+    _modes.enabled = Dual.grad_mode = grad_mode
+    _modes.waiting = Dual.waiting = []
     try:
         yield
     finally:
-        _modes.enabled, Dual.grad_mode = before
-        if before[0] is None:
-            del _modes.enabled
+        vars(_modes).clear()
+        vars(_modes).update(before)
+        Dual.grad_mode, Dual.waiting = of_class
+
+
+def _waiting():
+    return getattr(_modes, "waiting", Dual.waiting)
 
 
 def _constant_block():
@@ -175,9 +181,10 @@ class NoRule(NotImplementedError):
 
 
 class Dual(torch.Tensor):
-    """A value with M tangents: looks like the value, holds `stack` (1 + M, *shape)."""
+    """A value with M tangents: looks like the value, holds `stack` (1 + M, *shape), which may be computed when it is asked for."""
 
     grad_mode = True   # of the caller of jvp: a no_grad block inside f is a constant
+    waiting = []   # references to those whose stack is not computed yet
     rules = RULES
 
     @staticmethod
@@ -186,7 +193,21 @@ class Dual(torch.Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, stack.shape[1:], strides=stack.stride()[1:], dtype=stack.dtype, device=stack.device)
 
     def __init__(self, stack):
-        self.stack = stack
+        self.computed, self.pending = stack, None
+
+    @property
+    def stack(self):
+        if self.computed is None:
+            self.computed, self.pending = self.pending.stack(), None
+        return self.computed
+
+    def later(self, step, shape):
+        """Dual numbers of that shape that a step of `chains` will make of these."""
+        result = torch.Tensor._make_wrapper_subclass(Dual, shape, dtype=self.dtype, device=self.device)
+        result.computed, result.pending = None, chains.Pending(self.pending or self.computed, step)
+        result.pending.keep(result)
+        _waiting().append(result.pending.holder)
+        return result
 
     def like(self, stack):
         """Another number of this kind."""
@@ -313,10 +334,20 @@ def _copy(x):
     return x.like(x.stack.clone()) if isinstance(x, Dual) else x
 
 
+def _settle():
+    """Before a write: compute what waits, for it may read what is written."""
+    for reference in _waiting():
+        waiting = reference()
+        if waiting is not None:
+            waiting.stack   # noqa: B018
+    _waiting().clear()
+
+
 def _write(target, result):
     """In place on the memory of the stack, so that views of it see the change; `result` was made from a copy, which autograd may keep."""
     if not isinstance(target, Dual) or result.shape != target.shape:
         raise NoRule("fastscore.jvp: an in-place operation would change a shape or write into an ordinary tensor.")
+    _settle()
     if not isinstance(result, Dual):   # sign_, floor_: no function of the tangents
         return _setitem(target, ..., result) or target
     target.stack.copy_(result.stack)
@@ -326,6 +357,7 @@ def _write(target, result):
 def _setitem(target, index, source):
     if not isinstance(target, Dual):
         raise NoRule("fastscore.jvp: indexed writing of dual numbers into an ordinary tensor.")
+    _settle()
     index = index if isinstance(index, tuple) else (index,)
     if separated(index, more=0):
         raise NoRule("fastscore.jvp: indexed writing with several index tensors.")

@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastscore.dual import norms
+from fastscore.dual import chains, norms
 from fastscore.dual.functions import activate_stack, add_bias, add_to_value, normalise_stack
 from fastscore.ops.normalise import Form, normalise, pack
 
@@ -34,7 +34,7 @@ class NoDual(Exception):
 
 
 def is_dual(a):
-    return hasattr(a, "stack")
+    return hasattr(type(a), "stack")
 
 
 def stack(a):
@@ -110,6 +110,8 @@ for _name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2
 def linear(input, weight, bias=None):
     if is_dual(weight) or is_dual(bias):
         return NotImplemented
+    if chains.takes(input, weight, bias):
+        return input.later(chains.Step(weight, bias), (*input.shape[:-1], len(weight)))
     y = F.linear(stack(input), weight)
     return dual(y if bias is None else add_bias(y, bias, 1))
 
@@ -525,6 +527,8 @@ def _activation(name, unless=lambda *args, **kwargs: False):
     def apply(input, *args, inplace=False, **kwargs):
         if unless(*args, **kwargs):
             return NotImplemented
+        if input.pending:   # of a linear layer
+            return input.later(chains.Step(name=name), tuple(input.shape))
         return dual(activate_stack(stack(input), name))
 
     return apply

@@ -1,0 +1,164 @@
+"""Linear layers and activations in a row, as one autograd Function: on small networks their nodes cost as much as their products."""
+
+import weakref
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from fastscore import backend as _backend
+from fastscore.dual.functions import activate_stack, add_bias
+from fastscore.ops.activate_dual import gradient as activation_gradient
+
+
+class Step(NamedTuple):
+    """y = W s + b on the value and W s on its tangents; or, with a name, an activation."""
+
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    name: str | None = None
+
+
+class Pending:
+    """A stack that is not computed yet: `step` of `source`, a stack or another Pending. `holder` is who shall own it."""
+
+    __slots__ = ("source", "step", "holder", "result", "grad_mode", "versions")
+
+    def __init__(self, source, step):
+        self.source, self.step, self.holder, self.result = source, step, None, None
+        self.grad_mode, self.versions = torch.is_grad_enabled(), _versions(step)
+
+    def keep(self, holder):
+        self.holder = weakref.ref(holder)
+
+    def stack(self):
+        """Compute it, with all that leads to it and that nobody else holds."""
+        steps, source = [], self
+        while isinstance(source, Pending):
+            if source.result is not None:
+                source = source.result
+            elif source is not self and source.holder() is not None:
+                source = source.holder().stack   # somebody may ask for it, too
+            else:
+                if source.versions != _versions(source.step):
+                    raise RuntimeError("fastscore.jvp: f changed the parameters of a linear layer in place after it had used them.")
+                steps.append(source.step)
+                source = source.source
+        with torch.set_grad_enabled(self.grad_mode):
+            self.result = run(source, steps[::-1])
+        return self.result
+
+
+def _versions(step):
+    return tuple(t._version for t in (step.weight, step.bias) if t is not None)
+
+
+def takes(s, weight, bias):
+    """Whether a linear layer can wait: plain tensors that fit, and no level of differentiation but reverse mode."""
+    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_inference() for t in (weight, bias) if t is not None)
+    if not plain or weight.dim() != 2 or s.dtype != weight.dtype or s.device != weight.device or s.shape[-1] != weight.shape[1]:
+        return False
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != s.dtype):
+        return False
+    return not (torch.is_autocast_enabled(s.device.type) or _backend._dual_level() or torch._C._autograd._top_saved_tensors_default_hooks(False))
+
+
+def run(s, steps):
+    """All steps on the stack s (1 + M, *)."""
+    parameters = [t for step in steps for t in (step.weight, step.bias)]
+    if _backend.derivative_possible(s, *parameters):
+        return _Chain.apply(s, [step.name for step in steps], *parameters)
+    return _values(s, steps)[-1]
+
+
+class _Chain(torch.autograd.Function):
+    """The cotangents go down the chain by hand; each product is written in the order that BLAS is quick at."""
+
+    @staticmethod
+    def forward(ctx, s, names, *parameters):
+        steps = _steps(names, parameters)
+        values = _values(s, steps)
+        wanted = [step.name is not None or ctx.needs_input_grad[2 + 2 * k] for k, step in enumerate(steps)]
+        ctx.names, ctx.kept = names, [0] + [k for k, kept in enumerate(wanted) if kept and k]
+        ctx.present = [p is not None for p in parameters]
+        ctx.save_for_backward(*(p for p in parameters if p is not None), *(values[k] for k in ctx.kept))
+        return values[-1]
+
+    @staticmethod
+    def backward(ctx, g):
+        saved = list(ctx.saved_tensors)
+        parameters = [saved.pop(0) if present else None for present in ctx.present]
+        values, needed = dict(zip(ctx.kept, saved)), [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
+        pull = _differentiable if torch.is_grad_enabled() else _pull
+        gs, *rest = pull(values, _steps(ctx.names, parameters), g, needed)
+        return gs, None, *rest
+
+
+def _steps(names, parameters):
+    return [Step(weight, bias, name) for name, weight, bias in zip(names, parameters[::2], parameters[1::2])]
+
+
+def _values(s, steps):
+    """s, and what every step makes of it."""
+    values = [s]
+    for weight, bias, name in steps:
+        s = activate_stack(s, name) if weight is None else _linear(s, weight, bias)
+        values.append(s)
+    return values
+
+
+def _linear(s, weight, bias):
+    y = torch.mm(s.flatten(0, -2), weight.t()).view(*s.shape[:-1], len(weight))
+    if bias is not None:
+        y[0].add_(bias)
+    return y
+
+
+def _pull(values, steps, g, needed):
+    """Cotangents of s and of all weights and biases."""
+    grads, g = [None] * len(needed), g.contiguous()
+    for k in range(len(steps) - 1, -1, -1):
+        weight, _, name = steps[k]
+        further = any(needed[: 1 + 2 * k])
+        if weight is None:
+            g = activation_gradient(values[k], g, name)
+        else:
+            rows = g.flatten(0, -2)
+            if needed[1 + 2 * k]:
+                grads[1 + 2 * k] = _gradient_of_weight(rows, values[k].flatten(0, -2))
+            if needed[2 + 2 * k]:
+                grads[2 + 2 * k] = g[:1].flatten(0, -2).sum(0)
+            g = _times(rows, weight).view(*g.shape[:-1], weight.shape[1]) if further else None
+        if not further:
+            break
+    grads[0] = g if needed[0] else None
+    return grads
+
+
+def _differentiable(values, steps, g, needed):
+    """The same, made of operations that can be differentiated again: on views, for the parameters may depend on s."""
+    with torch.enable_grad():
+        s = first = values[0].view_as(values[0])
+        own = [None if p is None else p.view_as(p) for step in steps for p in step[:2]]
+        for weight, bias, name in _steps([step.name for step in steps], own):
+            if weight is None:
+                s = activate_stack(s, name)
+            else:
+                s = F.linear(s, weight)
+                s = s if bias is None else add_bias(s, bias, 1)
+        inputs = [p for p, need in zip([first, *own], needed) if need]
+        found = iter(torch.autograd.grad(s, inputs, g, create_graph=True))
+    return [next(found) if need else None for need in needed]
+
+
+def _narrow(n, device):
+    """Widths at which a BLAS falls to a sixth of its rate where they are rows, and keeps it where they are columns."""
+    return 1 < n <= 8 and device.type == "cpu"
+
+
+def _times(g, weight):
+    return torch.mm(g, weight.t().contiguous().t() if _narrow(len(weight), g.device) else weight)
+
+
+def _gradient_of_weight(g, s):
+    return torch.mm(s.t(), g).t().contiguous() if _narrow(s.shape[1], s.device) else torch.mm(g.t(), s)
