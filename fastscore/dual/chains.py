@@ -1,6 +1,5 @@
 """Linear layers and activations in a row, as one autograd Function: on small networks their nodes cost as much as their products."""
 
-import weakref
 from typing import NamedTuple
 
 import torch
@@ -20,16 +19,13 @@ class Step(NamedTuple):
 
 
 class Pending:
-    """A stack that is not computed yet: `step` of `source`, a stack or another Pending. `holder` is who shall own it."""
+    """A stack that is not computed yet: `step` of `source`, a stack or another Pending. `holder`: a weak reference to its owner."""
 
-    __slots__ = ("source", "step", "holder", "result", "grad_mode", "versions")
+    __slots__ = ("device", "dtype", "grad_mode", "holder", "result", "shape", "source", "step", "versions")
 
-    def __init__(self, source, step):
-        self.source, self.step, self.holder, self.result = source, step, None, None
-        self.grad_mode, self.versions = torch.is_grad_enabled(), _versions(step)
-
-    def keep(self, holder):
-        self.holder = weakref.ref(holder)
+    def __init__(self, source, step, shape):
+        self.source, self.step, self.shape, self.dtype, self.device = source, step, shape, source.dtype, source.device
+        self.holder, self.result, self.grad_mode, self.versions = None, None, torch.is_grad_enabled(), _versions(step)
 
     def stack(self):
         """Compute it, with all that leads to it and that nobody else holds."""
@@ -53,14 +49,21 @@ def _versions(step):
     return tuple(t._version for t in (step.weight, step.bias) if t is not None)
 
 
-def takes(s, weight, bias):
-    """Whether a linear layer can wait: plain tensors that fit, and no level of differentiation but reverse mode."""
-    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_inference() for t in (weight, bias) if t is not None)
-    if not plain or weight.dim() != 2 or s.dtype != weight.dtype or s.device != weight.device or s.shape[-1] != weight.shape[1]:
-        return False
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != s.dtype):
-        return False
-    return not (torch.is_autocast_enabled(s.device.type) or _backend._dual_level() or torch._C._autograd._top_saved_tensors_default_hooks(False))
+def linear(source, weight, bias):
+    """A linear layer on a stack or on what waits; None where it cannot wait: tensors that do not fit, another level than reverse mode."""
+    dtype, device = source.dtype, source.device
+    for t in (weight, bias):
+        if t is not None and (type(t) not in _PLAIN or t.dtype != dtype or t.device != device or t.is_inference()):
+            return None
+    sizes = weight.shape
+    if len(sizes) != 2 or source.shape[-1] != sizes[1] or (bias is not None and bias.shape != sizes[:1]):
+        return None
+    if torch.is_autocast_enabled(device.type) or _backend._dual_level() or torch._C._autograd._top_saved_tensors_default_hooks(False):
+        return None
+    return Pending(source, Step(weight, bias), (*source.shape[:-1], sizes[0]))
+
+
+_PLAIN = (torch.nn.Parameter, torch.Tensor)
 
 
 def run(s, steps):
@@ -108,7 +111,7 @@ def _values(s, steps):
 
 
 def _linear(s, weight, bias):
-    y = torch.mm(s.flatten(0, -2), weight.t()).view(*s.shape[:-1], len(weight))
+    y = F.linear(s, weight)
     if bias is not None:
         y[0].add_(bias)
     return y
@@ -123,12 +126,11 @@ def _pull(values, steps, g, needed):
         if weight is None:
             g = activation_gradient(values[k], g, name)
         else:
-            rows = g.flatten(0, -2)
             if needed[1 + 2 * k]:
-                grads[1 + 2 * k] = _gradient_of_weight(rows, values[k].flatten(0, -2))
+                grads[1 + 2 * k] = _gradient_of_weight(g.flatten(0, -2), values[k].flatten(0, -2))
             if needed[2 + 2 * k]:
                 grads[2 + 2 * k] = g[:1].flatten(0, -2).sum(0)
-            g = _times(rows, weight).view(*g.shape[:-1], weight.shape[1]) if further else None
+            g = _times(g, weight) if further else None
         if not further:
             break
     grads[0] = g if needed[0] else None
@@ -157,7 +159,7 @@ def _narrow(n, device):
 
 
 def _times(g, weight):
-    return torch.mm(g, weight.t().contiguous().t() if _narrow(len(weight), g.device) else weight)
+    return torch.matmul(g, weight.t().contiguous().t() if _narrow(len(weight), g.device) else weight)
 
 
 def _gradient_of_weight(g, s):

@@ -2,12 +2,12 @@
 
 import contextlib
 import threading
+import weakref
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastscore.dual import chains
 from fastscore.dual.norms import FACTORISED, NATIVE_NORMS, REFUSED, Refuse, RightNorms
 from fastscore.dual.rules import RULES, NoDual, aligned, separated
 from fastscore.ops import checks
@@ -53,15 +53,18 @@ def jvp(f, x, v):
     return _jvp(f, x, v)
 
 
-@torch.compiler.disable(reason="fastscore.jvp runs eagerly")
 def _jvp(f, x, v):
     single = v.shape == x.shape
-    directions = v[None] if single else v
+    s = stack(f, x, v[None] if single else v)
+    return s[0], s[1] if single else s[1:]
+
+
+@torch.compiler.disable(reason="fastscore.jvp runs eagerly")
+def stack(f, x, v):
+    """f(x) and J v_m for v (M, *x.shape), side by side: (1 + M, *f(x).shape)."""
     if torch._C._functorch.maybe_current_level() is not None:   # inside a transform: torch's own forward mode nests with it
-        y, ty = _transformed(f, x, directions)
-    else:
-        y, ty = _carried(f, x, directions)
-    return y, ty[0] if single else ty
+        return _transformed(f, x, v)
+    return _carried(f, x, v)
 
 
 def _carried(f, x, v):
@@ -81,10 +84,10 @@ def _stacked(f, x, v):
     with _inside(torch.is_grad_enabled()):
         y = f(Dual(s))
         if isinstance(y, Dual):
-            return y.stack[0], y.stack[1:]
+            return y.stack
     if not isinstance(y, torch.Tensor):
         raise TypeError(f"jvp: f must return a tensor; got {type(y).__name__}.")
-    return y, y.new_zeros(len(v), *y.shape)   # no function of x
+    return torch.cat([y[None], y.new_zeros(len(v), *y.shape)])   # no function of x
 
 
 def _forward_mode(f, x, v):
@@ -95,7 +98,7 @@ def _forward_mode(f, x, v):
         with torch.autograd.forward_ad.dual_level(), _right(NATIVE_NORMS | FACTORISED):
             y, ty = torch.autograd.forward_ad.unpack_dual(f(torch.autograd.forward_ad.make_dual(x, direction)))
             outputs.append((y, torch.zeros_like(y) if ty is None else ty))
-    return outputs[0][0], torch.stack([ty for _, ty in outputs])
+    return torch.stack([outputs[0][0], *(ty for _, ty in outputs)])
 
 
 def _double_backward(f, x, v):
@@ -109,15 +112,15 @@ def _double_backward(f, x, v):
         u = torch.zeros_like(y).requires_grad_()
         (g,) = torch.autograd.grad(y, x, u, create_graph=True, materialize_grads=True)
         if not g.requires_grad:   # a constant: f does not depend on x
-            return y, y.new_zeros(len(v), *y.shape)
+            return torch.cat([y[None], y.new_zeros(len(v), *y.shape)])
         products = [torch.autograd.grad(g, u, d, retain_graph=True, create_graph=graph, materialize_grads=True)[0] for d in v]
-    return y if graph else y.detach(), torch.stack(products)
+    return torch.stack([y if graph else y.detach(), *products])
 
 
 def _transformed(f, x, v):
     with RightNorms():
         pairs = [torch.func.jvp(f, (x,), (direction,)) for direction in v]
-    return pairs[0][0], torch.stack([ty for _, ty in pairs])
+    return torch.stack([pairs[0][0], *(ty for _, ty in pairs)])
 
 
 @contextlib.contextmanager
@@ -201,12 +204,13 @@ class Dual(torch.Tensor):
             self.computed, self.pending = self.pending.stack(), None
         return self.computed
 
-    def later(self, step, shape):
-        """Dual numbers of that shape that a step of `chains` will make of these."""
-        result = torch.Tensor._make_wrapper_subclass(Dual, shape, dtype=self.dtype, device=self.device)
-        result.computed, result.pending = None, chains.Pending(self.pending or self.computed, step)
-        result.pending.keep(result)
-        _waiting().append(result.pending.holder)
+    @classmethod
+    def later(cls, pending):
+        """Dual numbers that wait in a chain (of `dual.chains`)."""
+        result = torch.Tensor._make_wrapper_subclass(cls, pending.shape[1:], dtype=pending.dtype, device=pending.device)
+        result.computed, result.pending = None, pending
+        pending.holder = weakref.ref(result)
+        _waiting().append(pending.holder)
         return result
 
     def like(self, stack):

@@ -50,6 +50,12 @@ def dual(s):
     return Dual(s)
 
 
+def later(pending):
+    from fastscore.dual.numbers import Dual
+
+    return Dual.later(pending)
+
+
 def value(a):
     return a.stack[0] if is_dual(a) else a
 
@@ -110,8 +116,9 @@ for _name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2
 def linear(input, weight, bias=None):
     if is_dual(weight) or is_dual(bias):
         return NotImplemented
-    if chains.takes(input, weight, bias):
-        return input.later(chains.Step(weight, bias), (*input.shape[:-1], len(weight)))
+    waiting = chains.linear(input.pending or input.computed, weight, bias)
+    if waiting is not None:
+        return later(waiting)
     y = F.linear(stack(input), weight)
     return dual(y if bias is None else add_bias(y, bias, 1))
 
@@ -528,7 +535,7 @@ def _activation(name, unless=lambda *args, **kwargs: False):
         if unless(*args, **kwargs):
             return NotImplemented
         if input.pending:   # of a linear layer
-            return input.later(chains.Step(name=name), tuple(input.shape))
+            return later(chains.Pending(input.pending, chains.Step(name=name), input.pending.shape))
         return dual(activate_stack(stack(input), name))
 
     return apply

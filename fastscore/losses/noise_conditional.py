@@ -5,7 +5,7 @@ import torch
 from fastscore import random
 from fastscore.losses.denoising import weighted
 from fastscore.losses.exact import implicit
-from fastscore.losses.projections import check_projections, directions, sliced_mean
+from fastscore.losses.projections import check_projections, sliced_estimate
 from fastscore.ops import checks, perturb
 from fastscore.schedules import check_ladder
 
@@ -70,8 +70,7 @@ def noise_conditional(
     if method == "exact":
         loss = implicit(score, noisy, arguments=(each,))
     else:
-        v = directions(op, noisy, projections, distribution, **key)
-        loss = sliced_mean(op, score, noisy, v, variance_reduced=method == "sliced-vr", arguments=(each,))
+        loss = sliced_estimate(op, score, noisy, projections, method == "sliced-vr", distribution, arguments=(each,), **key)
     return loss * each.to(checks.compute_dtype(x.dtype)) ** power
 
 

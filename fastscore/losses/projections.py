@@ -4,9 +4,11 @@ import math
 
 import torch
 
+from fastscore import backend as backends
 from fastscore import dual, random
 from fastscore.models.energy import EnergyScore
 from fastscore.ops import checks
+from fastscore.ops.rademacher_jvp import project_stack, signs
 
 DISTRIBUTIONS = ("rademacher", "gaussian", "sphere")
 
@@ -83,12 +85,40 @@ def derivatives(op, score, x, v, arguments=()):
     if isinstance(score, EnergyScore):
         return score.jvp(x, v, *arguments)
 
+    return dual.jvp(_checked_score(op, score, x, arguments), x, v)
+
+
+def _checked_score(op, score, x, arguments):
     def f(x):
         s = score(x, *arguments)
         check_score(op, s, x)
         return s
 
-    return dual.jvp(f, x, v)
+    return f
+
+
+def sliced_estimate(op, score, x, projections, variance_reduced, distribution, v=None, mask=None, arguments=(), **key):
+    """(B,): the sliced loss; signs are drawn twice instead of kept."""
+    if distribution == "rademacher" and v is None and mask is None and not isinstance(score, EnergyScore):
+        check_data(op, x)
+        check_projections(op, projections, distribution)
+        return signed_mean(op, score, x, projections, variance_reduced, arguments, **key)
+    v = directions(op, x, projections, distribution, v, mask, **key)
+    return sliced_mean(op, score, x, v, mask, variance_reduced, arguments)
+
+
+def signed_mean(op, score, x, projections, variance_reduced, arguments, seed, step, offset):
+    """`sliced_mean` along signs: projection and reduction read s and Jv once, and the signs are never stored for the backward pass."""
+    chosen = backends.choose(x.device, cuda=False)   # a GPU runs the Triton kernels
+    key, *numbers = random.noise_key(op, seed, step, random.PROJECTION, 0, offset, x.device)
+    stack = dual.stack(_checked_score(op, score, x, arguments), x, signs(x, projections, key, tuple(numbers), chosen))
+    dtype = checks.compute_dtype(x.dtype)
+    if checks.compute_dtype(stack.dtype) != dtype:
+        stack = stack.to(dtype)
+    vjv, vs, ss = project_stack(stack, key, tuple(numbers), chosen)
+    if not variance_reduced:
+        return (vjv + 0.5 * vs.square()).mean(0)
+    return torch.add(vjv[0] if projections == 1 else vjv.mean(0), ss, alpha=0.5)
 
 
 def sliced_mean(op, score, x, v, mask=None, variance_reduced=True, arguments=()):

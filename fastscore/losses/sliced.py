@@ -1,6 +1,6 @@
 """Sliced score matching."""
 
-from fastscore.losses.projections import directions, sliced_mean
+from fastscore.losses.projections import sliced_estimate
 
 
 def sliced(
@@ -35,5 +35,5 @@ def sliced(
     >>> sliced(lambda x: -x, torch.ones(1, 3), seed=0)
     tensor([-1.5000])
     """
-    v = directions("sliced", x, projections, distribution, v, mask, seed, step, offset)
-    return sliced_mean("sliced", score, x, v, mask, variance_reduced)
+    key = {"seed": seed, "step": step, "offset": offset}
+    return sliced_estimate("sliced", score, x, projections, variance_reduced, distribution, v, mask, **key)

@@ -221,6 +221,11 @@ def _empty(layout):
     return torch.empty([shape[d] for d in order], dtype=dtype, device=device).permute([order.index(d) for d in range(len(order))])
 
 
+def _place(layout):
+    """Memory for a result: given, or made."""
+    return layout if isinstance(layout, torch.Tensor) else _empty(layout)
+
+
 def run_project(js, s, projections, key, numbers, backend):
     """The projections that there are inputs for, with no derivative."""
     like = js[0] if s is None else s
@@ -235,8 +240,8 @@ def run_project(js, s, projections, key, numbers, backend):
 
 def run_spread(g_vjv, g_vs, g_ss, s, layouts, projections, key, numbers, backend):
     """(gjs or None, gs or None), with no derivative."""
-    gjs = None if g_vjv is None else _empty(layouts[0])
-    gs = None if g_vs is None and g_ss is None else _empty(layouts[1])
+    gjs = None if g_vjv is None else _place(layouts[0])
+    gs = None if g_vs is None and g_ss is None else _place(layouts[1])
     like = gs if gjs is None else gjs[0]
     if backend == "reference":
         v = signs(like, projections, key, numbers, backend, checks.compute_dtype(like.dtype))
@@ -265,6 +270,42 @@ def project(s, js, key, numbers, backend, projections=None):
     else:
         outputs = run_project(js, s, projections, key, numbers, backend)
     return (None if js is None else outputs[0]), *((None, None) if s is None else outputs[-2:])
+
+
+class _ProjectStack(torch.autograd.Function):
+    """`project` on a stack (1 + M, B, *) of s and Jv, whose gradient is one stack as well. Reverse mode alone."""
+
+    @staticmethod
+    def forward(ctx, stack, key, numbers, backend):
+        ctx.key, ctx.numbers, ctx.backend = key, numbers, backend
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(stack)
+        return run_project(stack[1:], stack[0], len(stack) - 1, key, numbers, backend)
+
+    @staticmethod
+    def backward(ctx, g_vjv, g_vs, g_ss):
+        (stack,), key = ctx.saved_tensors, (ctx.key, ctx.numbers, ctx.backend)
+        s, js = stack[0], stack[1:]
+        if torch.is_grad_enabled():
+            gjs, gs = _spread(g_vjv, g_vs, g_ss, s, (_layout(js), _layout(s)), len(js), *key)
+            gs, gjs = (torch.zeros_like(like) if given is None else given for like, given in ((s, gs), (js, gjs)))
+            return torch.cat([gs[None], gjs]), None, None, None
+        g = torch.empty_like(stack)
+        gjs, gs = None if g_vjv is None else g[1:], None if g_vs is None and g_ss is None else g[0]
+        run_spread(g_vjv, g_vs, g_ss, s, (gjs, gs), len(js), *key)
+        for part, given in ((g[1:], gjs), (g[0], gs)):
+            if given is None:
+                part.zero_()
+        return g, None, None, None
+
+
+def project_stack(stack, key, numbers, backend):
+    """`project` on a stack (1 + M, B, *): s and then Jv, side by side in memory."""
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None or _backend._dual_level():
+        return project(stack[0], stack[1:], key, numbers, backend)
+    if _backend.derivative_possible(stack):
+        return _ProjectStack.apply(stack, key, numbers, backend)
+    return run_project(stack[1:], stack[0], len(stack) - 1, key, numbers, backend)
 
 
 def _spread(g_vjv, g_vs, g_ss, s, layouts, projections, key, numbers, backend):
