@@ -284,6 +284,8 @@ class _ProjectStack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_vjv, g_vs, g_ss):
+        if g_vjv is None and g_vs is None and g_ss is None:
+            return (None,) * 4
         (stack,), key = ctx.saved_tensors, (ctx.key, ctx.numbers, ctx.backend)
         s, js = stack[0], stack[1:]
         if torch.is_grad_enabled():
