@@ -99,7 +99,7 @@ def bench_mlp(compare, device, ours, request, widths, batch, M):
     for call in calls.values():
         verify(call(), net, x, v)
     name = "×".join(map(str, widths))
-    compare(f"sliced loss + gradient, MLP {name}, M={M}", x, (1 + M) * x.nbytes, calls, ceiling=products(net, (1 + M) * batch))
+    compare(f"sliced loss + gradient, MLP {name}, M={M}, 1 thread", x, (1 + M) * x.nbytes, calls, ceiling=products(net, (1 + M) * batch))
 
 
 class Block(nn.Module):
@@ -145,4 +145,4 @@ def bench_conv_blocks(compare, device, ours, request, convolution):
     calls |= {"func.jvp": functools.partial(func_jvp, reference, x, v)}
     stacked = convolutions(C, (2 * shape[0], *shape[1:]), device) if convolution else None
     name = "conv blocks" if convolution else "blocks without conv"
-    compare(f"sliced loss + gradient, {name}", x, 2 * x.nbytes, calls, ceiling=stacked)
+    compare(f"sliced loss + gradient, {name}, 1 thread", x, 2 * x.nbytes, calls, ceiling=stacked)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import Row, copy_of, interleave, keep_pages, report, table
+from harness import Row, copy_of, interleave, keep_pages, merged, report, table
 
 from fastscore import backend as backends
 
@@ -17,7 +17,7 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
     parser.addoption("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.addoption("--smoke", action="store_true", help="tiny sizes, one round: does every benchmark run and verify?")
-    parser.addoption("--results", type=Path, help="write the figures to this JSON file")
+    parser.addoption("--results", type=Path, help="write the figures to this JSON file, into the table that it holds")
 
 
 def pytest_configure(config):
@@ -72,4 +72,4 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(f"\n{result['device']}, {result['versions']}\n{table(result)}")
     if config.option.results:
         config.option.results.parent.mkdir(parents=True, exist_ok=True)
-        config.option.results.write_text(json.dumps(result, indent=1) + "\n")
+        config.option.results.write_text(json.dumps(merged(config.option.results, result), indent=1) + "\n")

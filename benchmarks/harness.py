@@ -124,6 +124,19 @@ def report(rows, device):
     return {"device": describe_device(device), "versions": versions(device), "rows": [asdict(row) for row in rows]}
 
 
+def merged(path, new):
+    """The report in the file with its rows replaced and added to; of another device or other versions nothing is kept."""
+    old = json.loads(path.read_text()) if path.exists() else new
+    if (old["device"], old["versions"]) != (new["device"], new["versions"]):
+        return new
+
+    def question(row):
+        return row["op"], tuple(row["shape"]), row["dtype"]
+
+    answers = {question(row): row for row in (*old["rows"], *new["rows"])}
+    return new | {"rows": list(answers.values())}
+
+
 if __name__ == "__main__":
     for path in sys.argv[1:]:
         result = json.loads(Path(path).read_text())

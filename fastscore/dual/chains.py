@@ -124,7 +124,7 @@ def _pull(values, steps, g, needed):
         weight, _, name = steps[k]
         further = any(needed[: 1 + 2 * k])
         if weight is None:
-            g = activation_gradient(values[k], g, name)
+            g = activation_gradient(values[k], g, name, overwrite=k < len(steps) - 1)   # the last one's is the caller's
         else:
             if needed[1 + 2 * k]:
                 grads[1 + 2 * k] = _gradient_of_weight(g.flatten(0, -2), values[k].flatten(0, -2))

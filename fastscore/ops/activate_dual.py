@@ -63,14 +63,17 @@ def activate_dual_ref(s, name):
     return torch.cat([function(s[:1]), slopes(s[:1])[0] * s[1:]])
 
 
-def gradient(s, g, name, backend=None):
-    """Cotangent of s for that of its activation: gu = f' gy + f'' Σ u̇ gẏ and gu̇ = f' gẏ. No derivative is taken through the kernel."""
-    chosen = _backend.choose(s.device, backend)
+def gradient(s, g, name, overwrite=False):
+    """Cotangent of s for that of its activation: gu = f' gy + f'' Σ u̇ gẏ and gu̇ = f' gẏ; in the memory of g if that may be overwritten.
+
+    No derivative is taken through the kernel.
+    """
+    chosen = _backend.choose(s.device)
     if chosen != "cpp" or s.dtype == torch.float64:
         first, second = _SLOPES[name][1](s[:1])
         return torch.cat([first * g[:1] + second * (s[1:] * g[1:]).sum(0, keepdim=True), first * g[1:]])
     s, g = s.contiguous(), g.contiguous()
-    gs = torch.empty_like(s)
+    gs = g if overwrite else torch.empty_like(s)   # every element of g is read before its place is written
     _backend.call(chosen, "activate_dual", gs, s, g, _CODES[name])
     return gs
 
