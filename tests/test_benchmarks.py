@@ -33,3 +33,16 @@ def test_every_benchmark_runs_and_times_ours_a_ceiling_and_a_peer(tmp_path):
         assert all(0 < seconds < 60 for seconds in row.seconds.values()) and row.bytes >= row.elements > 0, row
     lines = harness.table(found).splitlines()
     assert len(lines) == 2 + len(rows) and all(line.count("|") == lines[0].count("|") for line in lines)
+
+
+def test_results_keep_the_rows_of_other_runs_of_the_same_machine(tmp_path):
+    def row(op, seconds):
+        return {"op": op, "shape": [2], "dtype": "float32", "seconds": {"cpp": seconds}}
+
+    path, here = tmp_path / "r.json", {"device": "d", "versions": {"torch": "1"}}
+    new = here | {"rows": [row("a", 2.0), row("c", 3.0)]}
+    assert harness.merged(path, new) == new
+    path.write_text(json.dumps(here | {"rows": [row("a", 1.0), row("b", 1.0)]}))
+    assert harness.merged(path, new)["rows"] == [row("a", 2.0), row("b", 1.0), row("c", 3.0)]
+    for other in ({"device": "e"}, {"versions": {"torch": "2"}}):
+        assert harness.merged(path, new | other) == new | other

@@ -196,13 +196,17 @@ class Dual(torch.Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, stack.shape[1:], strides=stack.stride()[1:], dtype=stack.dtype, device=stack.device)
 
     def __init__(self, stack):
-        self.computed, self.pending = stack, None
+        self.stack = stack
 
     @property
     def stack(self):
         if self.computed is None:
             self.computed, self.pending = self.pending.stack(), None
         return self.computed
+
+    @stack.setter
+    def stack(self, stack):
+        self.computed, self.pending = stack, None
 
     @classmethod
     def later(cls, pending):

@@ -50,10 +50,10 @@ def dual(s):
     return Dual(s)
 
 
-def later(pending):
+def later(x, pending):
     from fastscore.dual.numbers import Dual
 
-    return Dual.later(pending)
+    return Dual.later(pending) if type(x) is Dual else dual(pending.stack())   # other kinds do not wait
 
 
 def value(a):
@@ -116,9 +116,9 @@ for _name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2
 def linear(input, weight, bias=None):
     if is_dual(weight) or is_dual(bias):
         return NotImplemented
-    waiting = chains.linear(input.pending or input.computed, weight, bias)
-    if waiting is not None:
-        return later(waiting)
+    pending = chains.linear(input.pending or input.computed, weight, bias)
+    if pending is not None:
+        return later(input, pending)
     y = F.linear(stack(input), weight)
     return dual(y if bias is None else add_bias(y, bias, 1))
 
@@ -535,7 +535,7 @@ def _activation(name, unless=lambda *args, **kwargs: False):
         if unless(*args, **kwargs):
             return NotImplemented
         if input.pending:   # of a linear layer
-            return later(chains.Pending(input.pending, chains.Step(name=name), input.pending.shape))
+            return later(input, chains.Pending(input.pending, chains.Step(name=name), input.pending.shape))
         return dual(activate_stack(stack(input), name))
 
     return apply
