@@ -62,9 +62,9 @@ def compiled_vjp(net, x, v, smoke):
     return lambda: list(gradient(parameters, x, v).values())
 
 
-def verify(found, reference, x, v):
+def verify(found, reference, x, v, tolerance=1e-4):
     for a, b in zip(found, double_backprop(reference, x, v), strict=True):
-        assert float((a - b).norm()) <= 1e-4 * float(b.norm()) + 1e-6   # float32 sums of up to a million terms
+        assert float((a - b).norm()) <= tolerance * float(b.norm()) + 1e-6   # float32 sums of up to a million terms
 
 
 def mlp(*widths):
@@ -140,8 +140,8 @@ def bench_conv_blocks(compare, device, ours, request, convolution):
     calls = {ours[0]: functools.partial(ours_loss, net, x, 1), "eager": functools.partial(double_backprop, reference, x, v)}
     calls |= {"double backprop of ours": functools.partial(double_backprop, net, x, v)}
     calls |= {"compiled func.vjp": compiled_vjp(reference, x, v, request.config.option.smoke)}
-    for name in (ours[0], "compiled func.vjp"):
-        verify(calls[name](), reference, x, v)
+    verify(calls[ours[0]](), reference, x, v)
+    verify(calls["compiled func.vjp"](), reference, x, v, 1e-3)   # 1.4e-4 off at this size; uncompiled 1e-6
     calls |= {"func.jvp": functools.partial(func_jvp, reference, x, v)}
     stacked = convolutions(C, (2 * shape[0], *shape[1:]), device) if convolution else None
     name = "conv blocks" if convolution else "blocks without conv"
