@@ -43,6 +43,6 @@ def test_results_keep_the_rows_of_other_runs_of_the_same_machine(tmp_path):
     new = here | {"rows": [row("a", 2.0), row("c", 3.0)]}
     assert harness.merged(path, new) == new
     path.write_text(json.dumps(here | {"rows": [row("a", 1.0), row("b", 1.0)]}))
-    assert harness.merged(path, new)["rows"] == [row("a", 2.0), row("b", 1.0), row("c", 3.0)]
+    assert harness.merged(path, new)["rows"] == [row("b", 1.0), row("a", 2.0), row("c", 3.0)]
     for other in ({"device": "e"}, {"versions": {"torch": "2"}}):
         assert harness.merged(path, new | other) == new | other
