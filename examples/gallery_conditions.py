@@ -9,6 +9,8 @@ from gallery_digits import colour, trained
 from gallery_tables import table
 
 SAMPLES = 8   # shown of each condition
+SCALE = 3.0   # of the class likelihood
+BOTH_IMAGE, BOTH_CLASSES = "inpaint=held-out:18,left-half", (3, 8, 9)
 REQUESTS = {   # title: (what is asked for, how)
     "inpaint, as in NCSN": ("inpaint=held-out:3,right-half", {"guide": "replace"}),
     "inpaint, likelihood flat": ("inpaint=held-out:3,right-half", {"guide": "flat"}),
@@ -34,16 +36,19 @@ def draw(out, folder, quick):
         shown.append(in_row(result))
         rows.append(row(title, result, error, reader))
     pictures.save_grid(out / "conditions.png", torch.cat(shown), columns=SAMPLES + 2)
-    left_half = REQUESTS["inpaint, likelihood denoiser"][0]
-    both, _ = conditioned(net, sigmas, shape, config, left_half, n, "class=3", classifier=classifier)
-    pictures.save_grid(out / "both.png", in_row(both), columns=SAMPLES + 2)
-    asked = float((evaluation.seen(reader, both.samples) == 3).double().mean())
+    shown, asked = [], {}
+    for k in BOTH_CLASSES:
+        both, _ = conditioned(net, sigmas, shape, config, BOTH_IMAGE, n, f"class={k}", classifier=classifier, scale=SCALE)
+        shown.append(in_row(both))
+        asked[k] = float((evaluation.seen(reader, both.samples) == k).double().mean())
+    pictures.save_grid(out / "both.png", torch.cat(shown), columns=SAMPLES + 2)
     coloured, error = recoloured(folder, quick, n)
     pictures.save_grid(out / "colours.png", coloured, columns=SAMPLES + 2)
     lines = [
-        CLASSES.format(right=100 * right), "![a row for each class](gallery/classes.png)\n",
+        CLASSES.format(right=100 * right, scale=SCALE), "![a row for each class](gallery/classes.png)\n",
         OBSERVED, "![original, observation, samples; a row for each condition](gallery/conditions.png)\n", *table(rows),
-        BOTH.format(asked=100 * asked), "![original, observation, samples](gallery/both.png)\n",
+        BOTH.format(asked=", ".join(f"{100 * share:.0f} % as a {k}" for k, share in asked.items())),
+        "![original, observation, samples; a row for each class](gallery/both.png)\n",
         COLOURS.format(error=error), "![original, observation, samples](gallery/colours.png)\n",
     ]  # fmt: skip
     return lines, [{"condition": "class", "as asked": right}, *rows]
@@ -60,7 +65,9 @@ def trained_classifier(folder, quick):
 def by_class(net, sigmas, shape, config, classifier, n, reader):
     """Eight samples of each class, and the fraction of all in which a reader sees the class that was asked for."""
     drawn = [
-        conditions.draw(net, sigmas, shape, [conditions.parse(f"class={k}")], n, config=config, classifier=classifier, first_sample=k * n)
+        conditions.draw(
+            net, sigmas, shape, [conditions.parse(f"class={k}")], n, config=config, classifier=classifier, scale=SCALE, first_sample=k * n
+        )
         for k in range(10)
     ]
     x, asked = torch.cat([r.samples for r in drawn]), torch.arange(10).repeat_interleave(n)
@@ -105,8 +112,8 @@ def recoloured(folder, quick, n):
 
 CLASSES = """## A class that is asked for
 
-`fastscore sample RUN --condition class=3 --classifier CLASSIFIER`: Bayes' rule with a noise-conditional classifier. Another classifier,
-trained on clean images, sees the class that was asked for in {right:.0f} % of the samples.
+`fastscore sample RUN --condition class=3 --classifier CLASSIFIER --scale {scale:.0f}`: Bayes' rule with a noise-conditional
+classifier. Another classifier, trained on clean images, sees the class that was asked for in {right:.0f} % of the samples.
 """
 OBSERVED = """## What an observation leaves open
 
@@ -115,7 +122,7 @@ arguments of `fastscore sample RUN --condition`.
 """
 BOTH = """## Two conditions at once
 
-The left half as above, and the class 3: read as a 3 in {asked:.0f} % of the samples.
+The right half of a picture, and a class, one in each row; read as asked: {asked}.
 """
 COLOURS = """## Colours of grey images
 
