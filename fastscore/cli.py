@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-from fastscore.conditions import ConditionOptions
+from fastscore.conditions import UNCONDITIONAL, ConditionOptions
 from fastscore.drawing import SamplerOptions
 
 try:
@@ -60,7 +60,7 @@ def train(config) -> None:
     print(f"run: {out}\npictures: {out / 'samples.png'}, {out / 'levels.png'}, {out / 'loss.png'}")
 
 
-def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")], asked: Annotated[ConditionOptions, arg(name="")],
+def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")], asked: Annotated[ConditionOptions, arg(name="")] = UNCONDITIONAL,
            n: Annotated[int, arg(aliases=["-n"])] = 100, out: Path = Path("grid.png"), seed: int = 0, first_sample: int = 0,
            batch_size: int = 100, path: Path | None = None, arch: str | None = None, ema: bool = True,
            sigma_max: float | None = None, sigma_min: float | None = None, levels: int | None = None,

@@ -23,7 +23,7 @@ class Result(NamedTuple):
     samples: torch.Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class ConditionOptions:
     """Conditions of the command line.
 
@@ -45,10 +45,13 @@ class ConditionOptions:
     guidance: str = "moments"
 
 
+UNCONDITIONAL = ConditionOptions()
+
+
 def prepare(run, asked):
     """The arguments of `draw` for the conditions of the command line, checked before anything is computed; {} where there are none."""
     if not asked.condition:
-        if asked != ConditionOptions():
+        if asked != UNCONDITIONAL:
             raise ValueError("sample: classifier, scale, observation-noise and guidance belong to a condition.")
         return {}
     requests = [parse(text) for text in asked.condition]
