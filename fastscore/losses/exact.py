@@ -56,7 +56,7 @@ def divergence(op, score, x, chunk=16, arguments=()):
     """s(x) and the trace of its Jacobian, (B,) in the compute dtype: d unit tangents, `chunk` at a time."""
     dtype, d, trace = checks.compute_dtype(x.dtype), x[:1].numel(), 0
     if d == 0:   # no samples, or samples of no coordinates
-        return checks.per_sample_sum(x.to(dtype))
+        return x, checks.per_sample_sum(x.to(dtype))
     units = torch.eye(d, dtype=x.dtype, device=x.device)
     for first in range(0, d, chunk):
         e = units[first : first + chunk]
