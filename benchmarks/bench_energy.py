@@ -81,7 +81,7 @@ def run(compare, ours, name, net, x, v, ceiling=None):
     peers = {"func.jvp of func.grad": forward_over_reverse, "reverse over forward": reverse_over_forward}
     calls = {ours[0]: jets, "eager": double_backprop} | peers
     calls = {name: functools.partial(call, net, x, v) for name, call in calls.items()}
-    compare(f"energy, sliced loss + gradient, {name}, M={len(v)}", x, (1 + len(v)) * x.nbytes, calls, ceiling=ceiling)
+    compare(f"energy, sliced loss + gradient, {name}, M={len(v)}, 1 thread", x, (1 + len(v)) * x.nbytes, calls, ceiling=ceiling)
 
 
 @pytest.mark.parametrize("M", [1, 4])
