@@ -14,7 +14,7 @@ BOTH_IMAGE, BOTH_CLASSES = "inpaint=held-out:18,left-half", (3, 8, 9)
 REQUESTS = {   # title: (what is asked for, how)
     "inpaint, as in NCSN": ("inpaint=held-out:3,right-half", {"guide": "replace"}),
     "inpaint, likelihood flat": ("inpaint=held-out:3,right-half", {"guide": "flat"}),
-    "inpaint, likelihood denoiser": ("inpaint=held-out:3,right-half", {}),
+    "inpaint, likelihood denoiser": ("inpaint=held-out:3,right-half", {"guide": "denoiser"}),
     "inpaint, likelihood moments": ("inpaint=held-out:3,right-half", {"guide": "moments"}),
     "the same with noise 0.1": ("inpaint=held-out:3,right-half", {"noise": 0.1}),
     "super-resolution, from 4×4": ("super_resolution=held-out:3,2", {}),
@@ -47,7 +47,7 @@ def draw(out, folder, quick):
     lines = [
         CLASSES.format(right=100 * right, scale=SCALE), "![a row for each class](gallery/classes.png)\n",
         OBSERVED, "![original, observation, samples; a row for each condition](gallery/conditions.png)\n", *table(rows),
-        BOTH.format(asked=", ".join(f"{100 * share:.0f} % as a {k}" for k, share in asked.items())),
+        BOTH.format(asked=", ".join(f"{100 * share:.0f} % as {k}" for k, share in asked.items())),
         "![original, observation, samples; a row for each class](gallery/both.png)\n",
         COLOURS.format(error=error), "![original, observation, samples](gallery/colours.png)\n",
     ]  # fmt: skip

@@ -218,6 +218,8 @@ def test_damaged_weights_are_refused_and_nan_is_never_saved(tmp_path):
     with pytest.raises(ValueError, match="must be finite"):
         checkpoint.save(tmp_path / "w", {"a": torch.tensor([float("nan")])})
     assert torch.equal(checkpoint.load(tmp_path / "w")["a"], torch.ones(3))
+    (tmp_path / "plain").write_bytes(b"")
+    assert (tmp_path / "w").stat().st_mode == (tmp_path / "plain").stat().st_mode   # readable by whom it would be
     data = bytearray((tmp_path / "w").read_bytes())
     data[-1] ^= 1
     (tmp_path / "w").write_bytes(bytes(data))
