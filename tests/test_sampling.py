@@ -241,6 +241,8 @@ def run(sampler, score=gaussian, **options):
         (lambda: run("mala", gaussian_density, steps=1, step_size=0.1), r"log_prob\(x\) must be one value per sample, \(2,\)"),
         (lambda: run("annealed_langevin", lambda x, s: x[:1], sigmas=[1.0], **ONE), r"score must have the shape of x, \(2, 2\); got \(1, "),
         (lambda: run("langevin", lambda x: x, steps=1, step_size=0.1, project=lambda x, *_: x[:1]), "the result of project must have"),
+        (lambda: fastscore.sample(gaussian, shape=(2, 2), sigmas=[], **ONE), "sigmas must be a non-empty 1-d ladder"),
+        (lambda: fastscore.sample(gaussian, shape=(2, 2), sigmas=torch.ones(2, 2), **ONE), r"a non-empty 1-d ladder; got shape \(2, 2\)"),
         (lambda: sampling.initial((2, 2), law="normal", seed=0), "law must be one of uniform, gaussian"),
         (lambda: fastscore.losses.noise_conditional(lambda x, s: x[:1], X, [1.0], seed=0), "must have the shape of x"),
     ],
@@ -337,3 +339,44 @@ def test_every_back_end_draws_the_samples_of_the_reference(sampler, backend):
     drawn = fastscore.sample(target(sampler), **options)
     with fastscore.use_backend("reference"):
         assert float((drawn - fastscore.sample(target(sampler), **options)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "langevin", "steps": 0, "step_size": 0.1},
+        {"sigmas": [1.0], "steps_per_level": 0, "step_size": 0.1, "denoise": False},
+        {"sampler": "probability_flow", "sigmas": [2.0], "denoise": False},
+    ],
+)
+def test_a_run_without_updates_returns_its_start(options):
+    sigma, law = (2.0, "gaussian") if options.get("sampler") == "probability_flow" else (None, "uniform")
+    start = sampling.initial((3, 2), law=law, sigma=sigma, seed=4)
+    assert torch.equal(fastscore.sample(gaussian, shape=(3, 2), seed=4, **options), start)
+
+
+@every_sampler
+def test_a_wrong_seed_is_refused_before_the_score_is_called(sampler):
+    def never(*_):
+        raise AssertionError("the score was called")
+
+    if sampler != "probability_flow":   # which draws nothing
+        with pytest.raises(TypeError, match="seed must be an int or an int64 tensor; got float"):
+            SAMPLING[sampler](never, X, seed=1.5, **SAMPLERS[sampler])
+
+
+SAMPLING = {name: getattr(sampling, name) for name in SAMPLERS}
+
+
+@pytest.mark.parametrize("options", [{}, {"norms": "batch"}, {"norms": "dimension"}], ids=["sample", "batch", "dimension"])
+def test_samples_may_be_single_values(options):
+    """A state (B,) is what (B, 1) is."""
+    x = torch.linspace(-1, 1, 5)
+    runs = [next(sampling.predictor_corrector(gaussian, x, **LADDER, seed=0, diagnostics=True, **options)) for x in (x, x[:, None])]
+    assert torch.equal(runs[0].x, runs[1].x[:, 0])
+    assert all(torch.equal(runs[0].diagnostics[k], runs[1].diagnostics[k]) for k in runs[0].diagnostics)
+
+
+@pytest.mark.parametrize("method", ["heun", "euler", "adaptive"])
+def test_the_flow_of_no_samples_is_none(method):
+    assert fastscore.sample(gaussian, sampler="probability_flow", shape=(0, 3), method=method, **LADDER).shape == (0, 3)

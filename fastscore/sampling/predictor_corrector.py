@@ -5,9 +5,8 @@ import math
 import torch
 
 from fastscore import random
-from fastscore.ops import checks
 from fastscore.ops.langevin_step import LOSS, reduce
-from fastscore.sampling.state import State, begin, check_count, choice, number, shifted, spread
+from fastscore.sampling.state import State, begin, check_count, choice, norm, number, shifted, spread
 from fastscore.schedules import check_ladder
 
 PREDICTORS = ("reverse_diffusion", "ancestral", "euler", "none")
@@ -108,8 +107,7 @@ def _step_size(run, corrector, norms, snr, sigma, s, step):
     """ε of a corrector step: a float, or a tensor () or (B,) that the host never looks at."""
     if corrector == "annealed":
         return 4 * (snr * sigma) ** 2
-    dtype = checks.compute_dtype(s.dtype)
-    score_norm = torch.linalg.vector_norm(s.flatten(1), dim=1, dtype=dtype)
+    score_norm = norm(s)
     if norms == "dimension":
         return (4 * snr**2 * run.size) / score_norm.square()
     half = reduce(s, 0.0, *run.key(s, step, random.CORRECTOR), run.backend, LOSS)   # ½ ‖z‖² of the very noise of this step

@@ -87,6 +87,8 @@ def _adaptive(rtol, atol):
             return s * -checks.expand(each.square(), x).to(s.dtype)
 
         x = run.projected(x, sigma, level)
+        if not x.numel():   # there is no error to control
+            return x, None
         ends = torch.tensor([math.log(sigma), math.log(to)], dtype=torch.float64, device=x.device)
         options = {"step_t": ends[1:]}   # step onto the end instead of over it
         try:

@@ -12,6 +12,7 @@ from fastscore.sampling.mala import mala
 from fastscore.sampling.predictor_corrector import predictor_corrector
 from fastscore.sampling.probability_flow import probability_flow
 from fastscore.sampling.state import choice
+from fastscore.schedules import check_ladder
 
 SAMPLERS = {f.__name__: f for f in (annealed_langevin, consistent_annealed, predictor_corrector, probability_flow, langevin, mala)}
 GAUSSIAN = ("predictor_corrector", "probability_flow")   # these start from N(0, σ_1² I) unless told otherwise
@@ -43,16 +44,22 @@ def states(
     check_finite=True, **options,
 ):  # fmt: skip
     """The states of a sampler, from the initial draw on. Arguments and errors as in `sample`."""
+    return _begun(score, sampler, x, shape, initial_law, seed, first_sample, dtype, device, check_finite, options)[1]
+
+
+def _begun(score, sampler, x, shape, initial_law, seed, first_sample, dtype, device, check_finite, options):
+    """The start, and the states that follow it."""
     choice("sample", "sampler", sampler, SAMPLERS)
     if (x is None) == (shape is None):
         raise ValueError("sample: give either x or shape.")
     seed = random.draw_seed() if seed is None else seed
     if x is None:
-        sigma = float(options["sigmas"][0]) if options.get("sigmas") is not None else options.get("sigma")
+        ladder = options.get("sigmas")
+        sigma = options.get("sigma") if ladder is None else check_ladder("sample", ladder)[0].item()
         law = initial_law or ("gaussian" if sampler in GAUSSIAN else "uniform")
         x = initial(tuple(shape), law=law, sigma=sigma, seed=seed, first_sample=first_sample, dtype=dtype, device=device)
     run = SAMPLERS[sampler](score, x, seed=seed, first_sample=first_sample, **options)
-    return _checked(run) if check_finite else run
+    return x, _checked(run) if check_finite else run
 
 
 def _checked(run):
@@ -73,7 +80,10 @@ def _check(state):
         raise FloatingPointError(f"sample: the state is not finite after {where}; choose a smaller step_size, or look at the score.")
 
 
-def sample(score, *, x=None, **options):
+def sample(
+    score, *, sampler="annealed_langevin", x=None, shape=None, initial_law=None, seed=None, first_sample=0, dtype=None, device=None,
+    check_finite=True, **options,
+):  # fmt: skip
     """Run a sampler to its end and return the samples.
 
     Args:
@@ -88,6 +98,7 @@ def sample(score, *, x=None, **options):
         ValueError: the sampler or the law is unknown, or not exactly one of x and shape is given; and what the sampler refuses.
         FloatingPointError: the state is not finite; the level and the step are named.
     """
-    for state in states(score, x=x, **options):
+    x, run = _begun(score, sampler, x, shape, initial_law, seed, first_sample, dtype, device, check_finite, options)
+    for state in run:
         x = state.x
     return x

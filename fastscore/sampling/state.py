@@ -77,8 +77,7 @@ class Run:
         """‖x‖ and ‖s‖ of each sample; None unless asked for."""
         if not self.diagnostics:
             return None
-        x_norm, score_norm = (torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=checks.compute_dtype(t.dtype)) for t in (x, s))
-        return {"x_norm": x_norm, "score_norm": score_norm}
+        return {"x_norm": norm(x), "score_norm": norm(s)}
 
     def diagnose(self, x, s, drift, diffusion):
         """The norms, and the ratio of drift to noise a ‖s‖ / (b √d), of an update; None unless asked for."""
@@ -100,7 +99,13 @@ def begin(op, score, x, *, temperature, project, diagnostics, seed, first_sample
     temperature = number(op, "temperature", temperature)
     seed = random.draw_seed() if seed is None else seed
     size = math.prod(x.shape[1:])
+    random.noise_key(op, seed, 0, random.LANGEVIN, 0, first_sample * size, x.device)   # refused here, not after a call of the score
     return Run(op, score, seed, first_sample, size, math.sqrt(temperature), project, bool(diagnostics), backend.choose(x.device))
+
+
+def norm(t):
+    """‖t‖ of each sample, (B,)."""
+    return torch.linalg.vector_norm(t.flatten(1) if t.dim() > 1 else t[:, None], dim=1, dtype=checks.compute_dtype(t.dtype))
 
 
 def check_count(op, name, value, maximum=None):

@@ -74,7 +74,10 @@ def _with_ends(ladder, sigma_max, sigma_min):
 
 def check_ladder(op, sigmas, wait=True):
     """A ladder as float32 (L,); raises unless it is 1-d, positive, finite and strictly descending. wait=False: a GPU's values go unread."""
-    sigmas = torch.as_tensor(sigmas, dtype=torch.float32)
+    try:
+        sigmas = torch.as_tensor(sigmas, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{op}: sigmas must be a ladder of numbers; got {sigmas!r}.") from None
     if sigmas.dim() != 1 or sigmas.numel() == 0:
         raise ValueError(f"{op}: sigmas must be a non-empty 1-d ladder; got shape {tuple(sigmas.shape)}.")
     if not wait and sigmas.device.type != "cpu":
