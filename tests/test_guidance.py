@@ -119,7 +119,13 @@ def test_moments_refuses_to_be_differentiated():
     prior, operator, y, _ = gaussian_problem()
     guided = guidance.linear_inverse(prior, operator, y, NOISE, method="moments")
     x = drawn(4, D)
-    for call in (lambda: guided(x.requires_grad_(), SIGMA), lambda: torch.func.jvp(lambda x: guided(x, SIGMA), (x,), (x,))):
+    calls = (
+        lambda: guided(x.requires_grad_(), SIGMA),
+        lambda: torch.func.jvp(lambda x: guided(x, SIGMA), (x,), (x,)),
+        lambda: fastscore.jvp(lambda x: guided(x, SIGMA), x.detach(), x.detach()),
+        lambda: fastscore.likelihood.log_density(guided, x.detach(), sigma_min=0.1, sigma_max=1.0, steps=2),
+    )
+    for call in calls:
         with pytest.raises(ValueError, match="cannot be differentiated"):
             call()
 
@@ -422,3 +428,48 @@ EXAMPLES = ["guidance.bayes", "guidance.classifier", "guidance.linear", "guidanc
 def test_examples_in_docstrings(name):
     result = doctest.testmod(importlib.import_module(f"fastscore.{name}"))
     assert result.attempted and not result.failed
+
+
+@pytest.mark.parametrize("method", ["flat", "denoiser", "moments"])
+def test_hidden_pixels_of_an_observation_are_ignored(method):
+    """Also by the conjugate gradients of "moments", alone and under another operator; NaN is no observation."""
+    prior, *_ = gaussian_problem()
+    mask, x, y = torch.tensor([True, True, False]), drawn(4, D), drawn(D, step=9)
+    for operator in (guidance.Mask(mask), guidance.Mask(mask) @ guidance.Matrix(drawn(D, D, step=4))):
+        results = [
+            guidance.linear_inverse(prior.score, operator, torch.where(mask, y, hidden), NOISE, method=method)(x, SIGMA)
+            for hidden in (0.0, 9.0, math.nan)
+        ]
+        assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("method", [None, "flat", "denoiser", "moments"])
+def test_a_score_of_another_shape_does_not_broadcast(method):
+    prior, operator, y, _ = gaussian_problem()
+
+    def wrong(x, sigma):
+        return -x[:, :1]
+
+    def likelihood(x, sigma):
+        return -x.square().sum(1)
+
+    guided = guidance.posterior(wrong, likelihood) if method is None else guidance.linear_inverse(wrong, operator, y, NOISE, method=method)
+    with pytest.raises(ValueError, match=r"must have the shape of x, \(4, 3\); got \(4, 1\)"):
+        guided(drawn(4, D), SIGMA)
+
+
+def test_without_a_seed_the_noise_of_a_level_is_drawn_once():
+    hook, x = guidance.inpainting(torch.rand(D), torch.tensor([True, False, True]), seed=None), torch.zeros(2, D)
+    assert torch.equal(hook(x, 0.5, 0), hook(x, 0.5, 1)) and not torch.equal(hook(x, 0.5, 0), hook(x, 0.6, 0))
+
+
+def test_a_batch_may_be_empty():
+    images, sigma = torch.zeros(0, 1, 8, 8), torch.zeros(0)
+    for operator in (guidance.Blur(guidance.gaussian_kernel(0.5)), guidance.Downsample(2), guidance.Mask(torch.ones(8, 8))):
+        y = operator.forward(torch.zeros(1, 1, 8, 8))[0]
+        for method in ("flat", "denoiser", "moments"):
+            score = guidance.linear_inverse(lambda x, sigma: -x, operator, y, NOISE, method=method)
+            assert score(images, sigma).shape == images.shape
+    label = guidance.classifier(lambda x, sigma: torch.zeros(len(x), 4), torch.zeros(0, dtype=torch.int64))
+    assert label(images, sigma).shape == (0,)
+    assert fastscore.conversions.score_to_noise(images, images, sigma).shape == images.shape

@@ -3,6 +3,7 @@
 import torch
 from torch.autograd import forward_ad
 
+from fastscore.losses.projections import check_score
 from fastscore.ops import checks
 
 
@@ -25,7 +26,7 @@ def posterior(score, log_likelihood=None, scale=1.0, *, likelihood_score=None):
 
     Raises:
         ValueError: not exactly one of log_likelihood and likelihood_score is given; scale is not finite; when called: log_likelihood
-            returns another shape or does not depend on x, likelihood_score returns another shape.
+            returns another shape or does not depend on x, score or likelihood_score returns another shape.
 
     Source: Song et al. 2021, section 5 (arXiv:2011.13456).
 
@@ -42,7 +43,7 @@ def posterior(score, log_likelihood=None, scale=1.0, *, likelihood_score=None):
     def guided(x, *arguments):
         g = likelihood_score(x, *arguments)
         checks.check_like("posterior", "the likelihood's score", g, x)
-        return add("posterior", score(x, *arguments), g, scale)
+        return add("posterior", called("posterior", score, x, arguments), g, scale)
 
     return guided
 
@@ -95,6 +96,13 @@ def check_scale(op, scale):
     """Finite; the shape of a tensor is checked with the first x."""
     probe = torch.zeros(scale.shape if isinstance(scale, torch.Tensor) and scale.dim() else (1,), device=getattr(scale, "device", None))
     checks.coefficient(op, "scale", scale, probe)
+
+
+def called(op, score, x, arguments):
+    """The prior's score; another shape would broadcast against the likelihood's."""
+    s = score(x, *arguments)
+    check_score(op, s, x)
+    return s
 
 
 def add(op, s, g, scale):

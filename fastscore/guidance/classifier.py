@@ -22,10 +22,13 @@ def classifier(net, labels):
     >>> classifier(lambda x, sigma: torch.zeros(len(x), 4), 3)(torch.zeros(2, 5), torch.ones(2)).exp()
     tensor([0.2500, 0.2500])
     """
-    labels = torch.as_tensor(labels)
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"classifier: labels must be a class number, or int64 (B,); got {labels!r}.") from None
     if labels.dtype not in (torch.int64, torch.int32) or labels.dim() > 1 or bool((labels < 0).any()):
         raise ValueError(f"classifier: labels must be a class number, or int64 (B,), not negative; got {labels.tolist()}.")
-    highest = int(labels.max())
+    highest = int(labels.max()) if labels.numel() else 0
 
     def log_likelihood(x, *arguments):
         logits = net(x, *arguments)

@@ -5,7 +5,7 @@ import math
 import torch
 
 from fastscore import random
-from fastscore.guidance.linear import check_operator, solve
+from fastscore.guidance.linear import check_operator, range_of, solve
 from fastscore.guidance.operators import check_mask, fitted_mask
 from fastscore.ops import checks
 
@@ -37,6 +37,7 @@ def inpainting(observation, mask, *, noise=0.0, redraw="level", seed=0, first_sa
     op = "inpainting"
     checks.check_float(op, "the observation", observation)
     mask, noise = check_mask(op, mask), check_noise(op, noise)
+    seed = random.draw_seed() if seed is None else seed   # one for all calls
     if redraw not in ("level", "step"):
         raise ValueError(f"{op}: redraw must be level or step; got {redraw!r}.")
     if not bool(observation.isfinite()[fitted_mask(op, mask, observation[None]).expand_as(observation)].all()):
@@ -75,7 +76,7 @@ def data_consistency(operator, observation):
         if sigma > 0:
             return x
         ax = operator.forward(x)
-        r = fitted_observation("data_consistency", observation, ax, "A x") - ax
+        r = range_of(operator, fitted_observation("data_consistency", observation, ax, "A x")) - ax
         return x + operator.adjoint(solve(operator, r, *(r.new_full((1,) * r.dim(), value) for value in (0.0, 1.0))))
 
     return project
@@ -99,7 +100,7 @@ def level_key(sigma):
 
 def check_noise(op, noise):
     """σ_y as a float."""
-    return checks.coefficient(op, "noise", float(noise), torch.zeros(1), minimum=0)
+    return float(checks.coefficient(op, "noise", noise, torch.zeros(1), minimum=0))
 
 
 def fitted_observation(op, y, like, of="x"):

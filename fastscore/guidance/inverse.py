@@ -5,10 +5,11 @@ import math
 import torch
 from torch.autograd import forward_ad
 
-from fastscore.guidance.bayes import add, check_scale, gradient
+from fastscore.dual.numbers import Dual
+from fastscore.guidance.bayes import add, called, check_scale, gradient
 from fastscore.guidance.conjugate import conjugate_gradient
 from fastscore.guidance.hooks import check_noise, fitted_observation
-from fastscore.guidance.linear import check_adjoint, check_operator, solve
+from fastscore.guidance.linear import check_adjoint, check_operator, range_of, solve
 from fastscore.ops import checks
 
 METHODS = ("flat", "denoiser", "moments")
@@ -99,19 +100,19 @@ def _tracked(t):
 
 def _residual(operator, y, x):
     ax = operator.forward(x)
-    return fitted_observation("linear_inverse", y, ax, "A x") - ax
+    return range_of(operator, fitted_observation("linear_inverse", y, ax, "A x")) - ax
 
 
 def _flat(score, operator, y, noise2, _, x, arguments, variance):
     r = _residual(operator, y, x)
-    return score(x, *arguments), operator.adjoint(solve(operator, r, *_shaped(r, noise2, variance)))
+    return called("linear_inverse", score, x, arguments), operator.adjoint(solve(operator, r, *_shaped(r, noise2, variance)))
 
 
 def _denoiser(score, operator, y, noise2, tau2, x, arguments, variance):
     spread = variance * tau2 / (variance + tau2)   # r²
 
     def value(x):
-        s = score(x, *arguments)
+        s = called("linear_inverse", score, x, arguments)
         r = _residual(operator, y, _denoised(x, s, variance))
         return -0.5 * (r * solve(operator, r, *_shaped(r, noise2, spread))).flatten(1).sum(1), s
 
@@ -120,12 +121,12 @@ def _denoiser(score, operator, y, noise2, tau2, x, arguments, variance):
 
 
 def _moments(score, operator, y, noise2, iterations, x, arguments, variance):
-    dual = checks.readable() and forward_ad.unpack_dual(x).tangent is not None
+    dual = isinstance(x, Dual) or (checks.readable() and forward_ad.unpack_dual(x).tangent is not None)
     if not checks.readable() or dual or (torch.is_grad_enabled() and x.requires_grad):
         raise ValueError('linear_inverse: method "moments" holds the covariance constant and cannot be differentiated; take "denoiser".')
     leaf = x.detach().requires_grad_()
     with torch.enable_grad():
-        s = score(leaf, *arguments)
+        s = called("linear_inverse", score, leaf, arguments)
         denoised = _denoised(leaf, s, variance)
 
     def pull(v):   # (∂x̂/∂x)ᵀ v

@@ -17,11 +17,16 @@ class LinearOperator:
     solve(r, a, b): (a I + b A Aᵀ)⁻¹ r of r like y, with a, b >= 0 shaped to multiply r; conjugate gradients unless a class knows better.
         Where a = 0 and A Aᵀ is singular, the solution of least norm.
 
+    observed(y): y without what A cannot have made of any x, such as the values of hidden pixels; y unless a class knows better.
+
     A class of one's own inherits solve, and first @ second, the operator that applies second, then first.
     """
 
     def solve(self, r, a, b):
         return conjugate_gradient(lambda v: a * v + b * self.forward(self.adjoint(v)), r)
+
+    def observed(self, y):
+        return y
 
     def __call__(self, x):
         return self.forward(x)
@@ -41,6 +46,9 @@ class Composition(LinearOperator):
 
     def adjoint(self, y):
         return self.second.adjoint(self.first.adjoint(y))
+
+    def observed(self, y):
+        return range_of(self.first, y)
 
 
 class _Function(LinearOperator):
@@ -104,6 +112,11 @@ def adjoint_gap(operator, shape, *, seed=0, dtype=None, device=None):
 def solve(operator, r, a, b):
     """(a I + b A Aᵀ)⁻¹ r, by the operator's own way where it has one."""
     return operator.solve(r, a, b) if hasattr(operator, "solve") else LinearOperator.solve(operator, r, a, b)
+
+
+def range_of(operator, y):
+    """y without what the operator knows to be foreign to it."""
+    return operator.observed(y) if hasattr(operator, "observed") else y
 
 
 def check_adjoint(op, operator, x):

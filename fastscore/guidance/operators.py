@@ -21,7 +21,7 @@ class _OrthogonalRows(LinearOperator):
 
 
 class Mask(_OrthogonalRows):
-    """A x = m x: the pixels where the mask m is 1 are observed; the others of y are 0.
+    """A x = m x: the pixels where the mask m is 1 are observed; the others of A x are 0, and those of an observation y are ignored.
 
     Args:
         mask: bool, or 0 and 1; shape of a sample, or one that broadcasts to it, such as (H, W).
@@ -36,7 +36,7 @@ class Mask(_OrthogonalRows):
     def forward(self, x):
         return torch.where(fitted_mask("Mask", self.mask, x), x, 0)
 
-    adjoint = forward
+    adjoint = observed = forward
 
 
 class Downsample(_OrthogonalRows):
@@ -143,6 +143,8 @@ class Blur(LinearOperator):
 
     def _filtered(self, x, f):
         """x times f(k̂) in the Fourier basis."""
+        if not x.numel():   # which the FFT refuses
+            return x
         (height, width), (h, w), dtype = x.shape[-2:], self.kernel.shape, checks.compute_dtype(x.dtype)
         if h > height or w > width:
             raise ValueError(f"Blur: the kernel, {(h, w)}, must not be larger than the image, {(height, width)}.")

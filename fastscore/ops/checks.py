@@ -51,9 +51,9 @@ def coefficient(op, name, value, x, *, minimum=-math.inf):
         raise ValueError(f"{op}: {name} must be a number, 0-d or ({batch},); got shape {tuple(value.shape)}.")
     if value.device != x.device and value.dim() > 0:
         raise ValueError(f"{op}: {name} must be on the device of x, {x.device}; got {value.device}.")
-    if value.device.type == "cpu" and readable():
+    if value.device.type == "cpu" and value.numel() and readable():
         values = value.detach()
-        low, high = (v.item() for v in torch.aminmax(values)) if values.numel() else (0.0, 0.0)   # NaN comes through
+        low, high = (v.item() for v in torch.aminmax(values))   # NaN comes through
         if not (minimum <= low > -math.inf and high < math.inf):
             raise ValueError(f"{op}: {name} must be finite{bound}; got {values.tolist() if values.numel() < 9 else values}.")
     return value.to(device=x.device, dtype=compute_dtype(x.dtype))
