@@ -98,6 +98,9 @@ def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")], asked
         raise ValueError(f"sample: path must end in .png; got {path}.")
     if not out.parent.is_dir():
         raise ValueError(f"sample: the folder {out.parent} does not exist.")
+    for target in (out, path):
+        if target is not None and target.is_dir():
+            raise ValueError(f"sample: {target} is a folder; it must be the name of a file.")
     condition = conditions.prepare(run, asked)
     if condition and path is not None:
         raise ValueError("sample: path shows samples without a condition; leave it out.")
@@ -114,7 +117,8 @@ def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")], asked
             else:
                 samples, strip = distributed.draw(net, sigmas, shape, n, done=bar.update, parts=parts, **job)
     except KeyboardInterrupt:
-        sys.exit(f"interrupted; {parts} keeps the finished batches, the same command goes on" if parts else "interrupted")
+        kept = f"; {parts} keeps the finished batches, the same command goes on" if parts is not None and parts.exists() else ""
+        sys.exit("interrupted" + kept)
     if rank == 0:
         if condition:
             conditions.save(out, result)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastscore import distributed, drawing, guidance, pictures, runs, sampling
+from fastscore import distributed, drawing, guidance, pictures, random, runs, sampling
 from fastscore.guidance.hooks import check_noise
 from fastscore.observations import Request, observe, parse
 
@@ -99,6 +99,8 @@ def draw(
         ValueError: as `observe` and the guidance; two conditions of one sort, a class without classifier, replace without inpaint.
     """
     check(requests, classifier, guide)
+    drawing.check_batches(n, batch_size)
+    seed = random.draw_seed() if seed is None else seed   # one for the observation, the hook and all batches
     score, observed, device = net, None, next(net.parameters()).device
     classifier = classifier.to(device) if isinstance(classifier, torch.nn.Module) else classifier
     for request in requests:

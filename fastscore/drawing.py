@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fastscore import checkpoint, sampling
+from fastscore import checkpoint, random, sampling
 
 NAMES = ("annealed_langevin", "consistent_annealed", "predictor_corrector", "probability_flow")
 STRIP = 64   # states of the path that are kept, at most twice as many
@@ -63,6 +63,12 @@ def arguments(sampler, sigmas, options):
     return {"sampler": sampler, "sigmas": sigmas, **options}
 
 
+def check_batches(n, batch_size):
+    for name, value in (("n", n), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"sample: {name} must be an int of at least 1; got {value!r}.")
+
+
 def states_per_batch(sigmas, sampler="annealed_langevin", denoise=True):
     """How often a sampler reports."""
     return len(sigmas) + {"annealed_langevin": denoise, "probability_flow": denoise - 1}.get(sampler, 0)
@@ -77,9 +83,13 @@ def draw_from(
     The rest are arguments of the sampler.
     """
     given = arguments(sampler, sigmas, options)
+    check_batches(n, batch_size)
     device = next(net.parameters()).device
+    key = {"seed": random.draw_seed() if seed is None else seed, "device": device}
+    sampling.states(net, shape=(0, *shape), first_sample=first_sample, **key, **given)   # refuses what it does before a folder is made
     if parts is not None:
-        _open_parts(Path(parts), net, {**given, "seed": seed, "first_sample": first_sample, "shape": shape, "batch_size": batch_size})
+        job = {**given, "seed": key["seed"], "first_sample": first_sample, "shape": shape, "batch_size": batch_size}
+        job = _open_parts(Path(parts), net, job)
     images, path = [], None
     for start in range(0, n, batch_size):
         m = min(batch_size, n - start)
@@ -89,10 +99,10 @@ def draw_from(
             if done is not None:
                 done(states_per_batch(sigmas, sampler, options.get("denoise", True)))
         else:
-            run = sampling.states(net, shape=(m, *shape), seed=seed, first_sample=first_sample + start, device=device, **given)
+            run = sampling.states(net, shape=(m, *shape), first_sample=first_sample + start, **key, **given)
             batch = _followed(run, 8 if start == 0 else 0, done)
             if file is not None:
-                checkpoint.save(file, batch)
+                _keep(file, batch, job)
         images.append(batch["images"])
         path = batch["path"] if path is None else path
     return torch.cat(images), path
@@ -115,17 +125,25 @@ def _followed(run, followed, done):
 
 
 def _open_parts(folder, net, job):
-    """Make the folder, or see that its batches are of this very job and network."""
+    """This job as JSON has it; where the folder exists, its batches must be of this very job and network."""
     job = {k: list(v) if isinstance(v, tuple) else v.tolist() if isinstance(v, torch.Tensor) else v for k, v in job.items()}
     job["weights"] = digest(net)
     job = json.loads(json.dumps(job, default=repr))
     if not folder.exists():
-        folder.mkdir()
-        checkpoint.write_atomic(folder / "job.json", json.dumps(job).encode())
+        return job
     found = json.loads((folder / "job.json").read_text()) if (folder / "job.json").exists() else {}
     other = sorted(k for k in job.keys() | found.keys() if job.get(k) != found.get(k))
     if other:
         raise ValueError(f"sample: {folder} holds batches of another job ({', '.join(other)} differ); remove it or write elsewhere.")
+    return job
+
+
+def _keep(file, batch, job):
+    """Write a finished batch; the first makes the folder, so that a job that ends without one leaves none behind."""
+    if not file.parent.exists():
+        file.parent.mkdir()
+        checkpoint.write_atomic(file.parent / "job.json", json.dumps(job).encode())
+    checkpoint.save(file, batch)
 
 
 def digest(net):

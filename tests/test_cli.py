@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastscore import checkpoint, cli, datasets, drawing, runs, sampling
+from fastscore import checkpoint, cli, conditions, datasets, drawing, runs, sampling
 
 
 def run(*arguments):
@@ -154,13 +154,34 @@ def test_sample_takes_a_sampler_and_leaves_nothing_but_its_files(tmp_path, train
 
 
 def test_an_interrupted_sample_says_what_it_keeps(tmp_path, trained, monkeypatch):
-    def interrupted(*_, **__):
+    def interrupted(*_, parts, **__):
+        parts.mkdir()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(drawing, "draw_from", interrupted)
     with pytest.raises(SystemExit, match=r"x\.npz\.parts keeps the finished batches, the same command goes on"):
-        cli.sample(trained, drawing.SamplerOptions(), n=3, batch_size=1, out=tmp_path / "x.npz")
+        cli.sample(trained, drawing.SamplerOptions(), conditions.ConditionOptions(), n=3, batch_size=1, out=tmp_path / "x.npz")
     assert not (tmp_path / "x.npz").exists()
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [({"corrector_steps": -1, "sampler": "predictor_corrector"}, ValueError), ({"step_size": 1e30}, FloatingPointError)],
+    ids=["refused", "diverged"],
+)
+def test_a_job_that_ends_without_a_batch_leaves_nothing_that_a_better_one_could_trip_over(tmp_path, trained, options, error):
+    job = {"n": 3, "batch_size": 1, "out": tmp_path / "x.npz"}
+    with pytest.raises(error):
+        cli.sample(trained, drawing.SamplerOptions(**options), conditions.ConditionOptions(), **job)
+    assert not list(tmp_path.iterdir())
+    cli.sample(trained, drawing.SamplerOptions(), conditions.ConditionOptions(), **job)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_an_output_that_is_a_folder_is_refused_before_anything_is_drawn(tmp_path, trained):
+    (tmp_path / "x.npz").mkdir()
+    with pytest.raises(ValueError, match="is a folder; it must be the name of a file"):
+        cli.sample(trained, drawing.SamplerOptions(), conditions.ConditionOptions(), out=tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastscore import cli, distributed, drawing, models, runs, schedules
+from fastscore import cli, conditions, distributed, drawing, models, runs, schedules
 
 SIGMAS = schedules.geometric(1.0, 0.1, 4)
 
@@ -59,6 +59,33 @@ def test_ranks_draw_what_one_process_draws(monkeypatch, world_size, sampler):
         whole, path = drawing.draw_from(net, SIGMAS, (1, 8, 8), 11, **options)
         torch.testing.assert_close(split(net), whole, rtol=0, atol=tolerance)
         assert float(whole.std()) > 0.05
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("guide, noise", [("replace", 0.0), ("replace", 0.2), ("moments", 0.0), ("flat", 0.2)])
+def test_ranks_draw_under_conditions_what_one_process_draws(monkeypatch, world_size, guide, noise):
+    """An image and a class at once: the observation, its noise, the hook's noise and the sampler's are those of the global number; three
+    samples on four ranks, so that one has none."""
+    requests = [conditions.parse("inpaint=held-out:3,right-half"), conditions.parse("class=1")]
+    options = {"noise": noise, "guide": guide, "seed": 3, "first_sample": 5, "batch_size": 2, "steps_per_level": 2}
+    options |= {"config": runs.TrainConfig(held_out=300)}
+    options |= {"classifier": lambda x, sigma: torch.stack([x[:, 0, 0, 0], -x[:, 0, 0, 0]], 1)}
+    shares, gathered = [], []
+
+    def gather(samples, n):
+        shares.append(samples)
+        return torch.cat(shares) if len(shares) == world_size else None   # the last rank plays rank 0
+
+    whole = conditions.draw(Elementwise(), SIGMAS, (1, 8, 8), requests, 3, **options)
+    monkeypatch.setattr(distributed, "gather", gather)
+    for rank in reversed(range(world_size)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        gathered.append(conditions.draw_shared(Elementwise(), SIGMAS, (1, 8, 8), requests, 3, **options))
+    assert gathered[:-1] == [None] * (world_size - 1)
+    assert len(shares) == world_size and torch.equal(torch.cat(shares[::-1]), whole.samples)
+    assert torch.equal(gathered[-1].observation, whole.observation) and torch.equal(gathered[-1].mask, whole.mask)
+    assert len({tuple(x.flatten().tolist()) for x in whole.samples}) == 3
 
 
 def test_torchrun_writes_what_one_process_writes(tmp_path):
