@@ -61,11 +61,11 @@ def build(config, shape, num_classes):
 def _train(config, out, images, labels, net, sigmas):
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
     ema = training.averaged(net, config.ema_decay)
-    first = runs._restore(out, net, ema, optimizer) if config.resume else 0
+    first = runs.restore(out, net, ema, optimizer) if config.resume else 0
     if first > config.steps:
         raise ValueError(f"train: {out} has done {first} steps already; steps must be at least that; got {config.steps}.")
     out.mkdir(parents=True, exist_ok=True)
-    runs._forget_after(first, out / "metrics.jsonl")
+    runs.forget_after(first, out / "metrics.jsonl")
     runs.write_config(out, config, images.shape[1:])
 
     def loss(model, batch, step):
@@ -88,10 +88,10 @@ def _train(config, out, images, labels, net, sigmas):
                     file.write(json.dumps(line) + "\n")
                 recent = []
             if done % runs.SAVE_EVERY == 0:
-                runs._save(out, net, ema, optimizer, done)
+                runs.save(out, net, ema, optimizer, done)
             yield state.step, float(state.losses.mean())
     finally:
-        runs._save(out, net, ema, optimizer, done)
+        runs.save(out, net, ema, optimizer, done)
 
 
 def open_classifier(folder):

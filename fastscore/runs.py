@@ -121,11 +121,11 @@ def train(config: TrainConfig):
 def _train(config, out, images, net, sigmas):
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
     ema = training.averaged(net, config.ema_decay)
-    first = _restore(out, net, ema, optimizer) if config.resume else 0
+    first = restore(out, net, ema, optimizer) if config.resume else 0
     if first > config.steps:
         raise ValueError(f"train: {out} has done {first} steps already; steps must be at least that; got {config.steps}.")
     out.mkdir(parents=True, exist_ok=True)
-    _forget_after(first, out / "metrics.jsonl")
+    forget_after(first, out / "metrics.jsonl")
     write_config(out, config, images.shape[1:])
     labels = None
     objective = {"method": config.loss, "projections": config.projections, "distribution": config.distribution}
@@ -151,13 +151,13 @@ def _train(config, out, images, net, sigmas):
                 _record(out, done, sums, counts, time.perf_counter() - start)
                 sums.zero_(), counts.zero_()
             if done % SAVE_EVERY == 0:
-                _save(out, net, ema, optimizer, done)
+                save(out, net, ema, optimizer, done)
             yield state.step, float(state.losses.mean())
     finally:
-        _save(out, net, ema, optimizer, done)
+        save(out, net, ema, optimizer, done)
 
 
-def _save(out, net, ema, optimizer, done):
+def save(out, net, ema, optimizer, done):
     checkpoint.save(out / "weights.safetensors", ema.module.state_dict())
     state = {f"net.{k}": v for k, v in net.state_dict().items()} | {f"ema.{k}": v for k, v in ema.state_dict().items()}
     state |= checkpoint.optimizer_tensors(optimizer) | {"step": torch.tensor(done)}
@@ -177,7 +177,7 @@ def resumed(config: TrainConfig) -> TrainConfig:
     return replace(stored, out=config.out, steps=steps, resume=True)
 
 
-def _forget_after(step, path):
+def forget_after(step, path):
     """Drop the lines of steps that were done after the last save, and are done again."""
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
@@ -189,7 +189,7 @@ def learning_rate(step, steps):
     return min(1.0, (step + 1) / 100) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
 
 
-def _restore(out, net, ema, optimizer):
+def restore(out, net, ema, optimizer):
     state = checkpoint.load(out / "state.safetensors")
     net.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("net.")})
     ema.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("ema.")})
