@@ -29,20 +29,21 @@ def draw(out, folder, quick):
     classifier = trained_classifier(folder / "classifier", quick)
     n = SAMPLES if quick else 64
     reader, shown, rows = evaluation.reader(*classifier_training.training_images(config)), [], []
-    classes, right = by_class(net, sigmas, shape, config, classifier, n, reader)
+    few = {"steps_per_level": 2} if quick else {}
+    classes, right = by_class(net, sigmas, shape, config, classifier, n, reader, few)
     pictures.save_grid(out / "classes.png", classes, columns=SAMPLES)
     for title, (text, options) in REQUESTS.items():
-        result, error = conditioned(net, sigmas, shape, config, text, n, **options)
+        result, error = conditioned(net, sigmas, shape, config, text, n, **options, **({} if "sampler" in options else few))
         shown.append(in_row(result))
         rows.append(row(title, result, error, reader))
     pictures.save_grid(out / "conditions.png", torch.cat(shown), columns=SAMPLES + 2)
     shown, asked = [], {}
     for k in BOTH_CLASSES:
-        both, _ = conditioned(net, sigmas, shape, config, BOTH_IMAGE, n, f"class={k}", classifier=classifier, scale=SCALE)
+        both, _ = conditioned(net, sigmas, shape, config, BOTH_IMAGE, n, f"class={k}", classifier=classifier, scale=SCALE, **few)
         shown.append(in_row(both))
         asked[k] = float((evaluation.seen(reader, both.samples) == k).double().mean())
     pictures.save_grid(out / "both.png", torch.cat(shown), columns=SAMPLES + 2)
-    coloured, error = recoloured(folder, quick, n)
+    coloured, error = recoloured(folder, quick, n, few)
     pictures.save_grid(out / "colours.png", coloured, columns=SAMPLES + 2)
     lines = [
         CLASSES.format(right=100 * right, scale=SCALE), "![a row for each class](gallery/classes.png)\n",
@@ -62,13 +63,11 @@ def trained_classifier(folder, quick):
     return classifier_training.open_classifier(folder)[0]
 
 
-def by_class(net, sigmas, shape, config, classifier, n, reader):
+def by_class(net, sigmas, shape, config, classifier, n, reader, options):
     """Eight samples of each class, and the fraction of all in which a reader sees the class that was asked for."""
+    options = {"config": config, "classifier": classifier, "scale": SCALE, **options}
     drawn = [
-        conditions.draw(
-            net, sigmas, shape, [conditions.parse(f"class={k}")], n, config=config, classifier=classifier, scale=SCALE, first_sample=k * n
-        )
-        for k in range(10)
+        conditions.draw(net, sigmas, shape, [conditions.parse(f"class={k}")], n, first_sample=k * n, **options) for k in range(10)
     ]
     x, asked = torch.cat([r.samples for r in drawn]), torch.arange(10).repeat_interleave(n)
     right = float((evaluation.seen(reader, x) == asked).double().mean())
@@ -97,7 +96,7 @@ def row(title, result, error, reader):
             "spread of the samples": apart}  # fmt: skip
 
 
-def recoloured(folder, quick, n):
+def recoloured(folder, quick, n, options):
     """Grey images in colour: rows of original, observation and samples, from a network trained on coloured digits."""
     source = folder / "coloured.npz"
     images, _ = datasets.load("digits")
@@ -105,7 +104,7 @@ def recoloured(folder, quick, n):
     net, sigmas, shape, config = trained(folder / "coloured", quick, data=str(source))
     shown, error = [], 0.0
     for number in (3, 7):
-        result, error = conditioned(net, sigmas, shape, config, f"colourise=held-out:{number}", n)
+        result, error = conditioned(net, sigmas, shape, config, f"colourise=held-out:{number}", n, **options)
         shown.append(in_row(result))
     return torch.cat(shown), error
 

@@ -25,7 +25,7 @@ def draw(out, folder, quick):
     train_set, held_out = datasets.split(len(images), 300, seed=0)
     reader = evaluation.reader(images[train_set], labels[train_set])
     panels, rows = {"held out": images[held_out][:SHOWN]}, []
-    for title, options in samplers(float(sigmas[0]), float(sigmas[-1])).items():
+    for title, options in samplers(float(sigmas[0]), float(sigmas[-1]), quick).items():
         x, calls = drawn(net, (36 if quick else 300, *shape), options)
         report = evaluation.report(x, images[train_set], labels[train_set], images[held_out], labels[held_out], reader)
         rows.append({"sampler": title, **figures(report["samples"]), "calls": calls})

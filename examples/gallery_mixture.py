@@ -31,7 +31,7 @@ def draw(out, runs, quick):
     """Returns the lines of the section, and its rows."""
     n = 500 if quick else 4000
     results = single_level(n, quick)
-    for title, options in samplers(10.0, 0.02).items():
+    for title, options in samplers(10.0, 0.02, quick).items():
         results[title] = drawn(MIXTURE.score, (n, 2), {**options, "initial_law": "gaussian"})
     truth = MIXTURE.sample(n, seed=9)
     rows = [{"sampler": "the mixture itself", "weight of the first mode": weight_of_first(truth),

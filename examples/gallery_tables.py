@@ -17,16 +17,21 @@ class Counted:
         return self.score(*arguments)
 
 
-def samplers(sigma_max, sigma_min):
-    """{title: options of `fastscore.sample`}: each sampler at a few hundred calls."""
-    ladder, smallest = (lambda n: schedules.geometric(sigma_max, sigma_min, n)), sigma_min**2
+def samplers(sigma_max, sigma_min, quick=False):
+    """{title: options of `fastscore.sample`}: each sampler at a few hundred calls; at a tenth of them if quick."""
+    smallest, steps = sigma_min**2, 2 if quick else 20
+
+    def ladder(n):
+        return schedules.geometric(sigma_max, sigma_min, n // 10 if quick and n > LEVELS else n)
+
+    coarse = {"rtol": 1e-2, "atol": 1e-2} if quick else {}
     return {
-        "annealed_langevin": {"sigmas": ladder(LEVELS), "steps_per_level": 20, "step_size": 0.2 * smallest},
+        "annealed_langevin": {"sigmas": ladder(LEVELS), "steps_per_level": steps, "step_size": 0.2 * smallest},
         "annealed_langevin, no last denoise": {
-            "sigmas": ladder(LEVELS), "steps_per_level": 20, "step_size": 0.2 * smallest, "denoise": False,
+            "sigmas": ladder(LEVELS), "steps_per_level": steps, "step_size": 0.2 * smallest, "denoise": False,
         },
         "annealed_langevin, a step size from technique 4": {
-            "sigmas": ladder(LEVELS), "steps_per_level": 20, "step_size": schedules.technique4_step_size(ladder(LEVELS), 20),
+            "sigmas": ladder(LEVELS), "steps_per_level": steps, "step_size": schedules.technique4_step_size(ladder(LEVELS), steps),
         },
         "consistent_annealed": {"sampler": "consistent_annealed", "sigmas": ladder(320)},
         "predictor_corrector": {"sampler": "predictor_corrector", "sigmas": ladder(160)},
@@ -38,7 +43,7 @@ def samplers(sigma_max, sigma_min):
             "sampler": "predictor_corrector", "sigmas": ladder(320), "predictor": "euler", "corrector": "none",
         },
         "probability_flow, heun": {"sampler": "probability_flow", "sigmas": ladder(40)},
-        "probability_flow, adaptive": {"sampler": "probability_flow", "sigmas": ladder(2), "method": "adaptive"},
+        "probability_flow, adaptive": {"sampler": "probability_flow", "sigmas": ladder(2), "method": "adaptive", **coarse},
     }  # fmt: skip
 
 
