@@ -57,10 +57,19 @@ def prepare(run, asked):
     requests = [parse(text) for text in asked.condition]
     check_noise("condition", asked.observation_noise)
     check(requests, asked.classifier, asked.guidance)
+    _refuse_unused(requests, asked)
     config = runs.read_config(run)[0] if Path(run).is_dir() else None
     classifier = None if asked.classifier is None else _classifier(asked.classifier, requests)
     options = {"scale": asked.scale, "noise": asked.observation_noise, "guide": asked.guidance}
     return {"requests": requests, "config": config, "classifier": classifier, **options}
+
+
+def _refuse_unused(requests, asked):
+    """An option that no condition looks at."""
+    default, kinds = ConditionOptions(), {"a class" if r.kind == "class" else "an image" for r in requests}
+    for name, kind in (("classifier", "a class"), ("scale", "a class"), ("observation_noise", "an image"), ("guidance", "an image")):
+        if kind not in kinds and getattr(asked, name) != getattr(default, name):
+            raise ValueError(f"condition: {name} belongs to {kind}; got only {' and '.join(kinds)}.")
 
 
 def _classifier(folder, requests):

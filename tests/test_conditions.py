@@ -238,6 +238,10 @@ def test_train_classifier_prints_the_accuracy_of_each_level(tmp_path, run):
         (["deblur=held-out:0,-1"], {}, "sigma must be positive"),
         (["deblur=held-out:0,1"], {"observation_noise": -0.1}, "noise must be finite and >= 0"),
         (["deblur=held-out:0,1"], {"guidance": "magic"}, "guidance must be one of replace"),
+        (["deblur=held-out:0,1"], {"scale": 2.0}, "scale belongs to a class; got only an image"),
+        (["deblur=held-out:0,1"], {"classifier": "CLASSES"}, "classifier belongs to a class"),
+        (["class=1"], {"classifier": "CLASSES", "guidance": "flat"}, "guidance belongs to an image; got only a class"),
+        (["class=1"], {"classifier": "CLASSES", "observation_noise": 0.1}, "observation_noise belongs to an image"),
         (["colourise=held-out:0"], {}, "the run must be of RGB images"),
     ],
 )

@@ -243,6 +243,7 @@ def run(sampler, score=gaussian, **options):
         (lambda: run("langevin", lambda x: x, steps=1, step_size=0.1, project=lambda x, *_: x[:1]), "the result of project must have"),
         (lambda: fastscore.sample(gaussian, shape=(2, 2), sigmas=[], **ONE), "sigmas must be a non-empty 1-d ladder"),
         (lambda: fastscore.sample(gaussian, shape=(2, 2), sigmas=torch.ones(2, 2), **ONE), r"a non-empty 1-d ladder; got shape \(2, 2\)"),
+        (lambda: fastscore.sample(gaussian, shape=(2, 2), first_sample=-1, sigmas=[1.0], **ONE), "first_sample must be a non-negative int"),
         (lambda: sampling.initial((2, 2), law="normal", seed=0), "law must be one of uniform, gaussian"),
         (lambda: fastscore.losses.noise_conditional(lambda x, s: x[:1], X, [1.0], seed=0), "must have the shape of x"),
     ],

@@ -11,7 +11,7 @@ from fastscore.sampling.langevin import annealed_langevin, langevin
 from fastscore.sampling.mala import mala
 from fastscore.sampling.predictor_corrector import predictor_corrector
 from fastscore.sampling.probability_flow import probability_flow
-from fastscore.sampling.state import choice
+from fastscore.sampling.state import check_count, choice
 from fastscore.schedules import check_ladder
 
 SAMPLERS = {f.__name__: f for f in (annealed_langevin, consistent_annealed, predictor_corrector, probability_flow, langevin, mala)}
@@ -52,6 +52,7 @@ def _begun(score, sampler, x, shape, initial_law, seed, first_sample, dtype, dev
     choice("sample", "sampler", sampler, SAMPLERS)
     if (x is None) == (shape is None):
         raise ValueError("sample: give either x or shape.")
+    check_count("sample", "first_sample", first_sample)
     seed = random.draw_seed() if seed is None else seed
     if x is None:
         ladder = options.get("sigmas")
