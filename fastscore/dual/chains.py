@@ -1,5 +1,6 @@
 """Linear layers and activations in a row, as one autograd Function: on small networks their nodes cost as much as their products."""
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -19,30 +20,60 @@ class Step(NamedTuple):
 
 
 class Pending:
-    """A stack that is not computed yet: `step` of `source`, a stack or another Pending. `holder`: a weak reference to its owner."""
+    """A stack that is not computed yet: `step` of `source`, a stack or another Pending. `holder`: a weak reference to its owner.
 
-    __slots__ = ("device", "dtype", "grad_mode", "holder", "result", "shape", "source", "step", "versions")
+    `version`: of the tensor that it holds, its source or its result. Writes to dual numbers compute first what waits; those by way of a
+    detached alias do not.
+    """
+
+    __slots__ = ("device", "dtype", "grad_mode", "holder", "result", "shape", "source", "step", "version", "versions")
 
     def __init__(self, source, step, shape):
         self.source, self.step, self.shape, self.dtype, self.device = source, step, shape, source.dtype, source.device
         self.holder, self.result, self.grad_mode, self.versions = None, None, torch.is_grad_enabled(), _versions(step)
+        self.version = None if isinstance(source, Pending) else source._version
 
     def stack(self):
         """Compute it, with all that leads to it and that nobody else holds."""
-        steps, source = [], self
+        steps, source, version = [], self, None
         while isinstance(source, Pending):
             if source.result is not None:
-                source = source.result
-            elif source is not self and source.holder() is not None:
-                source = source.holder().stack   # somebody may ask for it, too
+                source, version = source.result, source.version
+            elif source is not self and (holder := source.holder()) is not None:
+                holder.stack   # noqa: B018  somebody may ask for it, too
             else:
                 if source.versions != _versions(source.step):
                     raise RuntimeError("fastscore.jvp: f changed the parameters of a linear layer in place after it had used them.")
                 steps.append(source.step)
-                source = source.source
-        with torch.set_grad_enabled(self.grad_mode):
+                source, version = source.source, source.version
+        if source._version != version:
+            _refuse()
+        with _as_noted(self):
             self.result = run(source, steps[::-1])
+        self.version = self.result._version
         return self.result
+
+
+@contextlib.contextmanager
+def _as_noted(pending):
+    """The modes in which a chain was noted down: without autocast and without hooks on what autograd saves, which may have begun since."""
+    hooks, device = [], pending.device.type
+    while found := torch._C._autograd._top_saved_tensors_default_hooks(False):
+        hooks.append(found)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    try:
+        with torch.set_grad_enabled(pending.grad_mode), off:
+            yield
+    finally:
+        for pair in hooks[::-1]:
+            torch._C._autograd._push_saved_tensors_default_hooks(*pair)
+
+
+def _refuse():
+    from fastscore.dual.numbers import NoRule
+
+    raise NoRule("fastscore.jvp: f wrote into the input of a linear layer, through a detached tensor, after it had used it.")
 
 
 def _versions(step):
@@ -52,6 +83,8 @@ def _versions(step):
 def linear(source, weight, bias):
     """A linear layer on a stack or on what waits; None where it cannot wait: tensors that do not fit, another level than reverse mode."""
     dtype, device = source.dtype, source.device
+    if type(source) is not Pending and (type(source) is not torch.Tensor or source.is_inference()):   # a level inside another; no versions
+        return None
     for t in (weight, bias):
         if t is not None and (type(t) not in _PLAIN or t.dtype != dtype or t.device != device or t.is_inference()):
             return None

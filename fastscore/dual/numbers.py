@@ -64,6 +64,9 @@ def stack(f, x, v):
     """f(x) and J v_m for v (M, *x.shape), side by side: (1 + M, *f(x).shape)."""
     if torch._C._functorch.maybe_current_level() is not None:   # inside a transform: torch's own forward mode nests with it
         return _transformed(f, x, v)
+    if "waiting" in vars(_modes) or isinstance(x, Dual) or isinstance(v, Dual):
+        # The rules do not tell the numbers of one jvp from those of another around it, which f may hold.
+        raise NoRule("fastscore.jvp: a jvp inside f cannot be carried through with its tangents.")
     return _carried(f, x, v)
 
 
@@ -95,10 +98,22 @@ def _forward_mode(f, x, v):
     outputs, again = [], _same_draws(x.device)
     for direction in v:
         again()
-        with torch.autograd.forward_ad.dual_level(), _right(NATIVE_NORMS | FACTORISED):
+        with torch.autograd.forward_ad.dual_level(), _right(NATIVE_NORMS | FACTORISED), _constants():
             y, ty = torch.autograd.forward_ad.unpack_dual(f(torch.autograd.forward_ad.make_dual(x, direction)))
             outputs.append((y, torch.zeros_like(y) if ty is None else ty))
     return torch.stack([outputs[0][0], *(ty for _, ty in outputs)])
+
+
+def _constants():
+    return _Constants() if torch.is_grad_enabled() else contextlib.nullcontext()
+
+
+class _Constants(torch.overrides.TorchFunctionMode):
+    """Inside, what happens without gradients has no tangents either."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        with contextlib.nullcontext() if torch.is_grad_enabled() else torch.autograd.forward_ad._set_fwd_grad_enabled(False):
+            return func(*args, **(kwargs or {}))
 
 
 def _double_backward(f, x, v):
@@ -118,7 +133,7 @@ def _double_backward(f, x, v):
 
 
 def _transformed(f, x, v):
-    with RightNorms():
+    with RightNorms(), _constants():
         pairs = [torch.func.jvp(f, (x,), (direction,)) for direction in v]
     return torch.stack([pairs[0][0], *(ty for _, ty in pairs)])
 
@@ -187,7 +202,7 @@ class Dual(torch.Tensor):
     """A value with M tangents: looks like the value, holds `stack` (1 + M, *shape), which may be computed when it is asked for."""
 
     grad_mode = True   # of the caller of jvp: a no_grad block inside f is a constant
-    waiting = []   # references to those whose stack is not computed yet
+    waiting = None   # references to those whose stack is not computed yet; outside jvp nothing waits
     rules = RULES
 
     @staticmethod
@@ -200,8 +215,9 @@ class Dual(torch.Tensor):
 
     @property
     def stack(self):
+        pending = self.pending   # before `computed`, which another thread may set meanwhile
         if self.computed is None:
-            self.computed, self.pending = self.pending.stack(), None
+            self.computed, self.pending = pending.stack(), None
         return self.computed
 
     @stack.setter
@@ -211,6 +227,8 @@ class Dual(torch.Tensor):
     @classmethod
     def later(cls, pending):
         """Dual numbers that wait in a chain (of `dual.chains`)."""
+        if _waiting() is None:
+            return cls(pending.stack())
         result = torch.Tensor._make_wrapper_subclass(cls, pending.shape[1:], dtype=pending.dtype, device=pending.device)
         result.computed, result.pending = None, pending
         pending.holder = weakref.ref(result)
@@ -227,7 +245,12 @@ class Dual(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _VALUES or _constant_block():
+        if func == torch.Tensor.data.__get__:
+            func = torch.Tensor.detach   # whose writes are seen
+        if func in _VALUES:
+            return _on_values(func, args, kwargs)
+        if _constant_block():
+            _settle()   # it may be written to
             return _on_values(func, args, kwargs)
         if kwargs.get("inplace"):
             return _write(args[0], func(_copy(args[0]), *args[1:], **{**kwargs, "inplace": False}))
@@ -344,11 +367,12 @@ def _copy(x):
 
 def _settle():
     """Before a write: compute what waits, for it may read what is written."""
-    for reference in _waiting():
+    references = _waiting() or []
+    for reference in references:
         waiting = reference()
         if waiting is not None:
             waiting.stack   # noqa: B018
-    _waiting().clear()
+    references.clear()
 
 
 def _write(target, result):

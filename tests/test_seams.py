@@ -1,0 +1,194 @@
+"""Where the engine of jvp meets what else goes on: writes behind its back, modes that begin late, jvp inside jvp, other threads."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fastscore.dual import jvp
+from fastscore.dual.numbers import Dual
+
+D = torch.float64
+
+
+@pytest.fixture
+def layers():
+    torch.manual_seed(0)
+    return nn.Linear(3, 3, dtype=D), nn.Linear(3, 3, dtype=D)
+
+
+@pytest.fixture
+def point():
+    torch.manual_seed(1)
+    return torch.randn(4, 3, dtype=D), torch.randn(2, 4, 3, dtype=D)
+
+
+def stock(f, x, v):
+    pairs = [torch.func.jvp(f, (x,), (d,)) for d in v]
+    return pairs[0][0], torch.stack([t for _, t in pairs])
+
+
+def agree(found, expected):
+    return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-10, atol=1e-11) for a, b in zip(found, expected, strict=True))
+
+
+def no_grad_write(h):
+    with torch.no_grad():
+        h.mul_(0)
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["an alias taken later", "an alias taken before"])
+@pytest.mark.parametrize(
+    "alias",
+    [lambda h: h.detach(), lambda h: h.data, lambda h: h.view(-1).detach(), no_grad_write],
+    ids=["detach", "data", "view", "no_grad"],
+)
+@pytest.mark.parametrize("deep", [False, True], ids=["into a source", "into what waited itself"])
+def test_what_was_computed_does_not_see_a_write_through_a_constant(layers, point, alias, early, deep):
+    first, second = layers
+
+    def f(x):
+        h = first(x) if deep else x * 2
+        a = alias(h) if early and alias is not no_grad_write else None
+        y = F.silu(second(h))
+        a = alias(h) if a is None else a
+        if a is not None:
+            a.mul_(0)
+        return first(y)
+
+    expected = stock(lambda x: first(F.silu(second(first(x) if deep else x * 2))), *point)
+    with torch.no_grad():   # with gradients autograd may refuse: the layer keeps its input
+        assert agree(jvp(f, *point), expected)
+    try:
+        assert agree(jvp(f, *point), expected)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+
+
+@pytest.mark.parametrize("switch", ["on", "off"])
+def test_autocast_that_begins_after_a_layer_does_not_reach_it(switch):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(16, 16), torch.randn(4, 16)
+
+    def f(x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+            h = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            return h * 2 + F.silu(h)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=switch == "off"):
+        y, jv = jvp(f, x, x[None])
+    expected = stock(lambda x: 2 * layer(x) + F.silu(layer(x)), x, x[None])
+    assert y.dtype == torch.float32   # bfloat16 would be 2e-3 off
+    assert torch.allclose(y, expected[0], atol=1e-5) and torch.allclose(jv, expected[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [nn.Linear(3, 3, dtype=D), torch.sin], ids=["a linear layer", "sin"])
+def test_a_checkpoint_or_a_hook_behind_a_chain(layers, point, block):
+    first, second = layers
+    x, v = point
+    parameters = [*first.parameters(), *second.parameters()]
+
+    def run(f):
+        y, jv = jvp(f, x, v)
+        return (y, jv, *torch.autograd.grad((v * jv).sum() + y.square().sum(), parameters))
+
+    expected = run(lambda x: second(block(F.silu(first(x)))))
+    assert agree(run(lambda x: second(checkpoint(block, F.silu(first(x)), use_reentrant=False))), expected)
+
+    def offloaded(x):
+        h = F.silu(first(x))
+        with torch.autograd.graph.save_on_cpu():
+            h = block(h)
+        return second(h)
+
+    assert agree(run(offloaded), expected)
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_jvp_inside_jvp_tells_its_numbers_from_the_others(layers, point, grad, directions):
+    """f of the inner one holds x of the outer one."""
+    first, second = layers
+
+    def f(product):
+        return lambda x: product(lambda z: torch.cat([second(F.silu(first(z) * x)), z * x, x]), x.cos(), x * x)
+
+    def inner(g, x, v):
+        return jvp(g, x, v)[1]
+
+    def reference(g, x, v):
+        return torch.func.jvp(g, (x,), (v,))[1]
+
+    x, v = point[0], point[1][:directions]
+    with torch.set_grad_enabled(grad):
+        found = jvp(f(inner), x, v)
+    assert agree(found, stock(f(reference), x, v))
+
+
+def test_a_jvp_after_one_that_failed(layers, point):
+    def f(x):
+        layers[0](x)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        jvp(f, *point)
+    assert agree(jvp(lambda x: layers[1](F.silu(layers[0](x))), *point), stock(lambda x: layers[1](F.silu(layers[0](x))), *point))
+
+
+class Doubled(torch.autograd.Function):
+    """A Function, through which the whole of f falls back to stock forward mode."""
+
+    @staticmethod
+    def forward(x):
+        return x * 2
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 2
+
+    @staticmethod
+    def jvp(ctx, t):
+        return t * 2
+
+
+def test_a_block_without_gradients_is_a_constant_on_every_path(point):
+    x, v = point
+
+    def f(x, last=lambda y: y * 2):
+        with torch.no_grad():
+            scale = x.square().sum(-1, keepdim=True)
+        return last(x * scale)
+
+    expected = 2 * v * x.square().sum(-1, keepdim=True)
+    assert torch.allclose(jvp(f, x, v)[1], expected)
+    assert torch.allclose(jvp(lambda x: f(x, Doubled.apply), x, v)[1], expected)   # forward mode
+    assert torch.allclose(torch.vmap(lambda x, v: jvp(f, x, v)[1], in_dims=(0, 1), out_dims=1)(x, v), expected)   # inside a transform
+
+
+def test_nothing_stays_alive_that_f_does_not_keep(layers, point):
+    seen, kept = [], []
+
+    def f(x):
+        h = layers[0](x)
+        late = F.silu(h)
+        seen.extend(map(weakref.ref, (h, late)))
+        kept.append(layers[1](h))
+        return layers[1](late)
+
+    gc.disable()   # by reference counts alone
+    try:
+        result = weakref.ref(jvp(f, *point)[1])
+        assert [r() for r in seen] == [None, None] and result() is None and Dual.waiting is None
+    finally:
+        gc.enable()
+    left = layers[1](kept[0])   # outside jvp nothing waits
+    assert left.pending is None and torch.equal(left.stack[0], layers[1](layers[1](layers[0](point[0]))))
