@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastscore import backend as backends
 from fastscore import losses
 from fastscore.dual import chains, jvp
 from fastscore.losses.projections import directions
@@ -60,6 +61,32 @@ def test_narrow_and_wide_layers_in_float32(width):
     net, x, v = net.double(), x.detach().double().requires_grad_(), v.double()
     for a, b in zip(found, gradients(net, x, v, list(net.parameters()))):
         assert a.dtype == torch.float32 and a.is_contiguous() and float((a - b).norm()) <= 2e-6 * float(b.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ELU, nn.GELU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.ReLU])
+def test_chains_on_every_back_end(backend, runs, activation, dtype):
+    """Activations in a row and one at the end: gradients overwrite each other's cotangents, but not the caller's or what the graph keeps.
+
+    In float32 to 60 roundings of the largest entry.
+    """
+    layers = mlp(3, 6, 5, activation=activation)
+    net, x, v = setting(nn.Sequential(*layers, activation(), activation()), 4, 3, M=2, dtype=dtype)
+    inputs, g = [x, *net.parameters()], torch.randn(4, 5, dtype=dtype)
+
+    def found(net, x, v, inputs):
+        y, jv = jvp(net, x, v)
+        a, b = (torch.autograd.grad((y, jv), inputs, (g.to(x.dtype), h), retain_graph=True) for h in [jv.detach().clone()] * 2)
+        assert all(map(torch.equal, a, b))   # the second backward pass reads what the first one left
+        return y.detach(), jv.detach(), *a
+
+    kept = g.clone()
+    result = found(net, x, v, inputs)
+    assert runs == [5] and torch.equal(g, kept)
+    with backends.use_backend("reference"):
+        net, x, v = net.double(), x.detach().double().requires_grad_(), v.double()
+        for a, b in zip(result, found(net, x, v, [x, *net.parameters()]), strict=True):
+            assert a.dtype == dtype and float((a - b).abs().max()) <= 60 * torch.finfo(dtype).eps * max(1, float(b.abs().max()))
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 2, 3)], ids=["no batch", "two batch dimensions"])

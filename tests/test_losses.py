@@ -430,3 +430,11 @@ def test_bad_arguments(call, message):
     with pytest.raises((ValueError, TypeError), match=message) as error:
         call()
     assert str(error.value).count("\n") == 0 and str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0,), (2, 0), (3, 0), (0, 2, 2)], ids=str)
+def test_exact_of_no_samples_or_no_coordinates_is_zero(shape):
+    x, sigmas = torch.zeros(shape, requires_grad=True), torch.tensor([1.0, 0.5])
+    for loss in (losses.exact(torch.sin, x), losses.noise_conditional(lambda x, sigma: -x, x, sigmas, method="exact", seed=1)):
+        assert torch.equal(loss, torch.zeros(shape[:1]))
+        assert torch.autograd.grad(loss.sum(), x)[0].shape == shape

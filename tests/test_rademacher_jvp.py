@@ -2,7 +2,6 @@
 
 import doctest
 import math
-import sys
 
 import pytest
 import torch
@@ -307,5 +306,5 @@ def test_bad_arguments(call, error, message):
 
 
 def test_doctest():
-    assert doctest.testmod(sys.modules["fastscore.ops.rademacher_jvp"]).attempted == 1
-    assert doctest.testmod(sys.modules["fastscore.ops.rademacher_jvp"]).failed == 0
+    (example,) = doctest.DocTestFinder().find(fastscore.rademacher_jvp, "rademacher_jvp")   # alone: torch.compile adds to the module
+    assert doctest.DocTestRunner().run(example) == (0, 1)

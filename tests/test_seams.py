@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,8 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastscore.dual import jvp
-from fastscore.dual.numbers import Dual
+from fastscore.dual import jvp, numbers
 
 D = torch.float64
 
@@ -187,8 +187,30 @@ def test_nothing_stays_alive_that_f_does_not_keep(layers, point):
     gc.disable()   # by reference counts alone
     try:
         result = weakref.ref(jvp(f, *point)[1])
-        assert [r() for r in seen] == [None, None] and result() is None and Dual.waiting is None
+        assert [r() for r in seen] == [None, None] and result() is None and not numbers._calls
     finally:
         gc.enable()
     left = layers[1](kept[0])   # outside jvp nothing waits
     assert left.pending is None and torch.equal(left.stack[0], layers[1](layers[1](layers[0](point[0]))))
+
+
+def test_threads_inside_f_and_around_jvp(layers, point):
+    """As nn.DataParallel does: workers run parts of f, and several jvp run at once, one of them without gradients."""
+    def part(x):
+        h = layers[0](x)
+        h.mul_(2)
+        return layers[1](F.silu(h)) + h
+
+    def f(x):
+        with ThreadPoolExecutor(2) as pool:
+            return torch.cat(list(pool.map(part, (x[:2], x[2:]))))
+
+    def one(grad):
+        with torch.set_grad_enabled(grad):
+            return [t.detach() for t in jvp(part, *point)]
+
+    expected = stock(part, *point)
+    assert agree(jvp(f, *point), expected)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(agree(found, expected) for found in pool.map(one, [True, False] * 20))
+    assert not numbers._calls

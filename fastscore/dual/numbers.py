@@ -64,7 +64,7 @@ def stack(f, x, v):
     """f(x) and J v_m for v (M, *x.shape), side by side: (1 + M, *f(x).shape)."""
     if torch._C._functorch.maybe_current_level() is not None:   # inside a transform: torch's own forward mode nests with it
         return _transformed(f, x, v)
-    if "waiting" in vars(_modes) or isinstance(x, Dual) or isinstance(v, Dual):
+    if hasattr(_local, "call") or isinstance(x, Dual) or isinstance(v, Dual):
         # The rules do not tell the numbers of one jvp from those of another around it, which f may hold.
         raise NoRule("fastscore.jvp: a jvp inside f cannot be carried through with its tangents.")
     return _carried(f, x, v)
@@ -164,25 +164,31 @@ def _same_draws(device):
     return again
 
 
-_modes = threading.local()
+class _Call:
+    """One jvp that runs: the caller's grad mode, and references to those whose stack is not computed yet."""
+
+    def __init__(self, grad_mode):
+        self.grad_mode, self.waiting = grad_mode, []
+
+
+_local = threading.local()
+_calls = []   # of all threads
 
 
 @contextlib.contextmanager
 def _inside(grad_mode):
-    """Note the caller's mode, and an empty list of what waits: for this thread, and for the workers that f may start."""
-    before, of_class = dict(vars(_modes)), (Dual.grad_mode, Dual.waiting)
-    _modes.enabled = Dual.grad_mode = grad_mode
-    _modes.waiting = Dual.waiting = []
+    call = _local.call = _Call(grad_mode)
+    _calls.append(call)
     try:
         yield
     finally:
-        vars(_modes).clear()
-        vars(_modes).update(before)
-        Dual.grad_mode, Dual.waiting = of_class
+        del _local.call
+        _calls.remove(call)
 
 
-def _waiting():
-    return getattr(_modes, "waiting", Dual.waiting)
+def _call():
+    """This thread's, or, for the workers that f may start, the latest; None outside, where nothing waits."""
+    return getattr(_local, "call", None) or (_calls[-1:] or [None])[0]
 
 
 def _constant_block():
@@ -191,7 +197,8 @@ def _constant_block():
         return False
     if not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled():
         raise NoRule("fastscore.jvp: an autograd.Function cannot be carried through with its tangents.")
-    return getattr(_modes, "enabled", Dual.grad_mode)
+    call = _call()
+    return call is None or call.grad_mode
 
 
 class NoRule(NotImplementedError):
@@ -201,8 +208,6 @@ class NoRule(NotImplementedError):
 class Dual(torch.Tensor):
     """A value with M tangents: looks like the value, holds `stack` (1 + M, *shape), which may be computed when it is asked for."""
 
-    grad_mode = True   # of the caller of jvp: a no_grad block inside f is a constant
-    waiting = None   # references to those whose stack is not computed yet; outside jvp nothing waits
     rules = RULES
 
     @staticmethod
@@ -227,12 +232,13 @@ class Dual(torch.Tensor):
     @classmethod
     def later(cls, pending):
         """Dual numbers that wait in a chain (of `dual.chains`)."""
-        if _waiting() is None:
+        call = _call()
+        if call is None:
             return cls(pending.stack())
         result = torch.Tensor._make_wrapper_subclass(cls, pending.shape[1:], dtype=pending.dtype, device=pending.device)
         result.computed, result.pending = None, pending
         pending.holder = weakref.ref(result)
-        _waiting().append(pending.holder)
+        call.waiting.append(pending.holder)
         return result
 
     def like(self, stack):
@@ -367,12 +373,14 @@ def _copy(x):
 
 def _settle():
     """Before a write: compute what waits, for it may read what is written."""
-    references = _waiting() or []
+    call = _call()
+    if call is None:
+        return
+    references, call.waiting = call.waiting, []   # in one step: other threads may come here, too
     for reference in references:
         waiting = reference()
         if waiting is not None:
             waiting.stack   # noqa: B018
-    references.clear()
 
 
 def _write(target, result):

@@ -7,6 +7,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fastscore.dual.jets import second_order
 from fastscore.dual.norms import RightNorms
@@ -155,7 +157,13 @@ def _needs_whole(f, x):
         return True
     if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(x.device.type):
         return True
-    return isinstance(f, nn.Module) and any(m.training and m.track_running_stats for m in f.modules() if isinstance(m, _NormBase))
+    return isinstance(f, nn.Module) and any(m.training and _remembers(m) for m in f.modules())
+
+
+def _remembers(module):
+    """Running statistics, or the iterations of a spectral norm."""
+    spectral = any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+    return spectral or isinstance(module, _SpectralNorm) or (isinstance(module, _NormBase) and module.track_running_stats)
 
 
 def _writes_in_place(f):
