@@ -214,3 +214,21 @@ def test_threads_inside_f_and_around_jvp(layers, point):
     with ThreadPoolExecutor(4) as pool:
         assert all(agree(found, expected) for found in pool.map(one, [True, False] * 20))
     assert not numbers._calls
+
+
+WRITES = {"view": lambda h, z: z.mul_(2), "its view": lambda h, z: z[1].add_(1), "base": lambda h, z: h.mul_(2)}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_view_that_a_stack_cannot_have_is_never_written_to_unseen(write):
+    """Between two permutations the value stays contiguous, and the stack does not."""
+    torch.manual_seed(0)
+    x, v = torch.randn(2, 3, 4, 5, dtype=D), torch.randn(2, 2, 3, 4, 5, dtype=D)
+
+    def f(x):
+        h = x.permute(0, 2, 3, 1).sin().permute(0, 3, 1, 2)
+        z = h.view(2, -1)
+        write(h, z)
+        return h.flatten(1) * z
+
+    assert agree(jvp(f, x, v), stock(f, x, v))

@@ -165,10 +165,10 @@ def _same_draws(device):
 
 
 class _Call:
-    """One jvp that runs: the caller's grad mode, and references to those whose stack is not computed yet."""
+    """One jvp that runs: the caller's grad mode, and references to whose stack is not computed yet and to memory not to be written to."""
 
     def __init__(self, grad_mode):
-        self.grad_mode, self.waiting = grad_mode, []
+        self.grad_mode, self.waiting, self.copied = grad_mode, [], []
 
 
 _local = threading.local()
@@ -383,10 +383,26 @@ def _settle():
             waiting.stack   # noqa: B018
 
 
+def note_copy(*stacks):
+    """What should share memory and does not: from now on neither may be written to."""
+    call = _call()
+    if call:
+        call.copied += [weakref.ref(s.untyped_storage()) for s in stacks]
+
+
+def _check_alias(target):
+    call = _call()
+    if call and call.copied:
+        own = target.stack.untyped_storage()
+        if any(reference() is own for reference in call.copied):
+            raise NoRule("fastscore.jvp: an in-place operation on what has a view that had to be a copy.")
+
+
 def _write(target, result):
     """In place on the memory of the stack, so that views of it see the change; `result` was made from a copy, which autograd may keep."""
     if not isinstance(target, Dual) or result.shape != target.shape:
         raise NoRule("fastscore.jvp: an in-place operation would change a shape or write into an ordinary tensor.")
+    _check_alias(target)
     _settle()
     if not isinstance(result, Dual):   # sign_, floor_: no function of the tangents
         return _setitem(target, ..., result) or target
@@ -397,6 +413,7 @@ def _write(target, result):
 def _setitem(target, index, source):
     if not isinstance(target, Dual):
         raise NoRule("fastscore.jvp: indexed writing of dual numbers into an ordinary tensor.")
+    _check_alias(target)
     _settle()
     index = index if isinstance(index, tuple) else (index,)
     if separated(index, more=0):

@@ -152,7 +152,7 @@ def pad(input, pad, mode="constant", value=None):
 # ---- linear maps whose dimensions only move by one
 
 
-@rule("reshape", "view")
+@rule("reshape")
 def reshape(x, *shape):
     shape = shape_of(shape)
     if len(shape) == 1 and isinstance(shape[0], torch.dtype):
@@ -163,9 +163,29 @@ def reshape(x, *shape):
     return dual(stack(x).reshape(len(stack(x)), *shape))
 
 
-@rule("view_as", "reshape_as")
+@rule("view")
+def view(x, *shape):
+    y = reshape(x, *shape)
+    if is_dual(y):
+        told_apart(x, y)
+    return y
+
+
+def told_apart(x, y):
+    from fastscore.dual.numbers import note_copy
+
+    if x.numel() and stack(x).untyped_storage().data_ptr() != stack(y).untyped_storage().data_ptr():
+        note_copy(stack(x), stack(y))   # the stack does not lie in memory as the value alone would
+
+
+@rule("reshape_as")
 def reshape_as(x, other):
     return reshape(x, tuple(other.shape))
+
+
+@rule("view_as")
+def view_as(x, other):
+    return view(x, tuple(other.shape))
 
 
 @rule("expand")
