@@ -71,7 +71,7 @@ def draw_density(axes, log_prob, n=100):
 
 def save(figure, out, name):
     Path(out).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(out) / name, dpi=110)
+    figure.savefig(Path(out) / name, dpi=110, bbox_inches="tight")
 
 
 def run(main):

@@ -126,7 +126,7 @@ def command(config):
     loop = train(config)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))   # a job that is ended saves like Ctrl-C
     try:
-        with tqdm(total=config.steps, unit="step", desc="train") as bar:
+        with tqdm(total=config.steps, unit="step", desc="train", disable=None) as bar:
             for step, loss in loop:
                 bar.n = step + 1
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)

@@ -37,7 +37,7 @@ def train(config) -> None:
     loop = runs.train(config)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))   # a job that is ended saves like Ctrl-C
     try:
-        with tqdm(total=config.steps, unit="step", desc="train") as bar:
+        with tqdm(total=config.steps, unit="step", desc="train", disable=None) as bar:
             start, begin = time.perf_counter(), None
             for step, loss in loop:
                 begin = step if begin is None else begin
@@ -127,7 +127,7 @@ def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")], asked
     if parts is not None:
         drawing.remove_parts(parts)
     if rank == 0:
-        print(f"{n} samples: {out}")
+        print(f"{n} samples: {out}" + (f" ({conditions.described(result)})" if condition else ""))
 
 
 def write_samples(out, path, samples, strip):

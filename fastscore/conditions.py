@@ -82,6 +82,12 @@ def _classifier(folder, requests):
     return net
 
 
+def described(result):
+    """What the file holds beside the samples."""
+    shown = [name for name in ("original", "observation", "mask") if getattr(result, name) is not None]
+    return f"first the {', '.join(shown)}" if shown else "of the class"
+
+
 def save(out, result):
     """Write a `Result`: as .png the original, the observation, the mask and the samples in one grid, as .npz the arrays of these names."""
     parts = {name: t for name, t in result._asdict().items() if t is not None}

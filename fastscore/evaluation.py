@@ -1,5 +1,7 @@
 """What samples are worth: a classifier trained on real images, and the distance to the nearest training image."""
 
+import warnings
+
 import torch
 
 SURE = 0.9
@@ -7,9 +9,12 @@ SURE = 0.9
 
 def reader(images, labels):
     """A classifier trained on real images, of scikit-learn: a second opinion that no sampler has seen."""
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPClassifier
 
-    return MLPClassifier((256,), alpha=1e-3, max_iter=200, random_state=0).fit(images.flatten(1).cpu().numpy(), labels.numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)   # 200 rounds are what there shall be
+        return MLPClassifier((256,), alpha=1e-3, max_iter=200, random_state=0).fit(images.flatten(1).cpu().numpy(), labels.numpy())
 
 
 def seen(classifier, samples):

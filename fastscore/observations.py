@@ -140,7 +140,8 @@ def load_image(source, config):
         if name == "held-out":
             images = images[datasets.split(len(images), config.held_out, seed=0)[1]]
         if int(number) >= len(images):
-            raise ValueError(f"condition: {source} is not there; the run has {len(images)} {name} images.")
+            remedy = " (train --held-out 300)" if name == "held-out" and not len(images) else ""
+            raise ValueError(f"condition: {source} is not there; the run has {len(images)} {name} images{remedy}.")
         return images[int(number)], True
     if Path(source).suffix not in (".png", ".npy"):
         raise ValueError(f"condition: IMAGE must be held-out:N, data:N or a .png or .npy file; got {source!r}.")
@@ -151,6 +152,8 @@ def read_file(path):
     """float32 (C, H, W) in [0, 1] from a .png, or a .npy of (H, W), (H, W, C) or (C, H, W), uint8 or float."""
     from PIL import Image
 
+    if not Path(path).is_file():
+        raise ValueError(f"condition: {path} does not exist.")
     try:
         if Path(path).suffix == ".npy":
             array = np.load(path, allow_pickle=False)

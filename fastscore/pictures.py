@@ -46,7 +46,7 @@ def save_row(path, panels, rows=1):
         axes.imshow(array[..., 0] if array.shape[-1] == 1 else array, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_title(title, fontsize=9)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     checkpoint.write_atomic(path, buffer.getvalue())
 
 
@@ -68,5 +68,5 @@ def save_loss_curve(path, records, sigmas, loss="denoising"):
         axes.plot(*zip(*points), label=f"σ = {sigmas[level]:.3g}") if points else None
     axes.legend()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     checkpoint.write_atomic(path, buffer.getvalue())

@@ -26,6 +26,7 @@ def training_loop(model, loader, loss, *, steps, optimizer=None, lr=1e-3, ema_de
 
     Raises:
         ValueError: steps or ema_decay out of range, or the loader is empty. FloatingPointError: the loss is not finite.
+        TypeError: the loss is no tensor.
     """
     if not 0 <= ema_decay < 1:
         raise ValueError(f"training_loop: ema_decay must be in [0, 1); got {ema_decay}.")
@@ -48,6 +49,8 @@ def averaged(model, decay):
 def _loop(model, loader, loss, steps, optimizer, ema, grad_clip):
     for step, batch in zip(steps, _endless(loader)):
         losses = loss(model, batch, step)
+        if not isinstance(losses, torch.Tensor):
+            raise TypeError(f"training_loop: loss(model, batch, step) must return a tensor, (B,) or a scalar; got {type(losses).__name__}.")
         value = losses.mean()
         if not math.isfinite(value.item()):
             raise FloatingPointError(f"training_loop: the loss is {value.item()} at step {step}; lower the learning rate.")

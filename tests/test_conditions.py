@@ -227,7 +227,7 @@ def test_train_classifier_prints_the_accuracy_of_each_level(tmp_path, run):
         (["inpaint=held-out:0,everything"], {}, "MASK must be left-half"),
         (["inpaint=held-out:300,right-half"], {}, "held-out:300 is not there; the run has 300"),
         (["inpaint=held-out:-1,right-half"], {}, "must name an image by its number"),
-        (["inpaint=nowhere.png,right-half"], {}, "nowhere.png is not a readable .png or .npy file"),
+        (["inpaint=nowhere.png,right-half"], {}, "nowhere.png does not exist"),
         (["inpaint=photo,right-half"], {}, "IMAGE must be held-out:N, data:N or a .png"),
         (["inpaint=held-out:0,SMALL"], {}, "must be a mask of (8, 8) pixels; got (4, 4)"),
         (["super_resolution=SMALL,4"], {}, "must be an image of shape (1, 2, 2); got (1, 4, 4)"),

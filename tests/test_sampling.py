@@ -1,6 +1,7 @@
 """Samplers and ladders against closed forms."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -381,3 +382,14 @@ def test_samples_may_be_single_values(options):
 @pytest.mark.parametrize("method", ["heun", "euler", "adaptive"])
 def test_the_flow_of_no_samples_is_none(method):
     assert fastscore.sample(gaussian, sampler="probability_flow", shape=(0, 3), method=method, **LADDER).shape == (0, 3)
+
+
+def test_a_ladder_beyond_that_of_the_network_is_warned_about():
+    net = torch.optim.swa_utils.AveragedModel(fastscore.models.ScoreMLP(4, width=8, depth=1, sigmas=[1.0, 0.1]))
+    options = {"shape": (2, 4), "steps_per_level": 1, "step_size": 1e-3, "seed": 0}
+    with pytest.warns(UserWarning, match=r"sigmas reach from 4 to 0.1, but the network was made for 1 to 0.1"):
+        fastscore.sample(net, sigmas=[4.0, 0.1], **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastscore.sample(net, sigmas=[1.0, 0.3, 0.1], **options)
+        fastscore.sample(lambda x, sigma: -x, sigmas=[4.0, 0.1], **options)

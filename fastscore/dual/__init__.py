@@ -1,5 +1,5 @@
 """Dual numbers: a value with its tangents along several directions, carried through any function by one forward pass."""
 
-from fastscore.dual.numbers import jvp, stack
+from fastscore.dual.numbers import Dual, jvp, stack
 
-__all__ = ["jvp", "stack"]
+__all__ = ["Dual", "jvp", "stack"]

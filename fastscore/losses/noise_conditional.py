@@ -55,6 +55,7 @@ def noise_conditional(
     if method not in METHODS:
         raise ValueError(f"{op}: method must be one of {', '.join(METHODS)}; got {method!r}.")
     check_projections(op, projections, distribution)
+    checks.check_float(op, "x", x)
     sigmas = check_ladder(op, sigmas, wait=False).to(x.device)
     if labels is None:
         first = offset // max(1, x[:1].numel())   # a sample's level, like its noise, is the same in any split of the batch

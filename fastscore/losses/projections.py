@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.autograd import forward_ad
 
 from fastscore import backend as backends
 from fastscore import dual, random
@@ -92,9 +93,19 @@ def _checked_score(op, score, x, arguments):
     def f(x):
         s = score(x, *arguments)
         check_score(op, s, x)
+        if _cut_off(s, x):   # detach(), a no_grad block or numpy: the trace would silently be zero
+            raise ValueError(f"{op}: score(x) must depend on x through differentiable operations; it is cut off from x.")
         return s
 
     return f
+
+
+def _cut_off(s, x):
+    if isinstance(x, dual.Dual):
+        return not isinstance(s, dual.Dual)
+    if forward_ad._current_level < 0 or forward_ad.unpack_dual(x).tangent is None:
+        return False
+    return forward_ad.unpack_dual(s).tangent is None
 
 
 def sliced_estimate(op, score, x, projections, variance_reduced, distribution, v=None, mask=None, arguments=(), **key):

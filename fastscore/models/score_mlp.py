@@ -20,8 +20,12 @@ class Trunk(nn.Module):
         super().__init__()
         if activation not in _ACTIVATIONS:
             raise ValueError(f"{self._name}: activation must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}.")
+        for name, value, least in (("dim", dim, 1), ("width", width, 1), ("depth", depth, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{self._name}: {name} must be an int of at least {least}; got {value!r}.")
         self.dim, self.activation = dim, _ACTIVATIONS[activation]
         self.log_range = None if sigmas is None else _log_range(self._name, sigmas)
+        self.sigma_range = None if sigmas is None else (float(torch.as_tensor(sigmas).min()), float(torch.as_tensor(sigmas).max()))
         features = None if sigmas is None else max(16, width // 4)
         if features:
             self.embed = nn.Linear(2 * _FREQUENCIES + 1, features)
@@ -40,7 +44,8 @@ class Trunk(nn.Module):
         if x.dim() < 2 or math.prod(x.shape[1:]) != self.dim:
             raise ValueError(f"{self._name}: x must be (B, *) with {self.dim} values per sample; got {tuple(x.shape)}.")
         if (sigma is None) != (self.log_range is None):
-            raise ValueError(f"{self._name}: sigma must be given if and only if the network was built with sigmas; got sigma={sigma}.")
+            case = "without sigmas, but was called with sigma" if self.log_range is None else "with sigmas, but was called without sigma"
+            raise ValueError(f"{self._name}: sigma must be given if and only if the network was built with sigmas; it was built {case}.")
         if sigma is None:
             return None
         sigma = checks.coefficient(self._name, "sigma", sigma, x, minimum=_SMALLEST)

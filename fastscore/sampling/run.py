@@ -1,6 +1,7 @@
 """Run a sampler, named by a word, to its end."""
 
 import math
+import warnings
 
 import torch
 
@@ -60,7 +61,31 @@ def _begun(score, sampler, x, shape, initial_law, seed, first_sample, dtype, dev
         law = initial_law or ("gaussian" if sampler in GAUSSIAN else "uniform")
         x = initial(tuple(shape), law=law, sigma=sigma, seed=seed, first_sample=first_sample, dtype=dtype, device=device)
     run = SAMPLERS[sampler](score, x, seed=seed, first_sample=first_sample, **options)
+    _warn_beyond(score, options.get("sigmas"))
     return x, _checked(run) if check_finite else run
+
+
+def _warn_beyond(score, sigmas):
+    """A network that knows its own ladder answers outside it, too, but was never trained there."""
+    known = None if sigmas is None else _range(score)
+    if known is None:
+        return
+    low, high = (float(v) for v in torch.as_tensor(sigmas).aminmax())
+    if high > 1.01 * known[1] or low < 0.99 * known[0]:
+        warnings.warn(
+            f"sample: sigmas reach from {high:g} to {low:g}, but the network was made for {known[1]:g} to {known[0]:g}; "
+            "train it on the ladder that it is sampled with.",
+            stacklevel=4,
+        )
+
+
+def _range(score):
+    """(smallest, largest) σ that a network of ours was made for, averaged or wrapped in DistributedDataParallel; None where unknown."""
+    net = getattr(score, "module", score)
+    sigmas = getattr(net, "sigmas", None)
+    if isinstance(sigmas, torch.Tensor) and sigmas.numel():
+        return float(sigmas.min()), float(sigmas.max())
+    return getattr(net, "sigma_range", None)
 
 
 def _checked(run):

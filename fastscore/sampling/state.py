@@ -130,7 +130,8 @@ def choice(op, name, value, known):
 def epsilon(op, step_size, step_lr, x):
     """ε from exactly one of step_size (ε) and NCSN's step_lr (ε/2)."""
     if (step_size is None) == (step_lr is None):
-        raise ValueError(f"{op}: give either step_size (ε) or step_lr (NCSN's η = ε/2).")
+        found = "neither" if step_size is None else "both"
+        raise ValueError(f"{op}: give either step_size (ε) or step_lr (NCSN's η = ε/2); got {found}.")
     if step_size is None:
         return to_epsilon(checks.coefficient(op, "step_lr", step_lr, x, minimum=0))
     return checks.coefficient(op, "step_size", step_size, x, minimum=0)
