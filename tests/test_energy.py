@@ -178,3 +178,20 @@ def test_a_second_attempt_finds_a_spectral_norm_as_it_was(spectral_norm):
     s, hv = EnergyScore(net).jvp(x, v)
     expected = ((v * hv).sum(2) + 0.5 * (v * s).sum(2).square()).mean(0)
     assert torch.allclose(found, expected) and all(torch.equal(t, moved[k]) for k, t in net.state_dict().items())
+
+
+@pytest.mark.parametrize("variance_reduced", [True, False])
+def test_a_compiled_loss_breaks_its_graph_at_the_energy(variance_reduced):
+    """PyTorch refuses to differentiate a compiled graph twice, so the products of an energy run eagerly, by either way."""
+    torch.manual_seed(0)
+    score, x = EnergyScore(EnergyMLP(3, width=8, depth=1)), torch.randn(5, 3)
+    torch.nn.init.normal_(score.f.last.weight)
+
+    def loss(x):
+        return fastscore.losses.sliced(score, x, variance_reduced=variance_reduced, seed=1).mean()
+
+    found = torch.compile(loss, backend="aot_eager")(x)
+    weights = [p for name, p in score.named_parameters() if name != "f.last.bias"]   # which a score does not depend on
+    assert torch.equal(found, loss(x))
+    for a, b in zip(torch.autograd.grad(found, weights), torch.autograd.grad(loss(x), weights)):
+        assert torch.equal(a, b) and float(b.abs().max()) > 0

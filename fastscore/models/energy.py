@@ -94,6 +94,7 @@ class EnergyScore(nn.Module):
         with torch.enable_grad():
             return self._gradient(x, create_graph, arguments)
 
+    @torch.compiler.disable(reason="products of an energy run eagerly: a compiled graph has one backward pass")
     def jvp(self, x, v, *arguments):
         """s(x), and ∇²f v_m for v (M, B, *), by one backward pass each."""
         x, wanted = self._leaf(x)
@@ -106,6 +107,7 @@ class EnergyScore(nn.Module):
                 hv = [torch.zeros_like(x)] * len(v)
         return s if wanted else s.detach(), torch.stack(hv)
 
+    @torch.compiler.disable(reason="products of an energy run eagerly: a compiled graph has one backward pass")
     def along(self, x, v, *arguments):
         """vᵀ∇f and vᵀ∇²f v for v (M, B, *): each (M, B), all that the plain sliced loss needs.
 
