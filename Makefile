@@ -25,14 +25,12 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/* build_suppor
 bench: $(STAMP)
 	$(BIN)/python -m pytest -q benchmarks --results benchmarks/results/cpu.json
 
-# On a machine with a GPU, its own Python and no network: build in place, test every GPU back end, then measure.
-gpu:
-	ln -sfn ../kernels fastscore/kernels
-	TORCH_CUDA_ARCH_LIST="$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')" \
-		FASTSCORE_BUILD=cuda $(PYTHON) setup.py build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu tests
-	PYTHONPATH=. $(PYTHON) -m pytest -q benchmarks --device cuda --results \
-		benchmarks/results/$$($(PYTHON) -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))').json
+# On a machine with a GPU, its own Python and no network, in parts that go on where they ended: build in place, measure the
+# ceilings, test every GPU back end, then measure. Results in $$OUT, else gpu-results/.
+gpu: gpu-build gpu-ceilings gpu-check gpu-bench-ops gpu-bench-losses gpu-bench-loops
+
+gpu-%:
+	$(PYTHON) build_support/on_gpu.py $*
 
 clean:
 	rm -rf build demo fastscore/_C*.so fastscore/_build_info.json

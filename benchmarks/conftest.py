@@ -32,6 +32,14 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def equal_terms():
+    """No peer in TensorFloat-32, which keeps three digits; none compiled for the sizes of an earlier benchmark."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
 @pytest.fixture
 def device(request):
     return request.config.option.device
@@ -60,6 +68,8 @@ def compare(request, device):
         row = Row(op, list(like.shape), str(like.dtype).removeprefix("torch."), like.numel(), total_bytes)
         row.seconds = interleave(calls, device, rounds=1 if smoke else 15, least=0 if smoke else 0.005)
         ROWS.append(row)
+        if request.config.option.results:   # row by row: a run that is cut off keeps what it has measured
+            write(request.config.option.results, report([row], device))
         return row
 
     return run
@@ -70,6 +80,8 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     result = report(ROWS, config.option.device)
     terminalreporter.write_line(f"\n{result['device']}, {result['versions']}\n{table(result)}")
-    if config.option.results:
-        config.option.results.parent.mkdir(parents=True, exist_ok=True)
-        config.option.results.write_text(json.dumps(merged(config.option.results, result), indent=1) + "\n")
+
+
+def write(path, result):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(merged(path, result), indent=1) + "\n")
