@@ -39,14 +39,34 @@ def _check_name(name: str, source: str) -> str:
 def use_backend(name: str):
     """Run every op inside the `with` block on one back end: 'auto', 'reference', 'cpp', 'triton' or 'cuda'.
 
+    An op's gradient runs where the op ran, whatever thread autograd runs it in and whether the block has ended by then.
+
     Raises:
         ValueError: the name is unknown, or (when an op is called) the back end cannot serve it here.
     """
-    token = _requested.set(_check_name(name, "use_backend"))
+    token, outer = _requested.set(_check_name(name, "use_backend")), _of_backward_call()
+    torch._C._stash_obj_in_tls(_TLS, name)
     try:
         yield
     finally:
         _requested.reset(token)
+        torch._C._stash_obj_in_tls(_TLS, outer)
+
+
+# Autograd runs the nodes of a GPU in threads of its own, where context variables are unset; this storage goes there with the call.
+_TLS = "fastscore_backend"
+
+
+def _of_backward_call() -> str | None:
+    return torch._C._get_obj_in_tls(_TLS) if torch._C._is_key_in_tls(_TLS) else None
+
+
+def _request() -> str | None:
+    """What use_backend() asks for here; in a thread of autograd's, where backward() was called."""
+    requested = _requested.get()
+    if requested is None and torch._C._current_graph_task_id() != -1:
+        return _of_backward_call()
+    return requested
 
 
 def build_info() -> dict:
@@ -157,7 +177,7 @@ def _choose(name: str, device: str, cuda: bool = True) -> str:
 def _resolve(device: str, backend: str | None, cuda: bool) -> str:
     if backend is not None:
         _check_name(backend, "backend")
-    return _choose(backend or _requested.get() or _environment(), device, cuda)
+    return _choose(backend or _request() or _environment(), device, cuda)
 
 
 @functools.cache

@@ -102,20 +102,22 @@ _PLAIN = (torch.nn.Parameter, torch.Tensor)
 def run(s, steps):
     """All steps on the stack s (1 + M, *)."""
     parameters = [t for step in steps for t in (step.weight, step.bias)]
+    activated = any(step.name is not None for step in steps)
+    chosen = _backend.choose(s.device, cuda=False) if activated else None   # the back end of both passes
     if _backend.derivative_possible(s, *parameters):
-        return _Chain.apply(s, [step.name for step in steps], *parameters)
-    return _values(s, steps)[-1]
+        return _Chain.apply(s, [step.name for step in steps], chosen, *parameters)
+    return _values(s, steps, chosen)[-1]
 
 
 class _Chain(torch.autograd.Function):
     """The cotangents go down the chain by hand; each product is written in the order that BLAS is quick at."""
 
     @staticmethod
-    def forward(ctx, s, names, *parameters):
+    def forward(ctx, s, names, backend, *parameters):
         steps = _steps(names, parameters)
-        values = _values(s, steps)
-        wanted = [step.name is not None or ctx.needs_input_grad[2 + 2 * k] for k, step in enumerate(steps)]
-        ctx.names, ctx.kept = names, [0] + [k for k, kept in enumerate(wanted) if kept and k]
+        values = _values(s, steps, backend)
+        wanted = [step.name is not None or ctx.needs_input_grad[3 + 2 * k] for k, step in enumerate(steps)]
+        ctx.names, ctx.backend, ctx.kept = names, backend, [0] + [k for k, kept in enumerate(wanted) if kept and k]
         ctx.present = [p is not None for p in parameters]
         ctx.save_for_backward(*(p for p in parameters if p is not None), *(values[k] for k in ctx.kept))
         return values[-1]
@@ -124,21 +126,21 @@ class _Chain(torch.autograd.Function):
     def backward(ctx, g):
         saved = list(ctx.saved_tensors)
         parameters = [saved.pop(0) if present else None for present in ctx.present]
-        values, needed = dict(zip(ctx.kept, saved)), [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
+        values, needed = dict(zip(ctx.kept, saved)), [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
         pull = _differentiable if torch.is_grad_enabled() else _pull
-        gs, *rest = pull(values, _steps(ctx.names, parameters), g, needed)
-        return gs, None, *rest
+        gs, *rest = pull(values, _steps(ctx.names, parameters), g, needed, ctx.backend)
+        return gs, None, None, *rest
 
 
 def _steps(names, parameters):
     return [Step(weight, bias, name) for name, weight, bias in zip(names, parameters[::2], parameters[1::2])]
 
 
-def _values(s, steps):
+def _values(s, steps, backend):
     """s, and what every step makes of it."""
     values = [s]
     for weight, bias, name in steps:
-        s = activate_stack(s, name) if weight is None else _linear(s, weight, bias)
+        s = activate_stack(s, name, backend) if weight is None else _linear(s, weight, bias)
         values.append(s)
     return values
 
@@ -150,14 +152,14 @@ def _linear(s, weight, bias):
     return y
 
 
-def _pull(values, steps, g, needed):
+def _pull(values, steps, g, needed, backend):
     """Cotangents of s and of all weights and biases."""
     grads, g = [None] * len(needed), g.contiguous()
     for k in range(len(steps) - 1, -1, -1):
         weight, _, name = steps[k]
         further = any(needed[: 1 + 2 * k])
         if weight is None:
-            g = activation_gradient(values[k], g, name, overwrite=k < len(steps) - 1)   # the last one's is the caller's
+            g = activation_gradient(values[k], g, name, backend, overwrite=k < len(steps) - 1)   # the last one's is the caller's
         else:
             if needed[1 + 2 * k]:
                 grads[1 + 2 * k] = _gradient_of_weight(g.flatten(0, -2), values[k].flatten(0, -2))
@@ -170,14 +172,14 @@ def _pull(values, steps, g, needed):
     return grads
 
 
-def _differentiable(values, steps, g, needed):
+def _differentiable(values, steps, g, needed, backend):
     """The same, made of operations that can be differentiated again: on views, for the parameters may depend on s."""
     with torch.enable_grad():
         s = first = values[0].view_as(values[0])
         own = [None if p is None else p.view_as(p) for step in steps for p in step[:2]]
         for weight, bias, name in _steps([step.name for step in steps], own):
             if weight is None:
-                s = activate_stack(s, name)
+                s = activate_stack(s, name, backend)
             else:
                 s = F.linear(s, weight)
                 s = s if bias is None else add_bias(s, bias, 1)

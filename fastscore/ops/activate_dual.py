@@ -63,12 +63,11 @@ def activate_dual_ref(s, name):
     return torch.cat([function(s[:1]), slopes(s[:1])[0] * s[1:]])
 
 
-def gradient(s, g, name, overwrite=False):
+def gradient(s, g, name, chosen, overwrite=False):
     """Cotangent of s for that of its activation: gu = f' gy + f'' Σ u̇ gẏ and gu̇ = f' gẏ; in the memory of g if that may be overwritten.
 
-    No derivative is taken through the kernel.
+    No derivative is taken through the kernel. chosen: the back end that activated s; the thread of a backward pass knows of no other.
     """
-    chosen = _backend.choose(s.device, cuda=False)
     if chosen == "reference" or (chosen == "cpp" and s.dtype == torch.float64):
         first, second = _SLOPES[name][1](s[:1])
         return torch.cat([first * g[:1] + second * (s[1:] * g[1:]).sum(0, keepdim=True), first * g[1:]])
