@@ -19,9 +19,9 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item.nodeid not in passed]
 
     for item in items:
-        if "slow" in item.keywords and "slow" not in (config.option.markexpr or ""):
+        if item.get_closest_marker("slow") and "slow" not in (config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
-        if "gpu" in item.keywords and not torch.cuda.is_available() and "FASTSCORE_GPU_TESTS_ON" not in os.environ:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available() and "FASTSCORE_GPU_TESTS_ON" not in os.environ:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 

@@ -3,10 +3,10 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import children
 import pytest
 
 from fastscore import backend
@@ -22,7 +22,7 @@ def test_every_benchmark_runs_and_times_ours_a_ceiling_and_a_peer(tmp_path):
     path = tmp_path / "results" / "smoke.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "--smoke", "--results", str(path)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = children.run(command, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads(path.read_text())
     rows = [harness.Row(**row) for row in found["rows"]]

@@ -1,9 +1,9 @@
 """The command line: a whole small run, resuming, and one-sentence errors that leave nothing behind."""
 
 import json
-import subprocess
 import sys
 
+import children
 import numpy as np
 import pytest
 import torch
@@ -12,7 +12,7 @@ from fastscore import checkpoint, cli, conditions, datasets, drawing, runs, samp
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "fastscore", *map(str, arguments)], capture_output=True, text=True)
+    return children.run([sys.executable, "-m", "fastscore", *arguments])
 
 
 SMALL = ("--steps", "200", "--width", "32", "--depth", "1", "--levels", "4")

@@ -1,8 +1,8 @@
 """Samples of several ranks are those of one process: shares, noise to the bit, torchrun."""
 
-import subprocess
 import sys
 
+import children
 import numpy as np
 import pytest
 import torch
@@ -94,7 +94,7 @@ def test_torchrun_writes_what_one_process_writes(tmp_path):
         pass
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command = ["fastscore", "sample", str(tmp_path / "run"), "-n", "5", "--batch-size", "2"]
-    done = subprocess.run([*torchrun, *command, "--out", str(tmp_path / "two.npz")], capture_output=True, text=True, timeout=300)
+    done = children.run([*torchrun, *command, "--out", tmp_path / "two.npz"])
     assert done.returncode == 0 and done.stdout == f"5 samples: {tmp_path / 'two.npz'}\n", done.stderr
     samples, _ = runs.draw(tmp_path / "run", 5, batch_size=2)
     found = np.load(tmp_path / "two.npz")["images"]

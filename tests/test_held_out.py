@@ -2,9 +2,9 @@
 
 import json
 import math
-import subprocess
 import sys
 
+import children
 import numpy as np
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_the_command_writes_its_table_and_refuses_in_one_sentence(tmp_path):
         for _ in runs.train(runs.TrainConfig(out=tmp_path / name, steps=60, width=16, depth=1, levels=4, batch_size=64, held_out=kept)):
             pass
     command = [sys.executable, "-m", "fastscore", "evaluate", str(tmp_path / "run"), "--likelihood", "-n", "12", "--gray-levels", "17"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = children.run(command)
     assert done.returncode == 0 and "bits per dimension, 17 grey levels" in done.stdout, done.stderr
     result = json.loads((tmp_path / "run" / "likelihood.json").read_text())
     assert result == held_out.report(tmp_path / "run", 12, gray_levels=17)

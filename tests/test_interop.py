@@ -1,9 +1,9 @@
 """Networks of diffusers, k-diffusion and EDM as scores; annealed Langevin as a diffusers scheduler, in real pipelines."""
 
 import math
-import subprocess
 import sys
 
+import children
 import numpy as np
 import pytest
 import torch
@@ -379,7 +379,7 @@ def test_return_dict_false_gives_a_tuple():
 
 def test_importing_fastscore_imports_nothing_foreign():
     code = "import sys, fastscore, fastscore.interop; print([m for m in ('diffusers', 'k_diffusion', 'torchdiffeq') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert children.run([sys.executable, "-c", code], check=True).stdout.strip() == "[]"
 
 
 def started(**options):

@@ -1,5 +1,7 @@
 """The losses as training uses them: low precision, autocast, torch.compile, DistributedDataParallel."""
 
+import faulthandler
+import gc
 import os
 import socket
 
@@ -97,6 +99,7 @@ def test_compiled_training_step_equals_the_eager_one():
 
 
 def _rank(rank, port, queue):
+    faulthandler.dump_traceback_later(120, exit=True)   # no child hangs the suite
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     net = DistributedDataParallel(network().double())
@@ -109,6 +112,10 @@ def _rank(rank, port, queue):
         found[name] = torch.cat([p.grad.flatten() for p in net.parameters()]).tolist()
     if rank == 0:
         queue.put(found)
+
+    # Before the group: the last to hold it joins gloo's thread, which may want the interpreter that it keeps.
+    del net
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 

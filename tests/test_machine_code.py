@@ -3,10 +3,10 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import children
 import pytest
 
 ALGEBRA = ("merge", "coefficients", "cotangents ")
@@ -20,7 +20,7 @@ def count(what):
         pytest.skip("triton, whose wheel carries cuobjdump, is not installed")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = ROOT / "build_support" / "machine_code.py"
-    result = subprocess.run([sys.executable, str(script), what], env=environment, capture_output=True, text=True)
+    result = children.run([sys.executable, script, what], env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout)
 
@@ -99,8 +99,8 @@ def test_the_stream_is_found_in_a_torch_that_was_not_linked(tmp_path):
     for name, text in sources.items():
         (tmp_path / "source.cpp").write_text(text)
         command = [*compiler, "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", "source.cpp", "-o", name, f"-Wl,-soname,{name}", "-ldl"]
-        subprocess.run(command, cwd=tmp_path, check=True)
+        children.run(command, cwd=tmp_path, check=True)
     program = "import ctypes, sys; print([ctypes.CDLL(path) for path in sys.argv[1:]][-1].stream())"
     for libraries, stream in ((["ours.so"], "-1"), (["libtorch_cuda.so", "ours.so"], "42")):
         command = [sys.executable, "-c", program, *(f"./{name}" for name in libraries)]
-        assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout.strip() == stream
+        assert children.run(command, cwd=tmp_path).stdout.strip() == stream

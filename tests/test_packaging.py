@@ -5,12 +5,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
+import children
 import pytest
 import torch
 from torch.utils import cpp_extension
@@ -24,7 +24,7 @@ SETTINGS = ("FASTSCORE_BUILD", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CXX", "CUD
 
 def python(*arguments, cwd=ROOT, **environment):
     environment = {k: v for k, v in os.environ.items() if k not in SETTINGS} | {k: str(v) for k, v in environment.items()}
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True)
+    return children.run([sys.executable, *arguments], cwd=cwd, env=environment)
 
 
 def build_ext(folder, **environment):

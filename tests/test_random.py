@@ -3,10 +3,10 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_words_equal_the_reference(backend, offset, seed):
 def test_words_equal_on_every_instruction_set(isa):
     program = "import torch, fastscore.random as r; w = r.words(5000, seed=11, step=3, stream=2, offset=2**34 - 77, backend='cpp'); "
     program += "print(torch.ops.fastscore.isa(0), hash(tuple(w.tolist())))"
-    out = subprocess.run([sys.executable, "-c", program], env={**os.environ, "FASTSCORE_ISA": isa}, capture_output=True, text=True)
+    out = children.run([sys.executable, "-c", program], env={**os.environ, "FASTSCORE_ISA": isa})
     expected = random.words(5000, seed=11, step=3, stream=2, offset=2**34 - 77, backend="reference")
     assert out.stdout.split()[1] == str(hash(tuple(expected.tolist()))), out.stderr
 
@@ -123,8 +123,8 @@ def test_radius_and_uniform_of_every_word(isa, stride, tmp_path):
         pytest.skip(str(error))
     flags = [*native.COMMON, *native.ISA_FLAGS[isa], "-std=c++20", f"-I{ROOT / 'csrc'}"]
     program = tmp_path / "normal_error"
-    subprocess.run([*compiler, *flags, ROOT / "tests/normal_error.cpp", "-o", program], check=True)
-    found = json.loads(subprocess.run([program, str(stride)], capture_output=True, check=True).stdout)
+    children.run([*compiler, *flags, ROOT / "tests/normal_error.cpp", "-o", program], check=True)
+    found = json.loads(children.run([program, stride], check=True).stdout)
     print(f"{isa}: {found}")
     assert found["words"] == (2**32 - 1) // stride + 1
     assert found["radius_error"] <= 1e-6 and found["least"] > 0 and found["most"] > 6.66
@@ -140,8 +140,8 @@ def test_radius_and_words_of_a_gpu_within_the_bounds_of_its_hardware(sign, tmp_p
         pytest.skip(str(error))
     program = tmp_path / "gpu_normal_error"
     flags = [*native.COMMON, *native.ISA_FLAGS["baseline"], "-std=c++20", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([*compiler, *flags, ROOT / "tests/gpu_normal_error.cpp", "-o", program], check=True)
-    found = json.loads(subprocess.run([program, "4369", str(sign)], capture_output=True, check=True).stdout)   # divides 2^32 - 1
+    children.run([*compiler, *flags, ROOT / "tests/gpu_normal_error.cpp", "-o", program], check=True)
+    found = json.loads(children.run([program, "4369", sign], check=True).stdout)   # divides 2^32 - 1
     assert found["near"] <= 1e-6 and found["far"] <= (1.2e-6 if sign else 1e-6) and found["least"] > 0 and found["wrong"] == 0
 
 
@@ -210,5 +210,5 @@ def test_import_is_light():
     # torch's own compiler front end may import triton; fastscore adds neither its kernels, nor the extension, nor the extras.
     program = "import sys, torch, fastscore; assert not hasattr(torch.ops.fastscore, 'fill'); "
     program += "assert not {'fastscore.kernels', 'tyro', 'sklearn', 'matplotlib'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True)
+    children.run([sys.executable, "-c", program], check=True)
     assert fastscore.__version__
