@@ -1,7 +1,9 @@
 """Second-order forward propagation: a value with its first and second derivatives along M directions, carried through any function."""
 
 import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
+from fastscore.dual.compiled import undisturbed
 from fastscore.dual.jet_rules import RULES, VALUES, bent, is_jet
 from fastscore.dual.numbers import _LIKE, _METADATA, Dual, NoRule, _copy, _in_place, _on_values, _place, _write
 
@@ -67,11 +69,14 @@ class Jet(Dual):
         return (*self.stack.split([1, M]), None) if self.straight else self.stack.split([1, M, M])
 
     @classmethod
+    @torch.compiler.disable(recursive=False)
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if get_eval_frame_callback() is not None:   # a checkpoint in f calls a compiled part again during the backward pass
+            return undisturbed(cls.__torch_function__, func, types, args, kwargs)
         if func == torch.Tensor.requires_grad.__get__:
             return True
         name = getattr(func, "__name__", str(func))

@@ -5,9 +5,11 @@ import threading
 import weakref
 
 import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fastscore.dual.compiled import as_written, undisturbed
 from fastscore.dual.norms import FACTORISED, NATIVE_NORMS, REFUSED, Refuse, RightNorms
 from fastscore.dual.rules import RULES, NoDual, aligned, separated
 from fastscore.ops import checks
@@ -36,8 +38,9 @@ def jvp(f, x, v):
     Raises:
         ValueError: v does not fit x. TypeError: x is no float tensor, or f returns something else than a tensor.
 
-    Under torch.compile it runs eagerly (a graph break). A block under torch.no_grad() inside f and .detach() count as constants; where
-    the caller is under no_grad himself, such a block cannot be told from the rest, and is carried like it.
+    Under torch.compile it runs eagerly (a graph break), and compiled functions and modules inside f run as they were written.
+    A block under torch.no_grad() inside f and .detach() count as constants; where the caller is under no_grad himself, such a
+    block cannot be told from the rest, and is carried like it.
 
     >>> jvp(torch.sin, torch.zeros(1, 2), torch.ones(3, 1, 2))[1].shape
     torch.Size([3, 1, 2])
@@ -60,6 +63,7 @@ def _jvp(f, x, v):
 
 
 @torch.compiler.disable(reason="fastscore.jvp runs eagerly")
+@as_written
 def stack(f, x, v):
     """f(x) and J v_m for v (M, *x.shape), side by side: (1 + M, *f(x).shape)."""
     if torch._C._functorch.maybe_current_level() is not None:   # inside a transform: torch's own forward mode nests with it
@@ -246,11 +250,14 @@ class Dual(torch.Tensor):
         return type(self)(stack)
 
     @classmethod
+    @torch.compiler.disable(recursive=False)
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if get_eval_frame_callback() is not None:   # a checkpoint in f calls a compiled part again during the backward pass
+            return undisturbed(cls.__torch_function__, func, types, args, kwargs)
         if func == torch.Tensor.data.__get__:
             func = torch.Tensor.detach   # whose writes are seen
         if func in _VALUES:

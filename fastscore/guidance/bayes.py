@@ -3,6 +3,7 @@
 import torch
 from torch.autograd import forward_ad
 
+from fastscore.dual.compiled import as_written
 from fastscore.losses.projections import check_score
 from fastscore.ops import checks
 
@@ -70,14 +71,24 @@ def gradient(op, f, x):
         return torch.func.grad(lambda x: _summed(*f(x)), has_aux=True)(x)
     wanted = torch.is_grad_enabled()
     leaf = x if wanted and x.requires_grad else x.view_as(x).requires_grad_()   # a view, for detach() would drop a forward-mode tangent
+    # Forward mode over reverse mode needs the formulas that a graph is made of: fused ones carry no tangent.
+    create_graph = wanted or forward_ad.unpack_dual(leaf).tangent is not None
+    g, rest = (_uncompiled if create_graph else _gradient)(op, f, leaf, create_graph)
+    return (g, rest) if wanted else (released(g), released(rest))
+
+
+def _gradient(op, f, leaf, create_graph):
     with torch.enable_grad():
         values, rest = f(leaf)
         if not values.requires_grad:
             raise ValueError(f"{op}: log_likelihood must depend on x through differentiable operations.")
-        # Forward mode over reverse mode needs the formulas that a graph is made of: fused ones carry no tangent.
-        create_graph = wanted or forward_ad.unpack_dual(leaf).tangent is not None
         g = torch.autograd.grad(values.sum(), leaf, create_graph=create_graph, materialize_grads=True)[0]
-    return (g, rest) if wanted else (released(g), released(rest))
+
+    return g, rest
+
+
+# A compiled graph has one backward pass.
+_uncompiled = torch.compiler.disable(as_written(_gradient), reason="a gradient that is differentiated again runs eagerly")
 
 
 def released(t):

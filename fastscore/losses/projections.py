@@ -83,10 +83,17 @@ def check_score(op, s, x, name="score(x)"):
 
 def derivatives(op, score, x, v, arguments=()):
     """s(x) and J v (M, B, *): an energy brings its own rule, everything else goes through dual numbers."""
+    score = _as_energy(score)
     if isinstance(score, EnergyScore):
         return score.jvp(x, v, *arguments)
 
     return dual.jvp(_checked_score(op, score, x, arguments), x, v)
+
+
+def _as_energy(score):
+    """What torch.compile made of an energy's score, as that score, whose own rules run eagerly anyway."""
+    written = getattr(score, "_orig_mod", None) if isinstance(score, torch.nn.Module) else None
+    return written if isinstance(written, EnergyScore) else score
 
 
 def _checked_score(op, score, x, arguments):
@@ -110,6 +117,7 @@ def _cut_off(s, x):
 
 def sliced_estimate(op, score, x, projections, variance_reduced, distribution, v=None, mask=None, arguments=(), **key):
     """(B,): the sliced loss; signs are drawn twice instead of kept."""
+    score = _as_energy(score)
     if distribution == "rademacher" and v is None and mask is None and not isinstance(score, EnergyScore):
         check_data(op, x)
         check_projections(op, projections, distribution)
@@ -134,6 +142,7 @@ def signed_mean(op, score, x, projections, variance_reduced, arguments, seed, st
 
 def sliced_mean(op, score, x, v, mask=None, variance_reduced=True, arguments=()):
     """(B,): the mean over M of vᵀJv + ½(vᵀs)², or of vᵀJv, + ½‖s‖²."""
+    score = _as_energy(score)
     if isinstance(score, EnergyScore) and not variance_reduced:
         slope, curvature = score.along(x, v, *arguments)   # vᵀ∇f and vᵀ∇²f v, (M, B)
         return (curvature + 0.5 * slope.square()).mean(0)

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from fastscore.dual.compiled import as_written
 from fastscore.dual.jets import second_order
 from fastscore.dual.norms import RightNorms
 from fastscore.models.score_mlp import Trunk
@@ -91,10 +92,19 @@ class EnergyScore(nn.Module):
         x, wanted = self._leaf(x)
         # Forward mode over reverse mode needs the formulas that a graph is made of: fused ones, as of SiLU, carry no tangent.
         create_graph = wanted or forward_ad.unpack_dual(x).tangent is not None
+        if create_graph:
+            return self._differentiable_gradient(x, arguments)
         with torch.enable_grad():
-            return self._gradient(x, create_graph, arguments)
+            return self._gradient(x, False, arguments)
+
+    @torch.compiler.disable(reason="a score that is differentiated runs eagerly: a compiled graph has one backward pass")
+    @as_written
+    def _differentiable_gradient(self, x, arguments):
+        with torch.enable_grad():
+            return self._gradient(x, True, arguments)
 
     @torch.compiler.disable(reason="products of an energy run eagerly: a compiled graph has one backward pass")
+    @as_written
     def jvp(self, x, v, *arguments):
         """s(x), and ∇²f v_m for v (M, B, *), by one backward pass each."""
         x, wanted = self._leaf(x)
@@ -108,6 +118,7 @@ class EnergyScore(nn.Module):
         return s if wanted else s.detach(), torch.stack(hv)
 
     @torch.compiler.disable(reason="products of an energy run eagerly: a compiled graph has one backward pass")
+    @as_written
     def along(self, x, v, *arguments):
         """vᵀ∇f and vᵀ∇²f v for v (M, B, *): each (M, B), all that the plain sliced loss needs.
 
