@@ -11,6 +11,7 @@ import math
 import torch
 
 from fastscore import backend as _backend
+from fastscore.tensors import check_device, check_tensor
 
 LANGEVIN, PERTURB, PROJECTION, INIT, LEVEL, DEQUANTIZE, CORRECTOR = 1, 2, 3, 4, 5, 6, 7
 WORDS, UNIFORM, NORMAL, RADEMACHER = 0, 1, 2, 3  # what the raw op `fill` writes
@@ -81,6 +82,7 @@ def noise_key(op, seed, step, stream, substream, offset, device):
         seed = torch.randint(0, 2**63 - 1, (), device=device) if torch.compiler.is_compiling() else draw_seed()
     for name, value in (("seed", seed), ("step", step)):
         if isinstance(value, torch.Tensor):
+            check_tensor(op, name, value)
             if value.dtype != torch.int64 or value.numel() != 1 or value.device != device:
                 got = f"{value.dtype} {tuple(value.shape)} on {value.device}"
                 raise ValueError(f"{op}: a {name} tensor must hold one int64 on {device}; got {got}.")
@@ -110,9 +112,7 @@ def _fill(op, kind, shape, seed, step, stream, substream, offset, dtype, device,
     dtype = dtype or torch.get_default_dtype()
     if kind != WORDS and dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(f"{op}: dtype must be float32, float64, bfloat16 or float16; got {dtype}.")
-    device = torch.device(device) if device is not None else torch.empty(0).device
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = check_device(op, device)
     return _filled(kind, shape, noise_key(op, seed, step, stream, substream, offset, device), dtype, device, backend)
 
 

@@ -410,7 +410,7 @@ X = torch.zeros(2, 3)
         (lambda: losses.sliced(torch.sin, X, v=X[:1]), r"v must have the shape of x, \(2, 3\), or \(M, \*\) of it; got \(1, 3\)"),
         (lambda: losses.sliced(torch.sin, X, v=X.double()), "v must be torch.float32"),
         (lambda: losses.sliced(torch.sin, X, v=X.expand(3, 2, 3), projections=2), "v holds 3 directions, but projections is 2"),
-        (lambda: losses.sliced(torch.sin, X, mask=X[0]), r"mask must be a tensor like x, \(2, 3\)"),
+        (lambda: losses.sliced(torch.sin, X, mask=X[0]), r"mask must be like x, \(2, 3\)"),
         (lambda: losses.sliced(torch.sin, X, mask=X + 0.5), "mask must hold 0"),
         (lambda: losses.sliced(lambda x: x.detach() * 1, X), r"sliced: score\(x\) must depend on x through differentiable operations"),
         (lambda: losses.sliced(torch.no_grad()(lambda x: -x), X, variance_reduced=False), "it is cut off from x"),

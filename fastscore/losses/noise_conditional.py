@@ -60,7 +60,7 @@ def noise_conditional(
     if labels is None:
         first = offset // max(1, x[:1].numel())   # a sample's level, like its noise, is the same in any split of the batch
         labels = draw_labels(len(sigmas), x.shape[0], seed=seed, step=step, first_sample=first, device=x.device)
-    elif not _fit(labels, x, len(sigmas)):
+    elif not _fit(op, labels, x, len(sigmas)):
         raise ValueError(f"{op}: labels must be int64 ({x.shape[0]},) in 0..{len(sigmas) - 1}.")
     each = sigmas[labels]
     if method == "denoising":
@@ -75,8 +75,9 @@ def noise_conditional(
     return loss * each.to(checks.compute_dtype(x.dtype)) ** power
 
 
-def _fit(labels, x, levels):
-    if not isinstance(labels, torch.Tensor) or labels.shape != x.shape[:1] or labels.dtype != torch.int64:
+def _fit(op, labels, x, levels):
+    checks.check_tensor(op, "labels", labels)
+    if labels.device.type not in (x.device.type, "cpu") or labels.shape != x.shape[:1] or labels.dtype != torch.int64:
         return False
     # On a GPU the indexing itself refuses them, without waiting.
     return labels.device.type != "cpu" or not bool(((labels < 0) | (labels >= levels)).any())

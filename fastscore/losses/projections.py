@@ -58,6 +58,7 @@ def _given(op, v, x, projections, seed):
         raise ValueError(f"{op}: v must have the shape of x, {tuple(x.shape)}, or (M, *) of it; got {tuple(v.shape)}.")
     if v.dtype != x.dtype or v.device != x.device:
         raise ValueError(f"{op}: v must be {x.dtype} on {x.device} like x; got {v.dtype} on {v.device}.")
+    checks.check_as_real(op, "v", v, x)
     v = v[None] if v.shape == x.shape else v
     if projections not in (1, len(v)):
         raise ValueError(f"{op}: v holds {len(v)} directions, but projections is {projections}.")
@@ -66,9 +67,12 @@ def _given(op, v, x, projections, seed):
 
 def _checked(op, mask, x):
     """The mask in x's dtype."""
-    if not isinstance(mask, torch.Tensor) or mask.shape != x.shape or mask.device != x.device:
-        got = f"{tuple(mask.shape)} on {mask.device}" if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"{op}: mask must be a tensor like x, {tuple(x.shape)} on {x.device}; got {got}.")
+    checks.check_tensor(op, "mask", mask)
+    if mask.shape != x.shape or mask.device != x.device:
+        raise ValueError(f"{op}: mask must be like x, {tuple(x.shape)} on {x.device}; got {tuple(mask.shape)} on {mask.device}.")
+    if mask.dtype not in (torch.bool, torch.uint8, torch.int32, torch.int64, *checks.FLOATS):
+        raise TypeError(f"{op}: mask must be of bool, integer or float numbers; got {mask.dtype}.")
+    checks.check_as_real(op, "mask", mask, x)
     if mask.device.type == "cpu" and checks.readable() and not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(f"{op}: mask must hold 0 (missing) and 1 (observed) only.")
     return mask.to(x.dtype)
@@ -79,6 +83,8 @@ def check_score(op, s, x, name="score(x)"):
     checks.check_float(op, name, s)
     if s.shape != x.shape:
         raise ValueError(f"{op}: {name} must have the shape of x, {tuple(x.shape)}; got {tuple(s.shape)}.")
+    if s.device != x.device:
+        raise ValueError(f"{op}: {name} must be on the device of x, {x.device}; got {s.device}.")
 
 
 def derivatives(op, score, x, v, arguments=()):

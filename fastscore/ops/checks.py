@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from fastscore.tensors import check_as_real, check_tensor, fake
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -13,8 +15,7 @@ def compute_dtype(dtype):
 
 
 def check_float(op, name, x):
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor; got {type(x).__name__}.")
+    check_tensor(op, name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16; got {x.dtype}.")
 
@@ -28,6 +29,7 @@ def check_like(op, name, t, x, of="x"):
         raise TypeError(f"{op}: {name} must have the dtype of {of}, {x.dtype}; got {t.dtype}.")
     if t.device != x.device:
         raise ValueError(f"{op}: {name} must be on the device of {of}, {x.device}; got {t.device}.")
+    check_as_real(op, name, t, x, of)
 
 
 def coefficient(op, name, value, x, *, minimum=-math.inf):
@@ -44,24 +46,39 @@ def coefficient(op, name, value, x, *, minimum=-math.inf):
         if not (abs(value) <= torch.finfo(compute_dtype(x.dtype)).max and value >= minimum):
             raise ValueError(f"{op}: {name} must be finite{bound}; got {value}.")
         return value
-    if not value.is_floating_point():
-        raise TypeError(f"{op}: {name} must be floating point; got {value.dtype}.")
+    check_float(op, name, value)
     batch = x.shape[0] if x.dim() else 1
     if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != batch):
         raise ValueError(f"{op}: {name} must be a number, 0-d or ({batch},); got shape {tuple(value.shape)}.")
-    if value.device != x.device and value.dim() > 0:
+    if value.device != x.device and (value.dim() > 0 or value.device.type == "meta"):
         raise ValueError(f"{op}: {name} must be on the device of x, {x.device}; got {value.device}.")
-    if value.device.type == "cpu" and value.numel() and readable():
+    check_as_real(op, name, value, x)
+    if value.device.type == "cpu" and value.numel() and readable() and not fake(value):
         values = value.detach()
         low, high = (v.item() for v in torch.aminmax(values))   # NaN comes through
         if not (minimum <= low > -math.inf and high < math.inf):
-            raise ValueError(f"{op}: {name} must be finite{bound}; got {values.tolist() if values.numel() < 9 else values}.")
-    return value.to(device=x.device, dtype=compute_dtype(x.dtype))
+            raise ValueError(f"{op}: {name} must be finite{bound}; got {_first_wrong(values, minimum)}.")
+    value = value.to(device=x.device, dtype=compute_dtype(x.dtype))
+    return value.reshape(x.shape) if x.dim() == 0 else value   # one sample without a dimension
+
+
+def _first_wrong(values, minimum):
+    if values.numel() < 9:
+        return values.tolist()
+    wrong = ~(values.isfinite() & (values >= minimum))
+    return f"{values[wrong][0].item():g} at {int(wrong.nonzero()[0])}"
 
 
 def readable():
-    """Whether tensors have values to look at: not while compiling, nor inside a functorch transform."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
+    """Whether tensors have values to look at: not while compiling or tracing, nor inside a functorch transform."""
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return not torch._C._len_torch_dispatch_stack() or not _tracing()
+
+
+def _tracing():
+    kinds = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(kind) is not None for kind in (kinds.FAKE, kinds.PROXY, kinds.FUNCTIONAL))
 
 
 def expand(c, x):

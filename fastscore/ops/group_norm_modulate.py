@@ -69,6 +69,7 @@ def _arguments(op, x, num_groups, weight, bias, scale, shift, eps, activation):
             raise ValueError(f"{op}: {name} must be {shape}; got {tuple(c.shape)}.")
         if c.device != x.device:
             raise ValueError(f"{op}: {name} must be on the device of x, {x.device}; got {c.device}.")
+        checks.check_as_real(op, name, c, x)
     weight, bias, scale, shift = (None if c is None else c.to(dtype) for _, c, _ in given)
     gamma = x.new_ones(C, dtype=dtype) if weight is None else weight
     beta = bias

@@ -104,12 +104,13 @@ def _rows(op, x, labels, weight, eps, activation, bias):
     if weight.dim() != 2 or weight.shape[1] != wanted:
         raise ValueError(f"{op}: weight must be (L, {wanted}) for {x.shape[1]} channels {'with' if bias else 'without'} bias; "
                          f"got {tuple(weight.shape)}.")  # fmt: skip
-    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != x.shape[:1]:
-        got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else type(labels).__name__
-        raise ValueError(f"{op}: labels must be int64 ({x.shape[0]},); got {got}.")
+    checks.check_tensor(op, "labels", labels)
+    if labels.dtype != torch.int64 or labels.shape != x.shape[:1]:
+        raise ValueError(f"{op}: labels must be int64 ({x.shape[0]},); got {labels.dtype} {tuple(labels.shape)}.")
     for name, t in (("labels", labels), ("weight", weight)):
         if t.device != x.device:
             raise ValueError(f"{op}: {name} must be on the device of x, {x.device}; got {t.device}.")
+        checks.check_as_real(op, name, t, x)
     if labels.device.type == "cpu" and labels.numel() and checks.readable():
         low, high = (v.item() for v in torch.aminmax(labels))
         if low < 0 or high >= len(weight):
@@ -124,4 +125,5 @@ def _column(op, name, c, x):
         raise ValueError(f"{op}: {name} must be ({C},) or ({B}, {C}); got {tuple(c.shape)}.")
     if c.device != x.device:
         raise ValueError(f"{op}: {name} must be on the device of x, {x.device}; got {c.device}.")
+    checks.check_as_real(op, name, c, x)
     return c.to(checks.compute_dtype(x.dtype))

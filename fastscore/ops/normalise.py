@@ -392,6 +392,7 @@ def check_tangents(op, t, x):
         raise ValueError(f"{op}: t must be (M, {', '.join(map(str, x.shape))}); got {tuple(t.shape)}.")
     if t.dtype != x.dtype or t.device != x.device:
         raise ValueError(f"{op}: t must be {x.dtype} on {x.device} like x; got {t.dtype} on {t.device}.")
+    checks.check_as_real(op, "t", t, x)
 
 
 def check_form(op, x, groups, alpha, beta, eps, activation):

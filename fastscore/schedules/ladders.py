@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from fastscore.tensors import check_tensor
+
 
 def geometric(sigma_max, sigma_min, n):
     """Build a geometric ladder, largest σ first.
@@ -74,6 +76,8 @@ def _with_ends(ladder, sigma_max, sigma_min):
 
 def check_ladder(op, sigmas, wait=True):
     """A ladder as float32 (L,); raises unless it is 1-d, positive, finite and strictly descending. wait=False: a GPU's values go unread."""
+    if isinstance(sigmas, torch.Tensor):
+        check_tensor(op, "sigmas", sigmas)
     try:
         sigmas = torch.as_tensor(sigmas, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError):

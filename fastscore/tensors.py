@@ -1,0 +1,88 @@
+"""Which tensors every back end can read: those whose elements lie in memory where their strides say."""
+
+import functools
+
+import torch
+from torch.nn.parameter import UninitializedTensorMixin
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Subclasses that stand for a plain tensor: those of torch.compile and torch.export, of collectives under way, and dual numbers.
+_KNOWN = ("torch._subclasses.", "torch.distributed._functional_collectives", "fastscore.")
+
+
+def check_tensor(op: str, name: str, t: torch.Tensor) -> None:
+    """t must be an ordinary tensor, of any dtype.
+
+    Raises:
+        TypeError: t is no tensor, has another layout than torch.strided (nested, sparse, MKL-DNN), or is a subclass with a dispatch of
+            its own.
+    """
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor; got {type(t).__name__}.")
+    kind = type(t)
+    if kind not in _PLAIN and kind.__module__.startswith(_KNOWN):
+        return _check_mode(op, name, t)
+    if t.is_nested:
+        raise TypeError(f"{op}: {name} must be a dense tensor; got a nested one (torch.nested.to_padded_tensor pads it).")
+    if t.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor; got layout {t.layout} (.to_dense() converts it).")
+    if kind not in _PLAIN:
+        _check_subclass(op, name, t)
+
+
+def _check_subclass(op, name, t):
+    kind = type(t)
+    if isinstance(t, UninitializedTensorMixin):
+        raise TypeError(f"{op}: {name} must have a shape; got an {kind.__name__} (run its lazy module once).")
+    if kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+        raise TypeError(f"{op}: {name} must be an ordinary tensor; got a {kind.__name__}, which holds its values elsewhere "
+                        "(hand over the tensor inside it; of a DTensor, to_local() or full_tensor()).")  # fmt: skip
+
+
+def fake(t: torch.Tensor) -> bool:
+    """Whether t is a FakeTensor, which has a shape and no values."""
+    return type(t).__name__ == "FakeTensor"
+
+
+def _check_mode(op, name, t):
+    if fake(t) and not t.fake_mode.allow_non_fake_inputs and not torch.compiler.is_compiling():
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
+            raise TypeError(f"{op}: {name} is a FakeTensor; call {op} inside its FakeTensorMode.")
+
+
+def check_as_real(op: str, name: str, t: torch.Tensor, x: torch.Tensor, of: str = "x") -> None:
+    """t and x must both have values, or both be fakes of torch.compile, torch.export or FakeTensorMode."""
+    if type(t) is not type(x) and fake(t) != fake(x):
+        mode = (t if fake(t) else x).fake_mode
+        if not mode.allow_non_fake_inputs:
+            kinds = ("a FakeTensor", "a tensor with values")
+            is_fake, of_fake = kinds if fake(t) else kinds[::-1]
+            raise TypeError(f"{op}: {name} is {is_fake} and {of} {of_fake}; convert both with FakeTensorMode.from_tensor, or neither.")
+
+
+def check_device(op: str, device: torch.device | str | int | None) -> torch.device:
+    """The device that is named, as a torch.device with tensors on it; the default one for None."""
+    if device is None:
+        return torch.empty(0).device
+    named = device if isinstance(device, torch.device) else _named(op, device)
+    if named.type == "cuda" and named.index is None and torch.cuda.is_available():
+        named = torch.device("cuda", torch.cuda.current_device())
+    if not torch.compiler.is_compiling() and not _usable(named):
+        raise ValueError(f"{op}: device must be one that PyTorch finds here; got {str(named)!r}.")
+    return named
+
+
+def _named(op, device):
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError, ValueError, AssertionError):
+        raise ValueError(f"{op}: device must name a device, such as 'cpu' or 'cuda:0'; got {device!r}.") from None
+
+
+@functools.cache
+def _usable(device):
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        return False
+    return True
