@@ -40,7 +40,9 @@ def coefficient(op, name, value, x, *, minimum=-math.inf):
     bound = "" if minimum == -math.inf else f" and >= {minimum:g}"
     if not isinstance(value, torch.Tensor):
         try:
-            value = float(value)
+            value = float(None if isinstance(value, str | bytes | bool) else value)   # which float() would take, too
+        except OverflowError:   # an int beyond float64
+            raise ValueError(f"{op}: {name} must be finite{bound}; got an int of {value.bit_length()} bits.") from None
         except (TypeError, ValueError):
             raise TypeError(f"{op}: {name} must be a number or a tensor; got {type(value).__name__}.") from None
         if not (abs(value) <= torch.finfo(compute_dtype(x.dtype)).max and value >= minimum):

@@ -87,7 +87,7 @@ def perturb(x, sigma, *, noise=None, seed=None, step=0, offset=0, out=None, back
     """
     checks.check_float("perturb", "x", x)
     b = checks.coefficient("perturb", "sigma", sigma, x, minimum=0)
-    return _door("perturb", x, None, 0.0, b, noise, seed, step, random.PERTURB, offset, out, backend)
+    return _door("perturb", x, None, 0.0, b, noise, seed, step, random.PERTURB, offset, out, backend, direction_name=None)
 
 
 def noisy_update_ref(x, d, a, b, z):
@@ -271,8 +271,8 @@ def noise_dot(s, key, numbers, backend):
 
 
 def _door(op, x, d, a, b, noise, seed, step, stream, offset, out, backend, direction_name="direction"):
-    """x and the coefficients have been checked."""
-    if d is not None:
+    """x and the coefficients have been checked. Without a name for d there is none."""
+    if direction_name is not None:
         checks.check_like(op, direction_name, d, x)
     chosen = _backend.choose(x.device, backend)
     if out is not None:
