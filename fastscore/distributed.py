@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 
 from fastscore import drawing
+from fastscore.ops import checks
 
 PATIENCE = timedelta(days=7)   # of a rank that is done, for the others; where one dies torchrun ends them all
 
@@ -45,12 +46,11 @@ def share(n, rank=None, world_size=None):
     >>> [share(10, rank, 4) for rank in range(4)]
     [(0, 3), (3, 3), (6, 2), (8, 2)]
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-        raise ValueError(f"share: n must be a non-negative int; got {n!r}.")
+    n = checks.integer("share", "n", n, 0)
     if (rank is None) != (world_size is None):
         raise ValueError("share: give rank and world_size together, or neither.")
     rank, world_size = environment() if rank is None else (rank, world_size)
-    _check_rank("share", rank, world_size)
+    rank, world_size = _check_rank("share", rank, world_size)
     each, more = divmod(n, world_size)
     return rank * each + min(rank, more), each + (rank < more)
 
@@ -124,6 +124,7 @@ def one_process(op):
 
 
 def _check_rank(op, rank, world_size):
-    ints = all(isinstance(v, int) and not isinstance(v, bool) for v in (rank, world_size))
+    ints = checks.whole(rank) and checks.whole(world_size)
     if not ints or not 0 <= rank < world_size:
         raise ValueError(f"{op}: 0 <= rank < world_size must hold; got {rank!r} and {world_size!r}.")
+    return checks.plain_int(rank), checks.plain_int(world_size)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fastscore import checkpoint, random, sampling
+from fastscore.ops import checks
 
 NAMES = ("annealed_langevin", "consistent_annealed", "predictor_corrector", "probability_flow")
 STRIP = 64   # states of the path that are kept, at most twice as many
@@ -65,8 +66,7 @@ def arguments(sampler, sigmas, options):
 
 def check_batches(n, batch_size):
     for name, value in (("n", n), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"sample: {name} must be an int of at least 1; got {value!r}.")
+        checks.integer("sample", name, value, 1)
 
 
 def states_per_batch(sigmas, sampler="annealed_langevin", denoise=True):

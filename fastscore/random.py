@@ -11,6 +11,7 @@ import math
 import torch
 
 from fastscore import backend as _backend
+from fastscore.scalars import plain_int, whole
 from fastscore.tensors import check_device, check_tensor
 
 LANGEVIN, PERTURB, PROJECTION, INIT, LEVEL, DEQUANTIZE, CORRECTOR = 1, 2, 3, 4, 5, 6, 7
@@ -72,11 +73,11 @@ def draw_seed() -> int:
 
 def noise_key(op, seed, step, stream, substream, offset, device):
     """Check a noise key; returns (tensor or None, seed, step, stream word, offset) as the raw ops take it."""
-    if not isinstance(stream, int) or not 1 <= stream <= 65535:
+    if not whole(stream) or not 1 <= stream <= 65535:
         raise ValueError(f"{op}: stream must be an int in 1..65535; got {stream!r}.")
-    if not isinstance(substream, int) or not 0 <= substream <= 65535:
+    if not whole(substream) or not 0 <= substream <= 65535:
         raise ValueError(f"{op}: substream must be an int in 0..65535; got {substream!r}.")
-    if isinstance(offset, bool) or not isinstance(offset, int | torch.SymInt) or not 0 <= offset < 2**63:
+    if not whole(offset) or not 0 <= offset < 2**63:
         raise ValueError(f"{op}: offset must be an int in 0..2^63-1; got {offset!r}.")
     if seed is None:
         seed = torch.randint(0, 2**63 - 1, (), device=device) if torch.compiler.is_compiling() else draw_seed()
@@ -86,9 +87,10 @@ def noise_key(op, seed, step, stream, substream, offset, device):
             if value.dtype != torch.int64 or value.numel() != 1 or value.device != device:
                 got = f"{value.dtype} {tuple(value.shape)} on {value.device}"
                 raise ValueError(f"{op}: a {name} tensor must hold one int64 on {device}; got {got}.")
-        elif isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        elif not whole(value):
             raise TypeError(f"{op}: {name} must be an int or an int64 tensor; got {type(value).__name__}.")
-    word = stream | substream << 16
+    seed, step = (v if isinstance(v, torch.Tensor) else plain_int(v) for v in (seed, step))
+    word, offset = plain_int(stream) | plain_int(substream) << 16, plain_int(offset)
     if isinstance(seed, torch.Tensor) or isinstance(step, torch.Tensor) or torch.compiler.is_compiling():
         # In a compiled graph a number would be a constant of the graph, and every new step a recompilation.
         parts = [v if isinstance(v, torch.Tensor) else _signed(v, name) for v, name in ((seed, "seed"), (step, "step"))]
@@ -106,9 +108,10 @@ def _signed(value, name):
 
 
 def _fill(op, kind, shape, seed, step, stream, substream, offset, dtype, device, backend):
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    if any(isinstance(n, bool) or not isinstance(n, int | torch.SymInt) or n < 0 for n in shape):
+    shape = (shape,) if whole(shape) else tuple(shape)
+    if any(not whole(n) or n < 0 for n in shape):
         raise ValueError(f"{op}: shape must be non-negative ints; got {shape}.")
+    shape = tuple(map(plain_int, shape))
     dtype = dtype or torch.get_default_dtype()
     if kind != WORDS and dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise TypeError(f"{op}: dtype must be float32, float64, bfloat16 or float16; got {dtype}.")

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+from fastscore.ops import checks
+
 
 class Step(NamedTuple):
     """What `training_loop` yields after each update: its number, the losses (B,) detached, the averaged model."""
@@ -30,8 +32,8 @@ def training_loop(model, loader, loss, *, steps, optimizer=None, lr=1e-3, ema_de
     """
     if not 0 <= ema_decay < 1:
         raise ValueError(f"training_loop: ema_decay must be in [0, 1); got {ema_decay}.")
-    if not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"training_loop: steps must be a non-negative int; got {steps!r}.")
+    steps = checks.integer("training_loop", "steps", steps, 0)
+    first_step = checks.integer("training_loop", "first_step", first_step, 0)
     optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=lr)
     ema = ema or averaged(model, ema_decay)
     return _loop(model, loader, loss, range(first_step, steps), optimizer, ema, grad_clip)

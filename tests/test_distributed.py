@@ -106,7 +106,7 @@ def test_the_environment_and_shares_are_checked(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     assert distributed.environment() == (0, 1) and distributed.share(7) == (0, 7)
-    with pytest.raises(ValueError, match="share: n must be a non-negative int; got -1"):
+    with pytest.raises(ValueError, match="share: n must be an int of at least 0; got -1"):
         distributed.share(-1)
     with pytest.raises(ValueError, match="share: give rank and world_size together, or neither"):
         distributed.share(3, 1)

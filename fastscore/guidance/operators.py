@@ -47,8 +47,7 @@ class Downsample(_OrthogonalRows):
     """
 
     def __init__(self, factor):
-        if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
-            raise ValueError(f"Downsample: factor must be an int of at least 1; got {factor!r}.")
+        factor = checks.integer("Downsample", "factor", factor, 1)
         self.factor, self.gram = factor, 1 / factor**2
 
     def forward(self, x):

@@ -58,9 +58,9 @@ class AnnealedLangevinScheduler:
         op = type(self).__name__
         if (sigmas is None) == (sigma_max is None) or (sigma_max is None) != (sigma_min is None):
             raise ValueError(f"{op}: give either sigmas, or sigma_max and sigma_min.")
-        for name, value, least in (("steps_per_level", steps_per_level, 1), ("first_sample", first_sample, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{op}: {name} must be an int of at least {least}; got {value!r}.")
+        steps_per_level = checks.integer(op, "steps_per_level", steps_per_level, 1)
+        first_sample = checks.integer(op, "first_sample", first_sample, 0)
+        seed = checks.plain_int(seed) if checks.whole(seed) else seed
         self._kind = prediction_kind(op, prediction_type)
         ladder = schedules.check_ladder(op, sigmas) if sigmas is not None else schedules.geometric(sigma_max, sigma_min, 2)
         table = None if alphas_cumprod is None else torch.as_tensor(alphas_cumprod).detach().cpu()
@@ -102,7 +102,7 @@ class AnnealedLangevinScheduler:
 
     def _fit(self, calls):
         c = self.config
-        levels, rest = divmod(calls - c.denoise, c.steps_per_level) if isinstance(calls, int) else (0, 0)
+        levels, rest = divmod(calls - c.denoise, c.steps_per_level) if checks.whole(calls) else (0, 0)
         if rest or levels < 2:
             form = f"{c.steps_per_level} L" + " + 1" * c.denoise
             raise ValueError(f"set_timesteps: num_inference_steps must be {form} with at least 2 levels L; got {calls!r}.")

@@ -33,7 +33,7 @@ def dequantize(x, levels=256, *, seed=None, step=0, first_sample=0):
     op = "dequantize"
     checks.check_float(op, "x", x)
     _check_levels(op, levels)
-    if isinstance(first_sample, bool) or not isinstance(first_sample, int) or first_sample < 0 or not x.dim():
+    if not checks.whole(first_sample) or first_sample < 0 or not x.dim():
         raise ValueError(f"{op}: x must be (B, *) and first_sample a non-negative int; got {tuple(x.shape)} and {first_sample!r}.")
     scaled = x.to(checks.compute_dtype(x.dtype)) * (levels - 1)
     k = scaled.round()
@@ -70,8 +70,7 @@ def bits_per_dim(log_density, dim, *, levels=256, width=1.0):
     """
     op = "bits_per_dim"
     checks.check_float(op, "log_density", log_density)
-    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-        raise ValueError(f"{op}: dim must be an int of at least 1; got {dim!r}.")
+    dim = checks.integer(op, "dim", dim, 1)
     if not 0 < width < math.inf:
         raise ValueError(f"{op}: width must be positive and finite; got {width!r}.")
     if levels is None:
@@ -81,5 +80,4 @@ def bits_per_dim(log_density, dim, *, levels=256, width=1.0):
 
 
 def _check_levels(op, levels):
-    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
-        raise ValueError(f"{op}: levels must be an int of at least 2; got {levels!r}.")
+    checks.integer(op, "levels", levels, 2)

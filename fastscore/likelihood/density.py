@@ -97,9 +97,8 @@ def _trace(score, x, trace, projections, chunk, seed, first_sample):
     if trace not in TRACES:
         raise ValueError(f"{_OP}: trace must be one of {', '.join(TRACES)}; got {trace!r}.")
     check_projections(_OP, projections, "rademacher")
-    for name, value, least in (("chunk", chunk, 1), ("first_sample", first_sample, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{_OP}: {name} must be an int of at least {least}; got {value!r}.")
+    chunk = checks.integer(_OP, "chunk", chunk, 1)
+    first_sample = checks.integer(_OP, "first_sample", first_sample, 0)
     if trace == "exact":
         if projections != 1:
             raise ValueError(f"{_OP}: projections belong to trace='rademacher'; got {projections} with the exact trace.")
@@ -135,7 +134,7 @@ def _method(method, steps):
 
 def _grid(steps, low, high):
     """Ascending σ, as floats; the ends are those of the ladder itself, so that a network of fixed levels knows them."""
-    if isinstance(steps, int) and not isinstance(steps, bool):
+    if checks.whole(steps):
         if steps < 1:
             raise ValueError(f"{_OP}: steps must be at least 1; got {steps}.")
         return [low * (high / low) ** (k / steps) for k in range(steps)] + [high]
@@ -147,7 +146,7 @@ def _grid(steps, low, high):
 
 def _check_tolerances(atol, rtol):
     for name, value in (("atol", atol), ("rtol", rtol)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if not checks.real(value) or not 0 < value < math.inf:
             raise ValueError(f"{_OP}: {name} must be a positive number; got {value!r}.")
 
 

@@ -39,9 +39,8 @@ def log_ratio(score, x0, x1, *, sigma=None, nodes=16, chunk=16, return_error=Fal
     """
     check_data(_OP, x0)
     checks.check_like(_OP, "x1", x1, x0, of="x0")
-    for name, value, least in (("nodes", nodes, 2 if return_error else 1), ("chunk", chunk, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{_OP}: {name} must be an int of at least {least}; got {value!r}.")
+    nodes = checks.integer(_OP, "nodes", nodes, 2 if return_error else 1)
+    chunk = checks.integer(_OP, "chunk", chunk, 1)
     arguments = () if sigma is None else (_each(sigma, x0),)
     value = _quadrature(score, x0, x1, arguments, nodes, chunk)
     if not return_error:

@@ -34,9 +34,7 @@ def exact(score, x, *, target=None, chunk=16):
     check_data("exact", x)
     if target is not None:
         return _explicit(score, x, target)
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"exact: chunk must be an int of at least 1; got {chunk!r}.")
-    return implicit(score, x, chunk)
+    return implicit(score, x, checks.integer("exact", "chunk", chunk, 1))
 
 
 def _explicit(score, x, target):

@@ -33,8 +33,7 @@ def check_data(op, x):
 
 
 def check_projections(op, projections, distribution):
-    if isinstance(projections, bool) or not isinstance(projections, int) or not 1 <= projections <= 65536:
-        raise ValueError(f"{op}: projections must be an int in 1..65536; got {projections!r}.")
+    checks.integer(op, "projections", projections, 1, 65536)
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"{op}: distribution must be one of {', '.join(DISTRIBUTIONS)}; got {distribution!r}.")
 

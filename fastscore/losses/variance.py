@@ -7,6 +7,7 @@ import torch
 
 from fastscore import random
 from fastscore.losses.projections import DISTRIBUTIONS, check_score, derivatives, directions, reduce
+from fastscore.ops import checks
 
 
 class Estimator(NamedTuple):
@@ -60,11 +61,11 @@ def variance_report(score, x, *, projections=(1, 2, 4, 8), draws=64, seed=None):
         ValueError: fewer than two samples or draws, or a projection number below 1.
     """
     op = "variance_report"
-    if not isinstance(draws, int) or not 2 <= draws <= 65536:
-        raise ValueError(f"{op}: draws must be an int in 2..65536; got {draws!r}.")
+    draws = checks.integer(op, "draws", draws, 2, 65536)
     projections = tuple(projections)
-    if not projections or any(not isinstance(m, int) or m < 1 for m in projections):
+    if not projections or any(not checks.whole(m) or m < 1 for m in projections):
         raise ValueError(f"{op}: projections must be ints of at least 1; got {projections}.")
+    projections = tuple(map(checks.plain_int, projections))
     if not isinstance(x, torch.Tensor) or x.dim() == 0 or len(x) < 2:
         raise ValueError(f"{op}: x must hold at least 2 samples.")
     seed, rows = random.draw_seed() if seed is None else seed, []

@@ -42,7 +42,8 @@ class NCSN(RefineNet):
     def __init__(self, channels=3, ngf=128, sigmas=None, image_size=32):
         sigmas = geometric(*self.published) if sigmas is None else ladder("NCSN", sigmas)
         super().__init__(channels, ngf, STAGES, REFINES, levels=len(sigmas))
-        self.sample_shape = (channels, image_size, image_size)
+        image_size = checks.integer("NCSN", "image_size", image_size, 1)
+        self.sample_shape = (self.channels, image_size, image_size)
         self.register_buffer("sigmas", sigmas, persistent=False)
 
     def forward(self, x, sigma):

@@ -47,7 +47,8 @@ class NCSNv2(RefineNet):
     def __init__(self, channels=3, ngf=128, sigmas=None, image_size=32, scale_by_sigma=True):
         sigmas = geometric(*self.published) if sigmas is None else ladder(type(self).__name__, sigmas)
         super().__init__(channels, ngf, self._stages, self._refines)
-        self.sample_shape, self.scale_by_sigma = (channels, image_size, image_size), scale_by_sigma
+        image_size = checks.integer(type(self).__name__, "image_size", image_size, 1)
+        self.sample_shape, self.scale_by_sigma = (self.channels, image_size, image_size), scale_by_sigma
         self.register_buffer("sigmas", sigmas, persistent=scale_by_sigma)
 
     def forward(self, x, sigma=None):

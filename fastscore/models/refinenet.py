@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastscore.nn import ConditionalInstanceNorm2dPlus, InstanceNorm2dPlus
+from fastscore.ops import checks
 
 
 class RefineNet(nn.Module):
@@ -26,6 +27,8 @@ class RefineNet(nn.Module):
 
     def __init__(self, channels, ngf, stages, refines, levels=None):
         super().__init__()
+        channels = checks.integer(type(self).__name__, "channels", channels, 1)
+        ngf = checks.integer(type(self).__name__, "ngf", ngf, 1)
         self.channels = channels
         self.stages, self.refines = [name for name, *_ in stages], [name for name, _ in refines]
         self.side = 2 ** sum(dilation == 1 for _, _, dilation in stages[1:])  # both sides are multiples of it
@@ -158,12 +161,13 @@ class ChainedPooling(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(features, features, 3, padding=1, bias=False) for _ in range(2))
         self.norms = nn.ModuleList(nn.Identity() if levels is None else norm(features, levels) for _ in range(2))
-        self.pool = F.max_pool2d if levels is None else F.avg_pool2d  # the mean counts the padding
+        self.unconditional = levels is None
 
     def forward(self, x, *labels):
+        pool = F.max_pool2d if self.unconditional else F.avg_pool2d  # the mean counts the padding
         x = path = F.elu(x)
         for conv, norm in zip(self.convs, self.norms):
-            path = conv(self.pool(norm(path, *labels), 5, stride=1, padding=2))
+            path = conv(pool(norm(path, *labels), 5, stride=1, padding=2))
             x = x + path
         return x
 

@@ -20,9 +20,9 @@ class Trunk(nn.Module):
         super().__init__()
         if activation not in _ACTIVATIONS:
             raise ValueError(f"{self._name}: activation must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}.")
-        for name, value, least in (("dim", dim, 1), ("width", width, 1), ("depth", depth, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{self._name}: {name} must be an int of at least {least}; got {value!r}.")
+        dim = checks.integer(self._name, "dim", dim, 1)
+        width = checks.integer(self._name, "width", width, 1)
+        depth = checks.integer(self._name, "depth", depth, 0)
         self.dim, self.activation = dim, _ACTIVATIONS[activation]
         self.log_range = None if sigmas is None else _log_range(self._name, sigmas)
         self.sigma_range = None if sigmas is None else (float(torch.as_tensor(sigmas).min()), float(torch.as_tensor(sigmas).max()))

@@ -4,6 +4,10 @@ import math
 
 import torch
 
+from fastscore.scalars import integer as integer
+from fastscore.scalars import plain_int as plain_int
+from fastscore.scalars import real as real
+from fastscore.scalars import whole as whole
 from fastscore.tensors import check_as_real, check_tensor, fake
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

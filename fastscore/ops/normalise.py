@@ -398,6 +398,6 @@ def check_tangents(op, t, x):
 def check_form(op, x, groups, alpha, beta, eps, activation):
     if not isinstance(activation, str | None) or activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of None, {', '.join(repr(a) for a in ACTIVATIONS if a)}; got {activation!r}.")
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < float("inf"):
+    if not checks.real(eps) or not 0 < eps < float("inf"):
         raise ValueError(f"{op}: eps must be positive and finite; got {eps}.")
     return Form(groups, alpha, beta, float(eps), activation)

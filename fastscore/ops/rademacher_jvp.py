@@ -44,7 +44,7 @@ def rademacher_jvp(f, x, *, projections=1, v=None, seed=None, step=0, offset=0, 
         v = _directions(op, v, x)
         y, js = _products(op, f, x, v)
         return y, project_ref(None, js, v)[0]
-    if isinstance(projections, bool) or not isinstance(projections, int) or not 1 <= projections <= 65536:
+    if not checks.whole(projections) or not 1 <= projections <= 65536:
         raise ValueError(f"{op}: projections must be an int in 1..65536; got {projections!r}.")
     chosen = _backend.choose(x.device, backend, cuda=False)   # a GPU runs the Triton kernels
     key, *numbers = random.noise_key(op, seed, step, random.PROJECTION, 0, offset, x.device)

@@ -37,7 +37,7 @@ def consistent_annealed(
     op = "consistent_annealed"
     run = begin(op, score, x, temperature=temperature, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample)
     sigmas = check_ladder(op, sigmas).tolist()
-    check_count(op, "start", start, len(sigmas))
+    start = check_count(op, "start", start, len(sigmas))
     return _consistent(run, x, sigmas, _eta(op, sigmas, step_size, step_lr, x), denoise, start)
 
 

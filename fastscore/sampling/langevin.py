@@ -31,8 +31,8 @@ def langevin(
     """
     op = "langevin"
     run = begin(op, score, x, temperature=temperature, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample)
-    check_count(op, "steps", steps)
-    check_count(op, "start", start, steps)
+    steps = check_count(op, "steps", steps)
+    start = check_count(op, "start", start, steps)
     each = None if sigma is None else spread(number(op, "sigma", sigma), x)
     return _langevin(run, x, start, steps, epsilon(op, step_size, step_lr, x), sigma or 0.0, each)
 
@@ -76,9 +76,9 @@ def annealed_langevin(
     """
     op = "annealed_langevin"
     run = begin(op, score, x, temperature=temperature, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample)
-    check_count(op, "steps_per_level", steps_per_level)
+    steps_per_level = check_count(op, "steps_per_level", steps_per_level)
     sigmas = check_ladder(op, sigmas).tolist()
-    check_count(op, "start", start, len(sigmas) * steps_per_level + bool(denoise))
+    start = check_count(op, "start", start, len(sigmas) * steps_per_level + bool(denoise))
     return _annealed(run, x, sigmas, steps_per_level, epsilon(op, step_size, step_lr, x), denoise, every_step, start)
 
 

@@ -38,8 +38,8 @@ def mala(
     run = begin(op, f, x, temperature=temperature, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample)
     if run.root_temperature == 0:
         raise ValueError(f"{op}: temperature must be positive; got {temperature}.")
-    check_count(op, "steps", steps)
-    check_count(op, "start", start, steps)
+    steps = check_count(op, "steps", steps)
+    start = check_count(op, "start", start, steps)
     return _mala(run, x, start, steps, epsilon(op, step_size, None, x))
 
 

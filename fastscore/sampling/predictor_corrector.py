@@ -51,10 +51,10 @@ def predictor_corrector(
     run = begin(op, score, x, temperature=temperature, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample)
     for name, value, known in (("predictor", predictor, PREDICTORS), ("corrector", corrector, CORRECTORS), ("norms", norms, NORMS)):
         choice(op, name, value, known)
-    check_count(op, "corrector_steps", corrector_steps)
+    corrector_steps = check_count(op, "corrector_steps", corrector_steps)
     sigmas = check_ladder(op, sigmas).tolist()
     plan = _plan(len(sigmas), predictor, 0 if corrector == "none" else corrector_steps, denoise)
-    check_count(op, "start", start, len(plan))
+    start = check_count(op, "start", start, len(plan))
     return _run(run, x, sigmas, plan, predictor, corrector, number(op, "snr", snr), norms, every_step, start)
 
 

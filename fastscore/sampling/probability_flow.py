@@ -44,7 +44,7 @@ def probability_flow(
     if method == "adaptive" and importlib.util.find_spec("torchdiffeq") is None:
         raise ValueError(f"{op}: method adaptive needs torchdiffeq: pip install 'fastscore[ode]'.")
     sigmas = check_ladder(op, sigmas).tolist()
-    check_count(op, "start", start, len(sigmas) - 1 + bool(denoise))
+    start = check_count(op, "start", start, len(sigmas) - 1 + bool(denoise))
     solve = {"heun": _heun, "euler": _euler, "adaptive": _adaptive(number(op, "rtol", rtol), number(op, "atol", atol))}[method]
     return _flow(run, x, sigmas, solve, denoise, start)
 

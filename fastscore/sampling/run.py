@@ -53,7 +53,7 @@ def _begun(score, sampler, x, shape, initial_law, seed, first_sample, dtype, dev
     choice("sample", "sampler", sampler, SAMPLERS)
     if (x is None) == (shape is None):
         raise ValueError("sample: give either x or shape.")
-    check_count("sample", "first_sample", first_sample)
+    first_sample = check_count("sample", "first_sample", first_sample)
     seed = random.draw_seed() if seed is None else seed
     if x is None:
         ladder = options.get("sigmas")

@@ -95,7 +95,7 @@ def begin(op, score, x, *, temperature, project, diagnostics, seed, first_sample
     checks.check_float(op, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must be (B, *); got shape ().")
-    check_count(op, "first_sample", first_sample)
+    first_sample = check_count(op, "first_sample", first_sample)
     temperature = number(op, "temperature", temperature)
     seed = random.draw_seed() if seed is None else seed
     size = math.prod(x.shape[1:])
@@ -109,15 +109,17 @@ def norm(t):
 
 
 def check_count(op, name, value, maximum=None):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    """The value as an int, checked."""
+    if not checks.whole(value) or value < 0:
         raise ValueError(f"{op}: {name} must be a non-negative int; got {value!r}.")
     if maximum is not None and value > maximum:
         raise ValueError(f"{op}: {name} must be at most {maximum}, the updates of the whole run; got {value}.")
+    return checks.plain_int(value)
 
 
 def number(op, name, value):
     """A finite float >= 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    if not checks.real(value) or not 0 <= value < math.inf:
         raise ValueError(f"{op}: {name} must be a finite number >= 0; got {value!r}.")
     return float(value)
 

@@ -79,8 +79,7 @@ def distance_bounds(data, *, samples=1024, seed=None, chunk=None):
     4.0
     """
     op = "distance_bounds"
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
-        raise ValueError(f"{op}: samples must be an int of at least 2; got {samples!r}.")
+    samples = checks.integer(op, "samples", samples, 2)
     x, centre, chunk = _prepare(op, data, chunk)
     radii = _distances_to(x, centre, chunk)
     r1, r2 = radii.topk(2).values.tolist()
@@ -99,8 +98,8 @@ def _prepare(op, data, chunk):
     checks.check_float(op, "data", data)
     if data.dim() < 1 or len(data) < 2 or data[0].numel() == 0:
         raise ValueError(f"{op}: data must hold at least 2 samples, (n, *); got shape {tuple(data.shape)}.")
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise ValueError(f"{op}: chunk must be a positive int; got {chunk!r}.")
+    if chunk is not None:
+        chunk = checks.integer(op, "chunk", chunk, 1)
     x = data.detach().flatten(1) if data.dim() > 1 else data.detach()[:, None]
     chunk = chunk or max(64, min(1024, 2**24 // x.shape[1]))
     centre = sum(x[i : i + chunk].double().sum(0) for i in range(0, len(x), chunk)) / len(x)

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from fastscore.ops import checks
 from fastscore.tensors import check_tensor
 
 
@@ -64,8 +65,7 @@ def linear(sigma_max, sigma_min, n):
 def check_ends(op, sigma_max, sigma_min, n):
     if not (math.isfinite(sigma_max) and 0 < sigma_min < sigma_max) and not (n == 1 and sigma_min == sigma_max > 0):
         raise ValueError(f"{op}: sigma_max > sigma_min > 0 must hold; got {sigma_max} and {sigma_min}.")
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1 or (n == 1 and sigma_min != sigma_max):
-        raise ValueError(f"{op}: n must be an int of at least 2; got {n!r}.")
+    checks.integer(op, "n", n, 1 if sigma_min == sigma_max else 2)
 
 
 def _with_ends(ladder, sigma_max, sigma_min):

@@ -67,14 +67,14 @@ def recipe(data, budget, *, sigma_max=None, sigma_min=0.01, overlap=0.5, denoise
     """
     checks.check_float("recipe", "data", data)
     least = 2 + bool(denoise)
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < least:
+    if not checks.whole(budget) or budget < least:
         raise ValueError(f"recipe: budget must be an int of at least {least} network calls; got {budget!r}.")
     if sigma_max is None:
         sigma_max = _largest_noise(data, seed)
         if sigma_max <= sigma_min:
             raise ValueError(f"recipe: the data's largest distance, {sigma_max:.4g}, must exceed sigma_min; got {sigma_min}.")
     dim = math.prod(data.shape[1:])
-    steps = budget - bool(denoise)
+    steps = checks.plain_int(budget) - bool(denoise)
     levels = _wanted_levels(dim, sigma_max, sigma_min, overlap)
     per_level = max(1, steps // levels)
     return _plan(dim, geometric(sigma_max, sigma_min, steps // per_level), per_level, denoise)

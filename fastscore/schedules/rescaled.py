@@ -41,8 +41,7 @@ def vp(n, *, beta_min=0.1, beta_max=20.0, t_min=1e-3):
 
     Source: Song et al. 2021, appendix C (arXiv:2011.13456).
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 2:
-        raise ValueError(f"vp: n must be an int of at least 2; got {n!r}.")
+    n = checks.integer("vp", "n", n, 2)
     if not (0 < t_min < 1 and 0 <= beta_min <= beta_max < math.inf and beta_max > 0):
         raise ValueError(
             f"vp: 0 < t_min < 1 and 0 <= beta_min <= beta_max, beta_max > 0, must hold; got t_min {t_min}, betas {beta_min} and {beta_max}."

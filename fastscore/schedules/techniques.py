@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from fastscore.ops import checks
 from fastscore.schedules.ladders import check_ends, check_ladder
 
 
@@ -49,8 +50,7 @@ def number_of_levels(dim, sigma_max, sigma_min, overlap=0.5):
     (219, 232)
     """
     check_ends("number_of_levels", sigma_max, sigma_min, 2)
-    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-        raise ValueError(f"number_of_levels: dim must be a positive int; got {dim!r}.")
+    checks.integer("number_of_levels", "dim", dim, 1)
     most = level_overlap(dim, 1.0)
     if not 0 < overlap < most:
         raise ValueError(f"number_of_levels: overlap must lie strictly between 0 and {most:.4f}; got {overlap}.")
@@ -162,5 +162,4 @@ def variance_ratios(sigmas, steps_per_level, step_size):
 
 
 def _check_steps(op, steps):
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"{op}: steps_per_level must be a positive int; got {steps!r}.")
+    checks.integer(op, "steps_per_level", steps, 1)
