@@ -1,5 +1,8 @@
 """Bayes' rule for scores."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch.autograd import forward_ad
 
@@ -22,7 +25,7 @@ def posterior(score, log_likelihood=None, scale=1.0, *, likelihood_score=None):
         scale: a float or (B,); 1 is Bayes' rule, more than 1 sharpens the likelihood to p(y | x)^scale.
 
     Returns:
-        A function of the arguments of `score`, for any sampler. It works under no_grad, where the result holds no graph; where gradients
+        A function of the arguments of `score`, for any sampler; it can be pickled where its parts can. It works under no_grad, where the result holds no graph; where gradients
         are enabled the result is differentiable.
 
     Raises:
@@ -39,27 +42,39 @@ def posterior(score, log_likelihood=None, scale=1.0, *, likelihood_score=None):
         raise ValueError("posterior: give exactly one of log_likelihood and likelihood_score.")
     check_scale("posterior", scale)
     if likelihood_score is None:
-        likelihood_score = gradient_of(log_likelihood)
+        likelihood_score = _Gradient(log_likelihood)
+    return _Posterior(score, likelihood_score, scale)
 
-    def guided(x, *arguments):
-        g = likelihood_score(x, *arguments)
+
+@dataclass(eq=False)
+class _Posterior:
+    """An object and no closure, which could neither be pickled nor copied."""
+
+    score: Callable
+    likelihood_score: Callable
+    scale: float | torch.Tensor
+
+    def __call__(self, x, *arguments):
+        g = self.likelihood_score(x, *arguments)
         checks.check_like("posterior", "the likelihood's score", g, x)
-        return add("posterior", called("posterior", score, x, arguments), g, scale)
-
-    return guided
+        return add("posterior", called("posterior", self.score, x, arguments), g, self.scale)
 
 
-def gradient_of(log_likelihood):
+@dataclass(eq=False)
+class _Gradient:
     """∇ₓ log p(y | x) as a function of (x, ...)."""
 
-    def value(x, arguments):
-        v = log_likelihood(x, *arguments)
+    log_likelihood: Callable
+
+    def __call__(self, x, *arguments):
+        return gradient("posterior", lambda x: self._value(x, arguments), x)[0]
+
+    def _value(self, x, arguments):
+        v = self.log_likelihood(x, *arguments)
         if not isinstance(v, torch.Tensor) or v.shape != x.shape[:1]:
             got = tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__
             raise ValueError(f"posterior: log_likelihood must return one value per sample, ({len(x)},); got {got}.")
         return v, v
-
-    return lambda x, *arguments: gradient("posterior", lambda x: value(x, arguments), x)[0]
 
 
 def gradient(op, f, x):

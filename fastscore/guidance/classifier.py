@@ -1,6 +1,11 @@
 """The likelihood of a class label, from a noise-conditional classifier."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
+
+from fastscore.scalars import plain_int, whole
 
 
 def classifier(net, labels):
@@ -23,23 +28,28 @@ def classifier(net, labels):
     tensor([0.2500, 0.2500])
     """
     try:
-        labels = torch.as_tensor(labels)
+        labels = torch.as_tensor(plain_int(labels) if whole(labels) else labels)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"classifier: labels must be a class number, or int64 (B,); got {labels!r}.") from None
     if labels.dtype not in (torch.int64, torch.int32) or labels.dim() > 1 or bool((labels < 0).any()):
         raise ValueError(f"classifier: labels must be a class number, or int64 (B,), not negative; got {labels.tolist()}.")
-    highest = int(labels.max()) if labels.numel() else 0
+    return _LogLikelihood(net, labels, highest=int(labels.max()) if labels.numel() else 0)
 
-    def log_likelihood(x, *arguments):
-        logits = net(x, *arguments)
+
+@dataclass(eq=False)
+class _LogLikelihood:
+    net: Callable
+    labels: torch.Tensor
+    highest: int
+
+    def __call__(self, x, *arguments):
+        logits, labels = self.net(x, *arguments), self.labels
         if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != len(x):
             got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
             raise ValueError(f"classifier: net(x, sigma) must return logits ({len(x)}, K); got {got}.")
-        if highest >= logits.shape[1]:
-            raise ValueError(f"classifier: labels must be in 0..{logits.shape[1] - 1}; got {highest}.")
+        if self.highest >= logits.shape[1]:
+            raise ValueError(f"classifier: labels must be in 0..{logits.shape[1] - 1}; got {self.highest}.")
         if labels.dim() and len(labels) != len(x):
             raise ValueError(f"classifier: labels must be one for each of the {len(x)} samples; got {len(labels)}.")
         index = labels.to(logits.device, torch.int64).expand(len(x))[:, None]
         return logits.log_softmax(1).gather(1, index)[:, 0]
-
-    return log_likelihood

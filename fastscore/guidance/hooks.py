@@ -1,11 +1,12 @@
 """Hooks for samplers, project(x, sigma, step) -> x: what is known is put back before every network call and after the last update."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from fastscore import random
-from fastscore.guidance.linear import check_operator, range_of, solve
+from fastscore.guidance.linear import LinearOperator, check_operator, range_of, solve
 from fastscore.guidance.operators import check_mask, fitted_mask
 from fastscore.ops import checks
 
@@ -38,23 +39,39 @@ def inpainting(observation, mask, *, noise=0.0, redraw="level", seed=0, first_sa
     checks.check_float(op, "the observation", observation)
     mask, noise = check_mask(op, mask), check_noise(op, noise)
     seed = random.draw_seed() if seed is None else seed   # one for all calls
+    first_sample = checks.integer(op, "first_sample", first_sample, 0)
     if redraw not in ("level", "step"):
         raise ValueError(f"{op}: redraw must be level or step; got {redraw!r}.")
     if not bool(observation.isfinite()[fitted_mask(op, mask, observation[None]).expand_as(observation)].all()):
         raise ValueError(f"{op}: the known part of the observation must be finite.")
 
-    def project(x, sigma, step):
-        y, known = fitted_observation(op, observation, x), fitted_mask(op, mask, x)
-        if sigma < noise:
+    return _Inpainting(observation, mask, noise, redraw, seed, first_sample)
+
+
+@dataclass(eq=False)
+class _Inpainting:
+    observation: torch.Tensor
+    mask: torch.Tensor
+    noise: float
+    redraw: str
+    seed: int | torch.Tensor
+    first_sample: int
+
+    def __call__(self, x, sigma, step):
+        y = fitted_observation("inpainting", self.observation, x)
+        known = fitted_mask("inpainting", self.mask, x)
+        if sigma < self.noise:
             return x
-        added = math.sqrt(sigma**2 - noise**2)
+        added = math.sqrt(sigma**2 - self.noise**2)
         if added:
-            key = {"step": step, "substream": _STEP} if redraw == "step" else {"step": level_key(sigma), "substream": _LEVEL}
-            offset = first_sample * math.prod(x.shape[1:])
-            y = y + added * random.normal(x.shape, seed=seed, stream=random.PERTURB, offset=offset, dtype=x.dtype, device=x.device, **key)
+            y = y + added * self._draw(x, sigma, step)
         return torch.where(known, y, x)
 
-    return project
+    def _draw(self, x, sigma, step):
+        each_step = self.redraw == "step"
+        key = {"step": step, "substream": _STEP} if each_step else {"step": level_key(sigma), "substream": _LEVEL}
+        key |= {"seed": self.seed, "stream": random.PERTURB, "offset": self.first_sample * math.prod(x.shape[1:])}
+        return random.normal(x.shape, dtype=x.dtype, device=x.device, **key)
 
 
 def data_consistency(operator, observation):
@@ -72,25 +89,36 @@ def data_consistency(operator, observation):
     """
     check_operator("data_consistency", operator)
 
-    def project(x, sigma, step):
+    return _DataConsistency(operator, observation)
+
+
+@dataclass(eq=False)
+class _DataConsistency:
+    operator: LinearOperator
+    observation: torch.Tensor
+
+    def __call__(self, x, sigma, step):
         if sigma > 0:
             return x
-        ax = operator.forward(x)
-        r = range_of(operator, fitted_observation("data_consistency", observation, ax, "A x")) - ax
-        return x + operator.adjoint(solve(operator, r, *(r.new_full((1,) * r.dim(), value) for value in (0.0, 1.0))))
-
-    return project
+        ax = self.operator.forward(x)
+        r = range_of(self.operator, fitted_observation("data_consistency", self.observation, ax, "A x")) - ax
+        zero, one = (r.new_full((1,) * r.dim(), value) for value in (0.0, 1.0))
+        return x + self.operator.adjoint(solve(self.operator, r, zero, one))
 
 
 def chain(*hooks):
     """One hook that applies several, in this order."""
+    return _Chain(hooks)
 
-    def project(x, sigma, step):
-        for hook in hooks:
+
+@dataclass(eq=False)
+class _Chain:
+    hooks: tuple
+
+    def __call__(self, x, sigma, step):
+        for hook in self.hooks:
             x = hook(x, sigma, step)
         return x
-
-    return project
 
 
 def level_key(sigma):

@@ -1,6 +1,8 @@
 """Linear inverse problems: the likelihood of y = A x₀ + σ_y n at noise σ, and its score."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.autograd import forward_ad
@@ -9,7 +11,7 @@ from fastscore.dual.numbers import Dual
 from fastscore.guidance.bayes import add, called, check_scale, gradient
 from fastscore.guidance.conjugate import conjugate_gradient
 from fastscore.guidance.hooks import check_noise, fitted_observation
-from fastscore.guidance.linear import check_adjoint, check_operator, range_of, solve
+from fastscore.guidance.linear import LinearOperator, check_adjoint, check_operator, range_of, solve
 from fastscore.ops import checks
 
 METHODS = ("flat", "denoiser", "moments")
@@ -59,22 +61,29 @@ def linear_inverse(score, operator, observation, noise=0.0, *, method="denoiser"
     if not 0 < prior_variance < math.inf:
         raise ValueError(f"{op}: prior_variance must be positive and finite; got {prior_variance}.")
     check_scale(op, scale)
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"{op}: iterations must be an int of at least 1; got {iterations!r}.")
+    iterations = checks.integer(op, "iterations", iterations, 1)
     likelihood, setting = {"flat": (_flat, None), "denoiser": (_denoiser, prior_variance), "moments": (_moments, iterations)}[method]
+    return _LinearInverse(score, operator, observation, noise, scale, likelihood, setting)
 
-    checked = False
 
-    def guided(x, *arguments):
-        nonlocal checked
-        if not checked and checks.readable():   # once, where numbers can be looked at
-            check_adjoint(op, operator, x)
-            checked = True
-        variance = _variance(x, arguments, noise)
-        s, g = likelihood(score, operator, observation, noise**2, setting, x, arguments, variance)
-        return add(op, s, g, scale)
+@dataclass(eq=False)
+class _LinearInverse:
+    score: Callable
+    operator: LinearOperator
+    observation: torch.Tensor
+    noise: float
+    scale: float | torch.Tensor
+    likelihood: Callable
+    setting: float | int | None
+    checked: bool = False
 
-    return guided
+    def __call__(self, x, *arguments):
+        if not self.checked and checks.readable():   # once, where numbers can be looked at
+            check_adjoint("linear_inverse", self.operator, x)
+            self.checked = True
+        variance = _variance(x, arguments, self.noise)
+        s, g = self.likelihood(self.score, self.operator, self.observation, self.noise**2, self.setting, x, arguments, variance)
+        return add("linear_inverse", s, g, self.scale)
 
 
 def _variance(x, arguments, noise):
