@@ -25,8 +25,8 @@ def posterior(score, log_likelihood=None, scale=1.0, *, likelihood_score=None):
         scale: a float or (B,); 1 is Bayes' rule, more than 1 sharpens the likelihood to p(y | x)^scale.
 
     Returns:
-        A function of the arguments of `score`, for any sampler; it can be pickled where its parts can. It works under no_grad, where the result holds no graph; where gradients
-        are enabled the result is differentiable.
+        A function of the arguments of `score`, for any sampler. It works under no_grad, where the result holds no graph; where gradients
+            are enabled the result is differentiable. It can be pickled where its parts can.
 
     Raises:
         ValueError: not exactly one of log_likelihood and likelihood_score is given; scale is not finite; when called: log_likelihood
