@@ -12,6 +12,7 @@ struct Update {
   Coefficient<A> drift, diffusion;
   int64_t n, per_sample;
   DeviceKey key;
+  int64_t samples_on = 0, elements_on = 0;   // from one pack of a thread to its next: so many samples and elements
 };
 
 // Whole tiles of contiguous tensors on 16-byte addresses whose element 0 opens a Philox block. No tile crosses 2^32 blocks, so that the
@@ -21,35 +22,34 @@ template <class T> constexpr int kPackTile = kPackThreads * kPacks * Pack<T>::kS
 enum Terms : int { kXOnly = 1, kDOnly = 2, kBoth = 3 };
 enum Scalars : int { kNumbers, kTensors, kEach };   // key and coefficients: kernel arguments; on the device; those of one sample per pack
 
-// x + a d + b z of four elements: b goes to the radii.
-template <int kTerms, class T>
-__device__ __forceinline__ void update_block(const Words& w, float a, float b, const T* x, const T* d, T* out) {
+// x + a d + b z, with b in the radius: one formula for packs and for strided elements, so that no bit depends on how a batch is split.
+// A term that is not there is a zero: fma(a, 0, x) is x, fma(a, d, 0) is a d.
+struct Noise { float radius, direction; };
+
+__device__ __forceinline__ void noise_of(const Words& w, Noise* z) {
 #pragma unroll
   for (int k = 0; k < 4; k += 2) {
     const Polar p = polar(w.w[k], w.w[k + 1]);
-    const float r = b * p.radius;
-    float even = 0, odd = 0;
-    if (kTerms == kXOnly) even = widen(x[k]), odd = widen(x[k + 1]);
-    if (kTerms == kDOnly) even = a * widen(d[k]), odd = a * widen(d[k + 1]);
-    if (kTerms == kBoth) even = fmaf(a, widen(d[k]), widen(x[k])), odd = fmaf(a, widen(d[k + 1]), widen(x[k + 1]));
-    narrow(fmaf(r, p.cosine, even), out[k]);
-    narrow(fmaf(r, p.sine, odd), out[k + 1]);
+    z[k] = {p.radius, p.cosine}, z[k + 1] = {p.radius, p.sine};
   }
 }
 
 template <int kTerms>
-__device__ __forceinline__ void update_block(const Words& w, double a, double b, const double* x, const double* d, double* out) {
+__device__ __forceinline__ float updated(float a, float b, float x, float d, Noise z) {
+  return fmaf(b * z.radius, z.direction, kTerms == kBoth ? fmaf(a, d, x) : kTerms == kDOnly ? a * d : x);
+}
+
+template <int kTerms>
+__device__ __forceinline__ double updated(double a, double b, double x, double d, Noise z) {
+  return fma(b, static_cast<double>(z.radius * z.direction), kTerms == kBoth ? fma(a, d, x) : kTerms == kDOnly ? a * d : x);
+}
+
+template <int kTerms, class A, class T>
+__device__ __forceinline__ void update_block(const Words& w, A a, A b, const T* x, const T* d, T* out) {
+  Noise z[4];
+  noise_of(w, z);
 #pragma unroll
-  for (int k = 0; k < 4; k += 2) {
-    const float2 z = box_muller(w.w[k], w.w[k + 1]);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      double v = b * (i ? z.y : z.x);
-      if (kTerms & kXOnly) v += x[k + i];
-      if (kTerms & kDOnly) v += a * d[k + i];
-      out[k + i] = v;
-    }
-  }
+  for (int k = 0; k < 4; ++k) narrow(updated<kTerms>(a, b, kTerms & kXOnly ? widen(x[k]) : A(0), kTerms & kDOnly ? widen(d[k]) : A(0), z[k]), out[k]);
 }
 
 template <class T, int kTerms, int kScalars>
@@ -69,9 +69,16 @@ __global__ void __launch_bounds__(kPackThreads) update_packs(const Update<T> p, 
   const uint64_t tile = key.offset / 4 + static_cast<uint64_t>(blockIdx.x) * (kPackTile<T> / 4);
   const PhiloxTile words(static_cast<uint32_t>(tile >> 32), key.step, key.stream, keys);
   const uint32_t first = static_cast<uint32_t>(tile) + threadIdx.x * (kSize / 4);
+  // One division for a thread: its further packs are reached by adding.
+  int64_t sample = kScalars == kEach ? sample_of(start, p.per_sample) : 0, element = start - sample * p.per_sample;
 #pragma unroll
   for (int j = 0; j < kPacks; ++j) {
-    const int64_t at = start + j * kStride, sample = kScalars == kEach ? sample_of(at, p.per_sample) : 0;
+    const int64_t at = start + j * kStride;
+    if (kScalars == kEach && j > 0) {
+      sample += p.samples_on, element += p.elements_on;
+      const bool next = element >= p.per_sample;
+      sample += next, element -= next ? p.per_sample : 0;
+    }
     const A a = kScalars == kEach ? p.drift.at(sample) : a0, b = kScalars == kEach ? p.diffusion.at(sample) : b0;
     Pack<T> out;
 #pragma unroll
@@ -90,20 +97,22 @@ __global__ void __launch_bounds__(kThreads) update_strided(const Update<T> p, co
   const int64_t block = static_cast<int64_t>((key.offset + first) / 4) + static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t base = block * 4 - static_cast<int64_t>(key.offset);   // may lie before `first`
   if (base >= p.n) return;
-  float z[4];
-  block_normals(block, key, z);
+  Noise z[4];
+  noise_of(philox(block, key), z);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const int64_t i = base + k;
     if (i < first || i >= p.n) continue;
     const int64_t sample = sample_of(i, p.per_sample);
     const A x = p.x ? widen(p.x[position(nest, 1, i)]) : A(0), d = p.d ? widen(p.d[position(nest, 2, i)]) : A(0);
-    narrow((x + p.drift.at(sample) * d) + p.diffusion.at(sample) * static_cast<A>(z[k]), p.out[position(nest, 0, i)]);
+    narrow(updated<kBoth>(p.drift.at(sample), p.diffusion.at(sample), x, d, z[k]), p.out[position(nest, 0, i)]);
   }
 }
 
 template <class T, int kTerms>
-void launch_packs(const Update<T>& p, int64_t tiles, bool each, cudaStream_t stream) {
+void launch_packs(Update<T> p, int64_t tiles, bool each, cudaStream_t stream) {
+  constexpr int kStride = kPackThreads * Pack<T>::kSize;
+  p.samples_on = kStride / p.per_sample, p.elements_on = kStride % p.per_sample;
   const unsigned blocks = blocks_for(tiles, 1);
   const RoundKeys keys = round_keys(p.key.key.k0, p.key.key.k1);
   if (each) update_packs<T, kTerms, kEach><<<blocks, kPackThreads, 0, stream>>>(p, keys);

@@ -201,8 +201,27 @@ def raw(backend: str, op: str):
 
 def call(backend: str, op: str, *args) -> None:
     """Run a raw op where no derivative can be asked of it."""
+    if backend == "triton" and _nothing_between(args):
+        _launcher(op)(*args)
+        return
     with torch._C._AutoDispatchBelowAutograd():
         raw(backend, op)(*args)
+
+
+@functools.cache
+def _launcher(op: str):
+    """The Python function behind a Triton op."""
+    load_triton()
+    from fastscore.kernels import LAUNCHERS
+
+    return LAUNCHERS[op]
+
+
+def _nothing_between(args) -> bool:
+    """Whether torch's dispatcher would do nothing with these arguments but call the launcher (in some 25 µs)."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return all(type(a) in (torch.Tensor, torch.nn.Parameter) for a in args if isinstance(a, torch.Tensor))
 
 
 def derivative_possible(*tensors) -> bool:

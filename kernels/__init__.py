@@ -3,6 +3,11 @@
 import torch
 
 from fastscore.kernels import launch_normalise, launch_rademacher_jvp
+from fastscore.kernels.activate_dual import activate_dual_gradient_kernel, activate_dual_kernel
+from fastscore.kernels.denoising_loss import noise_reduce_kernel
+from fastscore.kernels.langevin_step import noisy_update_kernel
+from fastscore.kernels.launch import cdiv, launch, power_of_two
+from fastscore.kernels.random import fill_kernel
 
 SCHEMAS = {
     "fill": "fill(Tensor(a!) out, int kind, Tensor? key, int seed, int step, int stream, int offset) -> ()",
@@ -26,12 +31,10 @@ def register() -> None:
     global _library
     if _library is None:
         _library = torch.library.Library("fastscore_triton", "DEF")
-        launchers = _fill, _noisy_update, _noise_reduce, launch_normalise.normalise, launch_normalise.normalise_backward
-        launchers += launch_rademacher_jvp.project, launch_rademacher_jvp.spread, _activate_dual
-        for (name, schema), launcher in zip(SCHEMAS.items(), launchers):
+        for name, schema in SCHEMAS.items():
             _library.define(schema)
             for key in ("CPU", "CUDA"):
-                _library.impl(name, launcher, key)
+                _library.impl(name, LAUNCHERS[name], key)
 
 
 def _programs(elements, block=BLOCK):
@@ -52,22 +55,19 @@ def _dense(t):
 
 
 def _fill(out, kind, key, seed, step, stream, offset):
-    from fastscore.kernels.random import fill_kernel
-
     if out.numel() == 0:
         return
     unit = 128 if kind == 3 else 4
     shift = offset % unit
     with torch.cuda.device_of(out):
-        fill_kernel[_programs(out.numel() + shift)](
+        launch(
+            fill_kernel, _programs(out.numel() + shift),
             out, key, out.numel(), seed, step, stream, offset // unit, shift,
             KIND=kind, HAS_KEY=key is not None, BLOCK=BLOCK,
         )  # fmt: skip
 
 
 def _noisy_update(out, x, direction, drift_each, drift, diffusion_each, diffusion, key, seed, step, stream, offset):
-    from fastscore.kernels.langevin_step import noisy_update_kernel
-
     n = out.numel()
     if n == 0:
         return
@@ -77,9 +77,10 @@ def _noisy_update(out, x, direction, drift_each, drift, diffusion_each, diffusio
         diffusion_each = torch.full((1,), diffusion, dtype=out.dtype, device=out.device) if diffusion_each is None else diffusion_each
     block = BLOCK * (2 if out.dtype.itemsize == 2 else 1)   # four 128-bit accesses per thread and tensor
     with torch.cuda.device_of(out):
-        noisy_update_kernel[_programs(n + offset % 4, block)](
-            target, _dense(x), _dense(direction), drift_each, drift, diffusion_each, diffusion, key, n,
-            n // out.shape[0] if out.dim() else 1, seed, step, stream, offset // 4, offset % 4,
+        launch(
+            noisy_update_kernel, _programs(n + offset % 4, block),
+            target, _dense(x), _dense(direction), drift_each, drift, diffusion_each, diffusion, key,
+            n, n // out.shape[0] if out.dim() else 1, seed, step, stream, offset // 4, offset % 4,
             HAS_X=x is not None, HAS_D=direction is not None, A_KIND=_kind(drift_each), B_KIND=_kind(diffusion_each),
             HAS_KEY=key is not None, CROSSES=_crosses(offset // 4, n, block), WIDE=wide, BLOCK=block,
         )  # fmt: skip
@@ -88,31 +89,27 @@ def _noisy_update(out, x, direction, drift_each, drift, diffusion_each, diffusio
 
 
 def _noise_reduce(out, score, sigma_each, sigma, key, seed, step, stream, offset, reduction):
-    import triton
-
-    from fastscore.kernels.denoising_loss import noise_reduce_kernel
-
-    out.zero_()
     if score.numel() == 0:
+        out.zero_()
         return
     per_sample, wide = score.numel() // out.numel(), score.dtype == torch.float64
     if wide and sigma_each is None:
         sigma_each = torch.full((1,), sigma, dtype=score.dtype, device=score.device)
     needed = (per_sample + 6) // 4   # Philox blocks of a sample that may start inside one
-    block = min(BLOCK, triton.next_power_of_2(needed))
+    block = min(BLOCK, power_of_two(needed))
     rows, splits = BLOCK // block, (needed + block - 1) // block
-    partial = torch.empty((out.numel(), splits), dtype=out.dtype, device=out.device)
+    partial = out if splits == 1 else torch.empty((out.numel(), splits), dtype=out.dtype, device=out.device)
     with torch.cuda.device_of(out):
-        noise_reduce_kernel[(triton.cdiv(out.numel(), rows) * splits,)](
+        launch(
+            noise_reduce_kernel, (cdiv(out.numel(), rows) * splits,),
             partial, _dense(score), sigma_each, sigma, key, out.numel(), per_sample, splits, seed, step, stream, offset,
             DOT=reduction == 1, SIGMA_KIND=_kind(sigma_each), HAS_KEY=key is not None, WIDE=wide, ROWS=rows, BLOCK=block,
         )  # fmt: skip
-    out.copy_(partial.sum(1))
+    if splits > 1:
+        torch.sum(partial, 1, out=out)
 
 
 def _activate_dual(out, s, g, activation):
-    from fastscore.kernels.activate_dual import activate_dual_gradient_kernel, activate_dual_kernel
-
     if s.numel() == 0:
         return
     n, M = s[0].numel(), len(s) - 1
@@ -120,6 +117,18 @@ def _activate_dual(out, s, g, activation):
     grid = ((n + ACTIVATED - 1) // ACTIVATED,)
     with torch.cuda.device_of(out):
         if g is None:
-            activate_dual_kernel[grid](out, s, n, **constants)
+            launch(activate_dual_kernel, grid, out, s, n, **constants)
         else:
-            activate_dual_gradient_kernel[grid](out, s, g, n, **constants)
+            launch(activate_dual_gradient_kernel, grid, out, s, g, n, **constants)
+
+
+LAUNCHERS = {
+    "fill": _fill,
+    "noisy_update": _noisy_update,
+    "noise_reduce": _noise_reduce,
+    "normalise": launch_normalise.normalise,
+    "normalise_backward": launch_normalise.normalise_backward,
+    "rademacher_project": launch_rademacher_jvp.project,
+    "rademacher_spread": launch_rademacher_jvp.spread,
+    "activate_dual": _activate_dual,
+}

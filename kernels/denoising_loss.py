@@ -4,12 +4,13 @@ import triton
 import triton.language as tl
 
 from fastscore.kernels.langevin_step import coefficient
-from fastscore.kernels.philox import normals
+from fastscore.kernels.philox import KEY, normals
 
 
-@triton.jit
+@triton.jit(do_not_specialize=KEY)
 def noise_reduce_kernel(
-    partial_ptr, s_ptr, sigma_ptr, sigma, key_ptr, samples, per_sample, splits, seed, step, stream, offset,
+    partial_ptr, s_ptr, sigma_ptr, sigma, key_ptr, samples, per_sample, splits,
+    seed: tl.int64, step: tl.int64, stream: tl.int64, offset: tl.int64,
     DOT: tl.constexpr, SIGMA_KIND: tl.constexpr, HAS_KEY: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (ROWS samples, split) writes a partial sum of 1/2 (sigma s + z)^2 or of s z for each: short samples share a program."""

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastscore.kernels.philox import narrow, normals_of_tile
+from fastscore.kernels.philox import KEY, narrow, normals_of_tile
 
 
 @triton.jit
@@ -17,9 +17,10 @@ def coefficient(each_ptr, number, sample, mask, PER_SAMPLE: tl.constexpr, dtype:
         return number   # float32; a float64 call passes tensors
 
 
-@triton.jit
+@triton.jit(do_not_specialize=KEY)
 def noisy_update_kernel(
-    out_ptr, x_ptr, d_ptr, a_ptr, a, b_ptr, b, key_ptr, n, per_sample, seed, step, stream, first, shift,
+    out_ptr, x_ptr, d_ptr, a_ptr, a, b_ptr, b, key_ptr, n, per_sample,
+    seed: tl.int64, step: tl.int64, stream: tl.int64, first: tl.int64, shift,
     HAS_X: tl.constexpr, HAS_D: tl.constexpr, A_KIND: tl.constexpr, B_KIND: tl.constexpr,
     HAS_KEY: tl.constexpr, CROSSES: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

@@ -1,6 +1,12 @@
 """Launchers of the normalisations: moments, algebra, elementwise pass; cotangent sums, algebra, gradient."""
 
+import functools
+
 import torch
+
+from fastscore.kernels.launch import cdiv, launch, power_of_two
+from fastscore.kernels.normalise import apply_kernel, cotangent_sums_kernel, gradient_kernel, merge_kernel, moments_kernel
+from fastscore.kernels.normalise_algebra import coefficients_kernel, cotangents_kernel
 
 FORWARD = (
     "normalise(Tensor(a!)? y, Tensor(b!)? ty, Tensor(c!) stats, Tensor x, Tensor? t, Tensor coef, Tensor? tcoef, Tensor? labels, "
@@ -17,29 +23,34 @@ BACKWARD = (
 PLAIN, WITH_TANGENTS, SMALL = (4096, 16), (2048, 8), (1024, 4)
 
 
+def tiles_of(x, M, elementwise=False):
+    B, C = x.shape[:2]
+    return Tiles(B, C, x.numel() // (B * C), x.element_size(), not x.is_contiguous(), M, elementwise)
+
+
+@functools.lru_cache(4096)
 class Tiles:
     """How a pass cuts x up: a tile is whole rows of pixels or a part of one; where channels are last, 128 bytes of them times pixels."""
 
-    def __init__(self, kernel, x, M, elementwise=False):
-        import triton
-
-        self.kernel, (B, self.C), self.M = kernel, x.shape[:2], M
-        self.units, self.S, self.last = B * self.C, x.numel() // (B * self.C), not x.is_contiguous()
-        small = elementwise and x.numel() < 2**21   # sums keep their order at every batch size
-        tile, each = (n * 4 // x.element_size() for n in (SMALL if small else WITH_TANGENTS if M else PLAIN))
-        pixels = triton.next_power_of_2(self.S)
+    def __init__(self, B, C, S, itemsize, last, M, elementwise):
+        self.C, self.S, self.M, self.last = C, S, M, last
+        self.units = B * C
+        small = elementwise and B * C * S < 2**21   # sums keep their order at every batch size
+        tile, each = (n * 4 // itemsize for n in (SMALL if small else WITH_TANGENTS if M else PLAIN))
+        pixels = power_of_two(self.S)
         if self.last:
-            self.UNITS = min(triton.next_power_of_2(self.C), 128 // x.element_size())
+            self.UNITS = min(power_of_two(self.C), 128 // itemsize)
             self.PIXELS = min(pixels, tile // self.UNITS)
         else:
             self.PIXELS = min(pixels, tile)
-            self.UNITS = min(triton.next_power_of_2(self.units), tile // self.PIXELS)
-        self.splits = triton.cdiv(self.S, self.PIXELS)
-        blocks = B * triton.cdiv(self.C, self.UNITS) if self.last else triton.cdiv(self.units, self.UNITS)
+            self.UNITS = min(power_of_two(self.units), tile // self.PIXELS)
+        self.splits = cdiv(self.S, self.PIXELS)
+        blocks = B * cdiv(self.C, self.UNITS) if self.last else cdiv(self.units, self.UNITS)
         self.programs, self.warps = blocks * self.splits, max(1, self.UNITS * self.PIXELS // (32 * each))
 
-    def launch(self, *pointers, **constants):
-        self.kernel[(self.programs,)](
+    def launch(self, kernel, *pointers, **constants):
+        launch(
+            kernel, (self.programs,),
             *pointers, self.units, self.C, self.S, self.splits, self.M, **constants,
             LAST=self.last, UNITS=self.UNITS, PIXELS=self.PIXELS, num_warps=self.warps,
         )  # fmt: skip
@@ -47,48 +58,40 @@ class Tiles:
 
 def _algebra(kernel, pointers, shape, coef, tcoef, labels, groups, alpha, beta, eps, M):
     """One program takes whole rows of channels: all of a sample, or groups."""
-    import triton
-
     assert not (groups and alpha), "the channel term belongs to statistics per channel"
     B, C, *_ = shape
     rows, domain = B * (groups or 1), C // (groups or 1)
-    D = triton.next_power_of_2(domain)
-    ROWS = max(1, min(256 // D, triton.next_power_of_2(rows)))
-    kernel[(triton.cdiv(rows, ROWS),)](
+    D = power_of_two(domain)
+    ROWS = max(1, 256 // D)   # of D alone: sums over channels keep their order at every batch size
+    launch(
+        kernel, (cdiv(rows, ROWS),),
         *pointers, coef, tcoef, labels, *shape, groups or 1, domain, len(coef), M,
         EPS=eps, GROUPED=groups > 0, ALPHA=alpha, BETA=beta, HAS_LABELS=labels is not None, ONE=len(coef) == 1,
-        HAS_TCOEF=tcoef is not None, ROWS=ROWS, D=D, num_warps=max(1, min(16, ROWS * D // 32)),
+        HAS_TCOEF=tcoef is not None, ROWS=ROWS, D=D, num_warps=min(16, ROWS * D // 32),
     )  # fmt: skip
 
 
 def _coefficients(x, stats, coef, tcoef, labels, numbers, M):
-    from fastscore.kernels.normalise_algebra import coefficients_kernel
-
     table = torch.empty((3 + 2 * M, stats[0].numel() // 2), dtype=stats.dtype, device=x.device)
     _algebra(coefficients_kernel, (table, stats), x.shape[:2], coef, tcoef, labels, *numbers, M)
     return table
 
 
 def _moments(x, t, stats, M):
-    import triton
-
-    from fastscore.kernels.normalise import merge_kernel, moments_kernel
-
-    tiles = Tiles(moments_kernel, x, M)
+    tiles = tiles_of(x, M)
     parts = stats if tiles.splits == 1 else torch.empty((1 + M, tiles.units, tiles.splits, 2), dtype=stats.dtype, device=x.device)
-    tiles.launch(parts, x, t)
+    tiles.launch(moments_kernel, parts, x, t)
     if tiles.splits > 1:
-        SPLITS = min(triton.next_power_of_2(tiles.splits), 1024)
+        SPLITS = min(power_of_two(tiles.splits), 1024)
         UNITS = 1024 // SPLITS
-        merge_kernel[(triton.cdiv(tiles.units, UNITS), 1 + M)](
+        launch(
+            merge_kernel, (cdiv(tiles.units, UNITS), 1 + M),
             stats, parts, tiles.units, tiles.S, tiles.splits,
-            PIXELS=tiles.PIXELS, UNITS=UNITS, SPLITS=SPLITS, STEPS=triton.cdiv(tiles.splits, SPLITS),
+            PIXELS=tiles.PIXELS, UNITS=UNITS, SPLITS=SPLITS, STEPS=cdiv(tiles.splits, SPLITS),
         )  # fmt: skip
 
 
 def normalise(y, ty, stats, x, t, coef, tcoef, labels, groups, alpha, beta, eps, activation):
-    from fastscore.kernels.normalise import apply_kernel
-
     if x.numel() == 0:
         return
     M, numbers = 0 if t is None else len(t), (groups, alpha, beta, eps)
@@ -97,25 +100,22 @@ def normalise(y, ty, stats, x, t, coef, tcoef, labels, groups, alpha, beta, eps,
         if y is None and ty is None:
             return
         table = _coefficients(x, stats, coef, tcoef, labels, numbers, M)
-        Tiles(apply_kernel, x, 0 if ty is None else M, True).launch(y, ty, x, t, table, KIND=activation, HAS_Y=y is not None)
+        tiles_of(x, 0 if ty is None else M, True).launch(apply_kernel, y, ty, x, t, table, KIND=activation, HAS_Y=y is not None)
 
 
 def normalise_backward(
     gx, gt, gcoef, gtcoef, x, t, stats, coef, tcoef, labels, gy, gty, groups, alpha, beta, eps, activation
 ):  # fmt: skip
-    from fastscore.kernels.normalise import cotangent_sums_kernel, gradient_kernel
-    from fastscore.kernels.normalise_algebra import cotangents_kernel
-
     if x.numel() == 0:
         return
     M, numbers = 0 if t is None else len(t), (groups, alpha, beta, eps)
     flags = {"KIND": activation, "HAS_GY": gy is not None}
     with torch.cuda.device_of(x):
         table = _coefficients(x, stats, coef, tcoef, labels, numbers, M)
-        tiles = Tiles(cotangent_sums_kernel, x, M)
+        tiles = tiles_of(x, M)
         sums = torch.empty((2 + 3 * M, tiles.units, tiles.splits), dtype=stats.dtype, device=x.device)
-        tiles.launch(sums, x, t, gy, gty, table, **flags)
+        tiles.launch(cotangent_sums_kernel, sums, x, t, gy, gty, table, **flags)
         sums = sums.sum(-1) if tiles.splits > 1 else sums
         gtable = torch.empty((2 + 2 * M, tiles.units), dtype=stats.dtype, device=x.device)
         _algebra(cotangents_kernel, (gtable, gcoef, gtcoef, sums, stats), (*x.shape[:2], tiles.S), coef, tcoef, labels, *numbers, M)
-        Tiles(gradient_kernel, x, M, True).launch(gx, gt, x, t, gy, gty, table, gtable, **flags)
+        tiles_of(x, M, True).launch(gradient_kernel, gx, gt, x, t, gy, gty, table, gtable, **flags)

@@ -2,6 +2,9 @@
 
 import torch
 
+from fastscore.kernels.launch import cdiv, launch, power_of_two
+from fastscore.kernels.rademacher_jvp import project_kernel, spread_kernel
+
 PROJECT = (
     "rademacher_project(Tensor(a!)? vjv, Tensor(b!)? vs, Tensor(c!)? ss, Tensor? js, Tensor? s, int projections, Tensor? key, "
     "int seed, int step, int stream, int offset) -> ()"
@@ -15,12 +18,11 @@ WORDS = 128   # per program: one of each thread of four warps, 4096 elements; ha
 
 def _grid(like, samples):
     """(samples, elements of each, programs per sample, samples per program, words of each)."""
-    import triton
 
     per_sample = like.numel() // samples
     needed = (per_sample + 62) // 32   # words of a sample that may start inside one
     most = WORDS // 2 if like.dtype == torch.float64 else WORDS
-    words = min(most, triton.next_power_of_2(needed))
+    words = min(most, power_of_two(needed))
     return samples, per_sample, (needed + words - 1) // words, most // words, words
 
 
@@ -29,10 +31,6 @@ def _dense(t):
 
 
 def project(vjv, vs, ss, js, s, projections, key, seed, step, stream, offset):
-    import triton
-
-    from fastscore.kernels.rademacher_jvp import project_kernel
-
     outputs = [o for o in (vjv, vs, ss) if o is not None]
     like, samples = (js[0], js.shape[1]) if s is None else (s, s.shape[0])
     if like.numel() == 0:
@@ -40,28 +38,29 @@ def project(vjv, vs, ss, js, s, projections, key, seed, step, stream, offset):
             o.zero_()
         return
     samples, per_sample, splits, rows, words = _grid(like, samples)
-    partial = [None if o is None else torch.empty((*o.shape, splits), dtype=o.dtype, device=o.device) for o in (vjv, vs, ss)]
+    partial = [vjv, vs, ss]   # of one split: the sums themselves
+    if splits > 1:
+        partial = [None if o is None else torch.empty((*o.shape, splits), dtype=o.dtype, device=o.device) for o in partial]
     with torch.cuda.device_of(like):
-        project_kernel[(triton.cdiv(samples, rows) * splits,)](
+        launch(
+            project_kernel, (cdiv(samples, rows) * splits,),
             *partial, _dense(js), _dense(s), key, projections, samples, per_sample, splits, seed, step, stream, offset,
             HAS_J=js is not None, HAS_S=s is not None, HAS_KEY=key is not None, WIDE=like.dtype == torch.float64, ROWS=rows, WORDS=words,
         )  # fmt: skip
-    for o, p in zip(outputs, (p for p in partial if p is not None)):
-        o.copy_(p.sum(-1))
+    if splits > 1:
+        for o, p in zip(outputs, (p for p in partial if p is not None)):
+            torch.sum(p, -1, out=o)
 
 
 def spread(gjs, gs, g_vjv, g_vs, g_ss, s, projections, key, seed, step, stream, offset):
-    import triton
-
-    from fastscore.kernels.rademacher_jvp import spread_kernel
-
     like, samples = (gjs[0], gjs.shape[1]) if gs is None else (gs, gs.shape[0])
     if like.numel() == 0:
         return
     samples, per_sample, splits, rows, words = _grid(like, samples)
     targets = [g if g is None or g.is_contiguous() else torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in (gjs, gs)]
     with torch.cuda.device_of(like):
-        spread_kernel[(triton.cdiv(samples, rows) * splits,)](
+        launch(
+            spread_kernel, (cdiv(samples, rows) * splits,),
             *targets, g_vjv, g_vs, g_ss, _dense(s), key, projections, samples, per_sample, splits, seed, step, stream, offset,
             HAS_GJS=gjs is not None, HAS_GVS=g_vs is not None, HAS_GSS=g_ss is not None, HAS_KEY=key is not None,
             WIDE=like.dtype == torch.float64, ROWS=rows, WORDS=words,

@@ -5,6 +5,8 @@ import os
 import triton
 import triton.language as tl
 
+# Arguments of a kernel that Triton must not specialise on: a run over seeds and steps is one kernel, and a captured one stays it.
+KEY = ["seed", "step", "stream", "first", "offset"]
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")   # no inline assembly there
 
 

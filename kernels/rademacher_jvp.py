@@ -6,7 +6,7 @@ Bytes per element of a sample, in float32: project 4 (M + 1), one read of js and
 import triton
 import triton.language as tl
 
-from fastscore.kernels.philox import int64, load_key, narrow, philox
+from fastscore.kernels.philox import KEY, int64, load_key, narrow, philox
 
 
 @triton.jit
@@ -46,9 +46,10 @@ def place(samples, per_sample, splits, offset, ROWS: tl.constexpr, WORDS: tl.con
     return sample, split, word, index, (index >= 0) & (index < per_sample) & (sample < samples)[:, None, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=KEY)
 def project_kernel(
-    vjv_ptr, vs_ptr, ss_ptr, js_ptr, s_ptr, key_ptr, projections, samples, per_sample, splits, seed, step, stream, offset,
+    vjv_ptr, vs_ptr, ss_ptr, js_ptr, s_ptr, key_ptr, projections, samples, per_sample, splits,
+    seed: tl.int64, step: tl.int64, stream: tl.int64, offset: tl.int64,
     HAS_J: tl.constexpr, HAS_S: tl.constexpr, HAS_KEY: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Program (ROWS samples, split) writes partial sums v_m . js_m, v_m . s and s . s for each: (M, B, splits), the last (B, splits)."""
@@ -71,9 +72,10 @@ def project_kernel(
         m += 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=KEY)
 def spread_kernel(
-    gjs_ptr, gs_ptr, gvjv_ptr, gvs_ptr, gss_ptr, s_ptr, key_ptr, projections, samples, per_sample, splits, seed, step, stream, offset,
+    gjs_ptr, gs_ptr, gvjv_ptr, gvs_ptr, gss_ptr, s_ptr, key_ptr, projections, samples, per_sample, splits,
+    seed: tl.int64, step: tl.int64, stream: tl.int64, offset: tl.int64,
     HAS_GJS: tl.constexpr, HAS_GVS: tl.constexpr, HAS_GSS: tl.constexpr, HAS_KEY: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip

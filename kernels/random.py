@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-from fastscore.kernels.philox import four_normals, in_order, int64, load_key, narrow, philox
+from fastscore.kernels.philox import KEY, four_normals, in_order, int64, load_key, narrow, philox
 
 
-@triton.jit
+@triton.jit(do_not_specialize=KEY)
 def fill_kernel(
-    out_ptr, key_ptr, n, seed, step, stream, first, shift,
+    out_ptr, key_ptr, n, seed: tl.int64, step: tl.int64, stream: tl.int64, first: tl.int64, shift,
     KIND: tl.constexpr, HAS_KEY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """first: block of element 0, shift: its entry. KIND 0 words, 1 uniform, 2 normal, 3 signs (a block is 128 of them)."""

@@ -9,7 +9,16 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastscore
 from fastscore import backend as backends
-from fastscore.ops.normalise import ACTIVATIONS, Form, _dual_ref, _gradient_ref, _normalise, normalise, normalise_ref
+from fastscore.ops.normalise import (
+    ACTIVATIONS,
+    Form,
+    _dual_ref,
+    _gradient_ref,
+    _normalise,
+    _scatter_by_product,
+    normalise,
+    normalise_ref,
+)  # fmt: skip
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FORMS = [(0, True, True), (0, True, False), (0, False, True), (0, False, False), (2, False, True), (1, False, False), (6, False, True)]
@@ -475,3 +484,13 @@ def test_bad_arguments_are_refused_in_one_sentence(call, message):
     with pytest.raises((ValueError, TypeError), match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_gradients_of_a_table_keep_float32_under_autocast():
+    """A GPU adds them up by a matrix product, which autocast would take to bfloat16: three digits."""
+    g, labels = torch.randn(64, 12, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 5
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _scatter_by_product(g, labels, 6)
+    expected = torch.zeros(6, 12, dtype=torch.float64).index_add(0, labels, g.double())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-7, atol=1e-7)

@@ -351,11 +351,16 @@ def _to_rows(g, labels, count):
 
 
 def _scatter(g, labels, count):
-    """Rows added up by label, in a fixed order: on a GPU, where index_add is not, by a product with the one-hot matrix."""
+    """Rows added up by label, in a fixed order, which index_add has on a CPU alone."""
     if g.device.type == "cpu":
         return g.new_zeros(count, g.shape[1]).index_add(0, labels, g)
-    hot = (labels == torch.arange(count, device=labels.device)[:, None]).to(g.dtype)
-    return hot @ g
+    return _scatter_by_product(g, labels, count)
+
+
+def _scatter_by_product(g, labels, count):
+    """By the one-hot matrix, in float64: neither autocast nor TensorFloat-32 touches that."""
+    hot = labels == torch.arange(count, device=labels.device)[:, None]
+    return (hot.double() @ g.double()).to(g.dtype)
 
 
 def _dense(x):

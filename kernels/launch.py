@@ -1,0 +1,75 @@
+"""Launches of Triton kernels: Triton's own dispatch once for each signature, then the compiled kernel straight away.
+
+Triton binds, specialises and hashes the arguments of every launch: 25 µs, more than most of our kernels run on small tensors.
+Here a launch is looked up by what Triton would specialise on, and handed to the same launcher in C.
+"""
+
+import os
+
+import torch
+import triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_compiled: dict[tuple, tuple] = {}
+_modes: dict[int, tuple] = {}
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
+    """kernel[grid](*args, **constants): tensors, None and numbers, then constants and num_warps."""
+    if INTERPRETED:
+        kernel[grid](*args, **constants)
+        return
+
+    device = triton.runtime.driver.active.get_current_device()
+    signature = (id(kernel), device, *constants.items(), *_kinds(kernel, args))
+    found = _compiled.get(signature)
+    if found is None:
+        compiled = kernel[grid](*args, **constants)
+        _compiled[signature] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        return
+
+    compiled, rest = found
+    args += rest
+    grid += (1,) * (3 - len(grid))
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    metadata = compiled.launch_metadata(grid, stream, *args)
+    hooks = triton.knobs.runtime
+    compiled.run(
+        *grid, stream, compiled.function, compiled.packed_metadata, metadata, hooks.launch_enter_hook,
+        hooks.launch_exit_hook, *args,
+    )  # fmt: skip
+
+
+def cdiv(n: int, d: int) -> int:
+    return -(-n // d)
+
+
+def power_of_two(n: int) -> int:
+    """The next one; Triton's own may be used in kernels, too, and takes 5 µs for that."""
+    return 1 << (n - 1).bit_length()
+
+
+def _kinds(kernel, args) -> list:
+    """What Triton specialises on: dtype and alignment of a pointer; whether an int is 1, a multiple of 16, wide; constants whole."""
+    modes = _modes.get(id(kernel))
+    if modes is None:
+        modes = _modes[id(kernel)] = tuple(_mode(p) for p in kernel.params)
+
+    kinds = []
+    for mode, a in zip(modes, args):
+        if a is None:
+            kinds.append(None)
+        elif mode is not None:
+            kinds.append(mode or a)
+        elif isinstance(a, torch.Tensor):
+            kinds.append((a.dtype, a.data_ptr() & 15 == 0))
+        elif isinstance(a, int):
+            kinds.append((a & 15 == 0, a == 1, -(2**31) <= a < 2**31))
+        else:
+            kinds.append(float)
+    return kinds
+
+
+def _mode(parameter) -> str | None:
+    """"An empty word for a constant, another one for what Triton does not specialise on, None for the rest."""
+    return "" if parameter.is_constexpr else "any" if parameter.do_not_specialize else None
