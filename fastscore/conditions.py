@@ -29,9 +29,9 @@ class ConditionOptions:
 
     Args:
         condition: class=K, inpaint=IMAGE,MASK, colourise=IMAGE, super_resolution=IMAGE,FACTOR or deblur=IMAGE,SIGMA; a class and an image
-            can be asked for at once. IMAGE is held-out:N or data:N of the run's data, degraded here, or a .png or .npy file, which is
-            the observation; MASK is what is hidden, left-half, right-half, top-half, bottom-half or centre, or a .png whose black
-            pixels are.
+            can be asked for at once. IMAGE is held-out:N or data:N of the run's data, degraded here, or a .png, .jpg or .npy file,
+            which is the observation; MASK is what is hidden, left-half, right-half, top-half, bottom-half or centre, or a file
+            whose black pixels are.
         classifier: run folder of train --task classifier, for class=K.
         scale: of the class likelihood; 1 is Bayes' rule, more gives clearer and less diverse samples.
         observation_noise: standard deviation of the noise on the observed image.

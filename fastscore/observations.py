@@ -2,16 +2,16 @@
 
     class=K    inpaint=IMAGE,MASK    colourise=IMAGE    super_resolution=IMAGE,FACTOR    deblur=IMAGE,SIGMA
 
-IMAGE is held-out:N or data:N, an image of the run's data set, which is degraded here; or a .png or .npy file, which is the observation.
+IMAGE is held-out:N or data:N, an image of the run's data set, which is degraded here; or a .png, .jpg or .npy file, which is the
+observation. What a file does not say is said behind its name, as in y.npy:channels-first (`fastscore.images`).
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from fastscore import datasets, guidance, random
+from fastscore import datasets, guidance, images, random
 from fastscore.guidance.hooks import check_noise
 
 KINDS = {"class": "class=K", "inpaint": "inpaint=IMAGE,MASK", "colourise": "colourise=IMAGE",
@@ -67,7 +67,7 @@ def observe(request, shape, config=None, *, noise=0.0, seed=0):
     operator, mask = _operator(request, shape)
     empty = torch.zeros(1, *shape)
     wanted = operator.forward(empty).shape[1:]
-    image, clean = load_image(request.image, config)
+    image, clean = load_image(request.image, config, noise)
     whole = shape if clean or request.kind == "inpaint" else wanted
     if (clean and image.shape != torch.Size(shape)) or (not clean and image.shape != torch.Size(whole)):
         raise ValueError(f"condition {request.kind}: {request.image} must be an image of shape {tuple(whole)}; got {tuple(image.shape)}.")
@@ -109,64 +109,61 @@ def _picture(kind, operator, y, mask, shape):
     return y[0].expand(shape)
 
 
-def load_mask(source, shape):
-    """bool (C, H, W), True where known. source names what is hidden: left-half, right-half, top-half, bottom-half, centre; or a .png or
-    .npy file, whose black pixels (below 1/2) are hidden."""
-    _, h, w = shape
+def load_mask(source: str, shape: tuple[int, int, int]) -> torch.Tensor:
+    """bool (C, H, W), True where known.
+
+    Args:
+        source: what is hidden, left-half, right-half, top-half, bottom-half or centre; or a .png, .jpg or .npy file, whose
+            black pixels (below half of white) are hidden: of one channel, of C, or of three alike.
+    """
+    channels, h, w = shape
     known = torch.ones(shape, dtype=torch.bool)
     parts = {"left-half": np.s_[:, :, : w // 2], "right-half": np.s_[:, :, w // 2 :], "top-half": np.s_[:, : h // 2],
              "bottom-half": np.s_[:, h // 2 :], "centre": np.s_[:, h // 4 : h - h // 4, w // 4 : w - w // 4]}  # fmt: skip
     if source in parts:
         known[parts[source]] = False
         return known
-    if Path(source).suffix not in (".png", ".npy"):
-        raise ValueError(f"condition inpaint: MASK must be {', '.join(HALVES)}, or a .png or .npy file; got {source!r}.")
-    mask = read_file(source)
-    if mask.shape[1:] != (h, w) or len(mask) not in (1, 3, shape[0]):
+    if not _is_file_name(source):
+        raise ValueError(f"condition inpaint: MASK must be {', '.join(HALVES)}, or a .png, .jpg or .npy file; got {source!r}.")
+    mask = _from_file(images.read_mask, source)
+    if mask.shape[1:] != (h, w):
         raise ValueError(f"condition inpaint: {source} must be a mask of {(h, w)} pixels; got {tuple(mask.shape[1:])}.")
-    mask = mask if len(mask) == shape[0] else mask.mean(0, keepdim=True)
-    return (mask >= 0.5).expand(shape).clone()
+    if len(mask) not in (1, 3, channels):
+        raise ValueError(f"condition inpaint: {source} must be a mask of 1 or {channels} channels; got {len(mask)}.")
+    if len(mask) != channels and not bool((mask == mask[:1]).all()):
+        raise ValueError(f"condition inpaint: {source} hides other pixels in each colour; the run's images have {channels} channels.")
+    return (mask if len(mask) == channels else mask[:1]).expand(shape).clone()
 
 
-def load_image(source, config):
-    """(image (C, H, W) in [0, 1], whether it is a clean image of the data set)."""
+def load_image(source: str, config, noise: float = 0.0) -> tuple[torch.Tensor, bool]:
+    """(image (C, H, W), whether it is a clean image of the data set).
+
+    A file's values lie in [0, 1], or as far outside as noise of this standard deviation explains: ten of them.
+    """
     name, colon, number = source.partition(":")
     if colon and name in ("held-out", "data"):
         if config is None:
             raise ValueError(f"condition: {source} needs a run folder; a checkpoint names no data set.")
         if not number.isdecimal():
             raise ValueError(f"condition: {name}:N must name an image by its number; got {source!r}.")
-        images, _ = datasets.load(config.data)
+        every, _ = datasets.load(config.data)
         if name == "held-out":
-            images = images[datasets.split(len(images), config.held_out, seed=0)[1]]
-        if int(number) >= len(images):
-            remedy = " (train --held-out 300)" if name == "held-out" and not len(images) else ""
-            raise ValueError(f"condition: {source} is not there; the run has {len(images)} {name} images{remedy}.")
-        return images[int(number)], True
-    if Path(source).suffix not in (".png", ".npy"):
-        raise ValueError(f"condition: IMAGE must be held-out:N, data:N or a .png or .npy file; got {source!r}.")
-    return read_file(source), False
+            every = every[datasets.split(len(every), config.held_out, seed=0)[1]]
+        if int(number) >= len(every):
+            remedy = " (train --held-out 300)" if name == "held-out" and not len(every) else ""
+            raise ValueError(f"condition: {source} is not there; the run has {len(every)} {name} images{remedy}.")
+        return every[int(number)], True
+    if not _is_file_name(source):
+        raise ValueError(f"condition: IMAGE must be held-out:N, data:N or a .png, .jpg or .npy file; got {source!r}.")
+    return _from_file(images.read, source, slack=10 * noise + 1e-3), False
 
 
-def read_file(path):
-    """float32 (C, H, W) in [0, 1] from a .png, or a .npy of (H, W), (H, W, C) or (C, H, W), uint8 or float."""
-    from PIL import Image
+def _is_file_name(source):
+    return images.parse(source)[0].suffix.lower() in (*images.PICTURES, ".npy")
 
-    if not Path(path).is_file():
-        raise ValueError(f"condition: {path} does not exist.")
+
+def _from_file(read, source, **options):
     try:
-        if Path(path).suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
-        else:
-            with Image.open(path, formats=("PNG",)) as image:
-                array = np.asarray(image if image.mode in ("L", "RGB") else image.convert("L" if image.mode in ("1", "I", "LA") else "RGB"))
-    except (OSError, EOFError, ValueError, SyntaxError) as error:
-        raise ValueError(f"condition: {path} is not a readable .png or .npy file ({type(error).__name__}).") from None
-    if array.ndim == 3 and array.shape[-1] in (1, 3) and array.shape[0] not in (1, 3):
-        array = array.transpose(2, 0, 1)
-    array = array[None] if array.ndim == 2 else array
-    array = array.astype(np.float32) / 255 if array.dtype == np.uint8 else array
-    if array.ndim != 3 or array.dtype.kind not in "fb" or not array.size or not np.isfinite(array).all():
-        wanted = "(H, W), (H, W, C) or (C, H, W), uint8 or finite floats"
-        raise ValueError(f"condition: {path} must hold {wanted}; got {array.dtype} {array.shape}.")
-    return torch.from_numpy(np.ascontiguousarray(array, np.float32))
+        return torch.from_numpy(read(source, **options))
+    except ValueError as error:
+        raise ValueError(f"condition: {error}") from None

@@ -9,8 +9,13 @@ from fastscore import checkpoint
 
 
 def grid(images, columns=None, scale=None):
-    """(N, C, H, W) in [0, 1] -> one uint8 array (rows, columns, C), a pixel of margin between images."""
+    """(N, C, H, W) in [0, 1] -> one uint8 array (rows, columns, C), a pixel of margin between images.
+
+    C is 1 or 3; the channels of other images stand side by side, in grey.
+    """
     images = (images.clamp(0, 1) * 255).round().byte().cpu().numpy()
+    if images.shape[1] not in (1, 3):
+        images = np.concatenate(np.split(images, images.shape[1], 1), -1)
     n, c, h, w = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)

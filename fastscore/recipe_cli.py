@@ -6,7 +6,7 @@ def recipe(data: str = "digits", budget: int = 1000, sigma_max: float | None = N
     """Choose noise levels and step sizes for a data set and a number of network calls, by NCSNv2's techniques 1, 2 and 4.
 
     Args:
-        data: digits, mnist, fashion, a folder of images, or an .npz file.
+        data: digits, mnist, fashion, a folder of images, or an .npz or .npy file.
         budget: network calls for one batch of samples.
         sigma_max: largest noise; the largest distance between samples unless given.
         sigma_min: smallest noise.

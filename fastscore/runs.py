@@ -20,7 +20,8 @@ class TrainConfig:
 
     Args:
         task: score, or classifier (of noisy images; for sample --condition class=K).
-        data: digits, mnist, fashion, a folder of images, or an .npz file with an array named images.
+        data: digits, mnist, fashion, a folder of images, an .npz file with an array named images, or an .npy file; what a file
+            does not say is said behind its name, such as faces:rgb or x.npz:channels-last:max=16.
         out: run folder to create.
         network: mlp (residual ScoreMLP) or ncsn (convolutional RefineNet).
         loss: denoising, sliced, sliced-vr (variance reduced) or exact (the whole trace: small images only).

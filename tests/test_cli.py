@@ -255,9 +255,9 @@ def test_folders_and_archives_of_images(tmp_path):
         Image.fromarray(np.full((4, 4), 51 * i, np.uint8)).save(tmp_path / f"{i}.png")
     images, labels = datasets.load(tmp_path)
     assert images.shape == (3, 1, 4, 4) and labels is None and torch.allclose(images[:, 0, 0, 0], torch.tensor([0, 0.2, 0.4]))
-    np.savez(tmp_path / "x.npz", images=np.zeros((2, 4, 4, 3), np.uint8), labels=np.array([1, 2]))
+    np.savez(tmp_path / "x.npz", images=np.zeros((2, 6, 5, 3), np.uint8), labels=np.array([1, 2]))
     images, labels = datasets.load(tmp_path / "x.npz")
-    assert images.shape == (2, 3, 4, 4) and labels.tolist() == [1, 2]
+    assert images.shape == (2, 3, 6, 5) and labels.tolist() == [1, 2]
 
 
 def test_doctor_passes():

@@ -173,7 +173,7 @@ def test_known_pixels_are_kept_and_splits_agree(opened, guide):
 def test_grey_of_the_colours_is_the_observation_and_class_joins_in(tmp_path):
     images = np.random.default_rng(0).uniform(0, 1, (40, 4, 4, 3)).astype(np.float32)
     np.savez(tmp_path / "x.npz", images=images, labels=np.arange(40) % 2)
-    options = {"data": str(tmp_path / "x.npz"), "steps": 5, "width": 16, "held_out": 8}
+    options = {"data": f"{tmp_path / 'x.npz'}:channels-last", "steps": 5, "width": 16, "held_out": 8}
     score = trained(runs, out=tmp_path / "score", **options)
     classes = trained(classifier_training, out=tmp_path / "classes", task="classifier", **options)
     net, sigmas, shape, config = runs.open_run(score)
