@@ -6,7 +6,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import Row, copy_of, interleave, keep_pages, merged, report, table
+from harness import REPLAYED, Row, copy_of, interleave, keep_pages, merged, replays, report, table
 
 from fastscore import backend as backends
 
@@ -67,6 +67,9 @@ def compare(request, device):
         calls = calls | {"ceiling": ceiling or copy_of(total_bytes, device)}
         row = Row(op, list(like.shape), str(like.dtype).removeprefix("torch."), like.numel(), total_bytes)
         row.seconds = interleave(calls, device, rounds=1 if smoke else 15, least=0 if smoke else 0.005)
+        if device == "cuda" and not smoke:
+            graphs = interleave(replays(calls), device, rounds=7, least=0.002)
+            row.replayed = {name: seconds / REPLAYED for name, seconds in graphs.items()}
         ROWS.append(row)
         if request.config.option.results:   # row by row: a run that is cut off keeps what it has measured
             write(request.config.option.results, report([row], device))

@@ -27,6 +27,7 @@ class Row:
     elements: int
     bytes: int
     seconds: dict = field(default_factory=dict)
+    replayed: dict = field(default_factory=dict)   # on a GPU: of one call in a CUDA graph, without the host's part
 
     @property
     def ours(self):
@@ -82,6 +83,33 @@ def interleave(calls, device, rounds, least):
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
+REPLAYED = 20   # calls in a graph
+
+
+def replays(calls):
+    """Calls whose every run is REPLAYED of theirs in a CUDA graph; those that cannot be captured are left out."""
+    graphs = {}
+    for name, call in calls.items():
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    call()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(REPLAYED):
+                    call()
+            graph.replay()
+            torch.cuda.synchronize()
+        except RuntimeError:
+            torch.cuda.synchronize()
+            continue
+        graphs[name] = graph.replay
+    return graphs
+
+
 def keep_pages():
     """Let malloc keep what is freed (glibc): else the system's first touch of fresh pages leads every time.
 
@@ -112,6 +140,8 @@ def table(report):
     rows = [Row(**row) for row in report["rows"]]
     head = ["op", "shape", "dtype", "back end", "time", "G elements/s", "GB/s", "% of ceiling"]
     head += [*(f"vs {peer}" for peer in PEERS), "vs others"]
+    graphs = any(row.replayed for row in rows)
+    head += ["in a graph", "% of ceiling", "vs eager"] if graphs else []
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         for name in sorted((n for n in row.seconds if n in OURS), key=row.seconds.get):
@@ -120,8 +150,18 @@ def table(report):
             others = ", ".join(f"{peer} {ratio[peer]}" for peer in sorted(ratio.keys() - set(PEERS)))
             cells = [row.op, "×".join(map(str, row.shape)), row.dtype, name, f"{t * 1e6:.0f} µs", f"{row.elements / t / 1e9:.2f}"]
             cells += [f"{row.bytes / t / 1e9:.0f}", f"{100 * row.seconds['ceiling'] / t:.0f}", *(ratio.get(p, "") for p in PEERS), others]
+            cells += in_a_graph(row, name) if graphs else []
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def in_a_graph(row, name):
+    """Time by replay, percent of the ceiling's and the multiple that eager takes."""
+    t = row.replayed.get(name)
+    if t is None:
+        return ["", "", ""]
+    ceiling, eager = (row.replayed.get(other) for other in ("ceiling", "eager"))
+    return [f"{t * 1e6:.1f} µs", f"{100 * ceiling / t:.0f}" if ceiling else "", number(eager / t) + "×" if eager else ""]
 
 
 def report(rows, device):
