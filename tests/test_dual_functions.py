@@ -209,8 +209,10 @@ SCRIPTED = torch.jit.trace(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).doubl
     [
         (lambda x: torch.ops.aten.layer_norm(x, [4], BIAS), "native_layer_norm is reached from TorchScript, torch.ops"),
         (SCRIPTED, "native_layer_norm is reached from TorchScript"),
-        (lambda x: torch.linalg.householder_product(matrices(x), x)[..., 0], "torch.linalg.householder_product has no right forward mode"),
-        (lambda x: torch.cholesky_inverse(matrices(x))[..., 0], "torch.cholesky_inverse has no right forward mode"),
+        (lambda x: torch.special.bessel_j0(x) * x, "PyTorch counts torch.special.bessel_j0 as a constant"),
+        (lambda x: torch.special.hermite_polynomial_h(x, 3) * Product.apply(x, BIAS), "PyTorch counts torch.special.hermite_polynomial_h"),
+        (lambda x: x.as_strided_scatter(x[0, 0], (), ()), "PyTorch's gradient of as_strided_scatter is wrong"),
+        (lambda x: torch._native_batch_norm_legit(x, None, None, True, 0.1, 1e-5)[0], "torch._native_batch_norm_legit has no right forward"),
     ],
 )
 def test_what_pytorch_differentiates_wrongly_is_refused(f, message):

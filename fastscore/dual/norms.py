@@ -107,7 +107,8 @@ COMPOSED |= {
 # Called by name they have no right forward mode and no composition here.
 REFUSED = {
     getattr(torch, name): name
-    for name in ("native_layer_norm", "native_batch_norm", "native_group_norm", "batch_norm_stats", "cudnn_batch_norm", "miopen_batch_norm")
+    for name in ("native_layer_norm", "native_batch_norm", "native_group_norm", "batch_norm_stats", "cudnn_batch_norm", "miopen_batch_norm",
+                 "_native_batch_norm_legit", "_batch_norm_with_update")
     if hasattr(torch, name)
 }
 
@@ -115,8 +116,9 @@ REFUSED = {
 # By name, for not every build has all of them.
 NATIVE_NORMS = {"native_layer_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional",
                 "_batch_norm_with_update", "cudnn_batch_norm", "miopen_batch_norm"}  # fmt: skip
-# Their tangents are made from a factorisation that was saved as a constant, too.
-FACTORISED = {"_linalg_solve_ex", "_linalg_det", "_linalg_slogdet", "linalg_householder_product", "cholesky_inverse"}
+# Their tangents are made from a factorisation that was saved as a constant, too, or have gradients that are NaN somewhere.
+FACTORISED = {"_linalg_solve_ex", "_linalg_det", "_linalg_slogdet", "linalg_householder_product", "cholesky_inverse", "_linalg_eigh",
+              "_safe_softmax", "logcumsumexp", "cumprod", "scatter_reduce", "index_reduce"}  # fmt: skip
 
 
 class Refuse(torch.utils._python_dispatch.TorchDispatchMode):
@@ -128,7 +130,9 @@ class Refuse(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
-        if name in self.names and not any(a is False for a in args[:6]):   # batch norm with training=False has no statistics of x
+        harmless = any(a is False for a in args[:6])   # batch norm with training=False has no statistics of x
+        harmless = harmless or (name.endswith("_reduce") and "prod" not in args)
+        if name in self.names and not harmless:
             self.met = name
             raise NotImplementedError(name)
         return func(*args, **(kwargs or {}))

@@ -1,6 +1,7 @@
 """Dual numbers as a tensor subclass that flows through unmodified modules, and jvp, their door."""
 
 import contextlib
+import re
 import threading
 import weakref
 
@@ -9,6 +10,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fastscore.dual import compositions
 from fastscore.dual.compiled import as_written, undisturbed
 from fastscore.dual.norms import FACTORISED, NATIVE_NORMS, REFUSED, Refuse, RightNorms
 from fastscore.dual.rules import RULES, NoDual, aligned, separated
@@ -80,7 +82,20 @@ def _carried(f, x, v):
     try:
         return _forward_mode(f, x, v)
     except (NotImplementedError, RuntimeError):   # of torch: an operation, or an autograd.Function, without a rule for forward mode
-        return _double_backward(f, x, v)
+        with _in_one_sentence():
+            return _double_backward(f, x, v)
+
+
+@contextlib.contextmanager
+def _in_one_sentence():
+    """PyTorch's message where it has no derivative, as one of ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        first, *_ = str(error).splitlines() or [""]
+        if not first.startswith("fastscore") and re.search("erivative for|implemented|not differentiable|must implement", first):
+            raise NotImplementedError(f"fastscore.jvp: PyTorch has no second derivative of f: {first.rstrip('.')}.") from error
+        raise
 
 
 def _stacked(f, x, v):
@@ -147,7 +162,7 @@ def _right(refused):
     """PyTorch's own derivatives of second and third order, without those that it lacks or gets wrong."""
     guard = Refuse(refused if torch.is_grad_enabled() else set())
     try:
-        with sdpa_kernel(SDPBackend.MATH), RightNorms(), guard:
+        with sdpa_kernel(SDPBackend.MATH), compositions.RightForward(), guard:
             yield
     except Exception as error:   # TorchScript wraps what is raised inside
         if guard.met is None:
@@ -310,7 +325,7 @@ _METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel}
 # Values without tangents: comparisons, integers, numbers, what stops a gradient.
 _VALUES = """
     eq ne lt le gt ge isnan isinf isfinite argmax argmin argsort sign sgn floor ceil round trunc detach item tolist numpy allclose equal
-    isclose bincount nonzero any all logical_not heaviside signbit bool int long short searchsorted bucketize rand_like randn_like new_zeros
+    isclose floor_divide __floordiv__ __rfloordiv__ bincount nonzero any all logical_not signbit bool int long short searchsorted bucketize rand_like randn_like new_zeros
     new_ones new_empty new_full new_tensor is_same_size __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __bool__ __float__ __int__ __format__
     __index__ __contains__ __array__ result_type can_cast
 """.split()
@@ -442,10 +457,17 @@ def _fitted(s, dims):
 def _generic(func, args, kwargs):
     """Stock forward mode through one operation: right for everything but the norms, which have rules of their own."""
     name = getattr(func, "__name__", str(func))
+    if func in compositions.REFUSED:
+        compositions.refused(compositions.REFUSED[func])()
+    composed = compositions.FORMULAS.get(func)   # of complex numbers and of values without dimensions, too, which rules leave out
+    if composed is not None and (result := composed(*args, **kwargs)) is not NotImplemented:
+        return result
+
     leaves, spec = tree_flatten((args, kwargs))
     places = [i for i, a in enumerate(leaves) if isinstance(a, Dual)]
     stacks = [leaves[i].stack for i in places]
-    again, form = _same_draws(stacks[0].device) if name in _RANDOM else None, []
+    again = _same_draws(stacks[0].device) if len(stacks[0]) > 2 or name in _RANDOM else None
+    form = []
 
     def plain(*duals):
         filled = list(leaves)
@@ -469,10 +491,10 @@ def _generic(func, args, kwargs):
         except NotImplementedError as error:
             raise NoRule(f"fastscore.jvp: {name} has no forward mode.") from error
         values, (shape, missing) = outputs[0][0], form
-        if len(stacks) == 1 and any(_shares_memory(value, stacks[0]) for value in values):
-            joined = map(Dual, torch.vmap(plain)(stacks[0]))   # a view stays one, of the whole stack
-        else:
-            joined = (_joined(v, [t[k] for _, t in outputs]) for k, v in enumerate(values))
+        views = [len(stacks) == 1 and _shares_memory(value, stacks[0]) for value in values]
+        whole = torch.vmap(plain)(stacks[0]) if any(views) else None   # a view stays one, of the whole stack
+        joined = (Dual(whole[k]) if views[k] else _joined(v, [t[k] for _, t in outputs]) for k, v in enumerate(values))
+        joined = iter(list(joined))
     return tree_unflatten([None if none else next(joined) for none in missing], shape)
 
 

@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastscore.dual import chains, norms
+from fastscore.dual import chains, compositions, norms
 from fastscore.dual.functions import activate_stack, add_bias, add_to_value, normalise_stack
 from fastscore.ops.normalise import Form, normalise, pack
 
@@ -271,6 +271,14 @@ def split(tensor, split_size_or_sections, dim=0):
     return tuple(dual(s) for s in stack(tensor).split(split_size_or_sections, shift(dim)))
 
 
+@rule("tensor_split")
+def tensor_split(input, indices_or_sections, dim=0):
+    if isinstance(indices_or_sections, torch.Tensor):
+        indices_or_sections = indices_or_sections.tolist()
+    sections = indices_or_sections if isinstance(indices_or_sections, int) else tuple(indices_or_sections)
+    return tuple(dual(s) for s in stack(input).tensor_split(sections, shift(dim)))
+
+
 @rule("unbind")
 def unbind(x, dim=0):
     return tuple(dual(s) for s in stack(x).unbind(shift(dim)))
@@ -294,7 +302,7 @@ def flip(x, *dims):
 
 @rule("roll")
 def roll(x, shifts, dims=None):
-    if dims is None:
+    if dims is None or dims in ((), []):
         return reshape(dual(stack(x).flatten(1).roll(shifts, 1)), tuple(x.shape))
     return dual(stack(x).roll(shifts, shift(dims) if isinstance(dims, int) else tuple(map(shift, dims))))
 
@@ -383,8 +391,8 @@ def constant(a, n):
 def _reduction(name):
     def apply(x, dim=None, keepdim=False, **kwargs):
         s = stack(x)
-        if dim is None or dim == ():
-            return dual(getattr(s.flatten(1), name)(1, **kwargs)) if not keepdim else NotImplemented
+        if dim is None or dim in ((), []):
+            dim = tuple(range(x.dim()))
         dims = shift(dim) if isinstance(dim, int) else tuple(map(shift, dim))
         return dual(getattr(s, name)(dims, keepdim=keepdim, **kwargs))
 
@@ -542,6 +550,11 @@ RULES[torch.Tensor.__abs__] = RULES[torch.abs]
 
 @rule("pow", "__pow__")
 def power(x, exponent):
+    if is_dual(exponent) and not is_dual(x):
+        s, x = stack(exponent), _tensor(x, exponent, exponent.dtype)
+        y = x ** s[0]
+        # 0 to a positive power is flat in the exponent; PyTorch's slope, 0 · log 0, has no gradient.
+        return joined(y, y * torch.where(x == 0, 1.0, x).log() * aligned(s, x.dim())[1:])
     if not is_dual(x) or not _number(exponent):
         return NotImplemented
     s = stack(x)
@@ -601,10 +614,21 @@ def matmul(a, b):
         a, b = both(stack(a), stack(b))
         return joined(a[0] @ b[0], a[1:] @ b[0] + a[0] @ b[1:])
     if is_dual(a):
+        if b.layout != torch.strided:
+            return transpose(_sparse_times(b.t(), t(a)), 0, 1) if a.dim() == 2 else NotImplemented
         return dual(stack(a) @ b) if a.dim() >= 2 and b.dim() <= a.dim() else NotImplemented
+    if a.layout != torch.strided:
+        return _sparse_times(a, b)
     if b.dim() < 2 or a.dim() > b.dim() or a.dim() < 2:
         return NotImplemented
     return dual(a @ stack(b))
+
+
+def _sparse_times(a, b):
+    """A sparse matrix (n, m) times vectors (m,) or matrices (m, k): all of the stack as columns."""
+    s = stack(b).reshape(len(stack(b)), b.shape[0], -1)   # (1 + M, m, k)
+    y = a @ s.movedim(0, 1).flatten(1)
+    return dual(y.unflatten(1, (len(s), -1)).movedim(1, 0).reshape(len(s), -1, *b.shape[1:]))
 
 
 RULES[torch.Tensor.__rmatmul__] = lambda a, b: matmul(b, a)
@@ -621,15 +645,22 @@ def baddbmm(input, batch1, batch2, *, beta=1, alpha=1):
 
 
 def _solve(A, B, *, left=True):
-    if not left:
-        return NotImplemented
+    if _levels():
+        return compositions.solve(A, B, left=left)
     n = len(stack(A if is_dual(A) else B))
     A, B = (stack(a) if is_dual(a) else constant(a, n) for a in (A, B))
     vector = B.dim() == 2 or (A.dim() - 1 == B.dim() and B.shape[1:] == A.shape[1:-1])   # as torch tells them apart
     A, B = both(A, B[..., None] if vector else B)
+    if not left and not vector:   # X A = B
+        A, B = A.mT, B.mT
     y = torch.linalg.solve(A[0], B[0])
     s = torch.cat([y[None], torch.linalg.solve(A[0], B[1:] - A[1:] @ y)])
-    return dual(s[..., 0] if vector else s)
+    return dual(s[..., 0] if vector else s if left else s.mT)
+
+
+def _levels():
+    """Whether a level of forward mode or a transform stands around this call: it needs what is right at every order."""
+    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _log_slope(s):
@@ -639,8 +670,17 @@ def _log_slope(s):
 
 def _det(A):
     s = stack(A)
+    if _levels() or not _invertible(s[0].detach()):   # a singular matrix has no inverse, but its determinant has slopes
+        return compositions.det(A)
     y = torch.linalg.det(s[0])
     return joined(y, y * _log_slope(s))
+
+
+def _invertible(A):
+    """Far enough from singular for det A · A⁻¹ to have half its digits."""
+    inverse, info = torch.linalg.inv_ex(A)
+    condition = torch.linalg.matrix_norm(A, 1) * torch.linalg.matrix_norm(inverse, 1) if A.shape[-1] else A.new_ones(A.shape[:-2])
+    return bool(((info == 0) & (condition < torch.finfo(A.dtype).eps ** -0.5)).all())
 
 
 def _logdet(A):
@@ -654,21 +694,29 @@ def _slogdet(A):
     return torch.return_types.slogdet((sign, joined(y, _log_slope(s))))
 
 
-def _refused(name):
-    def refuse(*args, **kwargs):
-        raise NotImplementedError(f"fastscore.jvp: {name} has no right forward mode.")
-
-    return refuse
-
-
 RULES[torch.linalg.solve] = _solve
 for _name, _function in (("det", _det), ("logdet", _logdet), ("slogdet", _slogdet)):
     for _holder in (torch, torch.Tensor, torch.linalg):
         if hasattr(_holder, _name):
             RULES[getattr(_holder, _name)] = _function
-RULES[torch.cholesky_inverse] = _refused("torch.cholesky_inverse")   # the product itself is wrong
-for _name in ("solve_ex", "tensorsolve", "householder_product"):
-    RULES[getattr(torch.linalg, _name)] = _refused(f"torch.linalg.{_name}")
+
+
+def _eigh(A, UPLO="L"):
+    """V̇ = V (F ∘ VᵀȦV), F_ij = 1/(λ_j - λ_i): PyTorch's tangent has a gradient of NaN."""
+    s = stack(A)
+    lower = s.tril(-1) if UPLO.upper() == "L" else s.triu(1).mT
+    s = lower + lower.mT + torch.diag_embed(s.diagonal(dim1=-2, dim2=-1))
+    values, vectors = torch.linalg.eigh(s[0])
+    inner = vectors.mT @ s[1:] @ vectors
+    same = torch.eye(len(values.mT), dtype=torch.bool, device=values.device)
+    gaps = torch.where(same, 1.0, values.unsqueeze(-2) - values.unsqueeze(-1))
+    turned = vectors @ torch.where(same, 0.0, inner / gaps)
+    parts = joined(values, inner.diagonal(dim1=-2, dim2=-1)), joined(vectors, turned)
+    return torch.return_types.linalg_eigh(parts)
+
+
+RULES[torch.linalg.eigh] = _eigh
+RULES[torch.Tensor.__rpow__] = lambda exponent, x: power(x, exponent)
 
 
 @rule("scaled_dot_product_attention")
@@ -787,3 +835,11 @@ def _own(x, coef, labels, form, backend):
 
 
 RULES[normalise] = _own
+
+
+# ---- what stock formulas get wrong
+
+for _function, _composition in compositions.FORMULAS.items():
+    RULES.setdefault(_function, _composition)
+for _function, _sentence in compositions.REFUSED.items():
+    RULES[_function] = compositions.refused(_sentence)
