@@ -212,7 +212,7 @@ SCRIPTED = torch.jit.trace(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).doubl
         (lambda x: torch.special.bessel_j0(x) * x, "PyTorch counts torch.special.bessel_j0 as a constant"),
         (lambda x: torch.special.hermite_polynomial_h(x, 3) * Product.apply(x, BIAS), "PyTorch counts torch.special.hermite_polynomial_h"),
         (lambda x: x.as_strided_scatter(x[0, 0], (), ()), "PyTorch's gradient of as_strided_scatter is wrong"),
-        (lambda x: torch._native_batch_norm_legit(x, None, None, True, 0.1, 1e-5)[0], "torch._native_batch_norm_legit has no right forward"),
+        (lambda x: torch._native_batch_norm_legit(x, None, None, True, 0.1, 1e-5)[0], "_native_batch_norm_legit has no right forward"),
     ],
 )
 def test_what_pytorch_differentiates_wrongly_is_refused(f, message):

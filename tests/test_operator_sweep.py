@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from operator_sweep import Case, examine
 
 from fastscore.dual import numbers
-from operator_sweep import Case, examine
 
 F64 = {"dtype": torch.float64}
 torch.manual_seed(0)

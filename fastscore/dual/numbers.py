@@ -325,7 +325,8 @@ _METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel}
 # Values without tangents: comparisons, integers, numbers, what stops a gradient.
 _VALUES = """
     eq ne lt le gt ge isnan isinf isfinite argmax argmin argsort sign sgn floor ceil round trunc detach item tolist numpy allclose equal
-    isclose floor_divide __floordiv__ __rfloordiv__ bincount nonzero any all logical_not signbit bool int long short searchsorted bucketize rand_like randn_like new_zeros
+    isclose floor_divide __floordiv__ __rfloordiv__ bincount nonzero any all logical_not signbit bool int long short
+    searchsorted bucketize rand_like randn_like new_zeros
     new_ones new_empty new_full new_tensor is_same_size __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __bool__ __float__ __int__ __format__
     __index__ __contains__ __array__ result_type can_cast
 """.split()
