@@ -4,8 +4,8 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch.optim.swa_utils import AveragedModel
 
+from fastscore.averages import averaged as averaged
 from fastscore.ops import checks
 
 
@@ -34,18 +34,9 @@ def training_loop(model, loader, loss, *, steps, optimizer=None, lr=1e-3, ema_de
         raise ValueError(f"training_loop: ema_decay must be in [0, 1); got {ema_decay}.")
     steps = checks.integer("training_loop", "steps", steps, 0)
     first_step = checks.integer("training_loop", "first_step", first_step, 0)
-    optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=lr)
-    ema = ema or averaged(model, ema_decay)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr) if optimizer is None else optimizer
+    ema = averaged(model, ema_decay) if ema is None else ema
     return _loop(model, loader, loss, range(first_step, steps), optimizer, ema, grad_clip)
-
-
-def averaged(model, decay):
-    """A moving average of a model's weights: decay min(decay, (1 + n)/(10 + n)) at update n, so early weights are soon forgotten."""
-
-    def average(ema, current, n):
-        torch._foreach_lerp_(list(ema), list(current), 1 - min(decay, (1 + float(n)) / (10 + float(n))))
-
-    return AveragedModel(model, multi_avg_fn=average)
 
 
 def _loop(model, loader, loss, steps, optimizer, ema, grad_clip):

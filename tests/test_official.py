@@ -415,3 +415,27 @@ def test_a_wrong_value_is_one_sentence(tmp_path, monkeypatch, capsys, arguments,
     assert fastscore_sample(monkeypatch, *(places.get(a, a) for a in arguments), "--out", tmp_path / "x.png") == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("wrap", ["_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "module.module.{}"])
+def test_names_of_wrapped_networks_are_those_of_the_network(wrap):
+    net = NCSNv2(channels=1, ngf=4)
+    x, sigma = torch.rand(2, 1, 8, 8), torch.tensor([1.0, 0.1])
+    loaded = load_official({wrap.format(k): v for k, v in net.state_dict().items()})
+    assert torch.equal(loaded(x, sigma), net(x, sigma))
+
+
+def test_a_checkpoint_of_a_compiled_network_loads():
+    net = NCSNv2(channels=1, ngf=4)
+    compiled = torch.compile(net)
+    net.res1 = torch.compile(net.res1)   # and of compiled parts
+    names = list(compiled.state_dict())
+    assert names[0].startswith("_orig_mod.") and any(".res1._orig_mod." in name for name in names)
+    plain = load_official(compiled.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), net.parameters()))
+
+
+def test_two_networks_in_one_checkpoint_are_refused():
+    state = NCSNv2(channels=1, ngf=4).state_dict()
+    with pytest.raises(ValueError, match="must hold one network; it has begin_conv.weight twice"):
+        load_official({**state, "module.begin_conv.weight": state["begin_conv.weight"]})

@@ -23,7 +23,7 @@ def load_official(source, *, ema=True, arch=None, **hyper_parameters):
     | NCSNv2, CAS: [state_dict, optimizer, epoch, step, ema] | ema, or state_dict if not |
     | a state_dict, or ema, by itself                       | as they are              |
 
-    A prefix `module.` is dropped. Width, channels, levels and depth follow from the shapes, σ from the buffer of NCSNv2. NCSN and CAS
+    What DataParallel (`module.`) and torch.compile (`_orig_mod.`) add to names is dropped. Width, channels, levels and depth follow from the shapes, σ from the buffer of NCSNv2. NCSN and CAS
     store no ladder: give theirs. CAS's weights come as a score too, divided by σ (see NCSNv2); with scale_by_sigma=False as f. CAS's
     option `--target dae` trains another function under the same names; nothing in the file tells, and it is not supported.
 
@@ -72,7 +72,7 @@ def _read(path):
 
 
 def _weights(container, ema):
-    """The chosen {name: tensor} without `module.` and without sigmas, and sigmas or None."""
+    """The chosen {name: tensor} without the names of wrappers and without sigmas, and sigmas or None."""
     if isinstance(container, (list, tuple)) and len(container) >= 2:
         state, average = container[0], container[4] if len(container) > 4 else None
         if ema and average is None and len(container) > 2:
@@ -83,9 +83,20 @@ def _weights(container, ema):
     if not (_is_state_dict(state) and _is_state_dict(chosen)):
         layouts = "a list [state_dict, optimizer] or [state_dict, optimizer, epoch, step, ema], or a dict of tensors"
         raise ValueError(f"{_OP}: the checkpoint must be {layouts}; got {_outline(container)}.")
-    state, chosen = ({name.removeprefix("module."): t for name, t in each.items()} for each in (state, chosen))
+    state, chosen = (_unwrapped(each) for each in (state, chosen))
     sigmas = chosen.pop("sigmas", state.get("sigmas"))
     return chosen, sigmas
+
+
+def _unwrapped(state):
+    """{name: tensor} without what the wrappers around a network, or around its parts, add to the names."""
+    found = {}
+    for name, t in state.items():
+        plain = ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+        if plain in found:
+            raise ValueError(f"{_OP}: the checkpoint must hold one network; it has {plain} twice, under different prefixes.")
+        found[plain] = t
+    return found
 
 
 def _is_state_dict(t):

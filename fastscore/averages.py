@@ -1,0 +1,116 @@
+"""A moving average of a network's weights, kept in float32 whatever their dtype."""
+
+import copy
+from collections import defaultdict
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_leaves
+
+_PREFIX = "average_"   # of the buffers that hold the float32 averages of narrower weights
+
+
+def averaged(model: torch.nn.Module, decay: float) -> AveragedModel:
+    """A moving average of a model's weights: decay min(decay, (1 + n)/(10 + n)) at update n, so early weights are soon forgotten.
+
+        w̄ ← d w̄ + (1 - d) w
+
+    It is called like the model, in evaluation mode, and has the model's dtypes. bfloat16 and float16 weights are averaged in float32
+    beside it (the change of one update is far below their last bit) and rounded after every update; `state_dict` holds both. Buffers
+    are copied. The copy is of the network itself, without DistributedDataParallel around it.
+    """
+    return _Averaged(model, decay)
+
+
+class _Averaged(AveragedModel):
+    def __init__(self, model, decay):
+        super().__init__(torch.nn.Module())   # which would copy the model by copy.deepcopy alone
+        self.module = copied(_inner(model))
+        self.decay = decay
+        for i, p in enumerate(self.module.parameters()):
+            if _narrow(p):
+                self.register_buffer(f"{_PREFIX}{i}", p.detach().float())
+        self.eval()
+
+    def update_parameters(self, model):
+        """Take the model's weights into the average."""
+        n = float(self.n_averaged)
+        decay = 0.0 if n == 0 else min(self.decay, (1 + n) / (10 + n))
+        groups = defaultdict(lambda: ([], []))
+
+        parameters = list(model.parameters())
+        if len(parameters) != len(list(self.module.parameters())):
+            raise ValueError("averaged: the model must have the parameters that it had when its average was made; their number differs.")
+        for average, p in zip(self._averages(), parameters):
+            current = p.detach().to(average.device, average.dtype)
+            if decay == 0 or not average.dtype.is_floating_point:
+                average.copy_(current)
+            else:
+                for kept, t in zip(groups[average.device, average.dtype], (average, current)):
+                    kept.append(t)
+        for averages, currents in groups.values():
+            torch._foreach_lerp_(averages, currents, 1 - decay)
+        for rounded, average in self._shadowed():
+            rounded.copy_(average)
+
+        self._copy_buffers(_inner(model))
+        self.n_averaged += 1
+
+    def _copy_buffers(self, model):
+        """By name, for a model may make buffers as it runs."""
+        for name, b in model.named_buffers():
+            path, _, leaf = name.rpartition(".")
+            ours, theirs = self.module.get_submodule(path), model.get_submodule(path)
+            kept = ours._buffers.get(leaf)
+            if kept is not None and kept.shape == b.shape:
+                kept.detach().copy_(b.detach())
+            else:
+                ours.register_buffer(leaf, b.detach().clone(), persistent=leaf not in theirs._non_persistent_buffers_set)
+
+    def _averages(self):
+        """The tensor that averages each parameter: itself, or its float32 shadow."""
+        for i, p in enumerate(self.module.parameters()):
+            yield self._shadow(i, p.detach()) if _narrow(p) else p.detach()
+
+    def _shadow(self, i, p):
+        """The float32 average whose rounded form is p; where somebody has written into p since, it is p's."""
+        name = f"{_PREFIX}{i}"
+        if name not in self._buffers:
+            self.register_buffer(name, p.float())
+        shadow = self._buffers[name]
+        shadow.copy_(torch.where(shadow.to(p.dtype) == p, shadow, p.float()))
+        return shadow
+
+    def _shadowed(self):
+        """(parameter, shadow) of the parameters that have one."""
+        for i, p in enumerate(self.module.parameters()):
+            if _narrow(p):
+                yield p.detach(), self._buffers[f"{_PREFIX}{i}"]
+
+    def _apply(self, fn, recurse=True):
+        """Shadows follow to other devices, not to other dtypes."""
+        before = {name: t for name, t in self._buffers.items() if name.startswith(_PREFIX)}
+        super()._apply(fn, recurse)
+        for name, t in before.items():
+            self._buffers[name] = t.to(self._buffers[name].device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):
+        """Averages that were saved without shadows have none to load: they begin as the rounded ones."""
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        missing[:] = [name for name in missing if not name.startswith(prefix + _PREFIX)]
+
+
+def _inner(model):
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _narrow(p):
+    return p.dtype.is_floating_point and p.element_size() < 4
+
+
+def copied(model: torch.nn.Module) -> torch.nn.Module:
+    """A deep copy, also of a model that keeps results of earlier calls (torch.nn.utils.weight_norm does), as constants."""
+    kept = [t for module in model.modules() for t in tree_leaves(vars(module)) if isinstance(t, torch.Tensor) and not t.is_leaf]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in kept})
