@@ -101,10 +101,10 @@ def test_the_average_of_float32_weights_is_that_of_pytorch_bit_for_bit():
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3))
     stock, ours = AveragedModel(net, multi_avg_fn=average), training.averaged(net, 0.99)
-    for state in training.training_loop(net, [X], squares, steps=20, ema=ours):
+    for _ in training.training_loop(net, [X], squares, steps=20, ema=ours):
         stock.update_parameters(net)
-    assert stock.state_dict().keys() == state.ema.state_dict().keys()
-    assert all(torch.equal(t, state.ema.state_dict()[k]) for k, t in stock.state_dict().items())
+    assert stock.state_dict().keys() == ours.state_dict().keys()
+    assert all(torch.equal(t, ours.state_dict()[k]) for k, t in stock.state_dict().items())
 
 
 @pytest.mark.parametrize("norm", [weight_norm, spectral_norm])
@@ -157,7 +157,10 @@ def test_a_network_in_bfloat16_is_trained_and_averaged():
     torch.manual_seed(0)
     sigmas = schedules.geometric(1.0, 0.1, 3)
     net = models.ScoreMLP(3, width=16, depth=1, sigmas=sigmas).bfloat16()
-    loss = lambda net, x, step: losses.noise_conditional(net, x, sigmas, seed=0, step=step)
+
+    def loss(net, x, step):
+        return losses.noise_conditional(net, x, sigmas, seed=0, step=step)
+
     *_, state = training.training_loop(net, [X.bfloat16()], loss, steps=30)
     assert {p.dtype for p in state.ema.module.parameters()} == {torch.bfloat16}
     assert state.ema(X.bfloat16(), 0.5).dtype == torch.bfloat16

@@ -437,5 +437,5 @@ def test_a_checkpoint_of_a_compiled_network_loads():
 
 def test_two_networks_in_one_checkpoint_are_refused():
     state = NCSNv2(channels=1, ngf=4).state_dict()
-    with pytest.raises(ValueError, match="must hold one network; it has begin_conv.weight twice"):
+    with pytest.raises(ValueError, match=r"must hold one network; it has begin_conv\.weight twice"):
         load_official({**state, "module.begin_conv.weight": state["begin_conv.weight"]})

@@ -64,12 +64,14 @@ def at_level(t):
     return t(X, 0.5, 3)
 
 
-def trained(net=None, **options):
-    net = net or network()
-    loss = lambda net, x, step: losses.noise_conditional(net, x, SIGMAS, seed=0, step=step)
-    return list(training.training_loop(net, [X], loss, steps=3, **options))[-1]
+def trained():
+    def loss(net, x, step):
+        return losses.noise_conditional(net, x, SIGMAS, seed=0, step=step)
+
+    return list(training.training_loop(network(), [X], loss, steps=3))[-1]
 
 
+HALF = guidance.Downsample(2)
 BLUR = guidance.Blur(guidance.gaussian_kernel(0.5, 1))
 CASES = {   # name: (make, what it does)
     **{f"ScoreMLP {a}": (lambda a=a: network(activation=a), at_noise) for a in ("silu", "elu", "gelu", "relu", "softplus", "tanh")},
@@ -101,7 +103,7 @@ CASES = {   # name: (make, what it does)
     "Matrix": (lambda: guidance.Matrix(X.reshape(2, 16), (1, 4, 4)), lambda t: t(X)),
     "Composition": (lambda: guidance.Downsample(2) @ BLUR, lambda t: t.adjoint(t(X))),
     "from_function": (lambda: guidance.from_function(torch.nn.Flatten(), (1, 4, 4)), lambda t: t.adjoint(t(X))),
-    **{f"linear_inverse {m}": (lambda m=m: guidance.linear_inverse(network(), guidance.Downsample(2), X[0, :, :2, :2], 0.1, method=m), guided)
+    **{f"linear_inverse {m}": (lambda m=m: guidance.linear_inverse(network(), HALF, X[0, :, :2, :2], 0.1, method=m), guided)
        for m in ("flat", "denoiser", "moments")},
     "classifier": (classify, guided),
     "posterior": (lambda: guidance.posterior(network(), classify(), 2.0), guided),
@@ -112,7 +114,8 @@ CASES = {   # name: (make, what it does)
     "averaged": (lambda: training.averaged(network(), 0.9), at_noise),
     "state.ema": (lambda: trained().ema, at_noise),
     "Step": (trained, lambda t: (t.step, t.losses, t.ema(X, S))),
-    "State": (lambda: next(sampling.langevin(torch.neg, X, steps=1, step_size=0.1, seed=0, diagnostics=True)), lambda t: (t.x, t.diagnostics)),
+    "State": (lambda: next(sampling.langevin(torch.neg, X, steps=1, step_size=0.1, seed=0, diagnostics=True)),
+              lambda t: (t.x, t.diagnostics)),
     "PRESETS": (lambda: sampling.PRESETS, lambda t: sorted(t)),
     "recipe": (lambda: schedules.recipe(X.flatten(1), 30), str),
     "distance_bounds": (lambda: schedules.distance_bounds(X), str),

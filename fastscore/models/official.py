@@ -23,8 +23,8 @@ def load_official(source, *, ema=True, arch=None, **hyper_parameters):
     | NCSNv2, CAS: [state_dict, optimizer, epoch, step, ema] | ema, or state_dict if not |
     | a state_dict, or ema, by itself                       | as they are              |
 
-    What DataParallel (`module.`) and torch.compile (`_orig_mod.`) add to names is dropped. Width, channels, levels and depth follow from the shapes, σ from the buffer of NCSNv2. NCSN and CAS
-    store no ladder: give theirs. CAS's weights come as a score too, divided by σ (see NCSNv2); with scale_by_sigma=False as f. CAS's
+    What DataParallel (`module.`) and torch.compile (`_orig_mod.`) add to names is dropped. Width, channels, levels and depth follow from
+    the shapes, σ from the buffer of NCSNv2. NCSN and CAS store no ladder: give theirs. CAS's weights come as a score too, divided by σ (see NCSNv2); with scale_by_sigma=False as f. CAS's
     option `--target dae` trains another function under the same names; nothing in the file tells, and it is not supported.
 
     Args:
