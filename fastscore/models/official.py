@@ -24,8 +24,9 @@ def load_official(source, *, ema=True, arch=None, **hyper_parameters):
     | a state_dict, or ema, by itself                       | as they are              |
 
     What DataParallel (`module.`) and torch.compile (`_orig_mod.`) add to names is dropped. Width, channels, levels and depth follow from
-    the shapes, σ from the buffer of NCSNv2. NCSN and CAS store no ladder: give theirs. CAS's weights come as a score too, divided by σ (see NCSNv2); with scale_by_sigma=False as f. CAS's
-    option `--target dae` trains another function under the same names; nothing in the file tells, and it is not supported.
+    the shapes, σ from the buffer of NCSNv2. NCSN and CAS store no ladder: give theirs. CAS's weights come as a score too, divided by σ
+    (see NCSNv2); with scale_by_sigma=False as f. CAS's option `--target dae` trains another function under the same names; nothing in
+    the file tells, and it is not supported.
 
     Args:
         source: a path, read with torch.load(weights_only=True), or what torch.load returned.
