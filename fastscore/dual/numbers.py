@@ -69,11 +69,20 @@ def _jvp(f, x, v):
 def stack(f, x, v):
     """f(x) and J v_m for v (M, *x.shape), side by side: (1 + M, *f(x).shape)."""
     if torch._C._functorch.maybe_current_level() is not None:   # inside a transform: torch's own forward mode nests with it
-        return _transformed(f, x, v)
+        with _forward_gradients():
+            return _transformed(f, x, v)
     if hasattr(_local, "call") or isinstance(x, Dual) or isinstance(v, Dual):
         # The rules do not tell the numbers of one jvp from those of another around it, which f may hold.
         raise NoRule("fastscore.jvp: a jvp inside f cannot be carried through with its tangents.")
-    return _carried(f, x, v)
+    with _forward_gradients():
+        return _carried(f, x, v)
+
+
+def _forward_gradients():
+    """The forward of an autograd.Function, and with it a reentrant checkpoint, switches them off: f would look constant."""
+    if torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled():
+        return contextlib.nullcontext()
+    return torch.autograd.forward_ad._set_fwd_grad_enabled(True)
 
 
 def _carried(f, x, v):
