@@ -201,11 +201,25 @@ def raw(backend: str, op: str):
 
 def call(backend: str, op: str, *args) -> None:
     """Run a raw op where no derivative can be asked of it."""
-    if backend == "triton" and _nothing_between(args):
-        _launcher(op)(*args)
-        return
-    with torch._C._AutoDispatchBelowAutograd():
-        raw(backend, op)(*args)
+    try:
+        if backend == "triton" and _nothing_between(args):
+            _launcher(op)(*args)
+            return
+        with torch._C._AutoDispatchBelowAutograd():
+            raw(backend, op)(*args)
+    except Exception as error:
+        refuse_batched(error, args)
+        raise
+
+
+def refuse_batched(error: Exception, args=()) -> None:
+    """Say what PyTorch's old vmap means, which is_grads_batched and vectorize=True still go through, when it meets our ops."""
+    batched = (torch._C._dispatch_keys(a).has(torch._C.DispatchKey.Batched) for a in args if isinstance(a, torch.Tensor))
+    if "Batching rule not implemented" in str(error) or any(batched):
+        raise NotImplementedError(
+            "fastscore: its derivatives cannot be taken with is_grads_batched=True or vectorize=True; take torch.func.vjp, torch.func.jacrev "
+            "or torch.func.hessian, or one gradient at a time (vectorize=False)."
+        ) from error
 
 
 @functools.cache

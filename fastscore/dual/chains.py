@@ -128,7 +128,11 @@ class _Chain(torch.autograd.Function):
         parameters = [saved.pop(0) if present else None for present in ctx.present]
         values, needed = dict(zip(ctx.kept, saved)), [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
         pull = _differentiable if torch.is_grad_enabled() else _pull
-        gs, *rest = pull(values, _steps(ctx.names, parameters), g, needed, ctx.backend)
+        try:
+            gs, *rest = pull(values, _steps(ctx.names, parameters), g, needed, ctx.backend)
+        except RuntimeError as error:
+            _backend.refuse_batched(error)
+            raise
         return gs, None, None, *rest
 
 

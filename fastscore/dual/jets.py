@@ -1,8 +1,13 @@
 """Second-order forward propagation: a value with its first and second derivatives along M directions, carried through any function."""
 
+import contextlib
+import threading
+import weakref
+
 import torch
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
+from fastscore.dual import kept
 from fastscore.dual.compiled import undisturbed
 from fastscore.dual.jet_rules import RULES, VALUES, bent, is_jet
 from fastscore.dual.numbers import _LIKE, _METADATA, Dual, NoRule, _copy, _in_place, _on_values, _place, _write
@@ -35,12 +40,29 @@ def second_order(f, x, v, straight=True):
     if torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0 or not x.numel():
         raise NoRule("second_order: transforms, forward mode and empty tensors take another way.")
     parts = [x[None], v] if straight else [x[None], v, torch.zeros_like(v)]
-    y = f(Jet(torch.cat(parts), len(v)))
-    if not isinstance(y, Jet) or y.shape not in ((len(x),), (len(x), 1)):
-        raise NoRule("second_order: f(x) is no function of x, or not one value per sample.")
-    value, first, second = y.parts()
+    with _inside():
+        y = f(Jet(torch.cat(parts), len(v)))
+        if not isinstance(y, Jet) or y.shape not in ((len(x),), (len(x), 1)):
+            raise NoRule("second_order: f(x) is no function of x, or not one value per sample.")
+        value, first, second = y.parts()
+
     second = torch.zeros_like(first) if second is None else second
     return tuple(c.reshape(-1, len(x)) for c in (value, first, second))
+
+
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def _inside():
+    """What f keeps is its value afterwards."""
+    kept.keep(kept.outside)
+    before, _local.made = getattr(_local, "made", None), []
+    try:
+        yield
+    finally:
+        made, _local.made = _local.made, before
+        kept.keep(made)
 
 
 class Jet(Dual):
@@ -55,6 +77,8 @@ class Jet(Dual):
 
     def __init__(self, stack, directions):
         self.stack, self.directions = stack, directions
+        made = getattr(_local, "made", None)
+        (kept.outside if made is None else made).append(weakref.ref(self))
 
     @property
     def straight(self):

@@ -10,11 +10,13 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastscore.dual import compositions
+from fastscore import backend as backends
+from fastscore.dual import compositions, kept
 from fastscore.dual.compiled import as_written, undisturbed
 from fastscore.dual.norms import FACTORISED, NATIVE_NORMS, REFUSED, Refuse, RightNorms
 from fastscore.dual.rules import RULES, NoDual, aligned, separated
 from fastscore.ops import checks
+from fastscore.ops.functions import released
 
 
 def jvp(f, x, v):
@@ -89,10 +91,12 @@ def _carried(f, x, v):
     with contextlib.suppress(NoRule):
         return _stacked(f, x, v)
     try:
-        return _forward_mode(f, x, v)
+        if not backends._dual_level():   # forward mode does not nest
+            return _forward_mode(f, x, v)
     except (NotImplementedError, RuntimeError):   # of torch: an operation, or an autograd.Function, without a rule for forward mode
-        with _in_one_sentence():
-            return _double_backward(f, x, v)
+        pass
+    with _in_one_sentence():
+        return _double_backward(f, x, v)
 
 
 @contextlib.contextmanager
@@ -146,18 +150,22 @@ class _Constants(torch.overrides.TorchFunctionMode):
 
 def _double_backward(f, x, v):
     """J v as the transpose of the transpose, by two more levels of backward."""
-    graph = torch.is_grad_enabled()
+    wanted = torch.is_grad_enabled()
+    graph = wanted or backends._dual_level()   # forward mode needs the formulas that a graph is made of
     with _right(NATIVE_NORMS), torch.enable_grad():
-        x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        # A view, for detach() would drop a forward-mode tangent.
+        x = x.view_as(x) if x.requires_grad else x.view_as(x).requires_grad_()
         y = f(x)
         if not isinstance(y, torch.Tensor) or not y.requires_grad:
             raise NotImplementedError("fastscore.jvp: f holds an operation through which neither forward nor reverse mode leads to x.")
         u = torch.zeros_like(y).requires_grad_()
         (g,) = torch.autograd.grad(y, x, u, create_graph=True, materialize_grads=True)
         if not g.requires_grad:   # a constant: f does not depend on x
-            return torch.cat([y[None], y.new_zeros(len(v), *y.shape)])
+            stack = torch.cat([y[None], y.new_zeros(len(v), *y.shape)])
+            return stack if wanted else released(stack)
         products = [torch.autograd.grad(g, u, d, retain_graph=True, create_graph=graph, materialize_grads=True)[0] for d in v]
-    return torch.stack([y if graph else y.detach(), *products])
+    stack = torch.stack([y, *products])
+    return stack if wanted else released(stack)
 
 
 def _transformed(f, x, v):
@@ -196,7 +204,7 @@ class _Call:
     """One jvp that runs: the caller's grad mode, and references to whose stack is not computed yet and to memory not to be written to."""
 
     def __init__(self, grad_mode):
-        self.grad_mode, self.waiting, self.copied = grad_mode, [], []
+        self.grad_mode, self.waiting, self.copied, self.made = grad_mode, [], [], []
 
 
 _local = threading.local()
@@ -205,6 +213,7 @@ _calls = []   # of all threads
 
 @contextlib.contextmanager
 def _inside(grad_mode):
+    kept.keep(kept.outside)
     call = _local.call = _Call(grad_mode)
     _calls.append(call)
     try:
@@ -212,6 +221,7 @@ def _inside(grad_mode):
     finally:
         del _local.call
         _calls.remove(call)
+        kept.keep(call.made)
 
 
 def _call():
@@ -245,6 +255,8 @@ class Dual(torch.Tensor):
 
     def __init__(self, stack):
         self.stack = stack
+        call = _call()
+        (kept.outside if call is None else call.made).append(weakref.ref(self))
 
     @property
     def stack(self):
@@ -267,6 +279,7 @@ class Dual(torch.Tensor):
         result.computed, result.pending = None, pending
         pending.holder = weakref.ref(result)
         call.waiting.append(pending.holder)
+        call.made.append(pending.holder)
         return result
 
     def like(self, stack):
@@ -473,7 +486,10 @@ def _generic(func, args, kwargs):
     if composed is not None and (result := composed(*args, **kwargs)) is not NotImplemented:
         return result
 
+    if backends._dual_level():
+        raise NoRule(f"fastscore.jvp: {name} inside the forward mode of another level, and forward mode does not nest.")
     leaves, spec = tree_flatten((args, kwargs))
+    leaves = [kept.value_of(a) for a in leaves]
     places = [i for i, a in enumerate(leaves) if isinstance(a, Dual)]
     stacks = [leaves[i].stack for i in places]
     again = _same_draws(stacks[0].device) if len(stacks[0]) > 2 or name in _RANDOM else None

@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from fastscore.dual.compiled import as_written
 from fastscore.losses.projections import check_score
 from fastscore.ops import checks
+from fastscore.ops.functions import released
 
 
 def posterior(score, log_likelihood=None, scale=1.0, *, likelihood_score=None):
@@ -104,14 +105,6 @@ def _gradient(op, f, leaf, create_graph):
 
 # A compiled graph has one backward pass.
 _uncompiled = torch.compiler.disable(as_written(_gradient), reason="a gradient that is differentiated again runs eagerly")
-
-
-def released(t):
-    """Without the graph of this call, but with the forward-mode tangent that detach() would drop."""
-    if not t.requires_grad:
-        return t
-    primal, tangent = forward_ad.unpack_dual(t)
-    return primal.detach() if tangent is None else forward_ad.make_dual(primal.detach(), tangent.detach())
 
 
 def _summed(values, rest):

@@ -15,6 +15,7 @@ from fastscore.dual.jets import second_order
 from fastscore.dual.norms import RightNorms
 from fastscore.models.score_mlp import Trunk
 from fastscore.ops import checks
+from fastscore.ops.functions import released
 
 _SMOOTH = ("silu", "gelu", "softplus", "tanh")
 
@@ -91,7 +92,7 @@ class EnergyScore(nn.Module):
             return torch.func.grad(lambda x: self._value(x, arguments).sum())(x)
         x, wanted = self._leaf(x)
         # Forward mode over reverse mode needs the formulas that a graph is made of: fused ones, as of SiLU, carry no tangent.
-        create_graph = wanted or forward_ad.unpack_dual(x).tangent is not None
+        create_graph = wanted or forward_ad._current_level >= 0
         if create_graph:
             return self._differentiable_gradient(x, arguments)
         with torch.enable_grad():
@@ -112,10 +113,13 @@ class EnergyScore(nn.Module):
         with torch.enable_grad():
             s = self._gradient(x, True, arguments)
             if s.requires_grad:
-                hv = [torch.autograd.grad(s, x, d, True, wanted, materialize_grads=True)[0] for d in v]
+                # Forward mode needs the formulas that a graph is made of.
+                graph = wanted or forward_ad._current_level >= 0
+                hv = [torch.autograd.grad(s, x, d, True, graph, materialize_grads=True)[0] for d in v]
             else:
                 hv = [torch.zeros_like(x)] * len(v)
-        return s if wanted else s.detach(), torch.stack(hv)
+        hv = torch.stack(hv)
+        return (s, hv) if wanted else (released(s), released(hv))
 
     @torch.compiler.disable(reason="products of an energy run eagerly: a compiled graph has one backward pass")
     @as_written

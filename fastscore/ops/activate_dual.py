@@ -50,7 +50,8 @@ def activate_dual(s, name, backend=None):
         (1 + M, *), y and its tangents. Differentiable, at every order.
     """
     chosen = _backend.choose(s.device, backend, cuda=False)   # a GPU runs the Triton kernels
-    if chosen == "reference" or (chosen == "cpp" and s.dtype == torch.float64):
+    plain = chosen == "reference" or (chosen == "cpp" and s.dtype == torch.float64)
+    if plain or _backend._dual_level():   # the Function has no forward mode
         return activate_dual_ref(s, name)
     if _backend.derivative_possible(s):
         return _function(s, name, chosen)
@@ -68,7 +69,8 @@ def gradient(s, g, name, chosen, overwrite=False):
 
     No derivative is taken through the kernel. chosen: the back end that activated s; the thread of a backward pass knows of no other.
     """
-    if chosen == "reference" or (chosen == "cpp" and s.dtype == torch.float64):
+    plain = chosen == "reference" or (chosen == "cpp" and s.dtype == torch.float64)
+    if plain or _backend._dual_level():   # the Function has no forward mode
         first, second = _SLOPES[name][1](s[:1])
         return torch.cat([first * g[:1] + second * (s[1:] * g[1:]).sum(0, keepdim=True), first * g[1:]])
     s, g = s.contiguous(), g.contiguous()

@@ -3,6 +3,7 @@
 import inspect
 
 import torch
+from torch.autograd import forward_ad
 
 
 def quick(cls):
@@ -32,6 +33,14 @@ def along(f, primals, tangents):
     outputs, pull = torch.func.vjp(f, *primals)
     zeros = torch.zeros_like(outputs) if isinstance(outputs, torch.Tensor) else tuple(map(torch.zeros_like, outputs))
     return torch.func.vjp(pull, zeros)[1](tuple(tangents))[0]   # the transpose of the transpose
+
+
+def released(t):
+    """Without the graph of this call, but with the forward-mode tangent that detach() would drop."""
+    if not t.requires_grad:
+        return t
+    primal, tangent = forward_ad.unpack_dual(t)
+    return primal.detach() if tangent is None else forward_ad.make_dual(primal.detach(), tangent.detach())
 
 
 def plain(f, *tensors):
