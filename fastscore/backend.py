@@ -208,17 +208,16 @@ def call(backend: str, op: str, *args) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             raw(backend, op)(*args)
     except Exception as error:
-        refuse_batched(error, args)
+        refuse_batched(error)
         raise
 
 
-def refuse_batched(error: Exception, args=()) -> None:
-    """Say what PyTorch's old vmap means, which is_grads_batched and vectorize=True still go through, when it meets our ops."""
-    batched = (torch._C._dispatch_keys(a).has(torch._C.DispatchKey.Batched) for a in args if isinstance(a, torch.Tensor))
-    if "Batching rule not implemented" in str(error) or any(batched):
+def refuse_batched(error: Exception) -> None:
+    """Say what PyTorch's old vmap, which is_grads_batched and vectorize=True go through, means."""
+    if "Batching rule not implemented" in str(error) or "BatchedTensorImpl" in str(error):
         raise NotImplementedError(
-            "fastscore: its derivatives cannot be taken with is_grads_batched=True or vectorize=True; take torch.func.vjp, torch.func.jacrev "
-            "or torch.func.hessian, or one gradient at a time (vectorize=False)."
+            "fastscore: its derivatives cannot be taken with is_grads_batched=True or vectorize=True; "
+            "take torch.func.vjp, torch.func.jacrev or torch.func.hessian, or vectorize=False."
         ) from error
 
 
