@@ -1,10 +1,23 @@
 """PyTorch's normalisations as compositions whose forward mode is right: means, products and reciprocal roots."""
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 import torch.utils._python_dispatch
+
+
+def _precise(composition):
+    """Statistics of half precision in float32, and the input's dtype for the result, whatever the parameters' is: as PyTorch's own."""
+
+    @functools.wraps(composition)
+    def apply(input, *args, **kwargs):
+        dtype = input.dtype
+        h = composition(input.float() if dtype in (torch.bfloat16, torch.float16) else input, *args, **kwargs)
+        return h if h.dtype == dtype else h.to(dtype)
+
+    return apply
 
 
 def _standardised(x, dims, eps):
@@ -29,6 +42,7 @@ def _affine(h, weight, bias, dim=1):
     return h if bias is None else h + bias.reshape(shape)
 
 
+@_precise
 def instance_norm(input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5,
                   cudnn_enabled=None):  # fmt: skip
     if not use_input_stats:
@@ -40,6 +54,7 @@ def instance_norm(input, running_mean=None, running_var=None, weight=None, bias=
     return _affine(_standardised(input, dims, eps), weight, bias)
 
 
+@_precise
 def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, cudnn_enabled=None):
     if not training:
         return _affine((input - _column(running_mean, input)) * torch.rsqrt(_column(running_var, input) + eps), weight, bias)
@@ -50,6 +65,7 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
     return _affine(_standardised(input, dims, eps), weight, bias)
 
 
+@_precise
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=None):
     check_shape("layer_norm", input, normalized_shape)
     h = _standardised(input, tuple(range(-len(normalized_shape), 0)), eps)
@@ -57,11 +73,13 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_
     return h if bias is None else h + bias
 
 
+@_precise
 def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=None):
     h = _standardised(input.reshape(input.shape[0], num_groups, -1), (2,), eps)
     return _affine(h.reshape(input.shape), weight, bias)
 
 
+@_precise
 def rms_norm(input, normalized_shape, weight=None, eps=None):
     check_shape("rms_norm", input, normalized_shape)
     dims = tuple(range(-len(normalized_shape), 0))

@@ -1,6 +1,7 @@
 """Dual numbers as a tensor subclass that flows through unmodified modules, and jvp, their door."""
 
 import contextlib
+import functools
 import re
 import threading
 import weakref
@@ -14,7 +15,7 @@ from fastscore import backend as backends
 from fastscore.dual import compositions, kept
 from fastscore.dual.compiled import as_written, undisturbed
 from fastscore.dual.norms import FACTORISED, NATIVE_NORMS, REFUSED, Refuse, RightNorms
-from fastscore.dual.rules import RULES, NoDual, aligned, separated
+from fastscore.dual.rules import POINTWISE, RULES, NoDual, aligned, separated
 from fastscore.ops import checks
 from fastscore.ops.functions import released
 
@@ -312,7 +313,9 @@ class Dual(torch.Tensor):
     @classmethod
     def ruled(cls, func, args, kwargs):
         rule = cls.rules.get(func)
-        if rule is None or isinstance(kwargs.get("out"), torch.Tensor) or (args and isinstance(args[0], Dual) and not args[0].dim()):
+        if rule is None or isinstance(kwargs.get("out"), torch.Tensor):
+            return NotImplemented
+        if args and isinstance(args[0], Dual) and not args[0].dim() and func not in POINTWISE:
             return NotImplemented   # a dimension counted from the end of a 0-d value would be that of the stack
         try:
             return rule(*args, **kwargs)
@@ -490,6 +493,7 @@ def _generic(func, args, kwargs):
         raise NoRule(f"fastscore.jvp: {name} inside the forward mode of another level, and forward mode does not nest.")
     leaves, spec = tree_flatten((args, kwargs))
     leaves = [kept.value_of(a) for a in leaves]
+    narrow = _narrow_dtype(leaves)
     places = [i for i, a in enumerate(leaves) if isinstance(a, Dual)]
     stacks = [leaves[i].stack for i in places]
     again = _same_draws(stacks[0].device) if len(stacks[0]) > 2 or name in _RANDOM else None
@@ -516,12 +520,33 @@ def _generic(func, args, kwargs):
             outputs = [along(m) for m in range(1, len(stacks[0]))]
         except NotImplementedError as error:
             raise NoRule(f"fastscore.jvp: {name} has no forward mode.") from error
+        if narrow is not None:
+            outputs = [[[_narrowed(t, narrow) for t in part] for part in output] for output in outputs]
         values, (shape, missing) = outputs[0][0], form
         views = [len(stacks) == 1 and _shares_memory(value, stacks[0]) for value in values]
         whole = torch.vmap(plain)(stacks[0]) if any(views) else None   # a view stays one, of the whole stack
         joined = (Dual(whole[k]) if views[k] else _joined(v, [t[k] for _, t in outputs]) for k, v in enumerate(values))
         joined = iter(list(joined))
     return tree_unflatten([None if none else next(joined) for none in missing], shape)
+
+
+def _narrow_dtype(leaves):
+    """The dtype of an operation on 0-d tensors, where a transform takes Python's numbers for tensors of their own, in float64.
+
+    None where nothing has to be mended: no number, a dtype that was asked for, or a tensor that is wide by itself.
+    """
+    tensors = [a for a in leaves if isinstance(a, torch.Tensor) and (a.is_floating_point() or a.is_complex())]
+    numbers = any(isinstance(a, float | complex | int) for a in leaves)
+    if not numbers or any(a.dim() for a in tensors) or any(isinstance(a, torch.dtype) for a in leaves):
+        return None
+    dtype = functools.reduce(torch.promote_types, (a.dtype for a in tensors))
+    return None if dtype in (torch.float64, torch.complex128) else dtype
+
+
+def _narrowed(t, dtype):
+    if t.dtype not in (torch.float64, torch.complex128):
+        return t
+    return t.to(dtype if t.is_complex() == dtype.is_complex else dtype.to_complex() if t.is_complex() else dtype.to_real())
 
 
 def _joined(value, tangents):

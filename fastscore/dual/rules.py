@@ -78,8 +78,19 @@ def aligned(s, dims):
 
 def both(a, b):
     """Two stacks aligned to broadcast with each other."""
+    if a.dtype != b.dtype:   # by the rules for the values, whose dimensions count
+        dtype = torch.result_type(a[0], b[0])
+        a, b = a.to(dtype), b.to(dtype)
     dims = max(a.dim(), b.dim()) - 1
     return aligned(a, dims), aligned(b, dims)
+
+
+def beside(s, c):
+    """A stack and a constant, in the dtype that PyTorch gives to the value and the constant."""
+    if not isinstance(c, torch.Tensor) or c.dtype == s.dtype:
+        return s, c
+    dtype = torch.result_type(s[0], c)
+    return s.to(dtype), c.to(dtype)
 
 
 def joined(y, ty):
@@ -461,9 +472,10 @@ def add(a, b, *, alpha=1):
     a, c = (a, b) if is_dual(a) else (b, a)
     s = stack(a)
     if isinstance(c, torch.Tensor):
+        s, c = beside(s, c)
         s = aligned(s, c.dim())
         shape = torch.broadcast_shapes(s.shape[1:], c.shape)
-        s = s.expand(len(s), *shape).to(torch.result_type(s, c))
+        s = s.expand(len(s), *shape)
     return dual(add_to_value(s, c))
 
 
@@ -485,7 +497,8 @@ def mul(a, b):
         a, b = both(stack(a), stack(b))
         return joined(a[0] * b[0], a[1:] * b[0] + a[0] * b[1:])
     a, c = (a, b) if is_dual(a) else (b, a)
-    return dual(aligned(stack(a), c.dim() if isinstance(c, torch.Tensor) else 0) * c)
+    s, c = beside(stack(a), c)
+    return dual(aligned(s, c.dim() if isinstance(c, torch.Tensor) else 0) * c)
 
 
 @rule("div", "divide", "true_divide", "__truediv__")
@@ -493,7 +506,8 @@ def div(a, b, *, rounding_mode=None):
     if rounding_mode is not None:
         return NotImplemented
     if not is_dual(b):
-        return dual(aligned(stack(a), b.dim() if isinstance(b, torch.Tensor) else 0) / b)
+        s, b = beside(stack(a), b)
+        return dual(aligned(s, b.dim() if isinstance(b, torch.Tensor) else 0) / b)
     return mul(a, reciprocal(b))
 
 
@@ -820,7 +834,8 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_
     lead = input.shape[: input.dim() - len(normalized_shape)]
     h = reshape(_fused(reshape(input, (math.prod(lead), 1, -1)), 1, None, None, eps), tuple(input.shape))
     h = h if weight is None else mul(h, weight)
-    return h if bias is None else add(h, bias)
+    h = h if bias is None else add(h, bias)
+    return h if h.dtype == input.dtype else h.to(input.dtype)
 
 
 for _function, _composition in norms.COMPOSED.items():   # batch norm, rms norm, and the forms of torch
@@ -843,3 +858,15 @@ for _function, _composition in compositions.FORMULAS.items():
     RULES.setdefault(_function, _composition)
 for _function, _sentence in compositions.REFUSED.items():
     RULES[_function] = compositions.refused(_sentence)
+
+
+def _functions(names):
+    return {getattr(holder, name) for name in names.split() for holder in HOLDERS if hasattr(holder, name)}
+
+
+# Whose rules count no dimensions: a value without dimensions takes them, too.
+POINTWISE = _functions("""
+    add __add__ __radd__ sub subtract __sub__ rsub mul multiply __mul__ __rmul__ div divide true_divide __truediv__ __rdiv__ __rtruediv__
+    addcmul lerp pow __pow__ neg negative __neg__ relu silu tanh sigmoid elu gelu softplus where masked_fill clone
+    to type type_as float double half bfloat16 cuda cpu dropout
+""") | _functions(" ".join(_SLOPES)) | {torch.Tensor.__abs__}  # fmt: skip

@@ -1,0 +1,80 @@
+"""jvp keeps the dtypes that PyTorch's own promotion gives, in every precision, and its values are those of float64 rounded."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastscore import jvp
+
+WIDER = {d: torch.float64 if d == torch.float64 else torch.float32 for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+
+# Values without dimensions beside Python's numbers, beside tensors of other dtypes, and norms whose parameters are wider than their input.
+FUNCTIONS = {
+    "std": lambda x: x / (x.std() + 1e-6),
+    "mean-times-number": lambda x: x * (x.mean() * 0.3),
+    "power-of-a-sum": lambda x: x + (x.sum() ** 2 + 1.5),
+    "number-minus": lambda x: x / (3.0 - x.mean()),
+    "number-over": lambda x: x * (2.0 / (x.square().mean() + 1)),
+    "chain-of-numbers": lambda x: x * torch.clamp(x.mean() * 2.0 + 1, min=0.1).sqrt(),
+    "int-power": lambda x: x * x.norm().pow(2).add(1),
+    "in-place": lambda x: x * x.mean().mul_(0.5).add_(2.0),
+    "where-number": lambda x: x * torch.where(x.mean() > 5, x.mean(), 1.5),
+    "logaddexp": lambda x: x * torch.logaddexp(x.mean(), x.sum()).mul(0.5),
+    "hypot-number": lambda x: x * torch.hypot(x.mean(), torch.ones_like(x.mean())).remainder(7.5),
+    "xlogy": lambda x: x * torch.xlogy(x.square().mean(), 3.0),
+    "wide-scalar": lambda x: x * x.float().mean(),
+    "wide-scalar-first": lambda x: x.float().mean() * x + 1,
+    "wide-scalar-quotient": lambda x: x / (x.double().square().mean() + 1),
+    "wide-constant": lambda x: x * torch.tensor(0.3, dtype=torch.float64) + torch.tensor(1.0, dtype=torch.float64),
+    "wide-vector": lambda x: x * torch.full((x.shape[-1],), 0.5, dtype=torch.float64),
+    "scalar-meets-wide-constant": lambda x: x.mean() * torch.tensor(0.3, dtype=torch.float64),
+    "scalar-plus-wide-constant": lambda x: x.mean() + torch.tensor(0.3, dtype=torch.float64),
+    "scalar-times-narrow-vector": lambda x: x.float().mean() * torch.full((3,), 0.5, dtype=x.dtype),
+    "integers": lambda x: x * torch.arange(4) + torch.tensor(2),
+    "booleans": lambda x: x * (x > 0) + x.mean() * True,
+    "lerp": lambda x: torch.lerp(x, x.cos(), 0.3) + torch.lerp(x.mean(), x.sum(), 0.3),
+    "addcmul": lambda x: torch.addcmul(x, x, x.mean(), value=0.5),
+    "softmax-as-double": lambda x: x.softmax(-1, dtype=torch.float64) * x,
+    "to-and-back": lambda x: x.double().sin().to(x.dtype) + x.to(torch.float32).cos().type_as(x),
+    "batch-norm": lambda x: F.batch_norm(x, None, None, *torch.ones(2, 4, dtype=WIDER[x.dtype]), True),
+    "layer-norm-wide-weight": lambda x: F.layer_norm(x, (4,), *torch.ones(2, 4, dtype=WIDER[x.dtype])),
+    "rms-norm": lambda x: F.rms_norm(x, (4,)),
+    "group-norm": lambda x: F.group_norm(x, 2),
+    "layer-norm": lambda x: F.layer_norm(x, (4,)),
+    "silu-of-a-scalar": lambda x: x * F.silu(x.sum()) + F.softplus(x.mean()) + torch.tanh(x.mean() + 0.5),
+    "dropout-off": lambda x: F.dropout(x, 0.5, False) * F.dropout(x.mean(), 0.5, False),
+    "cumulative": lambda x: x.cumsum(1) * x.mean().exp() + x.logsumexp(1, keepdim=True) * 0.1,
+    "one-sample": lambda x: torch.stack([row * (row.norm() + 1e-6) for row in x]),
+    "einsum": lambda x: torch.einsum("bi,bj->b", x, x)[:, None] * (x.mean() * 0.1) + x,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_dtypes_and_values(name, dtype):
+    """Within 64 roundings, for each of these makes at most a dozen steps at unit size, whose slopes stay below five."""
+    f = FUNCTIONS[name]
+    torch.manual_seed(0)
+    x, v = (torch.randn(3, 4, dtype=torch.float64).to(dtype) for _ in range(2))
+    y, jv = jvp(f, x, v)
+    assert y.dtype == jv.dtype == f(x).dtype
+    wide = torch.autograd.functional.jvp(f, x.double(), v.double())
+    for got, right in zip((y, jv), wide):
+        assert float((got.double() - right).abs().max()) <= 64 * torch.finfo(dtype).eps * (1 + float(right.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_feeds_a_layer(dtype):
+    """It raised: the quotient was float64, the layer was not."""
+    torch.manual_seed(0)
+    net, x = nn.Linear(3, 3).to(dtype), torch.randn(2, 3).to(dtype)
+    y, jv = jvp(lambda x: net(x / (x.std() + 1e-6)), x, torch.ones_like(x))
+    assert y.dtype == jv.dtype == dtype
+
+
+def test_rms_norm_in_half_precision_has_the_floor_of_pytorch():
+    """Without eps= it is that of float32 there, which tiny inputs feel."""
+    x = torch.full((2, 4), 1e-3).bfloat16()
+    y = jvp(lambda x: F.rms_norm(x, (4,), torch.ones(4)), x, torch.ones_like(x))[0]
+    assert y.dtype == torch.bfloat16 and torch.allclose(y.float(), F.rms_norm(x, (4,)).float(), rtol=2**-8)
