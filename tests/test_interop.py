@@ -297,10 +297,10 @@ def test_ddpm_pipeline_runs_annealed_langevin(fourier):
 class PassThrough(torch.nn.Module):
     """Stands for LDMPipeline's decoder."""
 
-    config, dtype, device = interop.scheduler.Config(scaling_factor=1.0), torch.float32, torch.device("cpu")
+    config, dtype, device = diffusers.configuration_utils.FrozenDict(scaling_factor=1.0), torch.float32, torch.device("cpu")
 
     def decode(self, latents):
-        return interop.scheduler.Config(sample=latents)
+        return diffusers.configuration_utils.FrozenDict(sample=latents)
 
 
 def test_latent_pipeline_runs_annealed_langevin_on_a_vp_unet(positional, ddpm):

@@ -1,32 +1,29 @@
 """Annealed Langevin dynamics as a diffusers scheduler."""
 
-from typing import NamedTuple
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
 
+import diffusers
+import numpy as np
 import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
 from fastscore import conversions, random, schedules
 from fastscore.interop.networks import prediction_kind
 from fastscore.ops import checks, langevin_step
 from fastscore.sampling.state import shifted
 
-
-class StepOutput(NamedTuple):
-    """prev_sample: the state after the step."""
-
-    prev_sample: torch.Tensor
-
-
-class Config(dict):
-    """A scheduler's arguments, by key or by attribute."""
-
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
+_MARK = "_annealed_langevin"   # stays in the config of a scheduler that was made from ours
+_VP = ["DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+       "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
+       "KDPM2DiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"]  # fmt: skip
+_VE = ["ScoreSdeVeScheduler"]
 
 
-class AnnealedLangevinScheduler:
+class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
     """Annealed Langevin dynamics with the interface of diffusers' schedulers: swap it into a pipeline that calls `step`.
 
         ε_i = ε σ_i²/σ_L²;    T times: x ← x + (ε_i/2) s + √ε_i z;    last: x ← x + σ_L² s
@@ -39,6 +36,10 @@ class AnnealedLangevinScheduler:
     `timesteps` are then its own, fractional ones, and the loop must pass inputs through `scale_model_input`, as pipelines for
     EulerDiscreteScheduler do.
 
+    It is saved and loaded as diffusers' schedulers are (import this module before a pipeline with it is loaded). `from_config` takes the
+    config of ScoreSdeVeScheduler and of every VP scheduler, whose ᾱ table, prediction and range of σ it keeps; and they take its own.
+    With half-precision networks the state between the steps is float32; samples that were edited are taken as they are.
+
     Args:
         sigmas: ladder (L,), descending; or sigma_max and sigma_min, from which set_timesteps makes a geometric ladder that fits n.
         steps_per_level: T. step_size: ε at the smallest level; unless given technique 4's for the ladder. denoise: end noise-free.
@@ -48,38 +49,83 @@ class AnnealedLangevinScheduler:
             else from torch's default generator. first_sample: global number of the first sample, so that splits of a batch agree.
 
     Raises:
-        ValueError: not exactly one of ladder and ends, or any of them out of range.
+        ValueError: neither ladder nor ends, ends of another ladder, or any of them out of range.
     """
 
     order = 1
+    _compatibles = [*_VP, *_VE]
 
-    def __init__(self, sigmas=None, *, sigma_max=None, sigma_min=None, steps_per_level=1, step_size=None, denoise=True,
-                 prediction_type="score", alphas_cumprod=None, seed=None, first_sample=0):  # fmt: skip
+    @register_to_config
+    def __init__(
+        self,
+        sigmas: torch.Tensor | list[float] | None = None,
+        *,
+        sigma_max: float | None = None,
+        sigma_min: float | None = None,
+        steps_per_level: int = 1,
+        step_size: float | None = None,
+        denoise: bool = True,
+        prediction_type: str = "score",
+        alphas_cumprod: torch.Tensor | list[float] | None = None,
+        seed: int | None = None,
+        first_sample: int = 0,
+    ) -> None:
         op = type(self).__name__
-        if (sigmas is None) == (sigma_max is None) or (sigma_max is None) != (sigma_min is None):
-            raise ValueError(f"{op}: give either sigmas, or sigma_max and sigma_min.")
-        steps_per_level = checks.integer(op, "steps_per_level", steps_per_level, 1)
-        first_sample = checks.integer(op, "first_sample", first_sample, 0)
-        seed = checks.plain_int(seed) if checks.whole(seed) else seed
+        ladder = _ladder(op, sigmas, sigma_max, sigma_min)
         self._kind = prediction_kind(op, prediction_type)
-        ladder = schedules.check_ladder(op, sigmas) if sigmas is not None else schedules.geometric(sigma_max, sigma_min, 2)
         table = None if alphas_cumprod is None else torch.as_tensor(alphas_cumprod).detach().cpu()
         if table is not None:
             schedules.timesteps_of(ladder[[0, -1]], table)   # refuses a ladder that the network does not know
-        self.config = Config(
-            sigmas=None if sigmas is None else ladder.tolist(), sigma_max=sigma_max, sigma_min=sigma_min, steps_per_level=steps_per_level,
-            step_size=step_size, denoise=bool(denoise), prediction_type=prediction_type,
-            alphas_cumprod=None if table is None else table.tolist(), seed=seed, first_sample=first_sample,
-        )  # fmt: skip
+        self.register_to_config(**{
+            "sigmas": None if sigmas is None else ladder.tolist(),
+            "sigma_max": ladder[0].item() if sigmas is not None else float(sigma_max),
+            "sigma_min": ladder[-1].item() if sigmas is not None else float(sigma_min),
+            "steps_per_level": checks.integer(op, "steps_per_level", steps_per_level, 1),
+            "step_size": None if step_size is None else _positive(op, "step_size", step_size),
+            "denoise": bool(denoise),
+            "alphas_cumprod": None if table is None else table.tolist(),
+            "seed": None if seed is None else _whole(op, "seed", seed),
+            "first_sample": checks.integer(op, "first_sample", first_sample, 0),
+            _MARK: True,
+        })  # fmt: skip
+        if table is not None:
+            self.register_to_config(**_betas(table))
+        self._forget_false_defaults()
+
         self.init_noise_sigma = ladder[0].item()   # of the state: pipelines multiply their first draw by it, DDPMPipeline does not
-        self._table, self.timesteps, self.num_inference_steps = table, None, None
+        self._table, self.timesteps, self.num_inference_steps, self._state = table, None, None, None
+
+    def _forget_false_defaults(self):
+        """diffusers drops what a config calls a default when another class is made from it; these would be other values there."""
+        defaults = _defaults(type(self))
+        if "_use_default_values" in self.config:
+            own = {name for name, default in defaults.items() if name in self.config and self.config[name] == default}
+            true = own & set(self.config["_use_default_values"]) - {"sigma_max", "sigma_min", "prediction_type"}
+            self.register_to_config(_use_default_values=sorted(true))
 
     @classmethod
-    def from_config(cls, config):
-        """A scheduler with the arguments of another: `from_config(scheduler.config)`."""
-        return cls(**config)
+    def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A scheduler with the arguments of a config, `AnnealedLangevinScheduler.from_config(pipeline.scheduler.config)`, or others.
 
-    def set_timesteps(self, num_inference_steps=None, device=None):
+        Raises:
+            ValueError: the config is of a scheduler whose networks are neither VE nor VP.
+        """
+        if isinstance(config, Mapping):
+            # A ladder that is given takes the place of the ends in the config, and ends that of its ladder.
+            others = {"sigma_max": None, "sigma_min": None} if kwargs.get("sigmas") is not None else {}
+            others |= {"sigmas": None} if {"sigma_max", "sigma_min"} & set(kwargs) else {}
+            kwargs = {**_arguments_of(cls, config), **others, **kwargs}
+            changed = {k for k, default in _defaults(cls).items() if k in config and config[k] != default}
+            if _class_of(cls, config)[0] is cls and "_use_default_values" in config:
+                config = {**config, "_use_default_values": [k for k in config["_use_default_values"] if k not in changed]}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @property
+    def compatibles(self) -> list[type]:
+        """The schedulers that can be made from this one's config for the same network."""
+        return [type(self), *(getattr(diffusers, name) for name in (_VE if self._table is None else _VP))]
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: torch.device | str | None = None) -> None:
         """Plan a run of num_inference_steps network calls (with given sigmas it may be left out), and start it.
 
         Raises:
@@ -98,7 +144,7 @@ class AnnealedLangevinScheduler:
         each = self.sigmas if self._table is None else schedules.timesteps_of(self.sigmas, self._table)
         self.timesteps, self.num_inference_steps = each[levels].to(device), len(levels)
         self._expected = each[levels].tolist()
-        self._index, self._scaled, self._seed = 0, None, c.seed
+        self._index, self._scaled, self._seed, self._state = 0, None, c.seed, None
 
     def _fit(self, calls):
         c = self.config
@@ -108,13 +154,30 @@ class AnnealedLangevinScheduler:
             raise ValueError(f"set_timesteps: num_inference_steps must be {form} with at least 2 levels L; got {calls!r}.")
         return schedules.geometric(c.sigma_max, c.sigma_min, levels)
 
-    def scale_model_input(self, sample, timestep=None):
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
         """The network's input at this step: the state, or √ᾱ times it for a VP network."""
         if self._table is None:
             return sample
+        if self.timesteps is None and timestep is not None:
+            return sample * self._root_of(float(timestep))
         self._check_turn("scale_model_input", timestep)
         self._scaled = self._index
-        return sample * self._root()
+        return (self._exact(sample) * self._root()).to(sample.dtype)
+
+    def _root_of(self, timestep):
+        """√ᾱ at a timestep of the network."""
+        if not 0 <= timestep <= len(self._table) - 1:
+            raise ValueError(f"scale_model_input: timestep must lie in 0..{len(self._table) - 1}; got {timestep:.6g}.")
+        log_sigma = schedules.sigmas_of(self._table.double()).log().numpy()
+        return float(1 + np.exp(2 * np.interp(timestep, np.arange(len(log_sigma)), log_sigma))) ** -0.5
+
+    def _exact(self, sample):
+        """The state before it was rounded to half precision, wherever the sample is still what `step` returned."""
+        if sample.dtype not in (torch.bfloat16, torch.float16):
+            return sample
+        if self._state is None or self._state.shape != sample.shape or self._state.device != sample.device:
+            return sample.float()
+        return torch.where(self._state.to(sample.dtype) == sample, self._state, sample.float())
 
     def _root(self):
         return (1 + self._ladder[self._levels[self._index]] ** 2) ** -0.5
@@ -130,7 +193,14 @@ class AnnealedLangevinScheduler:
             raise ValueError(f"{op}: step {self._index} is at timestep {self._expected[self._index]:.6g}; got {float(timestep):.6g}.")
 
     @torch.no_grad()
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: torch.Tensor | float | None,
+        sample: torch.Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[torch.Tensor]:
         """Take the next step.
 
         Args:
@@ -138,32 +208,37 @@ class AnnealedLangevinScheduler:
             generator: from which the first step draws the seed of the run; one Generator, not a list.
 
         Returns:
-            StepOutput(prev_sample), or (prev_sample,).
+            SchedulerOutput(prev_sample), or (prev_sample,), in the dtype of sample.
 
         Raises:
             ValueError: out of turn, or shapes differ.
         """
         self._check_turn("step", timestep)
-        score = self._score(model_output, sample)
-        level = self._levels[self._index]
+        checks.check_float("step", "model_output", model_output)
+        checks.check_like("step", "model_output", model_output.to(sample.dtype), sample, of="sample")
+        state = self._exact(sample)
+        score = self._score(model_output.to(state.dtype), state)
         if self.config.denoise and self._index == self.num_inference_steps - 1:
-            x = shifted(sample, score, self._ladder[-1] ** 2)
+            x = shifted(state, score, self._ladder[-1] ** 2)
         else:
             offset = self.config.first_sample * sample[:1].numel()
-            x = langevin_step(sample, score, self._step_sizes[level], seed=self._run_seed(generator), step=self._index, offset=offset)
-        self._index += 1
-        return StepOutput(x) if return_dict else (x,)
+            step_size = self._step_sizes[self._levels[self._index]]
+            x = langevin_step(state, score, step_size, seed=self._run_seed(generator), step=self._index, offset=offset)
 
-    def _score(self, model_output, sample):
+        self._index += 1
+        self._state = x if x.dtype != sample.dtype else None
+        x = x.to(sample.dtype)
+        return SchedulerOutput(prev_sample=x) if return_dict else (x,)
+
+    def _score(self, model_output, state):
         sigma = self._ladder[self._levels[self._index]]
         if self._table is None:
-            checks.check_like("step", "model_output", model_output, sample, of="sample")
-            return conversions.convert(model_output, sample, sigma, kind=self._kind, to="score")
+            return conversions.convert(model_output, state, sigma, kind=self._kind, to="score")
         if self._scaled != self._index:
             raise ValueError("step: a VP network's input must come from scale_model_input, which was not called for this step.")
         root = self._root()
         return conversions.vp_to_ve(
-            conversions.convert(model_output, sample * root, sigma * root, root, kind=self._kind, to="score"), root**2
+            conversions.convert(model_output, state * root, sigma * root, root, kind=self._kind, to="score"), root**2
         )
 
     def _run_seed(self, generator):
@@ -190,3 +265,77 @@ class AnnealedLangevinScheduler:
             raise ValueError(f"add_noise: timesteps must be of this run, {self._expected[0]:.6g} to {self._expected[-1]:.6g}; got {asked}.")
         sigma = torch.tensor([of[t] for t in asked], dtype=checks.compute_dtype(original_samples.dtype), device=original_samples.device)
         return (original_samples + checks.expand(sigma, original_samples) * noise).to(original_samples.dtype)
+
+
+def _positive(op, name, value):
+    number = value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
+    if not checks.real(number) or not 0 < number < math.inf:
+        raise ValueError(f"{op}: {name} must be a positive number; got {value!r}.")
+    return float(number)
+
+
+def _whole(op, name, value):
+    number = value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
+    if not checks.whole(number):
+        raise ValueError(f"{op}: {name} must be an int; got {value!r}.")
+    return checks.plain_int(number)
+
+
+def _ladder(op, sigmas, sigma_max, sigma_min):
+    """The ladder, or its two ends; both may be given if they agree, as in a saved config."""
+    ends = (sigma_max, sigma_min)
+    if (sigmas is None and None in ends) or (None in ends and ends != (None, None)):
+        raise ValueError(f"{op}: give either sigmas, or sigma_max and sigma_min.")
+    if sigmas is None:
+        return schedules.geometric(sigma_max, sigma_min, 2)
+    ladder = schedules.check_ladder(op, sigmas)
+    if ends not in ((None, None), (ladder[0].item(), ladder[-1].item())):
+        found = f"{ladder[0].item():.6g} to {ladder[-1].item():.6g}, and {sigma_max} and {sigma_min}"
+        raise ValueError(f"{op}: sigmas and sigma_max, sigma_min must agree if both are given; got {found}.")
+    return ladder
+
+
+def _betas(table):
+    """What VP schedulers call the same table, so that one that is made from our config has it."""
+    table = table.double()
+    ratios = torch.cat([table[:1], table[1:] / table[:-1]])
+    return {"trained_betas": (1 - ratios).tolist(), "num_train_timesteps": len(table)}
+
+
+def _defaults(cls):
+    parameters = inspect.signature(cls.__init__).parameters
+    return {name: p.default for name, p in parameters.items() if name != "self"}
+
+
+def _arguments_of(cls, config):
+    """Our arguments from the config of another class of diffusers."""
+    kind, name = _class_of(cls, config)
+    if kind is cls:
+        return {}
+    other = None if kind is None or config.get("use_flow_sigmas") else kind.from_config(dict(config))
+    table = getattr(other, "alphas_cumprod", None)
+    if isinstance(other, diffusers.ScoreSdeVeScheduler):
+        ends = {"sigma_max": other.config.sigma_max, "sigma_min": other.config.sigma_min}
+        found = {"prediction_type": "score"}
+    elif isinstance(table, torch.Tensor):
+        sigmas = schedules.sigmas_of(table.double()).float()
+        ends = {"sigma_max": sigmas[-1].item(), "sigma_min": sigmas[0].item()}
+        found = {"prediction_type": other.config.get("prediction_type", "epsilon"), "alphas_cumprod": table}
+    else:
+        raise ValueError(f"from_config: the config must be of ScoreSdeVeScheduler or of a VP scheduler (with alphas_cumprod); got {name}.")
+    return found | ends
+
+
+def _class_of(cls, config):
+    """The class whose config it is, or None, and what to call it. A config that was never saved holds no name."""
+    name = config.get("_class_name")
+    if name == cls.__name__ or config.get(_MARK):
+        return cls, cls.__name__
+    if name is not None:
+        return getattr(diffusers, name, None) if isinstance(name, str) else None, repr(name)
+    keys = {key for key in config if not key.startswith("_")}
+    if keys <= set(_defaults(cls)):
+        return cls, cls.__name__
+    matches = (getattr(diffusers, each) for each in (*_VE, *_VP))
+    # Schedulers that were made from one another's configs hold the arguments of both, and the same betas.
+    return next((kind for kind in matches if set(_defaults(kind)) <= keys), None), f"one with {', '.join(sorted(keys)[:6])}, ..."
