@@ -8,6 +8,7 @@ from fastscore.likelihood import solvers
 from fastscore.losses.exact import divergence
 from fastscore.losses.projections import check_data, check_projections, derivatives, directions, dot
 from fastscore.models.analytic import GaussianMixture
+from fastscore.modes import evaluated
 from fastscore.ops import checks
 from fastscore.schedules import check_ladder
 
@@ -52,6 +53,9 @@ def log_density(score, x, *, sigma_min, sigma_max, trace="exact", projections=1,
 
         bias = (d/2) log(v/σ_max²) + ‖x_T - μ‖²/(2v) - ‖x_T‖²/(2σ_max²),    x_T = μ + (x - μ) √(v/(s² + σ_min²))
 
+    The networks that score and prior hold run in evaluation mode, and are as they were afterwards; where the result is differentiated and
+    parts of them are checkpointed, call eval() first, for a checkpoint calls its part again in the backward pass.
+
     A score that is no gradient (a network's hardly is) still gives the density of its own flow, exactly.
 
     Source: Song et al. 2021, section 4.3 and appendix D.2 (arXiv:2011.13456), at the variance-exploding noise σ.
@@ -66,8 +70,8 @@ def log_density(score, x, *, sigma_min, sigma_max, trace="exact", projections=1,
         raise ValueError(f"{_OP}: x must hold samples; got {tuple(x.shape)}.")
     low, high = _range(sigma_min, sigma_max)
     method = _method(method, steps)
-    jacobian_trace = _trace(score, x, trace, projections, chunk, seed, first_sample)
-    log_prior = _prior(prior, high, x)
+    jacobian_trace = evaluated(_trace(score, x, trace, projections, chunk, seed, first_sample))
+    log_prior = evaluated(_prior(prior, high, x))
     rhs = _right_hand_side(jacobian_trace, x)
     if steps is None:
         _check_tolerances(atol, rtol)

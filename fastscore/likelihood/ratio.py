@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from fastscore.losses.projections import check_data, check_score
+from fastscore.modes import evaluated
 from fastscore.ops import checks
 
 _OP = "log_ratio"
@@ -28,6 +29,8 @@ def log_ratio(score, x0, x1, *, sigma=None, nodes=16, chunk=16, return_error=Fal
     Raises:
         ValueError: x0 and x1 differ in shape, or an argument is out of range. TypeError: no float tensors.
 
+    The networks that score holds run in evaluation mode, as in `log_density`.
+
     The ratio belongs to a density only if the score is a gradient. A network's is not quite (a `models.EnergyScore` is): then the value
     depends on the path, another path gives another value, and ratios along the sides of a triangle do not sum to zero. A line that crosses
     regions without data collects the errors of the score there; at a larger σ there are fewer.
@@ -42,6 +45,7 @@ def log_ratio(score, x0, x1, *, sigma=None, nodes=16, chunk=16, return_error=Fal
     nodes = checks.integer(_OP, "nodes", nodes, 2 if return_error else 1)
     chunk = checks.integer(_OP, "chunk", chunk, 1)
     arguments = () if sigma is None else (_each(sigma, x0),)
+    score = evaluated(score)
     value = _quadrature(score, x0, x1, arguments, nodes, chunk)
     if not return_error:
         return value

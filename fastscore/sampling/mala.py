@@ -1,9 +1,12 @@
 """The Metropolis-adjusted Langevin algorithm: Langevin proposals, accepted so that the law is exact at every step size."""
 
+import functools
+
 import torch
 
 from fastscore import random
 from fastscore.models.energy import EnergyScore
+from fastscore.modes import evaluated
 from fastscore.ops import checks
 from fastscore.sampling.state import State, begin, check_count, epsilon
 
@@ -47,10 +50,12 @@ def mala(
 def _mala(run, x, start, steps, e):
     a, b = run.langevin_coefficients(e)
     x = run.projected(x, 0.0, start)
-    f, s = _value_and_score(run, x)
+    # The backward pass, too: a checkpoint calls the network again there.
+    value_and_score = evaluated(functools.partial(_value_and_score, run))
+    f, s = value_and_score(x)
     for step in range(start, steps):
         y = run.projected(run.move(x, s, a, b, step), 0.0, step)
-        f2, s2 = _value_and_score(run, y)
+        f2, s2 = value_and_score(y)
         ratio = _log_ratio(run, x, f, s, y, f2, s2, a)
         u = random.uniform(
             f.shape, seed=run.seed, step=step, stream=random.LANGEVIN, substream=1, offset=run.first_sample, dtype=f.dtype, device=x.device

@@ -113,7 +113,8 @@ def sample(
     """Run a sampler to its end and return the samples.
 
     Args:
-        score: as the sampler calls it. sampler: "annealed_langevin" (default) or another name of `fastscore.sampling`.
+        score: as the sampler calls it; networks in it run in evaluation mode (see `fastscore.sampling`).
+        sampler: "annealed_langevin" (default) or another name of `fastscore.sampling`.
         x: start, (B, *); or shape: its shape, then x is drawn from initial_law, "uniform" in [0, 1] or "gaussian", N(0, σ_1² I) (the
             default of predictor_corrector and probability_flow), with dtype and device.
         seed, first_sample: sample(n=64) equals two calls of 32 with first_sample 0 and 32, noise bit for bit.

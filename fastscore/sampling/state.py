@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fastscore import backend, random
+from fastscore.modes import evaluated
 from fastscore.ops import checks
 from fastscore.ops.langevin_step import update
 from fastscore.schedules import to_epsilon
@@ -100,6 +101,8 @@ def begin(op, score, x, *, temperature, project, diagnostics, seed, first_sample
     seed = random.draw_seed() if seed is None else seed
     size = math.prod(x.shape[1:])
     random.noise_key(op, seed, 0, random.LANGEVIN, 0, first_sample * size, x.device)   # refused here, not after a call of the score
+    score = evaluated(score)
+    project = None if project is None else evaluated(project)
     return Run(op, score, seed, first_sample, size, math.sqrt(temperature), project, bool(diagnostics), backend.choose(x.device))
 
 

@@ -1,0 +1,137 @@
+"""Networks in evaluation mode while a sampler or a density asks them, and as they were at all other times."""
+
+import functools
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+_FEW = 1000   # entries of a container that are looked at
+_DEEP = 5   # steps from a callable to a network
+
+
+def evaluated(f: Callable) -> Callable:
+    """f, called with the networks that it holds in evaluation mode; f itself if it holds none.
+
+    A network is held by being f, by being in its closure, defaults or attributes, by being named in its code, or by being held by
+    something that is. The modes are those of evaluation during a call only: between two states of a sampler, after an exception, and when
+    a sampler is dropped half way they are what they were. A function that sets a mode itself, to sample with dropout for example, has its
+    way until it returns.
+    """
+    held = networks(f)
+    if not held:
+        return f
+    _warn_of_batches(held)
+
+    def call(*arguments):
+        with Evaluation(held):
+            return f(*arguments)
+
+    return call
+
+
+class Evaluation:
+    """A context in which networks are in evaluation mode, module by module: nobody's train() or eval() is called."""
+
+    def __init__(self, held: list[nn.Module]):
+        self.held = held
+
+    def __enter__(self):
+        self.switched = [m for m in _modules(self.held) if m.training]
+        _set(self.switched, False)
+
+    def __exit__(self, *error):
+        _set(self.switched, True)
+
+
+def _set(modules, mode):
+    for m in modules:
+        attributes = vars(m)
+        if "training" in attributes:
+            attributes["training"] = mode   # Module.__setattr__ takes ten times as long, in every call of a score
+        else:   # a scripted module, or a compiled one that has that of the network inside it
+            m.training = mode
+
+
+def _modules(networks):
+    """All modules, each once. As Module.modules() without its names, for every call of a score comes here."""
+    seen, waiting = set(), list(networks)
+    while waiting:
+        m = waiting.pop()
+        if m is not None and id(m) not in seen:
+            seen.add(id(m))
+            waiting.extend(m._modules.values())
+            yield m
+
+
+def networks(*callables: Any) -> list[nn.Module]:
+    """The networks that callables hold."""
+    found, seen, waiting = [], {}, [(f, 0) for f in callables]
+    while waiting:
+        thing, depth = waiting.pop()
+        if id(thing) in seen or depth > _DEEP:
+            continue
+        seen[id(thing)] = thing   # which keeps its id from being used again
+        if isinstance(thing, nn.Module):
+            found.append(thing)
+        waiting.extend((part, depth + 1) for part in _parts(thing))
+    return found
+
+
+def _parts(thing) -> Iterator[Any]:
+    """What a thing may hold a network in."""
+    if isinstance(thing, nn.Module):
+        for m in _modules([thing]):   # its modules are its own; functions and lists among its attributes may hide others
+            yield from (v for v in vars(m).values() if isinstance(v, _CARRIERS))
+    elif isinstance(thing, types.FunctionType):
+        yield from _of_function(thing)
+    elif isinstance(thing, types.MethodType):
+        yield from (thing.__self__, thing.__func__)
+    elif isinstance(thing, functools.partial):
+        yield from (thing.func, *thing.args, *thing.keywords.values())
+    elif isinstance(thing, dict):
+        yield from list(thing.values())[:_FEW]
+    elif isinstance(thing, list | tuple):
+        yield from thing[:_FEW]
+    elif not isinstance(thing, type | types.ModuleType | torch.Tensor) and hasattr(thing, "__dict__"):
+        yield from list(vars(thing).values())[:_FEW]
+
+
+_CARRIERS = (types.FunctionType, types.MethodType, functools.partial, list, tuple)
+
+
+def _of_function(f):
+    for cell in f.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:   # not yet filled
+            pass
+    yield from f.__defaults__ or ()
+    yield from (f.__kwdefaults__ or {}).values()
+    yield from vars(f).values()
+
+    for name in _names(f.__code__):
+        thing = f.__globals__.get(name)
+        if isinstance(thing, types.ModuleType):   # mine.net(x, sigma)
+            yield from (vars(thing)[n] for n in _names(f.__code__) if isinstance(vars(thing).get(n), nn.Module))
+        else:
+            yield thing
+
+
+def _names(code):
+    """Of globals and attributes, in a function and the functions inside it."""
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return {*code.co_names, *(name for c in inner for name in _names(c))}
+
+
+def _warn_of_batches(held):
+    if any(isinstance(m, _BatchNorm) and m.running_mean is None for m in _modules(held)):
+        warnings.warn(
+            "the network has a batch norm without running statistics, which uses those of the batch in evaluation mode, too: "
+            "a sample depends on the others of its batch.",
+            stacklevel=5,
+        )
