@@ -3,10 +3,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: test demo lint bench gpu clean
+.PHONY: test test-slow test-slow-sample demo lint bench gpu clean
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2   # two workers of one thread each: more threads than cores wait for each other
+
+# Whole, before a release: the sweep of PyTorch's operators, random networks, compilers, interpreters, wheels.
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow -o timeout=3000 -o faulthandler_timeout=3100 $(SLOW)
+
+# For three minutes, others with each commit.
+test-slow-sample: SLOW := --slow-sample 180
+test-slow-sample: test-slow
 
 demo: $(STAMP)
 	$(BIN)/fastscore demo --out demo

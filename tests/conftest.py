@@ -1,5 +1,8 @@
 import json
 import os
+import random
+import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -13,7 +16,25 @@ import fastscore
 from fastscore import backend as backends
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--slow-sample", type=float, metavar="SECONDS",
+        help="slow tests for so long, in an order that the commit decides; without the longest (marked with minutes)",
+    )  # fmt: skip
+
+
 def pytest_collection_modifyitems(config, items):
+    seconds = config.option.slow_sample
+    if seconds is not None:
+        slow = [(item, item.get_closest_marker("slow")) for item in items]
+        chosen = [item for item, mark in slow if mark and "minutes" not in mark.kwargs]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        random.Random(commit.stdout).shuffle(items)
+        config.slow_until = time.monotonic() + seconds
+        return
+
     if "FASTSCORE_TESTS_PASSED" in os.environ:   # a run that goes on (build_support/on_gpu.py)
         passed = set(Path(os.environ["FASTSCORE_TESTS_PASSED"]).read_text().splitlines())
         items[:] = [item for item in items if item.nodeid not in passed]
@@ -28,6 +49,11 @@ def pytest_collection_modifyitems(config, items):
 def pytest_configure(config):
     if "FASTSCORE_TEST_LOG" in os.environ and not hasattr(config, "workerinput"):
         config.pluginmanager.register(TestLog(Path(os.environ["FASTSCORE_TEST_LOG"])))
+
+
+def pytest_runtest_setup(item):
+    if time.monotonic() > getattr(item.config, "slow_until", float("inf")):
+        pytest.skip("the time of the sample is over")
 
 
 class TestLog:

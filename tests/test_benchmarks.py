@@ -16,13 +16,15 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import harness  # noqa: E402
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_benchmark_runs_and_times_ours_a_ceiling_and_a_peer(tmp_path):
     if backend.why_not("cpp", "cpu") is not None:
         pytest.skip(backend.why_not("cpp", "cpu"))
     path = tmp_path / "results" / "smoke.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "--smoke", "--results", str(path)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    result = children.run(command, cwd=ROOT, env=environment)
+    result = children.run(command, cwd=ROOT, env=environment, seconds=800)
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads(path.read_text())
     rows = [harness.Row(**row) for row in found["rows"]]

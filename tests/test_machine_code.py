@@ -10,6 +10,7 @@ import children
 import pytest
 
 ALGEBRA = ("merge", "coefficients", "cotangents ")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]   # every kernel, for three targets
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "build_support"))
 import native  # noqa: E402
@@ -20,7 +21,7 @@ def count(what):
         pytest.skip("triton, whose wheel carries cuobjdump, is not installed")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = ROOT / "build_support" / "machine_code.py"
-    result = children.run([sys.executable, script, what], env=environment)
+    result = children.run([sys.executable, script, what], env=environment, seconds=800)
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout)
 

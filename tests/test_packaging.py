@@ -22,9 +22,9 @@ import native  # noqa: E402
 SETTINGS = ("FASTSCORE_BUILD", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CXX", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH")
 
 
-def python(*arguments, cwd=ROOT, **environment):
+def python(*arguments, cwd=ROOT, seconds=children.SECONDS, **environment):
     environment = {k: v for k, v in os.environ.items() if k not in SETTINGS} | {k: str(v) for k, v in environment.items()}
-    return children.run([sys.executable, *arguments], cwd=cwd, env=environment)
+    return children.run([sys.executable, *arguments], cwd=cwd, env=environment, seconds=seconds)
 
 
 def build_ext(folder, **environment):
@@ -176,12 +176,14 @@ def wheel(tmp_path_factory):
     if (ROOT / "build/native").exists():
         shutil.copytree(ROOT / "build/native", tree / "build/native")
     command = ("pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-w", folder, tree)
-    result = python("-m", *command, FASTSCORE_BUILD="cpu")
+    result = python("-m", *command, seconds=800, FASTSCORE_BUILD="cpu")
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = folder.glob("*.whl")
     return path
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert re.fullmatch(r"fastscore-[\d.]+-cp310-abi3-\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as file:
@@ -193,6 +195,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert record["cpp"] is None and record["cuda"] == "FASTSCORE_BUILD=cpu" and record["instruction_sets"] == native.isas()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_wheel_installs_and_every_backend_serves(wheel, tmp_path):
     result = python("-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", tmp_path, wheel)
     assert result.returncode == 0, result.stderr
