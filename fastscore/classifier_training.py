@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fastscore import checkpoint, datasets, losses, models, perturb, random, runs, schedules, training
+from fastscore import checkpoint, datasets, losses, models, perturb, random, runs, schedules, splits, training
 
 _HELD_OUT = 1025  # the stream of the noise on held-out images
 
@@ -24,13 +24,14 @@ def train(config):
     if config.resume:
         config = runs.resumed(config)
     check(config)
-    images, labels = training_images(config)
     out = Path(config.out)
     if not config.resume and out.exists() and any(out.iterdir()):
         raise ValueError(f"train: {out} exists already; choose another folder or pass --resume.")
+    data = datasets.load(config.data)
+    images, labels = training_images(config, data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net, sigmas = build(config, images.shape[1:], int(labels.max()) + 1)
-    return _train(config, out, images.to(device), labels.to(device), net.to(device), sigmas.to(device))
+    return _train(config, out, images.to(device), labels.to(device), net.to(device), sigmas.to(device), splits.record(config, *data))
 
 
 def check(config):
@@ -40,12 +41,12 @@ def check(config):
             raise ValueError(f"train: {name} belongs to task score; a classifier is an mlp trained by cross-entropy.")
 
 
-def training_images(config, *, held_out=False):
-    """(images, labels) that the run trains on, or those it keeps away."""
-    images, labels = datasets.load(config.data)
+def training_images(config, data=None, *, held_out=False):
+    """(images, labels) that the run trains on, or those it keeps away; data is what datasets.load(config.data) returned."""
+    images, labels = datasets.load(config.data) if data is None else data
     if labels is None:
         raise ValueError(f"train: a classifier needs labels; {config.data} has none.")
-    chosen = datasets.split(len(images), config.held_out, seed=0)[1 if held_out else 0]
+    chosen = splits.split(config, images, labels)[1 if held_out else 0]
     return images[chosen], labels[chosen]
 
 
@@ -58,7 +59,7 @@ def build(config, shape, num_classes):
         return models.NoiseClassifier(dim, num_classes, width=config.width, depth=config.depth, sigmas=sigmas), sigmas
 
 
-def _train(config, out, images, labels, net, sigmas):
+def _train(config, out, images, labels, net, sigmas, split):
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
     ema = training.averaged(net, config.ema_decay)
     first = runs.restore(out, net, ema, optimizer) if config.resume else 0
@@ -67,6 +68,7 @@ def _train(config, out, images, labels, net, sigmas):
     out.mkdir(parents=True, exist_ok=True)
     runs.forget_after(first, out / "metrics.jsonl")
     runs.write_config(out, config, images.shape[1:])
+    splits.keep(out, split)
 
     def loss(model, batch, step):
         for group in optimizer.param_groups:

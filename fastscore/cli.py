@@ -174,7 +174,7 @@ def evaluate(run: Path, /, n: Annotated[int, arg(aliases=["-n"])] = 500, seed: i
         return evaluate_likelihood(run, n, seed, gray_levels)
     if gray_levels is not None:
         raise ValueError("evaluate: gray_levels belongs to --likelihood.")
-    from fastscore import checkpoint, datasets, evaluation, runs
+    from fastscore import checkpoint, datasets, evaluation, runs, splits
 
     if n < 1:
         raise ValueError(f"evaluate: n must be at least 1; got {n}.")
@@ -182,7 +182,7 @@ def evaluate(run: Path, /, n: Annotated[int, arg(aliases=["-n"])] = 500, seed: i
     images, labels = datasets.load(config.data)
     if labels is None or config.held_out == 0:
         raise ValueError("evaluate: the run must be of labelled data and keep images apart (train --held-out 300).")
-    train_set, held_out = datasets.split(len(images), config.held_out, seed=0)
+    train_set, held_out = splits.split(config, images, labels)
     samples, _ = runs.draw(run, n, seed=seed)
     result = evaluation.report(samples, images[train_set], labels[train_set], images[held_out], labels[held_out])
     checkpoint.write_atomic(run / "report.json", json.dumps(result, indent=2).encode())
@@ -199,12 +199,12 @@ def evaluate_likelihood(run, n, seed, gray_levels):
     print(held_out.markdown(result) + f"report: {run / 'likelihood.md'}")
 
 
-def demo(out: Path = Path("demo"), steps: int = 9000) -> None:
+def demo(out: Path = Path("demo"), steps: int | None = None) -> None:
     """Train on the 8x8 digits, sample, and report.
 
     Args:
         out: run folder; a finished one is only evaluated again, an interrupted one goes on.
-        steps: number of updates.
+        steps: number of updates; 9000 unless given, or those of the run that goes on.
     """
     from fastscore import runs
 

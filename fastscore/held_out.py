@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from fastscore import datasets, likelihood, models, ops, runs
+from fastscore import datasets, likelihood, models, ops, runs, splits
 
 BATCH = 100
 STEPS = 64
@@ -28,8 +28,8 @@ def report(folder, n, *, seed=0, gray_levels=None):
         raise ValueError("evaluate: the run must keep images apart (train --held-out 300).")
     if n < 2:
         raise ValueError(f"evaluate: n must be at least 2 for a standard error; got {n}.")
-    images, _ = datasets.load(config.data)
-    train, held_out = datasets.split(len(images), config.held_out, seed=0)
+    images, labels = datasets.load(config.data)
+    train, held_out = splits.split(config, images, labels)
     net.to("cuda" if torch.cuda.is_available() else "cpu")
     sets = {"held_out": images[held_out[:n]], "training": images[train[:n]]}
     sigma, dim, prior = float(sigmas[-1]), math.prod(shape), fitted(images[train].flatten(1))

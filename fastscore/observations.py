@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastscore import datasets, guidance, images, random
+from fastscore import datasets, guidance, images, random, splits
 from fastscore.guidance.hooks import check_noise
 
 KINDS = {"class": "class=K", "inpaint": "inpaint=IMAGE,MASK", "colourise": "colourise=IMAGE",
@@ -146,9 +146,9 @@ def load_image(source: str, config, noise: float = 0.0) -> tuple[torch.Tensor, b
             raise ValueError(f"condition: {source} needs a run folder; a checkpoint names no data set.")
         if not number.isdecimal():
             raise ValueError(f"condition: {name}:N must name an image by its number; got {source!r}.")
-        every, _ = datasets.load(config.data)
+        every, labels = datasets.load(config.data)
         if name == "held-out":
-            every = every[datasets.split(len(every), config.held_out, seed=0)[1]]
+            every = every[splits.split(config, every, labels)[1]]
         if int(number) >= len(every):
             remedy = " (train --held-out 300)" if name == "held-out" and not len(every) else ""
             raise ValueError(f"condition: {source} is not there; the run has {len(every)} {name} images{remedy}.")

@@ -2,64 +2,77 @@
 
 import json
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 
-from fastscore import checkpoint, datasets, losses, models, random, schedules, training
+from fastscore import checkpoint, datasets, losses, models, random, schedules, splits, training
 from fastscore.drawing import draw_from
 
 BATCHES = 1024  # the stream that picks each step's images
 SAVE_EVERY = 500  # steps: what a killed run may lose
 
 
+def _unless_given(default):
+    """An option that is None until `TrainConfig.given` is known: a value that equals the default is a value that was given."""
+    return field(default=None, metadata={"default": default})
+
+
 @dataclass
 class TrainConfig:
     """Train a noise-conditional score network by denoising, sliced or exact score matching, or a classifier of noisy images.
 
+    Options that are not given have their defaults; with resume, the values of the run. `given` holds the names of those that are.
+
     Args:
-        task: score, or classifier (of noisy images; for sample --condition class=K).
-        data: digits, mnist, fashion, a folder of images, an .npz file with an array named images, or an .npy file; what a file
-            does not say is said behind its name, such as faces:rgb or x.npz:channels-last:max=16.
+        task: score (unless given), or classifier (of noisy images; for sample --condition class=K).
+        data: digits (unless given), mnist, fashion, a folder of images, an .npz file with an array named images, or an .npy file; what
+            a file does not say is said behind its name, such as faces:rgb or x.npz:channels-last:max=16.
         out: run folder to create.
-        network: mlp (residual ScoreMLP) or ncsn (convolutional RefineNet).
-        loss: denoising, sliced, sliced-vr (variance reduced) or exact (the whole trace: small images only).
-        projections: random directions per image, of the sliced losses.
-        distribution: of the directions, rademacher, gaussian or sphere.
-        steps: number of updates.
-        batch_size: images per update.
-        lr: Adam's learning rate; it rises over 100 steps and falls to zero along a cosine.
-        levels: number of noise levels.
-        sigma_max: largest noise, in units of the [0, 1] pixel range.
-        sigma_min: smallest noise.
-        width: width of the mlp, or ngf of the ncsn.
-        depth: residual blocks of the mlp.
-        ema_decay: decay of the averaged weights.
-        held_out: images kept away from training, for evaluation.
-        seed: of everything that is random.
-        resume: go on with the run in `out`.
+        network: mlp (residual ScoreMLP; unless given) or ncsn (convolutional RefineNet).
+        loss: denoising (unless given), sliced, sliced-vr (variance reduced) or exact (the whole trace: small images only).
+        projections: random directions per image, of the sliced losses; 1 unless given.
+        distribution: of the directions, rademacher (unless given), gaussian or sphere.
+        steps: number of updates; 9000 unless given.
+        batch_size: images per update; 256 unless given.
+        lr: Adam's learning rate, 2e-3 unless given; it rises over 100 steps and falls to zero along a cosine.
+        levels: number of noise levels; 16 unless given.
+        sigma_max: largest noise, in units of the [0, 1] pixel range; 1 unless given.
+        sigma_min: smallest noise; 0.01 unless given.
+        width: width of the mlp, or ngf of the ncsn; 256 unless given.
+        depth: residual blocks of the mlp; 3 unless given.
+        ema_decay: decay of the averaged weights; 0.999 unless given.
+        held_out: images kept away from training, for evaluation; 0 unless given. The run remembers which.
+        seed: of everything that is random; 0 unless given.
+        resume: go on with the run in `out`, with its options; steps may be others.
     """
 
-    task: str = "score"
-    data: str = "digits"
+    task: str | None = _unless_given("score")
+    data: str | None = _unless_given("digits")
     out: Path = Path("runs/digits")
-    network: str = "mlp"
-    loss: str = "denoising"
-    projections: int = 1
-    distribution: str = "rademacher"
-    steps: int = 9000
-    batch_size: int = 256
-    lr: float = 2e-3
-    levels: int = 16
-    sigma_max: float = 1.0
-    sigma_min: float = 0.01
-    width: int = 256
-    depth: int = 3
-    ema_decay: float = 0.999
-    held_out: int = 0
-    seed: int = 0
+    network: str | None = _unless_given("mlp")
+    loss: str | None = _unless_given("denoising")
+    projections: int | None = _unless_given(1)
+    distribution: str | None = _unless_given("rademacher")
+    steps: int | None = _unless_given(9000)
+    batch_size: int | None = _unless_given(256)
+    lr: float | None = _unless_given(2e-3)
+    levels: int | None = _unless_given(16)
+    sigma_max: float | None = _unless_given(1.0)
+    sigma_min: float | None = _unless_given(0.01)
+    width: int | None = _unless_given(256)
+    depth: int | None = _unless_given(3)
+    ema_decay: float | None = _unless_given(0.999)
+    held_out: int | None = _unless_given(0)
+    seed: int | None = _unless_given(0)
     resume: bool = False
+
+    def __post_init__(self):
+        self.given = frozenset(f.name for f in fields(self) if getattr(self, f.name) is not None)
+        for f in fields(self):
+            if f.name not in self.given:
+                setattr(self, f.name, f.metadata["default"])
 
 
 def check(config: TrainConfig) -> None:
@@ -108,18 +121,18 @@ def train(config: TrainConfig):
     check(config)
     if config.task != "score":
         raise ValueError(f"train: classifier_training trains a {config.task}.")
-    images, _ = datasets.load(config.data)
-    images = images[datasets.split(len(images), config.held_out, seed=0)[0]]
     out = Path(config.out)
     if not config.resume and out.exists() and any(out.iterdir()):
         raise ValueError(f"train: {out} exists already; choose another folder or pass --resume.")
+    data = datasets.load(config.data)
+    images = data[0][splits.split(config, *data)[0]]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net, sigmas = build(config, images.shape[1:])
     net.to(device)
-    return _train(config, out, images.to(device), net, sigmas)
+    return _train(config, out, images.to(device), net, sigmas, splits.record(config, *data))
 
 
-def _train(config, out, images, net, sigmas):
+def _train(config, out, images, net, sigmas, split):
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
     ema = training.averaged(net, config.ema_decay)
     first = restore(out, net, ema, optimizer) if config.resume else 0
@@ -128,6 +141,7 @@ def _train(config, out, images, net, sigmas):
     out.mkdir(parents=True, exist_ok=True)
     forget_after(first, out / "metrics.jsonl")
     write_config(out, config, images.shape[1:])
+    splits.keep(out, split)
     labels = None
     objective = {"method": config.loss, "projections": config.projections, "distribution": config.distribution}
 
@@ -167,14 +181,15 @@ def save(out, net, ema, optimizer, done):
 
 def resumed(config: TrainConfig) -> TrainConfig:
     """The options of the run in `out`, with the steps that are asked for now; another value than the run's is refused."""
-    out, default = Path(config.out), TrainConfig()
+    out = Path(config.out)
     if not (out / "state.safetensors").exists():
         raise ValueError(f"train: {out} holds no run to resume.")
     stored = read_config(out)[0]
-    for name, value in asdict(config).items():
-        if name not in ("out", "resume", "steps") and value not in (getattr(default, name), getattr(stored, name)):
-            raise ValueError(f"train: the run in {out} has {name} {getattr(stored, name)}, which --resume cannot change; got {value}.")
-    steps = stored.steps if config.steps == default.steps else config.steps
+    for name in sorted(config.given - {"out", "resume", "steps"}):
+        value, kept = getattr(config, name), getattr(stored, name)
+        if value != kept:
+            raise ValueError(f"train: the run in {out} has {name} {kept}, which --resume cannot change; got {value}.")
+    steps = config.steps if "steps" in config.given else stored.steps
     return replace(stored, out=config.out, steps=steps, resume=True)
 
 
@@ -224,7 +239,8 @@ def read_config(folder):
         raise ValueError(f"{folder} is not a run folder: it has no config.toml.")
     values = tomllib.loads((folder / "config.toml").read_text())
     known = {f.name for f in fields(TrainConfig)}
-    return TrainConfig(**{k: v for k, v in values.items() if k in known}), tuple(values["shape"])
+    options = {k: v for k, v in values.items() if k in known}
+    return TrainConfig(**{**options, "out": str(folder)}), tuple(values["shape"])   # wherever the folder has been moved to
 
 
 def open_run(folder):
