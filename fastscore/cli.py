@@ -64,7 +64,8 @@ def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")], asked
            n: Annotated[int, arg(aliases=["-n"])] = 100, out: Path = Path("grid.png"), seed: int = 0, first_sample: int = 0,
            batch_size: int = 100, path: Path | None = None, arch: str | None = None, ema: bool = True,
            sigma_max: float | None = None, sigma_min: float | None = None, levels: int | None = None,
-           image_size: int | None = None) -> None:  # fmt: skip
+           image_size: int | None = None, nonlinearity: str | None = None, rescaled: bool | None = None,
+           logit_transform: bool | None = None, std: bool | None = None, target: str | None = None) -> None:  # fmt: skip
     """Draw samples of a trained run, or of an official NCSN, NCSNv2 or CAS checkpoint, and write them as a grid.
 
     Started by torchrun, every process draws its share, and one writes the samples that a single process would have drawn.
@@ -85,6 +86,11 @@ def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")], asked
         sigma_min: smallest noise, likewise.
         levels: number of noise levels, likewise.
         image_size: of a checkpoint's samples; 32, 128 (ncsnv2deeper) or 256 (ncsnv2deepest) unless given.
+        nonlinearity: of a checkpoint's config, which the file does not tell: elu, relu, lrelu or swish.
+        rescaled: likewise: its data were in [-1, 1].
+        logit_transform: likewise: its data were logits.
+        std: likewise, of CAS.
+        target: likewise, of CAS: gaussian or dae.
     """
     from tqdm import tqdm
 
@@ -98,13 +104,17 @@ def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")], asked
         raise ValueError(f"sample: path must end in .png; got {path}.")
     if not out.parent.is_dir():
         raise ValueError(f"sample: the folder {out.parent} does not exist.")
-    for target in (out, path):
-        if target is not None and target.is_dir():
-            raise ValueError(f"sample: {target} is a folder; it must be the name of a file.")
+    for file in (out, path):
+        if file is not None and file.is_dir():
+            raise ValueError(f"sample: {file} is a folder; it must be the name of a file.")
     condition = conditions.prepare(run, asked)
     if condition and path is not None:
         raise ValueError("sample: path shows samples without a condition; leave it out.")
-    net, sigmas, shape = open_network(run, arch, ema, (sigma_max, sigma_min, levels), image_size)
+    options_of_file = {"image_size": image_size, "nonlinearity": nonlinearity, "rescaled": rescaled,
+                       "logit_transform": logit_transform, "std": std, "target": target}  # fmt: skip
+    net, sigmas, shape = open_network(run, arch, ema, (sigma_max, sigma_min, levels), options_of_file)
+    if condition and (rescaled or logit_transform):
+        raise ValueError("sample: conditions are for networks of images in [0, 1], not for rescaled or logit-transformed ones.")
     net.to(distributed.device())
     (rank, _), (_, count) = distributed.environment(), distributed.share(n)
     parts = distributed.own(out.with_name(f"{out.name}.parts")) if count > batch_size and not condition else None
@@ -123,7 +133,8 @@ def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")], asked
         if condition:
             conditions.save(out, result)
         else:
-            write_samples(out, path, samples, strip)
+            to_images = getattr(net, "to_images", lambda x: x)   # official networks may have other data
+            write_samples(out, path, to_images(samples), to_images(strip))
     if parts is not None:
         drawing.remove_parts(parts)
     if rank == 0:
@@ -143,19 +154,20 @@ def write_samples(out, path, samples, strip):
         pictures.save_strip(path, strip)
 
 
-def open_network(run, arch, ema, ladder, image_size):
+def open_network(run, arch, ema, ladder, options):
     """The network, ladder and sample shape of a run folder or an official checkpoint."""
     from fastscore import models, runs, schedules
 
     given = [value is not None for value in ladder]
     if not (run.is_file() or run.suffix == ".pth"):
-        if arch or not ema or any(given) or image_size:
-            raise ValueError(f"sample: arch, ema, sigma_max, sigma_min, levels and image_size are for checkpoints; {run} is none.")
+        if arch or not ema or any(given) or any(value is not None for value in options.values()):
+            names = ", ".join(("arch, ema, sigma_max, sigma_min, levels", *list(options)[:-1]))
+            raise ValueError(f"sample: {names} and {list(options)[-1]} are for checkpoints; {run} is none.")
         return runs.open_run(run)[:3]
     if any(given) and not all(given):
         raise ValueError("sample: sigma_max, sigma_min and levels are given together or not at all.")
     sigmas = schedules.geometric(*ladder) if all(given) else None
-    net = models.load_official(run, ema=ema, arch=arch, sigmas=sigmas, image_size=image_size).requires_grad_(False)
+    net = models.load_official(run, ema=ema, arch=arch, sigmas=sigmas, **options).requires_grad_(False)
     return net, net.sigmas, net.sample_shape
 
 

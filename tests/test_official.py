@@ -1,14 +1,18 @@
 """The four official networks equal a plain evaluation of their state_dict; their files load, and wrong ones are refused in a sentence."""
 
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastscore import cli, sample, schedules
+from fastscore import cli, jvp, sample, schedules
 from fastscore.models import NCSN, NCSNv2, NCSNv2Deeper, NCSNv2Deepest, load_official
+
+# Most tests are of the published options, and do not state them.
+pytestmark = pytest.mark.filterwarnings("ignore:load_official. the checkpoint does not tell")
 
 V2 = [NCSNv2, NCSNv2Deeper, NCSNv2Deepest]
 ALL = [NCSN, *V2]
@@ -26,6 +30,18 @@ def network(cls, ngf=4, channels=3, **options):
 
 
 # --- an independent evaluation, straight from the names in the state_dict
+
+
+NONLINEARITY = "elu"   # of the functions below; tests of others patch it
+
+
+def act(x):
+    return {
+        "elu": lambda: torch.where(x > 0, x, torch.expm1(x.clamp_max(0))),
+        "relu": lambda: x.clamp_min(0),
+        "lrelu": lambda: torch.maximum(x, 0.2 * x),
+        "swish": lambda: x * torch.sigmoid(x),
+    }[NONLINEARITY]()
 
 
 def official_norm(w, name, x, y):
@@ -51,8 +67,8 @@ def halved(x):
 
 
 def official_block(w, name, x, y, dilation):
-    h = official_conv(w, f"{name}.conv1", F.elu(official_norm(w, f"{name}.normalize1", x, y)), dilation)
-    h = F.elu(official_norm(w, f"{name}.normalize2", h, y))
+    h = official_conv(w, f"{name}.conv1", act(official_norm(w, f"{name}.normalize1", x, y)), dilation)
+    h = act(official_norm(w, f"{name}.normalize2", h, y))
     if f"{name}.conv2.conv.weight" in w:
         return halved(official_conv(w, f"{name}.shortcut.conv", x)) + halved(official_conv(w, f"{name}.conv2.conv", h))
     h = official_conv(w, f"{name}.conv2", h, dilation)
@@ -64,7 +80,7 @@ def official_units(w, name, x, y):
     while f"{name}.{block}_1_conv.weight" in w:
         h = x
         for stage in (1, 2):
-            h = official_conv(w, f"{name}.{block}_{stage}_conv", F.elu(official_norm(w, f"{name}.{block}_{stage}_norm", h, y)))
+            h = official_conv(w, f"{name}.{block}_{stage}_conv", act(official_norm(w, f"{name}.{block}_{stage}_norm", h, y)))
         x, block = x + h, block + 1
     return x
 
@@ -74,7 +90,7 @@ def official_refine(w, name, xs, y):
     if len(hs) > 1:
         hs = [official_conv(w, f"{name}.msf.convs.{i}", official_norm(w, f"{name}.msf.norms.{i}", h, y)) for i, h in enumerate(hs)]
         hs = [F.interpolate(h, size=xs[0].shape[2:], mode="bilinear", align_corners=True) for h in hs]
-    x = path = F.elu(sum(hs))
+    x = path = act(sum(hs))
     for i in (0, 1):
         if f"{name}.crp.norms.{i}.embed.weight" in w:  # conditional networks take the mean, of 25 also at the border
             path = F.pad(official_norm(w, f"{name}.crp.norms.{i}", path, y), (2, 2, 2, 2)).unfold(2, 5, 1).unfold(3, 5, 1).mean((-1, -2))
@@ -88,19 +104,19 @@ def official_refine(w, name, xs, y):
 DILATIONS = {NCSN: (1, 1, 2, 4), NCSNv2: (1, 1, 2, 4), NCSNv2Deeper: (1, 1, 1, 2, 4), NCSNv2Deepest: (1, 1, 1, 1, 2, 4)}
 
 
-def official(cls, w, x, y):
+def official(cls, w, x, y, *, centre=True, dilations=None):
     """f(x) of the labels y: the official networks before any division by σ."""
     deepest = cls is NCSNv2Deepest
     stages = ["res1", "res2", "res3", *["res31"] * deepest, "res4", "res5"]
-    h, layers = official_conv(w, "begin_conv", 2 * x - 1), []
-    for stage, dilation in zip(stages, DILATIONS[cls]):
+    h, layers = official_conv(w, "begin_conv", 2 * x - 1 if centre else x), []
+    for stage, dilation in zip(stages, dilations or DILATIONS[cls]):
         h = official_block(w, f"{stage}.1", official_block(w, f"{stage}.0", h, y, dilation), y, dilation)
         layers.append(h)
     refines = ["refine1", "refine2", *["refine31"] * deepest, "refine3", "refine4", *["refine5"] * (len(layers) > 4)]
     h = official_refine(w, refines[0], [layers[-1]], y)
     for name, layer in zip(refines[1:], layers[-2::-1]):
         h = official_refine(w, name, [layer, h], y)
-    return official_conv(w, "end_conv", F.elu(official_norm(w, "normalizer", h, y)))
+    return official_conv(w, "end_conv", act(official_norm(w, "normalizer", h, y)))
 
 
 def relative(a, b):
@@ -360,8 +376,175 @@ def test_ncsn_asks_for_its_ladder_and_unknown_hyper_parameters_are_named():
         load_official(saved)
     with pytest.raises(ValueError, match="sigmas must have the 10 levels of the checkpoint; got 2"):
         load_official(saved, sigmas=[1.0, 0.1])
-    with pytest.raises(TypeError, match="the hyper-parameters of ncsn are channels, ngf, sigmas, image_size; got levels"):
+    with pytest.raises(TypeError, match=r"the hyper-parameters of ncsn are channels, ngf, sigmas, .*nonlinearity, .*; got levels"):
         load_official(saved, levels=10)
+
+
+# --- options that change the function
+
+
+OTHERS = ["relu", "lrelu", "swish"]
+
+
+@pytest.fixture
+def nonlinearity(request, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "NONLINEARITY", request.param)
+    return request.param
+
+
+def images(batch=2, side=16):
+    return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("nonlinearity", OTHERS, indirect=True)
+@pytest.mark.parametrize("cls", ALL)
+def test_every_nonlinearity_is_the_official_one(cls, nonlinearity):
+    saved, x, y = prefixed(network(cls)), images(), torch.tensor([2, 9])
+    net = load_official(saved, sigmas=LADDER, nonlinearity=nonlinearity)
+    weights = {k.removeprefix("module."): v for k, v in saved.items()}
+    expected = official(cls, weights, x, y) / (1 if cls is NCSN else LADDER[y][:, None, None, None])
+    assert relative(net(x, LADDER[y]), expected) < 1e-4
+    assert relative(load_official(saved, sigmas=LADDER)(x, LADDER[y]), expected) > 0.1
+
+
+@pytest.mark.parametrize("nonlinearity", OTHERS, indirect=True)
+@pytest.mark.parametrize("cls", [NCSN, NCSNv2])
+def test_derivatives_of_every_nonlinearity_equal_double_backprop(cls, nonlinearity):
+    net, x = network(cls, nonlinearity=nonlinearity).double(), images(side=8).double()
+    v = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(4)).double() * 2 - 1
+    _, jv = jvp(lambda x: net(x, LADDER[5]), x, v)
+    forward = torch.autograd.grad((v * jv).sum(), list(net.parameters()), allow_unused=True, materialize_grads=True)
+    x.requires_grad_()
+    (jv,) = torch.autograd.grad((net(x, LADDER[5]) * v).sum(), x, create_graph=True)
+    reverse = torch.autograd.grad((v * jv).sum(), list(net.parameters()), allow_unused=True, materialize_grads=True)
+    error, size = (sum(t.square().sum() for t in ts).sqrt() for ts in ([a - b for a, b in zip(forward, reverse)], reverse))
+    assert error < 1e-11 * size
+
+
+@pytest.mark.parametrize("cls", [NCSN, NCSNv2])
+@pytest.mark.parametrize("option", ["rescaled", "logit_transform"])
+def test_data_of_another_range_are_taken_as_they_are(cls, option):
+    saved, x, y = prefixed(network(cls)), images(), torch.tensor([2, 9])
+    weights = {k.removeprefix("module."): v for k, v in saved.items()}
+    net = load_official(saved, sigmas=LADDER, **{option: True})
+    u = net.from_images(x)
+    inside = 1e-6 + (1 - 2e-6) * x.double()
+    transformed = 2 * x.double() - 1 if option == "rescaled" else inside.log() - torch.log1p(-inside)
+    torch.testing.assert_close(u.double(), transformed, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(net.to_images(u), x, rtol=0, atol=1e-6)
+    expected = official(cls, weights, u, y, centre=False) / (1 if cls is NCSN else LADDER[y][:, None, None, None])
+    assert relative(net(u, LADDER[y]), expected) < 1e-4
+    plain = load_official(saved, sigmas=LADDER)
+    assert torch.equal(plain.to_images(x), x) and torch.equal(plain.from_images(x), x)
+
+
+@pytest.mark.parametrize("std", [False, True])
+@pytest.mark.parametrize("target", ["gaussian", "dae"])
+def test_cas_options_are_the_score_that_its_sampler_takes(std, target):
+    saved, x, y = prefixed(network(NCSNv2, scale_by_sigma=False)), images(), torch.tensor([2, 9])
+    weights, sigma = {k.removeprefix("module."): v for k, v in saved.items()}, LADDER[y][:, None, None, None]
+    output = official(NCSNv2, weights, x, y)
+    output = torch.sigmoid(2 * output) if target == "dae" else output
+    output = output / (output.flatten().var() + 1e-10) if std else output   # of the batch, as there
+    score = (output - x) / sigma**2 if target == "dae" else output / sigma
+    net = load_official(saved, sigmas=LADDER, std=std, target=target)
+    assert relative(net(x, LADDER[y]), score) < 1e-4
+    raw = load_official(saved, scale_by_sigma=False, std=std, target=target)
+    assert relative(raw(x), output) < 1e-4
+    if (std, target) != (False, "gaussian"):
+        assert relative(load_official(saved, sigmas=LADDER)(x, LADDER[y]), score) > 0.1
+
+
+@pytest.mark.parametrize("cls", V2)
+def test_networks_without_dilation_are_seen_in_the_names(cls):
+    saved, y = prefixed(network(cls, scale_by_sigma=False, dilated=False)), torch.tensor([2, 9])
+    x = images(side=32)
+    weights = {k.removeprefix("module."): v for k, v in saved.items()}
+    assert weights["res4.0.conv2.conv.weight"].shape[2:] == (3, 3) and weights["res4.0.shortcut.conv.weight"].shape[2:] == (1, 1)
+    net = load_official(saved, scale_by_sigma=False)
+    assert relative(net(x), official(cls, weights, x, y, dilations=[1] * len(DILATIONS[cls]))) < 1e-4
+    with pytest.raises(ValueError, match=f"sides divisible by {net.side}"):
+        net(images(side=net.side + 2))
+
+
+def warned(*arguments, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_official(*arguments, **options)
+    assert all(w.filename == __file__ or "fastscore" in w.filename for w in caught)
+    return [str(w.message) for w in caught]
+
+
+def test_what_the_file_does_not_tell_is_warned_about_unless_it_is_given():
+    common = "nonlinearity (elu), rescaled (False), logit_transform (False)"
+    given = {"nonlinearity": "elu", "rescaled": False, "logit_transform": False}
+    cas = {"std": False, "target": "gaussian"}
+    for layout, source in (("ncsn", container(NCSN)), ("v2", container(NCSNv2)), ("cas", container(NCSNv2, "cas"))):
+        ladder = {} if layout == "v2" else {"sigmas": LADDER}
+        listed = common + (", std (False), target (gaussian)" if layout == "cas" else "")
+        (message,) = warned(source, **ladder)
+        assert message.startswith(f"load_official: the checkpoint does not tell {listed}: these values are taken")
+        (message,) = warned(source, **ladder, nonlinearity="relu", rescaled=False)
+        assert "does not tell logit_transform (False)" in message
+        assert not warned(source, **ladder, **given, **(cas if layout == "cas" else {}))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"nonlinearity": "tanh"}, "NCSNv2: nonlinearity must be one of elu, relu, lrelu, swish; got 'tanh'"),
+        ({"rescaled": True, "logit_transform": True}, "at most one of rescaled and logit_transform"),
+        ({"target": "noise"}, "std and target are options of CAS; the checkpoint stores a ladder, so it is NCSNv2's"),
+        ({"std": True}, "std and target are options of CAS"),
+    ],
+)
+def test_wrong_options_are_one_sentence(options, message):
+    with pytest.raises(ValueError, match=message):
+        load_official(container(NCSNv2), **options)
+    with pytest.raises(ValueError, match="target must be gaussian or dae; got 'noise'"):
+        load_official(container(NCSNv2, "cas"), sigmas=LADDER, target="noise")
+
+
+def renamed(*changes, cls=NCSNv2, drop=()):
+    """Weights whose names have some words replaced, as other options of the official code have them."""
+    weights = {k: v for k, v in network(cls).state_dict().items() if not any(word in k for word in drop)}
+    for old, new in changes:
+        weights = {k.replace(old, new): v for k, v in weights.items()}
+    return weights
+
+
+def halved_tables():
+    return {k: v[:, : 2 * v.shape[1] // 3] if k.endswith("embed.weight") else v for k, v in network(NCSN).state_dict().items()}
+
+
+NORMS = ("gamma", "alpha", "beta")
+UNSUPPORTED = {
+    "spectral-norm": (renamed(("conv1.weight", "conv1.weight_orig")), "spec_norm"),
+    "batch-norm": (renamed((".gamma", ".weight"), (".beta", ".bias"), (".alpha", ".running_mean")), "normalization"),
+    "instance-norm": (renamed(drop=NORMS), "normalization"),
+    "variance-norm": (renamed(drop=("gamma", "beta")), "normalization"),
+    "conditional-instance-norm": (halved_tables(), "normalization"),
+    "deeper-ncsn": ({**network(NCSN).state_dict(), "res5.0.conv1.weight": torch.ones(1)}, "model NCSNdeeper"),
+    "baseline": ({**renamed(), "refine1.adapt_convs.0.1_1_norm.alpha": torch.ones(1)}, "model RefineNetDilated"),
+    "padded": (renamed(("res4.0.conv2.weight", "res4.0.conv2.conv.1.weight")), "--no_dilation with images of 28 pixels"),
+    "unet": ({"downblocks.0.weight": torch.ones(8, 3, 3, 3), "out.bias": torch.ones(3)}, "unet of CAS"),
+    "score-sde-weights": ({"all_modules.0.W": torch.ones(1), "sigmas": torch.ones(3)}, "model of score_sde"),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_options_are_named(name):
+    weights, option = UNSUPPORTED[name]
+    for source in (weights, [{f"module.{k}": v for k, v in weights.items()}, {}]):
+        with pytest.raises(ValueError, match=f"load_official: unsupported option {option}") as error:
+            load_official(source, sigmas=LADDER)
+        assert "missing" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_checkpoints_of_score_sde_are_refused_with_a_way_out():
+    saved = {"optimizer": {}, "model": {"module.all_modules.0.W": torch.ones(1)}, "ema": {"shadow_params": []}, "step": 3}
+    with pytest.raises(ValueError, match=r"score_sde's checkpoints are not supported; .* interop\.VeUNet makes a score"):
+        load_official(saved)
 
 
 # --- the command line
@@ -398,10 +581,22 @@ def test_ladder_of_a_checkpoint_comes_from_the_command_line(tmp_path, monkeypatc
     assert torch.allclose(images, expected.clamp(0, 1), atol=1e-3) and images.std() > 0.1
 
 
+def test_samples_of_other_data_are_written_as_images(tmp_path, monkeypatch):
+    torch.save(container(NCSNv2), tmp_path / "checkpoint.pth")
+    options = ("--image-size", "8", "--steps-per-level", "1", "-n", "2", "--out", tmp_path / "x.npz", "--logit-transform", "True")
+    assert fastscore_sample(monkeypatch, tmp_path / "checkpoint.pth", *options, "--nonlinearity", "swish") == 0
+    net = load_official(tmp_path / "checkpoint.pth", image_size=8, logit_transform=True, nonlinearity="swish")
+    x = sample(net, shape=(2, *net.sample_shape), sigmas=net.sigmas, steps_per_level=1, step_size=0.2 * 0.01**2, seed=0)
+    found = torch.from_numpy(np.load(tmp_path / "x.npz")["images"])
+    assert torch.allclose(found, torch.sigmoid(x).clamp(0, 1), atol=1e-3) and found.std() > 0.1
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (("NCSN",), "stores no ladder"),
+        (("FOLDER", "--nonlinearity", "relu"), "std and target are for checkpoints"),
+        (("V2", "--rescaled", "True", "--condition", "colourise=IMAGE"), "not for rescaled or logit-transformed ones"),
         (("NCSN", "--sigma-max", "1"), "sigma_max, sigma_min and levels are given together"),
         (("NCSN", "--arch", "unet"), "arch must be one of ncsn, ncsnv2"),
         (("NCSN", "--batch-size", "0"), "n and batch_size must be at least 1; got 100 and 0"),
@@ -411,7 +606,10 @@ def test_ladder_of_a_checkpoint_comes_from_the_command_line(tmp_path, monkeypatc
 )
 def test_a_wrong_value_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, message):
     torch.save([prefixed(network(NCSN)), {}], tmp_path / "ncsn.pth")
-    places = {"NCSN": tmp_path / "ncsn.pth", "FOLDER": tmp_path}
+    torch.save(container(NCSNv2), tmp_path / "v2.pth")
+    np.save(tmp_path / "y.npy", np.ones((8, 8)))
+    places = {"NCSN": tmp_path / "ncsn.pth", "V2": tmp_path / "v2.pth", "FOLDER": tmp_path,
+              "colourise=IMAGE": f"colourise={tmp_path}/y.npy"}  # fmt: skip
     assert fastscore_sample(monkeypatch, *(places.get(a, a) for a in arguments), "--out", tmp_path / "x.png") == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "x.png").exists()

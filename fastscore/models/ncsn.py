@@ -22,6 +22,8 @@ class NCSN(RefineNet):
         ngf: base width; 128 for CIFAR-10 and CelebA, 64 for MNIST.
         sigmas: the ladder, descending; None is the paper's, 10 levels geometric from 1 to 0.01.
         image_size: what `sample_shape` says; the network takes any even height and width.
+        nonlinearity: elu, relu, lrelu (slope 0.2) or swish; ermongroup/ncsn's own network has only elu.
+        rescaled, logit_transform: x is 2x - 1 or the logit of images, see `from_images` and `to_images`; so are σ and the score.
 
     Shapes: forward(x, sigma): x (B, channels, H, W) in [0, 1] plus noise, any float dtype that the parameters have;
         sigma a float, 0-d or (B,), levels of the ladder. Returns the score, like x.
@@ -39,9 +41,11 @@ class NCSN(RefineNet):
 
     published = 1.0, 0.01, 10  # the ladder: σ_max, σ_min, L
 
-    def __init__(self, channels=3, ngf=128, sigmas=None, image_size=32):
+    def __init__(
+        self, channels=3, ngf=128, sigmas=None, image_size=32, nonlinearity="elu", rescaled=False, logit_transform=False
+    ):
         sigmas = geometric(*self.published) if sigmas is None else ladder("NCSN", sigmas)
-        super().__init__(channels, ngf, STAGES, REFINES, levels=len(sigmas))
+        super().__init__(channels, ngf, STAGES, REFINES, len(sigmas), nonlinearity, rescaled, logit_transform)
         image_size = checks.integer("NCSN", "image_size", image_size, 1)
         self.sample_shape = (self.channels, image_size, image_size)
         self.register_buffer("sigmas", sigmas, persistent=False)

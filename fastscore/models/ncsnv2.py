@@ -1,5 +1,7 @@
 """NCSNv2 in its three depths: one unconditional RefineNet for all noise levels, named as in ermongroup/ncsnv2's checkpoints."""
 
+import torch
+
 from fastscore.models import ncsn
 from fastscore.models.refinenet import RefineNet, ladder
 from fastscore.ops import checks
@@ -23,14 +25,19 @@ class NCSNv2(RefineNet):
         channels: of the image.
         ngf: base width.
         sigmas: the ladder, descending; None is CIFAR-10's, 232 levels geometric from 50 to 0.01.
-        image_size: what `sample_shape` says; the network takes any even height and width.
-        scale_by_sigma: divide by σ.
+        image_size: what `sample_shape` says, 32 unless given; the network takes any even height and width.
+        scale_by_sigma: return a score. Without, what the network itself computes: f, or D if the target is dae.
+        nonlinearity: elu, relu, lrelu (slope 0.2) or swish.
+        rescaled, logit_transform: x is 2x - 1 or the logit of images, see `from_images` and `to_images`; so are σ and the score.
+        std: divide f (or D) by its variance over the whole batch, as CAS's --std does: a sample then depends on its batch mates.
+        target: gaussian; or dae of CAS, where D(x) = sigmoid(2 f(x)) is the denoised image and the score is (D - x)/σ².
+        dilated: without, the last two stages halve the sides instead of being dilated (CAS's --no_dilation).
 
     Shapes: forward(x, sigma): x (B, channels, H, W) in [0, 1] plus noise, any float dtype that the parameters have;
         sigma a float, 0-d or (B,). Returns the score, like x.
 
     Raises:
-        ValueError: sigmas do not descend; x has other channels or an odd side; sigma is not positive.
+        ValueError: sigmas do not descend; x has other channels or an odd side; sigma is not positive; an unknown option.
 
     Source: Song & Ermon 2020, technique 3 (arXiv:2006.09011); Jolicoeur-Martineau et al. 2020 (arXiv:2009.05475).
 
@@ -43,20 +50,38 @@ class NCSNv2(RefineNet):
 
     _stages, _refines = ncsn.STAGES, ncsn.REFINES
     published = 50.0, 0.01, 232
+    image_size = 32
 
-    def __init__(self, channels=3, ngf=128, sigmas=None, image_size=32, scale_by_sigma=True):
+    def __init__(
+        self, channels=3, ngf=128, sigmas=None, image_size=None, scale_by_sigma=True, nonlinearity="elu", rescaled=False,
+        logit_transform=False, std=False, target="gaussian", dilated=True,
+    ):  # fmt: skip
         sigmas = geometric(*self.published) if sigmas is None else ladder(type(self).__name__, sigmas)
-        super().__init__(channels, ngf, self._stages, self._refines)
-        image_size = checks.integer(type(self).__name__, "image_size", image_size, 1)
+        if target not in ("gaussian", "dae"):
+            raise ValueError(f"{type(self).__name__}: target must be gaussian or dae; got {target!r}.")
+        stages = self._stages if dilated else [(name, width, 1) for name, width, _ in self._stages]
+        super().__init__(channels, ngf, stages, self._refines, None, nonlinearity, rescaled, logit_transform)
+        self.std, self.target = bool(std), target
+        image_size = checks.integer(type(self).__name__, "image_size", self.image_size if image_size is None else image_size, 1)
         self.sample_shape, self.scale_by_sigma = (self.channels, image_size, image_size), scale_by_sigma
         self.register_buffer("sigmas", sigmas, persistent=scale_by_sigma)
 
     def forward(self, x, sigma=None):
         self.check_images(x)
         if not self.scale_by_sigma:
-            return self.network(x)
-        sigma = checks.coefficient(type(self).__name__, "sigma", sigma, x, minimum=_SMALLEST)
-        return (self.network(x).to(checks.compute_dtype(x.dtype)) / checks.expand(sigma, x)).to(x.dtype)
+            return self.output(x).to(x.dtype)
+        sigma = checks.expand(checks.coefficient(type(self).__name__, "sigma", sigma, x, minimum=_SMALLEST), x)
+        output = self.output(x)
+        if self.target == "dae":
+            return ((output - x) / sigma / sigma).to(x.dtype)
+        return (output / sigma).to(x.dtype)
+
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        """f, or D if the target is dae, in the compute dtype of x."""
+        f = self.network(x).to(checks.compute_dtype(x.dtype))
+        if self.target == "dae":
+            f = torch.sigmoid(2 * f)
+        return f / (f.var() + 1e-10) if self.std else f
 
 
 class NCSNv2Deeper(NCSNv2):
@@ -69,9 +94,7 @@ class NCSNv2Deeper(NCSNv2):
     _stages = (("res1", 1, 1), ("res2", 2, 1), ("res3", 2, 1), ("res4", 4, 2), ("res5", 4, 4))
     _refines = (("refine1", 4), ("refine2", 2), ("refine3", 2), ("refine4", 1), ("refine5", 1))
     published = 190.0, 0.01, 1086
-
-    def __init__(self, channels=3, ngf=128, sigmas=None, image_size=128, scale_by_sigma=True):
-        super().__init__(channels, ngf, sigmas, image_size, scale_by_sigma)
+    image_size = 128
 
 
 class NCSNv2Deepest(NCSNv2):
@@ -84,6 +107,4 @@ class NCSNv2Deepest(NCSNv2):
     _stages = (("res1", 1, 1), ("res2", 2, 1), ("res3", 2, 1), ("res31", 2, 1), ("res4", 4, 2), ("res5", 4, 4))
     _refines = (("refine1", 4), ("refine2", 2), ("refine31", 2), ("refine3", 2), ("refine4", 1), ("refine5", 1))
     published = 348.0, 0.01, 2311
-
-    def __init__(self, channels=3, ngf=128, sigmas=None, image_size=256, scale_by_sigma=True):
-        super().__init__(channels, ngf, sigmas, image_size, scale_by_sigma)
+    image_size = 256

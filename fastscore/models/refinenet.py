@@ -4,6 +4,8 @@ With levels=L every normalisation is conditional and the modules are called (x, 
 normalisation at all, its pooling takes the maximum instead of the mean, and the modules are called (x).
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,11 +13,16 @@ from torch import nn
 from fastscore.nn import ConditionalInstanceNorm2dPlus, InstanceNorm2dPlus
 from fastscore.ops import checks
 
+_leaky = partial(F.leaky_relu, negative_slope=0.2)
+ACTIVATIONS = {"elu": F.elu, "relu": F.relu, "lrelu": _leaky, "swish": F.silu}   # as the official configs call them
+_FUSED = {"elu": "elu", "relu": "relu", "swish": "silu"}   # as the norms call them
+_LOGIT = 1e-6   # λ of the official logit transform
+
 
 class RefineNet(nn.Module):
     """Residual stages downwards, refinement upwards, no output scaling: the part that the score networks share.
 
-        f = conv(elu(norm(RefineNet(conv(2x - 1)))))
+        f = conv(act(norm(RefineNet(conv(2x - 1)))))
 
     Args:
         channels, ngf: of the image, and the base width n.
@@ -23,10 +30,21 @@ class RefineNet(nn.Module):
             them if it is dilated.
         refines: (name, width) of each; the first takes the last stage, the others one stage each and the one before.
         levels: L, or None for an unconditional network.
+        nonlinearity: act, one of elu, relu, lrelu (slope 0.2) and swish.
+        rescaled, logit_transform: the network's data are 2x - 1, or logit(λ + (1 - 2λ) x), λ = 1e-6, of images x, and it takes
+            them as they are; at most one. `from_images` and `to_images` go between them and images in [0, 1].
     """
 
-    def __init__(self, channels, ngf, stages, refines, levels=None):
+    def __init__(
+        self, channels, ngf, stages, refines, levels=None, nonlinearity="elu", rescaled=False, logit_transform=False
+    ):
         super().__init__()
+        if nonlinearity not in ACTIVATIONS:
+            raise ValueError(f"{type(self).__name__}: nonlinearity must be one of {', '.join(ACTIVATIONS)}; got {nonlinearity!r}.")
+        if rescaled and logit_transform:
+            raise ValueError(f"{type(self).__name__}: at most one of rescaled and logit_transform can be true.")
+        act = nonlinearity
+        self.nonlinearity, self.rescaled, self.logit_transform = nonlinearity, bool(rescaled), bool(logit_transform)
         channels = checks.integer(type(self).__name__, "channels", channels, 1)
         ngf = checks.integer(type(self).__name__, "ngf", ngf, 1)
         self.channels = channels
@@ -35,16 +53,16 @@ class RefineNet(nn.Module):
         self.begin_conv = nn.Conv2d(channels, ngf, 3, padding=1)
         inputs, widths = ngf, []
         for name, width, dilation in stages:
-            first = Residual(inputs, width * ngf, levels, dilation, down=bool(widths))
-            setattr(self, name, nn.ModuleList([first, Residual(width * ngf, width * ngf, levels, dilation)]))
+            first = Residual(inputs, width * ngf, levels, dilation, down=bool(widths), act=act)
+            setattr(self, name, nn.ModuleList([first, Residual(width * ngf, width * ngf, levels, dilation, act=act)]))
             inputs = width * ngf
             widths.append(inputs)
         below = []
         for name, width in refines:
             blocks = 3 if name == refines[-1][0] else 1
-            setattr(self, name, Refine([widths.pop(), *below], width * ngf, levels, blocks))
+            setattr(self, name, Refine([widths.pop(), *below], width * ngf, levels, blocks, act))
             below = [width * ngf]
-        self.normalizer = norm(ngf, levels, "elu")
+        self.normalizer = norm(ngf, levels, act)
         self.end_conv = nn.Conv2d(ngf, channels, 3, padding=1)
 
     def check_images(self, x):
@@ -54,7 +72,8 @@ class RefineNet(nn.Module):
 
     def network(self, x, *labels):
         """f(x), or f(x, labels), like x."""
-        h, layers, below = self.begin_conv(2 * x - 1), [], []
+        h = self.begin_conv(x if self.rescaled or self.logit_transform else 2 * x - 1)
+        layers, below = [], []
         for name in self.stages:
             for block in getattr(self, name):
                 h = block(h, *labels)
@@ -64,22 +83,57 @@ class RefineNet(nn.Module):
             below = [h]
         return self.end_conv(self.normalizer(h, *labels))
 
+    def from_images(self, x: torch.Tensor) -> torch.Tensor:
+        """The network's data, from images in [0, 1]."""
+        if self.rescaled:
+            return 2 * x - 1
+        return torch.logit(_LOGIT + (1 - 2 * _LOGIT) * x) if self.logit_transform else x
 
-def norm(features, levels, activation=None):
+    def to_images(self, x: torch.Tensor) -> torch.Tensor:
+        """Images, in [0, 1] where the network's data x are data: the inverse of `from_images`."""
+        if self.rescaled:
+            return (x + 1) / 2
+        return (torch.sigmoid(x) - _LOGIT) / (1 - 2 * _LOGIT) if self.logit_transform else x
+
+
+class _LeakyNorm(InstanceNorm2dPlus):
+    def forward(self, x):
+        return _leaky(super().forward(x))
+
+
+class _ConditionalLeakyNorm(ConditionalInstanceNorm2dPlus):
+    def forward(self, x, labels):
+        return _leaky(super().forward(x, labels))
+
+
+def norm(features, levels, act=None):
+    """InstanceNorm++ and the activation of this name after it, in one op where there is one."""
+    if act == "lrelu":
+        return _LeakyNorm(features) if levels is None else _ConditionalLeakyNorm(features, levels)
+    fused = None if act is None else _FUSED[act]
     if levels is None:
-        return InstanceNorm2dPlus(features, activation=activation)
-    return ConditionalInstanceNorm2dPlus(features, levels, activation=activation)
+        return InstanceNorm2dPlus(features, activation=fused)
+    return ConditionalInstanceNorm2dPlus(features, levels, activation=fused)
+
+
+class Activation(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x):
+        return ACTIVATIONS[self.act](x)
 
 
 class Residual(nn.Module):
-    """norm, ELU, conv, norm, ELU, conv, plus the (projected) input; `down` halves the sides, or only projects if dilated."""
+    """norm, act, conv, norm, act, conv, plus the (projected) input; `down` halves the sides, or only projects if dilated."""
 
-    def __init__(self, inputs, outputs, levels, dilation=1, down=False):
+    def __init__(self, inputs, outputs, levels, dilation=1, down=False, act="elu"):
         super().__init__()
         middle, pool = inputs if down else outputs, down and dilation == 1
-        self.normalize1 = norm(inputs, levels, "elu")
+        self.normalize1 = norm(inputs, levels, act)
         self.conv1 = nn.Conv2d(inputs, middle, 3, padding=dilation, dilation=dilation)
-        self.normalize2 = norm(middle, levels, "elu")
+        self.normalize2 = norm(middle, levels, act)
         conv = ConvMeanPool if pool else nn.Conv2d
         self.conv2 = conv(middle, outputs, 3, padding=dilation, dilation=dilation)
         if pool:
@@ -106,13 +160,13 @@ class ConvMeanPool(nn.Module):
 class Refine(nn.Module):
     """Adapt each input, fuse them at the size of the first, pool in a chain, adapt the result."""
 
-    def __init__(self, inputs, features, levels, blocks=1):
+    def __init__(self, inputs, features, levels, blocks=1, act="elu"):
         super().__init__()
-        self.adapt_convs = nn.ModuleList(ResidualUnits(c, 2, levels) for c in inputs)
+        self.adapt_convs = nn.ModuleList(ResidualUnits(c, 2, levels, act) for c in inputs)
         if len(inputs) > 1:
             self.msf = Fusion(inputs, features, levels)
-        self.crp = ChainedPooling(features, levels)
-        self.output_convs = ResidualUnits(features, blocks, levels)
+        self.crp = ChainedPooling(features, levels, act)
+        self.output_convs = ResidualUnits(features, blocks, levels, act)
 
     def forward(self, xs, *labels):
         hs = [adapt(x, *labels) for adapt, x in zip(self.adapt_convs, xs)]
@@ -121,13 +175,13 @@ class Refine(nn.Module):
 
 
 class ResidualUnits(nn.Module):
-    """`blocks` residual units of two stages (norm,) ELU, conv; `{block}_{stage}_norm` and `_conv`, counted from 1."""
+    """`blocks` residual units of two stages (norm,) act, conv; `{block}_{stage}_norm` and `_conv`, counted from 1."""
 
-    def __init__(self, features, blocks, levels):
+    def __init__(self, features, blocks, levels, act="elu"):
         super().__init__()
         self.blocks = blocks
         for name in (f"{b}_{s}" for b in range(1, blocks + 1) for s in (1, 2)):
-            self.add_module(f"{name}_norm", nn.ELU() if levels is None else norm(features, levels, "elu"))
+            self.add_module(f"{name}_norm", Activation(act) if levels is None else norm(features, levels, act))
             self.add_module(f"{name}_conv", nn.Conv2d(features, features, 3, padding=1, bias=False))
 
     def forward(self, x, *labels):
@@ -155,17 +209,18 @@ class Fusion(nn.Module):
 
 
 class ChainedPooling(nn.Module):
-    """ELU, then twice: (norm,) 5x5 pooling, conv, add. The original calls its pool `maxpool` also where it takes the mean."""
+    """act, then twice: (norm,) 5x5 pooling, conv, add. The original calls its pool `maxpool` also where it takes the mean."""
 
-    def __init__(self, features, levels):
+    def __init__(self, features, levels, act="elu"):
         super().__init__()
+        self.act = act
         self.convs = nn.ModuleList(nn.Conv2d(features, features, 3, padding=1, bias=False) for _ in range(2))
         self.norms = nn.ModuleList(nn.Identity() if levels is None else norm(features, levels) for _ in range(2))
         self.unconditional = levels is None
 
     def forward(self, x, *labels):
         pool = F.max_pool2d if self.unconditional else F.avg_pool2d  # the mean counts the padding
-        x = path = F.elu(x)
+        x = path = ACTIVATIONS[self.act](x)
         for conv, norm in zip(self.convs, self.norms):
             path = conv(pool(norm(path, *labels), 5, stride=1, padding=2))
             x = x + path
