@@ -133,6 +133,11 @@ def _dual_level() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def levels() -> bool:
+    """Whether forward mode or a transform of torch.func stands around this call: it needs plain operations, which nest."""
+    return torch._C._functorch.maybe_current_level() is not None or _dual_level()
+
+
 def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 

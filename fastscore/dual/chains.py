@@ -91,7 +91,7 @@ def linear(source, weight, bias):
     sizes = weight.shape
     if len(sizes) != 2 or source.shape[-1] != sizes[1] or (bias is not None and bias.shape != sizes[:1]):
         return None
-    if torch.is_autocast_enabled(device.type) or _backend._dual_level() or torch._C._autograd._top_saved_tensors_default_hooks(False):
+    if torch.is_autocast_enabled(device.type) or _backend.levels() or torch._C._autograd._top_saved_tensors_default_hooks(False):
         return None
     return Pending(source, Step(weight, bias), (*source.shape[:-1], sizes[0]))
 

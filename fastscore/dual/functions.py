@@ -30,7 +30,7 @@ class _AddBias(torch.autograd.Function):
 
 def add_bias(y, bias, count):
     """Add a bias to the first `count` entries of y, a fresh result that nobody else holds."""
-    if _backend._dual_level():   # our Functions here have no forward mode
+    if _backend.levels():   # our Functions here have neither forward mode nor vmap
         return torch.cat([y[:count] + bias, y[count:]])
     if _backend.derivative_possible(y, bias):
         return _AddBias.apply(y, bias, count)
@@ -89,7 +89,7 @@ def _stack_layout(s):
 
 def normalise_stack(s, coef, labels, form, backend):
     chosen = _backend.choose(s.device, backend, cuda=False)
-    if chosen == "reference" or _backend._dual_level():
+    if chosen == "reference" or _backend.levels():
         return torch.cat([core.normalise_ref(s[0], coef, labels, form)[None], core._dual_ref(s[0], s[1:], coef, None, labels, form)])
     if _backend.derivative_possible(s, coef):
         return _NormaliseStack.apply(s, coef, labels, form, chosen)[0]

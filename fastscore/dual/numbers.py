@@ -15,7 +15,7 @@ from fastscore import backend as backends
 from fastscore.dual import compositions, kept
 from fastscore.dual.compiled import as_written, undisturbed
 from fastscore.dual.norms import FACTORISED, NATIVE_NORMS, REFUSED, Refuse, RightNorms
-from fastscore.dual.rules import POINTWISE, RULES, NoDual, aligned, separated
+from fastscore.dual.rules import POINTWISE, RULES, NoDual, aligned, memory, separated
 from fastscore.ops import checks
 from fastscore.ops.functions import released
 
@@ -71,7 +71,7 @@ def _jvp(f, x, v):
 @as_written
 def stack(f, x, v):
     """f(x) and J v_m for v (M, *x.shape), side by side: (1 + M, *f(x).shape)."""
-    if torch._C._functorch.maybe_current_level() is not None:   # inside a transform: torch's own forward mode nests with it
+    if torch._C._functorch.maybe_current_level() is not None:
         with _forward_gradients():
             return _transformed(f, x, v)
     if hasattr(_local, "call") or isinstance(x, Dual) or isinstance(v, Dual):
@@ -170,9 +170,22 @@ def _double_backward(f, x, v):
 
 
 def _transformed(f, x, v):
-    with RightNorms(), _constants():
-        pairs = [torch.func.jvp(f, (x,), (direction,)) for direction in v]
-    return torch.stack([pairs[0][0], *(ty for _, ty in pairs)])
+    """Inside a transform of torch.func, with which all of these nest: the same rules, forward mode, two levels of backward."""
+    if not hasattr(_local, "call"):
+        try:
+            return _stacked(f, x, v)
+        except RuntimeError as error:   # what the transform does not take comes again
+            if not isinstance(error, NoRule) and str(error).startswith("fastscore"):
+                raise
+    try:
+        with _right(NATIVE_NORMS | FACTORISED), _constants():
+            pairs = [torch.func.jvp(f, (x,), (direction,)) for direction in v]
+        return torch.stack([pairs[0][0], *(ty for _, ty in pairs)])
+    except (NotImplementedError, RuntimeError):
+        with _in_one_sentence(), _right(NATIVE_NORMS):
+            y, pull = torch.func.vjp(f, x)
+            transpose = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(y))[1]
+            return torch.stack([y, *(transpose(direction)[0] for direction in v)])
 
 
 @contextlib.contextmanager
@@ -435,13 +448,13 @@ def note_copy(*stacks):
     """What should share memory and does not: from now on neither may be written to."""
     call = _call()
     if call:
-        call.copied += [weakref.ref(s.untyped_storage()) for s in stacks]
+        call.copied += [weakref.ref(memory(s)) for s in stacks]
 
 
 def _check_alias(target):
     call = _call()
     if call and call.copied:
-        own = target.stack.untyped_storage()
+        own = memory(target.stack)
         if any(reference() is own for reference in call.copied):
             raise NoRule("fastscore.jvp: an in-place operation on what has a view that had to be a copy.")
 
@@ -554,7 +567,7 @@ def _joined(value, tangents):
 
 
 def _shares_memory(a, b):
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.numel() > 0
+    return memory(a).data_ptr() == memory(b).data_ptr() and a.numel() > 0
 
 
 def _differentiable(name):

@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from fastscore import backend as backends
 from fastscore.dual import chains, compositions, norms
 from fastscore.dual.functions import activate_stack, add_bias, add_to_value, normalise_stack
 from fastscore.ops.normalise import Form, normalise, pack
@@ -58,6 +59,13 @@ def later(x, pending):
 
 def value(a):
     return a.stack[0] if is_dual(a) else a
+
+
+def memory(s):
+    """The storage of a stack, inside a transform of torch.func, too."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(s):
+        s = torch._C._functorch.get_unwrapped(s)
+    return s.untyped_storage()
 
 
 def shift(d):
@@ -185,7 +193,7 @@ def view(x, *shape):
 def told_apart(x, y):
     from fastscore.dual.numbers import note_copy
 
-    if x.numel() and stack(x).untyped_storage().data_ptr() != stack(y).untyped_storage().data_ptr():
+    if x.numel() and memory(stack(x)).data_ptr() != memory(stack(y)).data_ptr():
         note_copy(stack(x), stack(y))   # the stack does not lie in memory as the value alone would
 
 
@@ -659,7 +667,7 @@ def baddbmm(input, batch1, batch2, *, beta=1, alpha=1):
 
 
 def _solve(A, B, *, left=True):
-    if _levels():
+    if backends.levels():
         return compositions.solve(A, B, left=left)
     n = len(stack(A if is_dual(A) else B))
     A, B = (stack(a) if is_dual(a) else constant(a, n) for a in (A, B))
@@ -672,11 +680,6 @@ def _solve(A, B, *, left=True):
     return dual(s[..., 0] if vector else s if left else s.mT)
 
 
-def _levels():
-    """Whether a level of forward mode or a transform stands around this call: it needs what is right at every order."""
-    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
 def _log_slope(s):
     """tr(A⁻¹ Ȧ), the tangents of log |det A|."""
     return (torch.linalg.inv(s[0]).mT * s[1:]).sum((-2, -1))
@@ -684,7 +687,7 @@ def _log_slope(s):
 
 def _det(A):
     s = stack(A)
-    if _levels() or not _invertible(s[0].detach()):   # a singular matrix has no inverse, but its determinant has slopes
+    if backends.levels() or not _invertible(s[0].detach()):   # a singular matrix has no inverse, but its determinant has slopes
         return compositions.det(A)
     y = torch.linalg.det(s[0])
     return joined(y, y * _log_slope(s))

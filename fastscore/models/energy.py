@@ -108,6 +108,8 @@ class EnergyScore(nn.Module):
     @as_written
     def jvp(self, x, v, *arguments):
         """s(x), and ∇²f v_m for v (M, B, *), by one backward pass each."""
+        if not checks.readable():
+            return self._transformed(x, v, arguments)
         x, wanted = self._leaf(x)
         wanted = wanted or (torch.is_grad_enabled() and v.requires_grad)
         with torch.enable_grad():
@@ -139,6 +141,11 @@ class EnergyScore(nn.Module):
             return self._along_by_jvp(x, v, arguments)
         wanted = self._leaf(x)[1] or (torch.is_grad_enabled() and v.requires_grad)
         return tuple((t if wanted else t.detach()).to(checks.compute_dtype(v.dtype)) for t in (slope, curvature))
+
+    def _transformed(self, x, v, arguments):
+        """The same inside a transform of torch.func, whose tensors have no graph to walk."""
+        s, pull = torch.func.vjp(torch.func.grad(lambda x: self._value(x, arguments).sum()), x)
+        return s, torch.stack([pull(d)[0] for d in v])
 
     def _along_by_jvp(self, x, v, arguments):
         s, hv = self.jvp(x, v, *arguments)

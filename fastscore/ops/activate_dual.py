@@ -51,7 +51,7 @@ def activate_dual(s, name, backend=None):
     """
     chosen = _backend.choose(s.device, backend, cuda=False)   # a GPU runs the Triton kernels
     plain = chosen == "reference" or (chosen == "cpp" and s.dtype == torch.float64)
-    if plain or _backend._dual_level():   # the Function has no forward mode
+    if plain or _backend.levels():   # the Function has neither forward mode nor vmap
         return activate_dual_ref(s, name)
     if _backend.derivative_possible(s):
         return _function(s, name, chosen)
