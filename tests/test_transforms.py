@@ -1,8 +1,12 @@
 """jvp and the losses inside torch.func: the rules, and the refusals, of every other route."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from test_dual import NETWORKS
+from test_dual_functions import FUNCTIONS, Product
 from torch import nn
 from torch.func import functional_call, grad, grad_and_value, jacfwd, jacrev, linearize, vmap
 from torch.utils import checkpoint
@@ -10,8 +14,6 @@ from torch.utils import checkpoint
 from fastscore import losses
 from fastscore.dual import jvp
 from fastscore.models import EnergyMLP, EnergyScore
-from test_dual import NETWORKS
-from test_dual_functions import FUNCTIONS, Product
 
 F64 = {"dtype": torch.float64}
 EYE = torch.eye(4, **F64)
@@ -40,8 +42,9 @@ ALGEBRA = {
     "chunks": lambda x: torch.cat([t.square() for t in x.tensor_split(3, 1)], 1),
 }
 # Not the numbers of a transform: a choice by value, a draw, an autograd.Function without rules for torch.func, hooks on what is saved,
-# an nn.Module made inside.
-LEFT = ("write-where", "integers", "control-flow", "same-noise-for-all-tangents", "autograd-function", "checkpoint", "functional-call")
+# an nn.Module made inside, a write of what is mapped into what is not.
+LEFT = ("write-where", "integers", "control-flow", "same-noise-for-all-tangents", "autograd-function", "checkpoint", "functional-call",
+        "write-into-a-foreign-buffer")   # fmt: skip
 NETS = {k: v for k, v in NETWORKS.items() if k not in ("instance-norm-running", "batch-norm", "mixed-residual")}   # buffers change
 
 
@@ -67,8 +70,11 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", [*ALGEBRA, *NETS, *(k for k in FUNCTIONS if k not in LEFT)])
+SOON = [(name, way) for name in ALGEBRA for way in ("jacrev", "vmap-grad")] + [(name, "vmap-grad") for name in ("layer-norm", "attention")]
+LATER = [(name, way) for name in (*ALGEBRA, *NETS, *(k for k in FUNCTIONS if k not in LEFT)) for way in WAYS if (name, way) not in SOON]
+
+
+@pytest.mark.parametrize("name, way", [*SOON, *(pytest.param(*case, marks=pytest.mark.slow) for case in LATER)])
 def test_gradients_are_those_outside(name, way):
     f, x, v = problem(name)
     leaf = x.clone().requires_grad_()
@@ -77,9 +83,21 @@ def test_gradients_are_those_outside(name, way):
     assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max())), (name, way)
 
 
-@pytest.mark.parametrize("name", [*ALGEBRA, "layer-norm", "attention"])
+def test_linearize_refuses_writes():
+    """torch.func.linearize itself loses them: of a plain function with a write into a slice its product is 82 % off."""
+    for name, message in (("views-and-writes", "loses in-place operations"), ("by-torch-ops", "only where the rules of fastscore do")):
+        f, x, v = problem(name)
+        with pytest.raises(NotImplementedError, match=f"torch.func.linearize .*{message}"):
+            linearize(lambda x: jvp(f, x, v)[1], x)   # noqa: B023
+
+
+NORMED = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.SiLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+
+
+@pytest.mark.parametrize("name", ["solve", "det", "slogdet", "cholesky-inverse", "chunks", "network"])
 def test_linearize(name):
-    f, x, v = problem(name)
+    f, x, v = problem("chunks" if name == "network" else name)
+    f = NORMED if name == "network" else f
     value, product = linearize(lambda x: jvp(f, x, v)[1], x)
     t = x.cos()
     quotient = (jvp(f, x + 1e-5 * t, v)[1] - jvp(f, x - 1e-5 * t, v)[1]) / 2e-5
@@ -110,7 +128,7 @@ def test_what_no_transform_takes_is_an_error(f):
 
 
 SCORES = {
-    "mlp": lambda: nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.SiLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)),
+    "mlp": lambda: copy.deepcopy(NORMED),
     "energy": lambda: EnergyScore(EnergyMLP(4, width=8, depth=1)),
     "energy-with-norm": lambda: EnergyScore(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Softplus(), nn.Linear(8, 1))),
 }
@@ -121,14 +139,13 @@ LOSSES = {
     "sphere": lambda s, x: losses.sliced(s, x, distribution="sphere", seed=0),
     "exact": losses.exact,
     "finite-difference": lambda s, x: losses.finite_difference_sliced(s, x, seed=0),
-    "denoising": lambda s, x: losses.denoising(s, x, 0.3, seed=0),
 }
 
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(name, score):
-    """Of parameters, by functional_call; per sample; and of a vmapped ensemble."""
+    """Gradients of parameters, by functional_call."""
     torch.manual_seed(0)
     net = SCORES[score]().double()
     for p in net.parameters():
@@ -136,9 +153,6 @@ def test_losses(name, score):
     x, named = torch.randn(3, 4, **F64), dict(net.named_parameters())
 
     def total(named, x):
-        class Called(type(net)):
-            pass
-
         def called(x):
             return functional_call(net, named, (x,))
 
@@ -150,8 +164,12 @@ def test_losses(name, score):
     for key in named:
         assert torch.allclose(found[key], expected[key], rtol=1e-9, atol=1e-9), key
 
-    rows = vmap(lambda row: LOSSES[name](with_parameters(net, None, detached), row[None])[0] if name == "exact" else row.sum())(x)
-    assert rows.shape == (3,)
+
+def test_exact_loss_per_sample():
+    x = torch.randn(3, 4, **F64)
+    for score in (NORMED, SCORES["energy-with-norm"]().double()):
+        rows = vmap(lambda row: losses.exact(score, row[None])[0])(x)   # noqa: B023
+        assert torch.allclose(rows, losses.exact(score, x))
 
 
 def with_parameters(net, called, named):

@@ -8,13 +8,14 @@ import weakref
 
 import torch
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastscore import backend as backends
 from fastscore.dual import compositions, kept
 from fastscore.dual.compiled import as_written, undisturbed
-from fastscore.dual.norms import FACTORISED, NATIVE_NORMS, REFUSED, Refuse, RightNorms
+from fastscore.dual.norms import FACTORISED, NATIVE_NORMS, REFUSED, Refuse
 from fastscore.dual.rules import POINTWISE, RULES, NoDual, aligned, memory, separated
 from fastscore.ops import checks
 from fastscore.ops.functions import released
@@ -96,8 +97,15 @@ def _carried(f, x, v):
             return _forward_mode(f, x, v)
     except (NotImplementedError, RuntimeError):   # of torch: an operation, or an autograd.Function, without a rule for forward mode
         pass
+    if _linearized():
+        raise NotImplementedError("fastscore.jvp: torch.func.linearize takes f only where the rules of fastscore do; take torch.func.jvp.")
     with _in_one_sentence():
         return _double_backward(f, x, v)
+
+
+def _linearized():
+    """Inside torch.func.linearize, whose folding of constants loses what is written in place, by f or by PyTorch's backward formulas."""
+    return backends._dual_level() and get_proxy_mode() is not None
 
 
 @contextlib.contextmanager
@@ -452,6 +460,8 @@ def note_copy(*stacks):
 
 
 def _check_alias(target):
+    if _linearized():
+        raise NotImplementedError("fastscore.jvp: torch.func.linearize loses in-place operations inside f; take torch.func.jvp.")
     call = _call()
     if call and call.copied:
         own = memory(target.stack)

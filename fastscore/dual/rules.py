@@ -248,7 +248,7 @@ def t(x):
 
 
 RULES[torch.Tensor.T.__get__] = lambda x: dual(stack(x).permute(0, *range(x.dim(), 0, -1)))
-RULES[torch.Tensor.mT.__get__] = lambda x: transpose(x, -1, -2)
+RULES[torch.Tensor.mT.__get__] = RULES[torch.Tensor.mH.__get__] = lambda x: transpose(x, -1, -2)
 
 
 @rule("movedim", "moveaxis")
@@ -324,6 +324,16 @@ def roll(x, shifts, dims=None):
     if dims is None or dims in ((), []):
         return reshape(dual(stack(x).flatten(1).roll(shifts, 1)), tuple(x.shape))
     return dual(stack(x).roll(shifts, shift(dims) if isinstance(dims, int) else tuple(map(shift, dims))))
+
+
+@rule("tril")
+def tril(x, diagonal=0):
+    return dual(stack(x).tril(diagonal))
+
+
+@rule("triu")
+def triu(x, diagonal=0):
+    return dual(stack(x).triu(diagonal))
 
 
 @rule("index_select")
@@ -711,7 +721,15 @@ def _slogdet(A):
     return torch.return_types.slogdet((sign, joined(y, _log_slope(s))))
 
 
+def _inverse(A):
+    s = stack(A)
+    y = torch.linalg.inv(s[0])
+    return joined(y, -(y @ s[1:] @ y))
+
+
 RULES[torch.linalg.solve] = _solve
+for _function in (torch.linalg.inv, torch.inverse, torch.Tensor.inverse):
+    RULES[_function] = _inverse
 for _name, _function in (("det", _det), ("logdet", _logdet), ("slogdet", _slogdet)):
     for _holder in (torch, torch.Tensor, torch.linalg):
         if hasattr(_holder, _name):
@@ -725,7 +743,7 @@ def _eigh(A, UPLO="L"):
     s = lower + lower.mT + torch.diag_embed(s.diagonal(dim1=-2, dim2=-1))
     values, vectors = torch.linalg.eigh(s[0])
     inner = vectors.mT @ s[1:] @ vectors
-    same = torch.eye(len(values.mT), dtype=torch.bool, device=values.device)
+    same = torch.eye(values.shape[-1], dtype=torch.bool, device=values.device)
     gaps = torch.where(same, 1.0, values.unsqueeze(-2) - values.unsqueeze(-1))
     turned = vectors @ torch.where(same, 0.0, inner / gaps)
     parts = joined(values, inner.diagonal(dim1=-2, dim2=-1)), joined(vectors, turned)
