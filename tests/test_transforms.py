@@ -61,12 +61,12 @@ def loss(f, x, v):
 
 
 WAYS = {
-    "grad": lambda l, x, v: grad(l)(x, v),
-    "grad-and-value": lambda l, x, v: grad_and_value(l)(x, v)[0],
-    "jacrev": lambda l, x, v: jacrev(lambda x: torch.stack([l(x, v), 2 * l(x, v)]))(x)[1] / 2,
-    "jacfwd": lambda l, x, v: jacfwd(l)(x, v),
-    "vmap-grad": lambda l, x, v: vmap(grad(l), (0, None))(torch.stack([x.cos(), x]), v)[1],
-    "vmap-over-directions": lambda l, x, v: vmap(grad(l), (None, 0))(x, torch.stack([v.cos(), v]))[1],
+    "grad": lambda f, x, v: grad(f)(x, v),
+    "grad-and-value": lambda f, x, v: grad_and_value(f)(x, v)[0],
+    "jacrev": lambda f, x, v: jacrev(lambda x: torch.stack([f(x, v), 2 * f(x, v)]))(x)[1] / 2,
+    "jacfwd": lambda f, x, v: jacfwd(f)(x, v),
+    "vmap-grad": lambda f, x, v: vmap(grad(f), (0, None))(torch.stack([x.cos(), x]), v)[1],
+    "vmap-over-directions": lambda f, x, v: vmap(grad(f), (None, 0))(x, torch.stack([v.cos(), v]))[1],
 }
 
 
