@@ -121,7 +121,10 @@ def _finish(name: str) -> None:
             if _dual_level() and torch.autograd.forward_ad.unpack_dual(a).tangent is not None:
                 raise NotImplementedError(f"{name} has no forward-mode rule; call the public function of fastscore instead.")
             if a.requires_grad and torch.is_grad_enabled():
-                raise NotImplementedError(f"{name} has no derivative rule; call the public function of fastscore instead.")
+                raise NotImplementedError(
+                    f"{name} has no derivative rule; call the public function of fastscore instead. A graph of torch.export or make_fx "
+                    'holds it as it is: run it under torch.no_grad(), or trace it under fastscore.use_backend("reference").'
+                )
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
@@ -214,7 +217,16 @@ def call(backend: str, op: str, *args) -> None:
             raw(backend, op)(*args)
     except Exception as error:
         refuse_batched(error)
-        raise
+        if not _clones_what_is_written(error):
+            raise
+        with torch.utils._python_dispatch._disable_current_modes(), torch._C._AutoDispatchBelowAutograd():
+            raw(backend, op)(*args)
+
+
+def _clones_what_is_written(error: Exception) -> bool:
+    """Whether allow_mutation_on_saved_tensors stumbled over an output that is None. The others are fresh: nobody has saved them."""
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    return isinstance(error, AttributeError) and any(type(mode).__name__ == "_CloneArgBeforeMutateMode" for mode in modes)
 
 
 def refuse_batched(error: Exception) -> None:

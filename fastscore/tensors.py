@@ -41,11 +41,16 @@ def _check_subclass(op, name, t):
 
 def fake(t: torch.Tensor) -> bool:
     """Whether t is a FakeTensor, which has a shape and no values."""
-    return type(t).__name__ == "FakeTensor"
+    return type(_inside(t)).__name__ == "FakeTensor"
+
+
+def _inside(t):
+    """What dual numbers are made of, where that may be fake; another tensor itself."""
+    return t.stack if hasattr(type(t), "stack") and torch._C._len_torch_dispatch_stack() else t
 
 
 def _check_mode(op, name, t):
-    if fake(t) and not t.fake_mode.allow_non_fake_inputs and not torch.compiler.is_compiling():
+    if fake(t) and not _inside(t).fake_mode.allow_non_fake_inputs and not torch.compiler.is_compiling():
         if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
             raise TypeError(f"{op}: {name} is a FakeTensor; call {op} inside its FakeTensorMode.")
 
@@ -53,7 +58,7 @@ def _check_mode(op, name, t):
 def check_as_real(op: str, name: str, t: torch.Tensor, x: torch.Tensor, of: str = "x") -> None:
     """t and x must both have values, or both be fakes of torch.compile, torch.export or FakeTensorMode."""
     if type(t) is not type(x) and fake(t) != fake(x):
-        mode = (t if fake(t) else x).fake_mode
+        mode = _inside(t if fake(t) else x).fake_mode
         if not mode.allow_non_fake_inputs:
             kinds = ("a FakeTensor", "a tensor with values")
             is_fake, of_fake = kinds if fake(t) else kinds[::-1]

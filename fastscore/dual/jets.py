@@ -10,7 +10,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from fastscore.dual import kept
 from fastscore.dual.compiled import undisturbed
 from fastscore.dual.jet_rules import RULES, VALUES, bent, is_jet
-from fastscore.dual.numbers import _LIKE, _METADATA, Dual, NoRule, _copy, _in_place, _on_values, _place, _write
+from fastscore.dual.numbers import _GRAPH, _LIKE, _METADATA, Dual, NoRule, _copy, _in_place, _on_values, _place, _write
 
 
 def second_order(f, x, v, straight=True):
@@ -103,6 +103,8 @@ class Jet(Dual):
             return undisturbed(cls.__torch_function__, func, types, args, kwargs)
         if func == torch.Tensor.requires_grad.__get__:
             return True
+        if func in _GRAPH:
+            return func(args[0].stack)
         name = getattr(func, "__name__", str(func))
         # Without gradients we may stand inside an autograd.Function, whose result would look like a constant.
         if not torch.is_grad_enabled() or kwargs.get("out") is not None:

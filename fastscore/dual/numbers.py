@@ -78,8 +78,15 @@ def stack(f, x, v):
     if hasattr(_local, "call") or isinstance(x, Dual) or isinstance(v, Dual):
         # The rules do not tell the numbers of one jvp from those of another around it, which f may hold.
         raise NoRule("fastscore.jvp: a jvp inside f cannot be carried through with its tangents.")
-    with _forward_gradients():
+    with _forward_gradients(), _as_dispatched():
         return _carried(f, x, v)
+
+
+def _as_dispatched():
+    """What fails in a transform below a mode, as of make_fx, would leave torch without autograd."""
+    if not torch._C._len_torch_dispatch_stack():
+        return contextlib.nullcontext()
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
 
 
 def _forward_gradients():
@@ -362,12 +369,13 @@ def _getters(*names):
 
 
 _METADATA = _getters("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_sparse", "is_quantized", "is_meta", "is_nested", "is_cpu",
-                     "is_mps", "is_xpu", "itemsize", "nbytes", "is_leaf", "grad_fn", "grad", "output_nr", "_version", "_backward_hooks",
+                     "is_mps", "is_xpu", "itemsize", "nbytes", "grad", "output_nr", "_version", "_backward_hooks",
                      "names", "is_sparse_csr", "is_mkldnn")  # fmt: skip
 _METADATA |= {getattr(torch.Tensor, name) for name in ("size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous",
               "is_floating_point", "is_complex", "element_size", "get_device", "__len__", "is_signed", "storage_offset", "is_conj",
               "is_neg", "is_inference")}  # fmt: skip
 _METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel}
+_GRAPH = _getters("requires_grad", "grad_fn", "is_leaf")
 # Values without tangents: comparisons, integers, numbers, what stops a gradient.
 _VALUES = """
     eq ne lt le gt ge isnan isinf isfinite argmax argmin argsort sign sgn floor ceil round trunc detach item tolist numpy allclose equal
@@ -400,8 +408,8 @@ def _special(func, args, kwargs):
     name = getattr(func, "__name__", "")
     if func in _LIKE:
         return _place(func, args, kwargs)
-    if func == torch.Tensor.requires_grad.__get__:
-        return args[0].stack.requires_grad
+    if func in _GRAPH:
+        return func(args[0].stack)
     if kwargs.get("out") is not None or func in REFUSED or func in (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward):
         raise NoRule(f"fastscore.jvp: {name} cannot be carried through with its tangents.")
     if name in _STORAGE or type(func).__name__ in ("OpOverload", "OpOverloadPacket", "ScriptFunction", "ScriptMethod"):

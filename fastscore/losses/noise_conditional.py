@@ -8,6 +8,7 @@ from fastscore.losses.exact import implicit
 from fastscore.losses.projections import check_projections, sliced_estimate
 from fastscore.ops import checks, perturb
 from fastscore.schedules import check_ladder
+from fastscore.tensors import fake
 
 METHODS = ("denoising", "sliced", "sliced-vr", "exact")
 
@@ -80,7 +81,8 @@ def _fit(op, labels, x, levels):
     if labels.device.type not in (x.device.type, "cpu") or labels.shape != x.shape[:1] or labels.dtype != torch.int64:
         return False
     # On a GPU the indexing itself refuses them, without waiting.
-    return labels.device.type != "cpu" or not bool(((labels < 0) | (labels >= levels)).any())
+    unread = labels.device.type != "cpu" or not checks.readable() or fake(labels)
+    return unread or not bool(((labels < 0) | (labels >= levels)).any())
 
 
 def draw_labels(levels, n, *, seed, step=0, first_sample=0, device=None):

@@ -13,6 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from fastscore.dual.compiled import as_written
 from fastscore.dual.jets import second_order
 from fastscore.dual.norms import RightNorms
+from fastscore.dual.numbers import Dual, NoRule
 from fastscore.models.score_mlp import Trunk
 from fastscore.ops import checks
 from fastscore.ops.functions import released
@@ -88,7 +89,14 @@ class EnergyScore(nn.Module):
         self.f = f
 
     def forward(self, x, *arguments):
+        if torch.compiler.is_exporting():
+            raise NotImplementedError(
+                "EnergyScore: torch.export cannot trace a gradient; export what "
+                "torch.fx.experimental.proxy_tensor.make_fx(score)(x) returns, or the energy alone."
+            )
         if not checks.readable():   # inside a transform or torch.compile tensors have no graph to walk
+            if isinstance(x, Dual):
+                raise NoRule("fastscore.jvp: the gradient of an energy cannot be carried through with its tangents.")
             return torch.func.grad(lambda x: self._value(x, arguments).sum())(x)
         x, wanted = self._leaf(x)
         # Forward mode over reverse mode needs the formulas that a graph is made of: fused ones, as of SiLU, carry no tangent.
@@ -168,7 +176,8 @@ class EnergyScore(nn.Module):
     def _value(self, x, arguments, third=True):
         # A loss takes third derivatives of f, which PyTorch gets wrong through its norms and lacks for fused attention.
         with _right_norms() if third and not torch.compiler.is_compiling() else contextlib.nullcontext():
-            value = self.f(x, *arguments)
+            # Hooks of modes, as of FlopCounterMode, take a leaf for a parameter.
+            value = self.f(x.view_as(x) if torch._C._len_torch_dispatch_stack() else x, *arguments)
         if not isinstance(value, torch.Tensor) or value.shape not in ((len(x),), (len(x), 1)):
             got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(f"EnergyScore: f(x) must be one value per sample, ({len(x)},); got {got}.")

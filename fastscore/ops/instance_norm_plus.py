@@ -121,7 +121,7 @@ def _rows(op, x, labels, weight, eps, activation, bias):
 def _column(op, name, c, x):
     checks.check_float(op, name, c)
     B, C = x.shape[:2]
-    if c.shape not in ((C,), (B, C)):
+    if c.shape != ((C,) if c.dim() == 1 else (B, C)):   # one comparison: two would tie a dynamic B to C where they are equal
         raise ValueError(f"{op}: {name} must be ({C},) or ({B}, {C}); got {tuple(c.shape)}.")
     if c.device != x.device:
         raise ValueError(f"{op}: {name} must be on the device of x, {x.device}; got {c.device}.")
