@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastscore.kernels.philox import KEY, narrow, normals_of_tile
+from fastscore.kernels.philox import KEY, narrow, polar_of_tile
 
 
 @triton.jit
@@ -36,16 +36,18 @@ def noisy_update_kernel(
     if B_KIND != 2 and not WIDE:
         scale = coefficient(b_ptr, b, sample, mask, B_KIND, dtype)
     pairs: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth == 16
-    z = normals_of_tile(first + program * BLOCK, scale, key_ptr, seed, step, stream, HAS_KEY, CROSSES, pairs, BLOCK).to(dtype)
-    if B_KIND == 2 or WIDE:
-        z *= coefficient(b_ptr, b, sample, mask, B_KIND, dtype)
+    radius, direction = polar_of_tile(first + program * BLOCK, scale, key_ptr, seed, step, stream, HAS_KEY, CROSSES, pairs, BLOCK)
+    # Every product and sum that may be one instruction is: left to the compiler, aligned and shifted tensors would round differently.
+    y = tl.zeros([4 * BLOCK], dtype)
     if HAS_X:
         y = tl.load(x_ptr + index, mask=mask, other=0.0).to(dtype)
-        if HAS_D:
-            y += coefficient(a_ptr, a, sample, mask, A_KIND, dtype) * tl.load(d_ptr + index, mask=mask, other=0.0).to(dtype)
-        y += z
-    elif HAS_D:
-        y = coefficient(a_ptr, a, sample, mask, A_KIND, dtype) * tl.load(d_ptr + index, mask=mask, other=0.0).to(dtype) + z
+    if HAS_D:
+        d = tl.load(d_ptr + index, mask=mask, other=0.0).to(dtype)
+        y = tl.fma(tl.zeros_like(d) + coefficient(a_ptr, a, sample, mask, A_KIND, dtype), d, y)
+    if WIDE:
+        y = tl.fma(tl.zeros_like(y) + coefficient(b_ptr, b, sample, mask, B_KIND, dtype), (radius * direction).to(dtype), y)
     else:
-        y = z
+        if B_KIND == 2:
+            radius *= coefficient(b_ptr, b, sample, mask, B_KIND, dtype)
+        y = tl.fma(radius, direction, y)
     tl.store(out_ptr + index, narrow(y, out_ptr.dtype.element_ty), mask=mask)

@@ -43,7 +43,7 @@ class Tiles:
             self.PIXELS = min(pixels, tile // self.UNITS)
         else:
             self.PIXELS = min(pixels, tile)
-            self.UNITS = min(power_of_two(self.units), tile // self.PIXELS)
+            self.UNITS = tile // self.PIXELS   # whatever the batch: a sum's order does not depend on it
         self.splits = cdiv(self.S, self.PIXELS)
         blocks = B * cdiv(self.C, self.UNITS) if self.last else cdiv(self.units, self.UNITS)
         self.programs, self.warps = blocks * self.splits, max(1, self.UNITS * self.PIXELS // (32 * each))

@@ -58,8 +58,9 @@ def philox(block, step, stream, k0, k1, USE_ASM: tl.constexpr = True):
 
 
 @triton.jit
-def box_muller(even, odd, scale):
-    """scale (z_even, z_odd): the angle is a residual in [-pi/2, pi/2] and a sign, which goes to the radius; the fits hold sqrt(2 ln 2)."""
+def polar(even, odd, scale):
+    """scale (z_even, z_odd) = radius (cosine, sine): the angle is a residual in [-pi/2, pi/2] and a sign, which goes to the radius; the
+    fits hold sqrt(2 ln 2)."""
     radius = root_log(even) * scale
     flip = (odd + 0x40000000) & 0x80000000
     r = (radius.to(tl.uint32, bitcast=True) ^ flip.to(tl.uint32)).to(tl.float32, bitcast=True)
@@ -69,6 +70,12 @@ def box_muller(even, odd, scale):
     s = a * (1.1774100065231323 + y * (-0.1962347775697708 + y * (0.009811239317059517 + y * s)))
     c = -0.0016311488579958677 + y * 2.7261627110419795e-05
     c = 1.1774100065231323 + y * (-0.5887038707733154 + y * (0.04905512183904648 + y * c))
+    return r, c, s
+
+
+@triton.jit
+def box_muller(even, odd, scale):
+    r, c, s = polar(even, odd, scale)
     return r * c, r * s
 
 
@@ -112,19 +119,22 @@ def normals(block, key_ptr, seed, step, stream, HAS_KEY: tl.constexpr):
 
 
 @triton.jit
-def normals_of_lanes(block, lane, scale, counter, stream, k0, k1, CROSSES: tl.constexpr):
+def polar_of_lanes(block, lane, scale, counter, stream, k0, k1, CROSSES: tl.constexpr):
+    """(radius of the first pair, of the second, then cosine and sine of each)."""
     if CROSSES:
         w0, w1, w2, w3 = philox(block + lane, counter, stream, k0, k1)
     else:   # the upper half of the counter is one number
         w0, w1, w2, w3 = rounds(block.to(tl.uint32) + lane.to(tl.uint32), (block >> 32).to(tl.uint32), counter, stream, k0, k1, True)
-    return four_normals(w0, w1, w2, w3, scale)
+    r0, c0, s0 = polar(w0, w1, scale)
+    r1, c1, s1 = polar(w2, w3, scale)
+    return r0, r1, c0, s0, c1, s1
 
 
 @triton.jit
-def normals_of_tile(
+def polar_of_tile(
     block, scale, key_ptr, seed, step, stream, HAS_KEY: tl.constexpr, CROSSES: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """scale times the normals of BLOCK blocks from `block` (int64) on, in element order.
+    """(radius, direction), whose product is scale times the normals of BLOCK blocks from `block` (int64) on, in element order.
 
     CROSSES: a multiple of 2^32 may lie within. PAIRS: a thread gets two neighbouring blocks, as many elements as it loads of a 16-bit type.
     """
@@ -132,12 +142,13 @@ def normals_of_tile(
     stream = int64(stream).to(tl.uint32)
     if PAIRS:
         lane = tl.arange(0, BLOCK // 2) * 2
-        a0, a1, a2, a3 = normals_of_lanes(block, lane, scale, counter, stream, k0, k1, CROSSES)
-        b0, b1, b2, b3 = normals_of_lanes(block, lane + 1, scale, counter, stream, k0, k1, CROSSES)
-        return tl.interleave(in_order(a0, a2, b0, b2), in_order(a1, a3, b1, b3))
+        r0, r1, c0, s0, c1, s1 = polar_of_lanes(block, lane, scale, counter, stream, k0, k1, CROSSES)
+        q0, q1, d0, t0, d1, t1 = polar_of_lanes(block, lane + 1, scale, counter, stream, k0, k1, CROSSES)
+        radius = tl.interleave(in_order(r0, r1, q0, q1), in_order(r0, r1, q0, q1))
+        return radius, tl.interleave(in_order(c0, c1, d0, d1), in_order(s0, s1, t0, t1))
     else:
-        z0, z1, z2, z3 = normals_of_lanes(block, tl.arange(0, BLOCK), scale, counter, stream, k0, k1, CROSSES)
-        return in_order(z0, z1, z2, z3)
+        r0, r1, c0, s0, c1, s1 = polar_of_lanes(block, tl.arange(0, BLOCK), scale, counter, stream, k0, k1, CROSSES)
+        return in_order(r0, r0, r1, r1), in_order(c0, s0, c1, s1)
 
 
 @triton.jit
