@@ -22,16 +22,17 @@ void run(const ActivateArgs& p, int64_t begin, int64_t end) {
     if (!g) {
       activate<vf>(kKind, load(s, 0), &y, &d1, nullptr);
       store(y, 0);
-      for (int64_t m = 1; m <= p.tangents; ++m) store(d1 * load(s, m), m);
+      for (int64_t m = 1; m <= p.tangents; ++m) store(times_slope(kKind, d1, load(s, m)), m);
     } else {
       activate<vf>(kKind, load(s, 0), nullptr, &d1, &d2);
       vf bend = vf{};
       for (int64_t m = 1; m <= p.tangents; ++m) {
         const vf gm = load(g, m);
-        bend += gm * load(s, m);
-        store(d1 * gm, m);
+        if (kKind != kRelu) bend += gm * load(s, m);
+        store(times_slope(kKind, d1, gm), m);
       }
-      store(d1 * load(g, 0) + d2 * bend, 0);
+      const vf straight = times_slope(kKind, d1, load(g, 0));
+      store(kKind == kRelu ? straight : straight + d2 * bend, 0);
     }
   }
 }

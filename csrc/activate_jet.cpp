@@ -24,22 +24,25 @@ void run(const ActivateJetArgs& p, int64_t begin, int64_t end) {
       activate<vf>(kKind, load(s, 0), &y, &d1, &d2);
       store(y, 0);
       for (int64_t m = 1; m <= M; ++m) {
-        const vf u1 = load(s, m), bend = d2 * u1 * u1;
-        store(d1 * u1, m);
-        store(p.straight ? bend : bend + d1 * load(s, M + m), M + m);
+        const vf u1 = load(s, m), bend = kKind == kRelu ? vf{} : d2 * u1 * u1;
+        store(times_slope(kKind, d1, u1), m);
+        store(p.straight ? bend : bend + times_slope(kKind, d1, load(s, M + m)), M + m);
       }
     } else {
       activate<vf>(kKind, load(s, 0), nullptr, &d1, &d2, &d3);
-      vf g0 = d1 * load(g, 0);
+      vf g0 = times_slope(kKind, d1, load(g, 0));
       for (int64_t m = 1; m <= M; ++m) {
         const vf u1 = load(s, m), g1 = load(g, m), g2 = load(g, M + m);
-        vf third = d3 * u1 * u1;
-        if (!p.straight) {
-          third += d2 * load(s, M + m);
-          store(d1 * g2, M + m);
+        if (!p.straight) store(times_slope(kKind, d1, g2), M + m);
+        const vf straight = times_slope(kKind, d1, g1);
+        if (kKind == kRelu) {   // it does not bend
+          store(straight, m);
+          continue;
         }
+        vf third = d3 * u1 * u1;
+        if (!p.straight) third += d2 * load(s, M + m);
         g0 += d2 * u1 * g1 + third * g2;
-        store(d1 * g1 + 2.0f * d2 * u1 * g2, m);
+        store(straight + 2.0f * d2 * u1 * g2, m);
       }
       store(g0, 0);
     }

@@ -90,7 +90,7 @@ FS_INLINE void activate(int kind, V u, V* y, V* d1, V* d2, V* d3 = nullptr) {
     }
     case kRelu:
       if (y) *y = where(u < 0, zero, u);
-      if (d1) *d1 = where(u > 0, one, zero);
+      if (d1) *d1 = where(u <= 0, zero, one);   // PyTorch's mask: 1 for NaN
       if (d2) *d2 = zero;
       if (d3) *d3 = zero;
       return;
@@ -133,6 +133,12 @@ FS_INLINE void activate(int kind, V u, V* y, V* d1, V* d2, V* d3 = nullptr) {
       if (d2) *d2 = zero;
       if (d3) *d3 = zero;
   }
+}
+
+// f' g. A mask, as of ReLU, takes nothing from what it hides, even if that is not finite.
+template <class V>
+FS_INLINE V times_slope(int kind, V slope, V g) {
+  return kind == kRelu ? where(slope <= 0, V{}, g) : slope * g;
 }
 
 }  // namespace

@@ -184,13 +184,14 @@ struct Algebra {
     return q;
   }
 
-  // u = scale (x - mean) + shift.
+  // u = scale (x - mean) + shift. Coefficients that are not finite make a channel NaN, whatever order they are multiplied in.
   void value() const {
     const A *rstd = at(kRstd), *offset = at(kOffset), *hat = at(kHat), *g = gamma(p.coef), *a = alpha(p.coef), *e = beta(p.coef);
     A *scale = at(kScale), *shift = at(kShift);
     for (int64_t c = 0; c < C; ++c) {
-      scale[c] = g[c] * rstd[c];
-      shift[c] = g[c] * (offset[c] + (a ? a[c] * hat[c] : A(0))) + (e ? e[c] : A(0));
+      const A nothing = g[c] * 0 + (a ? a[c] * 0 : A(0)) + (e ? e[c] * 0 : A(0));
+      scale[c] = g[c] * rstd[c] + nothing;
+      shift[c] = g[c] * (offset[c] + (a ? a[c] * hat[c] : A(0))) + (e ? e[c] : A(0)) + nothing;
     }
   }
 
@@ -231,7 +232,7 @@ struct Algebra {
     const int K = 1 + p.has_alpha + p.has_beta;
     A* gc = static_cast<A*>(p.gcoef) + b * K * C;
     for (int64_t c = 0; c < C; ++c) {
-      c1[c] = rstd[c] * g[c];
+      c1[c] = at(kScale)[c];
       gc[c] = rstd[c] * sum_x[c] + offset[c] * sum[c] + (a ? a[c] * hat[c] * sum[c] : A(0));
       if (a) gc[C + c] = g[c] * hat[c] * sum[c], ghat[c] = a[c] * g[c] * sum[c];
       if (p.has_beta) gc[(K - 1) * C + c] = sum[c];
@@ -381,7 +382,7 @@ struct Norm {
           V out, slope;
           activate<V>(kind(), scale * d + shift, &out, &slope, nullptr);
           if (y) S::store(whole, out, y, at, n);
-          S::store(whole, slope * (scale * S::load(whole, t, at, n) + (P * d + Q)), ty, at, n);
+          S::store(whole, times_slope(kind(), slope, scale * S::load(whole, t, at, n) + (P * d + Q)), ty, at, n);
         });
       }
     }
@@ -415,7 +416,7 @@ struct Norm {
         const V d = S::load(whole, x, at, n) - centre;
         V slope;
         activate<V>(kind(), scale * d + shift, nullptr, &slope, nullptr);
-        f(whole, at, n, d, S::valid(whole, slope * S::load(whole, gy, at, n), n), slope);
+        f(whole, at, n, d, S::valid(whole, times_slope(kind(), slope, S::load(whole, gy, at, n)), n), slope);
       });
       return;
     }
@@ -428,8 +429,8 @@ struct Norm {
           const V P = S::coefficient(algebra.at(G::kP, m), c), Q = S::coefficient(algebra.at(G::kQ, m), c);
           bend += (scale * S::load(whole, sample(p.t, m), at, n) + (P * d + Q)) * S::load(whole, sample(p.gty, m), at, n);
         }
-      V gu = curvature * bend;
-      if (gy) gu += slope * S::load(whole, gy, at, n);
+      V gu = kind() == kRelu ? V{} : curvature * bend;
+      if (gy) gu += times_slope(kind(), slope, S::load(whole, gy, at, n));
       f(whole, at, n, d, S::valid(whole, gu, n), slope);
     });
   }
@@ -451,7 +452,7 @@ struct Norm {
           V g = V{}, gx = V{}, gt = V{};
           with_gu<kLast>(s, c, [&](auto whole, int64_t at, int n, V d, V gu, V slope) FS_LAMBDA {
             if (m == 0) sum += gu, sum_x += gu * d;
-            const V hat = S::valid(whole, slope * S::load(whole, gty, at, n), n);
+            const V hat = S::valid(whole, times_slope(kind(), slope, S::load(whole, gty, at, n)), n);
             g += hat;
             gx += hat * d;
             gt += hat * S::load(whole, t, at, n);
@@ -479,7 +480,7 @@ struct Norm {
       with_gu<kLast>(s, c, [&](auto whole, int64_t at, int n, V d, V gu, V slope) FS_LAMBDA {
         V out = c1 * gu + (c4 * d + c5);
         for (int64_t m = 0; m < p.tangents; ++m) {
-          const V t = S::load(whole, sample(p.t, m), at, n), hat = slope * S::load(whole, sample(p.gty, m), at, n);
+          const V t = S::load(whole, sample(p.t, m), at, n), hat = times_slope(kind(), slope, S::load(whole, sample(p.gty, m), at, n));
           out += S::coefficient(algebra.at(G::kC2, m), c) * hat + S::coefficient(algebra.at(G::kC3, m), c) * t;
           const V gt = scale * hat + (S::coefficient(algebra.at(G::kD2, m), c) * d + S::coefficient(algebra.at(G::kD3, m), c));
           S::store(whole, gt, sample(p.gt, m), at, n);

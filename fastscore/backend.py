@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from fastscore.messages import shown
+
 BACKENDS = ("cuda", "triton", "cpp", "reference")
 CUDA_OPS = ("words", "uniform", "normal", "rademacher", "noisy_update", "langevin_step", "perturb", "denoising_loss")   # also in CUDA C++
 OPS = (
@@ -30,8 +32,8 @@ _requested: ContextVar[str | None] = ContextVar("fastscore_backend", default=Non
 
 
 def _check_name(name: str, source: str) -> str:
-    if name not in ("auto", *BACKENDS):
-        raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}; got {name!r}.")
+    if not isinstance(name, str) or name not in ("auto", *BACKENDS):
+        raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}; got {shown(name)}.")
     return name
 
 

@@ -7,10 +7,12 @@ Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 
 from fastscore import backend as _backend
+from fastscore.messages import shown
 from fastscore.scalars import plain_int, whole
 from fastscore.tensors import check_device, check_tensor
 
@@ -74,11 +76,11 @@ def draw_seed() -> int:
 def noise_key(op, seed, step, stream, substream, offset, device):
     """Check a noise key; returns (tensor or None, seed, step, stream word, offset) as the raw ops take it."""
     if not whole(stream) or not 1 <= stream <= 65535:
-        raise ValueError(f"{op}: stream must be an int in 1..65535; got {stream!r}.")
+        raise ValueError(f"{op}: stream must be an int in 1..65535; got {shown(stream)}.")
     if not whole(substream) or not 0 <= substream <= 65535:
-        raise ValueError(f"{op}: substream must be an int in 0..65535; got {substream!r}.")
+        raise ValueError(f"{op}: substream must be an int in 0..65535; got {shown(substream)}.")
     if not whole(offset) or not 0 <= offset < 2**63:
-        raise ValueError(f"{op}: offset must be an int in 0..2^63-1; got {offset!r}.")
+        raise ValueError(f"{op}: offset must be an int in 0..2^63-1; got {shown(offset)}.")
     if seed is None:
         seed = torch.randint(0, 2**63 - 1, (), device=device) if torch.compiler.is_compiling() else draw_seed()
     for name, value in (("seed", seed), ("step", step)):
@@ -108,15 +110,27 @@ def _signed(value, name):
 
 
 def _fill(op, kind, shape, seed, step, stream, substream, offset, dtype, device, backend):
-    shape = (shape,) if whole(shape) else tuple(shape)
+    shape = _sizes(op, shape)
     if any(not whole(n) or n < 0 for n in shape):
-        raise ValueError(f"{op}: shape must be non-negative ints; got {shape}.")
+        raise ValueError(f"{op}: shape must be non-negative ints; got {shown(shape)}.")
     shape = tuple(map(plain_int, shape))
-    dtype = dtype or torch.get_default_dtype()
-    if kind != WORDS and dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise TypeError(f"{op}: dtype must be float32, float64, bfloat16 or float16; got {dtype}.")
+    if math.prod(shape) > 2**40:
+        raise ValueError(f"{op}: at most 2^40 numbers can be drawn at once; got shape {shown(shape)}.")
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or (kind != WORDS and dtype not in _FLOATS):
+        raise TypeError(f"{op}: dtype must be float32, float64, bfloat16 or float16; got {shown(dtype)}.")
     device = check_device(op, device)
     return _filled(kind, shape, noise_key(op, seed, step, stream, substream, offset, device), dtype, device, backend)
+
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _sizes(op, shape):
+    """The shape as a tuple; what is no sequence counts as the one size."""
+    if isinstance(shape, str | bytes | dict) or not isinstance(shape, Iterable):
+        return (shape,)
+    return tuple(shape)
 
 
 def _filled(kind, shape, key, dtype, device, backend):

@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 
+from fastscore.messages import shown
+
 
 def integer(op: str, name: str, value: Any, least: int, most: int | None = None) -> int:
     """The value as an int, checked to be one from least to most."""
     if not whole(value) or value < least or (most is not None and value > most):
         bound = f"of at least {least}" if most is None else f"in {least}..{most}"
-        raise ValueError(f"{op}: {name} must be an int {bound}; got {value!r}.")
+        raise ValueError(f"{op}: {name} must be an int {bound}; got {shown(value)}.")
     return plain_int(value)
 
 

@@ -5,6 +5,8 @@ import functools
 import torch
 from torch.nn.parameter import UninitializedTensorMixin
 
+from fastscore.messages import shown
+
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Subclasses that stand for a plain tensor: those of torch.compile and torch.export, of collectives under way, and dual numbers.
 _KNOWN = ("torch._subclasses.", "torch.distributed._functional_collectives", "fastscore.")
@@ -81,7 +83,7 @@ def _named(op, device):
     try:
         return torch.device(device)
     except (RuntimeError, TypeError, ValueError, AssertionError):
-        raise ValueError(f"{op}: device must name a device, such as 'cpu' or 'cuda:0'; got {device!r}.") from None
+        raise ValueError(f"{op}: device must name a device, such as 'cpu' or 'cuda:0'; got {shown(device)}.") from None
 
 
 @functools.cache

@@ -51,7 +51,10 @@ def _kind(each):
 
 
 def _dense(t):
-    return t if t is None else t.contiguous()
+    """In C order; zeros that autograd passes without memory get some."""
+    if t is None:
+        return None
+    return t.clone() if t._is_zerotensor() else t.contiguous()
 
 
 def _fill(out, kind, key, seed, step, stream, offset):

@@ -28,7 +28,7 @@ def activate_dual_kernel(out_ptr, s_ptr, n, M: tl.constexpr, KIND: tl.constexpr,
     for m in range(M):
         at = (m + 1) * int64(n) + index
         du = tl.load(s_ptr + at, mask=mask, other=0.0).to(dtype)
-        tl.store(out_ptr + at, narrow(slope * du, out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + at, narrow(activation.times_slope(slope, du, KIND), out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -46,8 +46,8 @@ def activate_dual_gradient_kernel(
         gdy = tl.load(g_ptr + at, mask=mask, other=0.0).to(dtype)
         if KIND != activation.RELU:
             bend += gdy * tl.load(s_ptr + at, mask=mask, other=0.0).to(dtype)
-        tl.store(out_ptr + at, narrow(slope * gdy, out_ptr.dtype.element_ty), mask=mask)
-    gu = slope * g
+        tl.store(out_ptr + at, narrow(activation.times_slope(slope, gdy, KIND), out_ptr.dtype.element_ty), mask=mask)
+    gu = activation.times_slope(slope, g, KIND)
     if KIND != activation.RELU:
         gu += activation.curvature(u, KIND) * bend
     tl.store(out_ptr + index, narrow(gu, out_ptr.dtype.element_ty), mask=mask)

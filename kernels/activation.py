@@ -107,7 +107,7 @@ def slope(u, KIND: tl.constexpr):
         s = sigmoid(u)
         return s * (u * (1.0 - s) + 1.0)
     elif KIND == RELU:
-        return tl.where(u > 0, 1.0, 0.0).to(u.dtype)
+        return tl.where(u <= 0, 0.0, 1.0).to(u.dtype)   # PyTorch's mask: 1 for NaN
     elif KIND == GELU:
         return normal_cdf(u) + u * normal_density(u)
     elif KIND == SOFTPLUS:
@@ -120,6 +120,15 @@ def slope(u, KIND: tl.constexpr):
         return s * (1.0 - s)
     else:
         return tl.full(u.shape, 1.0, u.dtype)
+
+
+@triton.jit
+def times_slope(slope, g, KIND: tl.constexpr):
+    """f' g. A mask, as of ReLU, takes nothing from what it hides, even if that is not finite."""
+    if KIND == RELU:
+        return tl.where(slope <= 0, 0.0, g)
+    else:
+        return slope * g
 
 
 @triton.jit

@@ -27,7 +27,10 @@ def _grid(like, samples):
 
 
 def _dense(t):
-    return None if t is None else t.contiguous()
+    """In C order; zeros that autograd passes without memory get some."""
+    if t is None:
+        return None
+    return t.clone() if t._is_zerotensor() else t.contiguous()
 
 
 def project(vjv, vs, ss, js, s, projections, key, seed, step, stream, offset):

@@ -135,7 +135,8 @@ def apply_kernel(
             there = m * int64(units) * S + first
             t = tl.load(t_ptr + there + at, mask=mask, other=0.0).to(mean.dtype)
             P, Q = row(table_ptr, 3 + 2 * m, units, unit, known, LAST), row(table_ptr, 4 + 2 * m, units, unit, known, LAST)
-            tl.store(ty_ptr + there + at, narrow(slope * (scale * t + (P * d + Q)), ty_ptr.dtype.element_ty), mask=mask)
+            ty = activation.times_slope(slope, scale * t + (P * d + Q), KIND)
+            tl.store(ty_ptr + there + at, narrow(ty, ty_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -162,7 +163,7 @@ def cotangent_sums_kernel(
             if KIND != activation.IDENTITY and KIND != activation.RELU:
                 P, Q = row(table_ptr, 3 + 2 * m, units, unit, known, LAST), row(table_ptr, 4 + 2 * m, units, unit, known, LAST)
                 bend += (scale * t + (P * d + Q)) * gty
-            g, each = slope * gty, out + (2 + 3 * m) * stride
+            g, each = activation.times_slope(slope, gty, KIND), out + (2 + 3 * m) * stride
             tl.store(each, total(g, mask, LAST), mask=known)
             tl.store(each + stride, total(g * d, mask, LAST), mask=known)
             tl.store(each + 2 * stride, total(g * t, mask, LAST), mask=known)
@@ -178,7 +179,7 @@ def cotangent(u, slope, bend, gy_ptr, at, mask, KIND: tl.constexpr, HAS_GY: tl.c
     if M > 0 and KIND != activation.IDENTITY and KIND != activation.RELU:
         gu = activation.curvature(u, KIND) * bend
     if HAS_GY:
-        gu += slope * tl.load(gy_ptr + at, mask=mask, other=0.0).to(u.dtype)
+        gu += activation.times_slope(slope, tl.load(gy_ptr + at, mask=mask, other=0.0).to(u.dtype), KIND)
     return gu
 
 
@@ -204,7 +205,7 @@ def gradient_kernel(
             gty = tl.load(gty_ptr + there + at, mask=mask, other=0.0).to(mean.dtype)
             P, Q = row(table_ptr, 3 + 2 * m, units, unit, known, LAST), row(table_ptr, 4 + 2 * m, units, unit, known, LAST)
             c3, d3 = row(gtable_ptr, 2 + 2 * m, units, unit, known, LAST), row(gtable_ptr, 3 + 2 * m, units, unit, known, LAST)
-            g = slope * gty
+            g = activation.times_slope(slope, gty, KIND)
             bend += (scale * t + (P * d + Q)) * gty
             gx += P * g + c3 * t
             tl.store(gt_ptr + there + at, narrow(scale * g + (c3 * d + d3), gt_ptr.dtype.element_ty), mask=mask)

@@ -103,15 +103,19 @@ def coefficients_kernel(
     table_row, exists = coefficient_row(labels_ptr, sample, B, coef_rows, ONE, HAS_LABELS)
     at, shift = table_row * K * C + c, offset
     gamma = tl.where(exists, tl.load(coef_ptr + at, mask=mask, other=0.0), float("nan"))
+    nothing = gamma * 0.0   # coefficients that are not finite make a channel NaN, whatever order they are multiplied in
     if ALPHA:
         alpha = tl.load(coef_ptr + at + C, mask=mask, other=0.0)
         shift += alpha * hat
+        nothing += alpha * 0.0
     shift *= gamma
     if BETA:
-        shift += tl.load(coef_ptr + at + (K - 1) * C, mask=mask, other=0.0)
+        beta = tl.load(coef_ptr + at + (K - 1) * C, mask=mask, other=0.0)
+        shift += beta
+        nothing += beta * 0.0
     tl.store(table_ptr + unit, mean, mask=mask)
-    tl.store(table_ptr + units + unit, gamma * r, mask=mask)
-    tl.store(table_ptr + 2 * units + unit, shift, mask=mask)
+    tl.store(table_ptr + units + unit, gamma * r + nothing, mask=mask)
+    tl.store(table_ptr + 2 * units + unit, shift + nothing, mask=mask)
     if M > 0:
         for m in range(M):
             _, pool, inner, hat_dot = tangent_terms(stats_ptr, m, units, unit, mask, r, offset, hat, q, share, unbiased, GROUPED, ALPHA)

@@ -3,7 +3,7 @@
 import torch
 
 from fastscore import random
-from fastscore.losses.projections import check_score
+from fastscore.losses.projections import check_data, check_key, check_score
 from fastscore.ops import checks, denoising_loss, perturb
 
 
@@ -24,8 +24,9 @@ def denoising(score, x, sigma, *, seed, step=0, offset=0):
 
     Source: Vincent 2011, equation 11.
     """
+    check_data("denoising", x, score)
     each = _each(x, sigma)
-    return weighted(score, x, each, seed, step, offset) / each**2
+    return weighted("denoising", score, x, each, seed, step, offset) / each**2
 
 
 def _each(x, sigma):
@@ -37,9 +38,10 @@ def _each(x, sigma):
     return each
 
 
-def weighted(score, x, each, seed, step, offset):
+def weighted(op, score, x, each, seed, step, offset):
     """½ ‖σ s + z‖², σ² times the loss, with z made twice and stored never."""
+    check_key(op, seed, step, offset, x)
     seed = random.draw_seed() if seed is None else seed
     s = score(perturb(x, each, seed=seed, step=step, offset=offset), each)
-    check_score("denoising", s, x, "score(x, sigma)")
+    check_score(op, s, x, "score(x, sigma)")
     return denoising_loss(s, each, seed=seed, step=step, offset=offset)

@@ -31,7 +31,7 @@ def exact(score, x, *, target=None, chunk=16):
     >>> exact(lambda x: -x, torch.ones(1, 3), target=torch.zeros(1, 3))
     tensor([1.5000])
     """
-    check_data("exact", x)
+    check_data("exact", x, score)
     if target is not None:
         return _explicit(score, x, target)
     return implicit(score, x, checks.integer("exact", "chunk", chunk, 1))

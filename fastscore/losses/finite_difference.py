@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from fastscore.losses.projections import check_score, directions, dot
+from fastscore.losses.projections import check_data, check_score, directions, dot
 from fastscore.ops import checks
 
 
@@ -49,10 +49,12 @@ def finite_difference_sliced(
     tensor([-3.])
     """
     op = "finite_difference_sliced"
+    check_data(op, x, score)
     v = directions(op, x, projections, distribution, v, mask, seed, step, offset)
+    variance_reduced = checks.flag(op, "variance_reduced", variance_reduced)
     epsilon = checks.coefficient(op, "epsilon", epsilon, x, minimum=0)
     if not isinstance(epsilon, float) or epsilon == 0:
-        raise ValueError(f"{op}: epsilon must be a number > 0; got {epsilon}.")
+        raise ValueError(f"{op}: epsilon must be a number > 0; got {checks.shown(epsilon)}.")
     h = epsilon / math.sqrt(max(1, x[:1].numel()))
     return torch.stack([_one(op, score, x, d, mask, h, variance_reduced) for d in v]).mean(0)
 

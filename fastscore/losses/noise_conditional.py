@@ -1,11 +1,14 @@
 """Score matching over a ladder of noise levels."""
 
+import math
+import numbers
+
 import torch
 
 from fastscore import random
 from fastscore.losses.denoising import weighted
 from fastscore.losses.exact import implicit
-from fastscore.losses.projections import check_projections, sliced_estimate
+from fastscore.losses.projections import check_data, check_key, check_projections, sliced_estimate
 from fastscore.ops import checks, perturb
 from fastscore.schedules import check_ladder
 from fastscore.tensors import fake
@@ -53,10 +56,12 @@ def noise_conditional(
     Source: Song & Ermon 2019, equations 5 and 6, and section 4.2 (arXiv:1907.05600).
     """
     op = "noise_conditional"
-    if method not in METHODS:
-        raise ValueError(f"{op}: method must be one of {', '.join(METHODS)}; got {method!r}.")
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"{op}: method must be one of {', '.join(METHODS)}; got {checks.shown(method)}.")
     check_projections(op, projections, distribution)
-    checks.check_float(op, "x", x)
+    check_data(op, x, score)
+    check_key(op, seed, step, offset, x)
+    power = _finite(op, power)
     sigmas = check_ladder(op, sigmas, wait=False).to(x.device)
     if labels is None:
         first = offset // max(1, x[:1].numel())   # a sample's level, like its noise, is the same in any split of the batch
@@ -65,7 +70,7 @@ def noise_conditional(
         raise ValueError(f"{op}: labels must be int64 ({x.shape[0]},) in 0..{len(sigmas) - 1}.")
     each = sigmas[labels]
     if method == "denoising":
-        loss = weighted(score, x, each, seed, step, offset)
+        loss = weighted(op, score, x, each, seed, step, offset)
         return loss if power == 2 else loss * each ** (power - 2)
     key = {"seed": random.draw_seed() if seed is None else seed, "step": step, "offset": offset}
     noisy = perturb(x, each, **key)
@@ -74,6 +79,12 @@ def noise_conditional(
     else:
         loss = sliced_estimate(op, score, noisy, projections, method == "sliced-vr", distribution, arguments=(each,), **key)
     return loss * each.to(checks.compute_dtype(x.dtype)) ** power
+
+
+def _finite(op, power):
+    if isinstance(power, bool) or not isinstance(power, numbers.Real) or not math.isfinite(power):
+        raise ValueError(f"{op}: power must be a finite number; got {checks.shown(power)}.")
+    return float(power)
 
 
 def _fit(op, labels, x, levels):

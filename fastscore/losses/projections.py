@@ -18,6 +18,7 @@ def directions(op, x, projections=1, distribution="rademacher", v=None, mask=Non
     """v (M, B, *) with E[v vᵀ] = I, or the given ones; zero where the mask is."""
     check_data(op, x)
     check_projections(op, projections, distribution)
+    check_key(op, seed, step, offset, x)
     if v is None:
         seed = random.draw_seed() if seed is None else seed
         v = torch.stack([_draw(x, distribution, seed, step, m, offset) for m in range(projections)])
@@ -26,16 +27,23 @@ def directions(op, x, projections=1, distribution="rademacher", v=None, mask=Non
     return v if mask is None else v * _checked(op, mask, x)
 
 
-def check_data(op, x):
+def check_data(op, x, score=None):
+    if score is not None and not callable(score):
+        raise TypeError(f"{op}: score must be callable; got {checks.shown(score)}.")
     checks.check_float(op, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must be (B, *); got a 0-d tensor.")
 
 
+def check_key(op, seed, step, offset, x):
+    """Refuse a noise key in the name of the loss, not in that of the op that draws."""
+    random.noise_key(op, 0 if seed is None else seed, step, random.PROJECTION, 0, offset, x.device)
+
+
 def check_projections(op, projections, distribution):
     checks.integer(op, "projections", projections, 1, 65536)
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"{op}: distribution must be one of {', '.join(DISTRIBUTIONS)}; got {distribution!r}.")
+    if not isinstance(distribution, str) or distribution not in DISTRIBUTIONS:
+        raise ValueError(f"{op}: distribution must be one of {', '.join(DISTRIBUTIONS)}; got {checks.shown(distribution)}.")
 
 
 def _draw(x, distribution, seed, step, m, offset):
@@ -123,11 +131,13 @@ def _cut_off(s, x):
 def sliced_estimate(op, score, x, projections, variance_reduced, distribution, v=None, mask=None, arguments=(), **key):
     """(B,): the sliced loss; signs are drawn twice instead of kept."""
     score = _as_energy(score)
+    check_projections(op, projections, distribution)
     if distribution == "rademacher" and v is None and mask is None and not isinstance(score, EnergyScore):
         check_data(op, x)
-        check_projections(op, projections, distribution)
+        variance_reduced = checks.flag(op, "variance_reduced", variance_reduced)
         return signed_mean(op, score, x, projections, variance_reduced, arguments, **key)
     v = directions(op, x, projections, distribution, v, mask, **key)
+    variance_reduced = checks.flag(op, "variance_reduced", variance_reduced)
     return sliced_mean(op, score, x, v, mask, variance_reduced, arguments)
 
 

@@ -1,6 +1,6 @@
 """Sliced score matching."""
 
-from fastscore.losses.projections import sliced_estimate
+from fastscore.losses.projections import check_data, sliced_estimate
 
 
 def sliced(
@@ -35,5 +35,6 @@ def sliced(
     >>> sliced(lambda x: -x, torch.ones(1, 3), seed=0)
     tensor([-1.5000])
     """
+    check_data("sliced", x, score)
     key = {"seed": seed, "step": step, "offset": offset}
     return sliced_estimate("sliced", score, x, projections, variance_reduced, distribution, v, mask, **key)

@@ -1,12 +1,13 @@
 """How noisy the sliced estimators are on a given network, and how many projections are worth their cost."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
 from fastscore import random
-from fastscore.losses.projections import DISTRIBUTIONS, check_score, derivatives, directions, reduce
+from fastscore.losses.projections import DISTRIBUTIONS, check_data, check_score, derivatives, directions, reduce
 from fastscore.ops import checks
 
 
@@ -60,13 +61,14 @@ def variance_report(score, x, *, projections=(1, 2, 4, 8), draws=64, seed=None):
     Raises:
         ValueError: fewer than two samples or draws, or a projection number below 1.
     """
-    op = "variance_report"
+    op, given = "variance_report", projections
     draws = checks.integer(op, "draws", draws, 2, 65536)
-    projections = tuple(projections)
+    projections = tuple(projections) if isinstance(projections, Iterable) and not isinstance(projections, torch.Tensor) else ()
     if not projections or any(not checks.whole(m) or m < 1 for m in projections):
-        raise ValueError(f"{op}: projections must be ints of at least 1; got {projections}.")
+        raise ValueError(f"{op}: projections must be ints of at least 1; got {checks.shown(given)}.")
     projections = tuple(map(checks.plain_int, projections))
-    if not isinstance(x, torch.Tensor) or x.dim() == 0 or len(x) < 2:
+    check_data(op, x, score)
+    if len(x) < 2:
         raise ValueError(f"{op}: x must hold at least 2 samples.")
     seed, rows = random.draw_seed() if seed is None else seed, []
     for distribution in DISTRIBUTIONS:

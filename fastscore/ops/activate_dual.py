@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from fastscore import backend as _backend
-from fastscore.ops.functions import quick
+from fastscore.ops.functions import contiguous, quick
 
 # name: f, and (f', f'') from u; numbered as in csrc/activation_cpu.h from 1 on
 _SLOPES = {
     "elu": (F.elu, lambda u: _elu(u, u.clamp(max=0).exp())),
     "silu": (F.silu, lambda u: _silu(u, u.sigmoid())),
-    "relu": (F.relu, lambda u: ((u > 0).to(u.dtype), torch.zeros_like(u))),
+    "relu": (F.relu, lambda u: ((~(u <= 0)).to(u.dtype), torch.zeros_like(u))),   # PyTorch's mask: 1 for NaN
     "gelu": (F.gelu, lambda u: _gelu(u, (u.square() * -0.5).exp() / math.sqrt(2 * math.pi))),
     "softplus": (F.softplus, lambda u: (u.sigmoid(), u.sigmoid() * (1 - u.sigmoid()))),
     "tanh": (torch.tanh, lambda u: (1 - u.tanh().square(), -2 * u.tanh() * (1 - u.tanh().square()))),
@@ -61,7 +61,20 @@ def activate_dual(s, name, backend=None):
 def activate_dual_ref(s, name):
     """The equations; its own derivatives are right at every order."""
     function, slopes = _SLOPES[name]
-    return torch.cat([function(s[:1]), slopes(s[:1])[0] * s[1:]])
+    return torch.cat([function(s[:1]), times_slope(name, slopes(s[:1])[0], s[1:])])
+
+
+def times_slope(name, slope, g):
+    """f' g. A mask, as of ReLU, takes nothing from what it hides, even if that is not finite."""
+    return torch.where(slope > 0, g, g.new_zeros(())) if name == "relu" else slope * g
+
+
+def _gradient_ref(name, s, g):
+    first, second = _SLOPES[name][1](s[:1])
+    straight = times_slope(name, first, g)
+    if name == "relu":   # it does not bend
+        return straight
+    return torch.cat([straight[:1] + second * (s[1:] * g[1:]).sum(0, keepdim=True), straight[1:]])
 
 
 def gradient(s, g, name, chosen, overwrite=False):
@@ -71,9 +84,8 @@ def gradient(s, g, name, chosen, overwrite=False):
     """
     plain = chosen == "reference" or (chosen == "cpp" and s.dtype == torch.float64)
     if plain or _backend._dual_level():   # the Function has no forward mode
-        first, second = _SLOPES[name][1](s[:1])
-        return torch.cat([first * g[:1] + second * (s[1:] * g[1:]).sum(0, keepdim=True), first * g[1:]])
-    s, g = s.contiguous(), g.contiguous()
+        return _gradient_ref(name, s, g)
+    s, g = contiguous(s), contiguous(g)
     gs = g if overwrite else torch.empty_like(s)   # every element of g is read before its place is written
     _backend.call(chosen, "activate_dual", gs, s, g, _CODES[name])
     return gs
@@ -96,9 +108,8 @@ class _ActivateDual(torch.autograd.Function):
     def backward(ctx, g):
         (s,) = ctx.saved_tensors
         if torch.is_grad_enabled():   # somebody differentiates the gradient: plain PyTorch
-            first, second = _SLOPES[ctx.name][1](s[:1])
-            return torch.cat([first * g[:1] + second * (s[1:] * g[1:]).sum(0, keepdim=True), first * g[1:]]), None, None
-        s, g = s.contiguous(), g.contiguous()
+            return _gradient_ref(ctx.name, s, g), None, None
+        s, g = contiguous(s), contiguous(g)
         gs = torch.empty_like(s)
         _backend.call(ctx.backend, "activate_dual", gs, s, g, _CODES[ctx.name])
         return gs, None, None
@@ -110,7 +121,7 @@ def _function(s, name, backend):
 
 
 def _run(s, name, backend):
-    s = s.contiguous()
+    s = contiguous(s)
     out = torch.empty_like(s)
     _backend.call(backend, "activate_dual", out, s, None, _CODES[name])
     return out

@@ -3,8 +3,8 @@
 import torch
 
 from fastscore import backend as _backend
-from fastscore.ops.activate_dual import _CODES, _SLOPES
-from fastscore.ops.functions import quick
+from fastscore.ops.activate_dual import _CODES, _SLOPES, times_slope
+from fastscore.ops.functions import contiguous, quick
 
 
 def activate_jet(s, directions, name, backend=None):
@@ -33,8 +33,8 @@ def activate_jet_ref(s, directions, name):
     function, slopes = _SLOPES[name]
     u, u1, u2 = split(s, directions)
     first, second = slopes(u)
-    y2 = second * u1.square()
-    return torch.cat([function(u), first * u1, y2 if u2 is None else y2 + first * u2])
+    y2 = torch.zeros_like(u1) if name == "relu" else second * u1.square()
+    return torch.cat([function(u), times_slope(name, first, u1), y2 if u2 is None else y2 + times_slope(name, first, u2)])
 
 
 def split(s, directions):
@@ -62,14 +62,14 @@ class _ActivateJet(torch.autograd.Function):
         if torch.is_grad_enabled():   # somebody differentiates the gradient: plain PyTorch
             y = activate_jet_ref(s, ctx.directions, ctx.name)
             return *torch.autograd.grad(y, s, g, create_graph=True), None, None, None
-        s, g = s.contiguous(), g.contiguous()
+        s, g = contiguous(s), contiguous(g)
         gs = torch.empty_like(s)
         _backend.call(ctx.backend, "activate_jet", gs, s, g, ctx.directions, _CODES[ctx.name])
         return gs, None, None, None
 
 
 def _run(s, directions, name, backend):
-    s = s.contiguous()
+    s = contiguous(s)
     out = s.new_empty(1 + 2 * directions, *s.shape[1:])
     _backend.call(backend, "activate_jet", out, s, None, directions, _CODES[name])
     return out

@@ -2,8 +2,10 @@
 
 import math
 
+import numpy as np
 import torch
 
+from fastscore.messages import shown
 from fastscore.scalars import integer as integer
 from fastscore.scalars import plain_int as plain_int
 from fastscore.scalars import real as real
@@ -46,7 +48,7 @@ def coefficient(op, name, value, x, *, minimum=-math.inf):
         try:
             value = float(None if isinstance(value, str | bytes | bool) else value)   # which float() would take, too
         except OverflowError:   # an int beyond float64
-            raise ValueError(f"{op}: {name} must be finite{bound}; got an int of {value.bit_length()} bits.") from None
+            raise ValueError(f"{op}: {name} must be finite{bound}; got {shown(value)}.") from None
         except (TypeError, ValueError):
             raise TypeError(f"{op}: {name} must be a number or a tensor; got {type(value).__name__}.") from None
         if not (abs(value) <= torch.finfo(compute_dtype(x.dtype)).max and value >= minimum):
@@ -64,6 +66,8 @@ def coefficient(op, name, value, x, *, minimum=-math.inf):
         low, high = (v.item() for v in torch.aminmax(values))   # NaN comes through
         if not (minimum <= low > -math.inf and high < math.inf):
             raise ValueError(f"{op}: {name} must be finite{bound}; got {_first_wrong(values, minimum)}.")
+    if type(value) is torch.Tensor and not torch.compiler.is_compiling() and value._is_zerotensor():
+        value = value.clone()   # products of zeros without memory lose their dtype
     value = value.to(device=x.device, dtype=compute_dtype(x.dtype))
     return value.reshape(x.shape) if x.dim() == 0 else value   # one sample without a dimension
 
@@ -73,6 +77,13 @@ def _first_wrong(values, minimum):
         return values.tolist()
     wrong = ~(values.isfinite() & (values >= minimum))
     return f"{values[wrong][0].item():g} at {int(wrong.nonzero()[0])}"
+
+
+def flag(op, name, value):
+    """True or False; 0 and 1, or numpy's, are taken for them."""
+    if isinstance(value, bool | np.bool_) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise TypeError(f"{op}: {name} must be True or False; got {shown(value)}.")
 
 
 def readable():

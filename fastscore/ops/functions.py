@@ -12,6 +12,22 @@ def quick(cls):
     return cls
 
 
+def contiguous(t):
+    """t in C order and in memory; None stays None.
+
+    The zeros that autograd passes as tangents have a shape and no memory. PyTorch gives an op one element of it, expanded, whatever strides
+    they claim to have, and a kernel that reads them in order reads beyond it.
+    """
+    if t is None:
+        return None
+    return t.clone() if without_memory(t) else t.contiguous()
+
+
+def without_memory(t):
+    """Whether t is one of those zeros; in a compiled graph there are none."""
+    return not torch.compiler.is_compiling() and t._is_zerotensor()
+
+
 def save(ctx, *tensors):
     """Save tensors, some of them None, for both modes."""
     ctx.present = [t is not None for t in tensors]

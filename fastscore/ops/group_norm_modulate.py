@@ -58,7 +58,7 @@ def _arguments(op, x, num_groups, weight, bias, scale, shift, eps, activation):
     check_image(op, x)
     B, C = x.shape[:2]
     if not checks.whole(num_groups) or num_groups < 1 or C % num_groups:
-        raise ValueError(f"{op}: num_groups must be an int that divides {C} channels; got {num_groups!r}.")
+        raise ValueError(f"{op}: num_groups must be an int that divides {C} channels; got {checks.shown(num_groups)}.")
     dtype = checks.compute_dtype(x.dtype)
     given = [("weight", weight, (C,)), ("bias", bias, (C,)), ("scale", scale, (B, C)), ("shift", shift, (B, C))]
     for name, c, shape in given:

@@ -100,6 +100,7 @@ def _rows(op, x, labels, weight, eps, activation, bias):
     checks.check_float(op, "x", x)
     check_image(op, x)
     checks.check_float(op, "weight", weight)
+    bias = checks.flag(op, "bias", bias)
     wanted = (3 if bias else 2) * x.shape[1]
     if weight.dim() != 2 or weight.shape[1] != wanted:
         raise ValueError(f"{op}: weight must be (L, {wanted}) for {x.shape[1]} channels {'with' if bias else 'without'} bias; "
@@ -115,7 +116,7 @@ def _rows(op, x, labels, weight, eps, activation, bias):
         low, high = (v.item() for v in torch.aminmax(labels))
         if low < 0 or high >= len(weight):
             raise ValueError(f"{op}: labels must be in 0..{len(weight) - 1}; got {low if low < 0 else high}.")
-    return weight.to(checks.compute_dtype(x.dtype)), labels, check_form(op, x, 0, True, bool(bias), eps, activation)
+    return weight.to(checks.compute_dtype(x.dtype)), labels, check_form(op, x, 0, True, bias, eps, activation)
 
 
 def _column(op, name, c, x):

@@ -7,7 +7,7 @@ import torch
 from fastscore import backend as _backend
 from fastscore import random
 from fastscore.ops import checks
-from fastscore.ops.functions import plain, quick
+from fastscore.ops.functions import contiguous, plain, quick
 
 
 def noisy_update(
@@ -250,7 +250,7 @@ def reduce(s, sigma, key, numbers, backend, mode):
 
 def _split(c):
     """A coefficient as the raw ops take it: (tensor or None, number)."""
-    return (c.contiguous(), 0.0) if isinstance(c, torch.Tensor) else (None, c)
+    return (contiguous(c), 0.0) if isinstance(c, torch.Tensor) else (None, c)
 
 
 @torch.compiler.allow_in_graph
@@ -286,7 +286,7 @@ def _door(op, x, d, a, b, noise, seed, step, stream, offset, out, backend, direc
     key, *numbers = random.noise_key(op, seed, step, stream, 0, offset, x.device)
     if out is None:
         return update(x, d, a, b, key, tuple(numbers), chosen)
-    if torch.compiler.is_compiling() or any(_overlaps(out, t) for t in (x, d, a, b)):
+    if torch.compiler.is_compiling() or out.is_neg() or any(_overlaps(out, t) for t in (x, d, a, b)):
         return out.copy_(update(x, d, a, b, key, tuple(numbers), chosen))
     return run(x, d, a, b, key, tuple(numbers), chosen, out)
 
@@ -296,6 +296,10 @@ def _check_out(op, out, inputs):
     tensors = [t for t in (*inputs, out) if isinstance(t, torch.Tensor)]
     if not torch.compiler.is_compiling() and _backend.derivative_possible(*tensors):
         raise ValueError(f"{op}: out= cannot be differentiated; call it under torch.no_grad() or without out.")
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{op}: out must not be an inference tensor, which can be written to in inference mode alone; clone it.")
+    if not torch.compiler.is_compiling() and out._is_zerotensor():
+        raise ValueError(f"{op}: out must have memory of its own; got an immutable tensor of zeros; clone it.")
     extent = 1
     for stride, size in sorted((stride, size) for size, stride in zip(out.shape, out.stride()) if size > 1):
         if stride < extent:

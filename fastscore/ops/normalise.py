@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fastscore import backend as _backend
 from fastscore.ops import checks
-from fastscore.ops.functions import along, plain, quick, save, saved
+from fastscore.ops.functions import along, contiguous, plain, quick, save, saved, without_memory
 
 ACTIVATIONS = {None: lambda u: u, "elu": F.elu, "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "softplus": F.softplus}
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}   # as in csrc/activation_cpu.h and kernels/activation.py
@@ -37,6 +37,8 @@ def normalise_ref(x, coef, labels, form):
     centred = u - u.mean(-1, keepdim=True)
     h = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + form.eps)  # biased over pixels
     gamma, alpha, beta = (None if c is None else c[..., None] for c in _columns(rows(coef, labels), C, form))   # (1 or B, C, 1)
+    # One that is not finite makes its channel NaN, on every back end: what ∞ makes of it depends on the order of the products.
+    gamma = gamma + sum(0 * c.detach() for c in (gamma, alpha, beta) if c is not None)
     h = h.reshape(B, C, S)
     if alpha is not None:
         mean = u.mean(-1, keepdim=True)  # (B, C, 1); alpha comes with one group per channel
@@ -309,7 +311,7 @@ def run_forward(x, t, coef, tcoef, labels, form, backend, primal, only_statistic
         outputs = list(into)
     _backend.call(
         backend, "normalise", outputs[0] if primal else None, None if t is None or only_statistics else outputs[-1], stats, x, t,
-        coef.contiguous(), _contiguous(tcoef), _contiguous(labels), *_numbers(form),
+        contiguous(coef), contiguous(tcoef), contiguous(labels), *_numbers(form),
     )  # fmt: skip
     return *outputs, stats
 
@@ -325,18 +327,14 @@ def run_backward(x, t, stats, coef, tcoef, labels, gy, gty, form, backend, into=
     gcoef = make((len(x), coef.shape[1]), dtype=coef.dtype, device=x.device)
     gtcoef = None if t is None else make((len(t), *gcoef.shape), dtype=coef.dtype, device=x.device)
     _backend.call(
-        backend, "normalise_backward", gx, gt, gcoef, gtcoef, x, t, stats.contiguous(), coef.contiguous(),
-        _contiguous(tcoef), _contiguous(labels), gy, gty, *_numbers(form),
+        backend, "normalise_backward", gx, gt, gcoef, gtcoef, x, t, contiguous(stats), contiguous(coef),
+        contiguous(tcoef), contiguous(labels), gy, gty, *_numbers(form),
     )  # fmt: skip
     gcoef = _to_rows(gcoef, labels, len(coef))
     if t is None:
         return gx, gcoef
     gtcoef = [_to_rows(g, labels, len(coef)) for g in gtcoef]
     return gx, gt, gcoef, torch.stack(gtcoef) if gtcoef else coef.new_zeros(0, *coef.shape)
-
-
-def _contiguous(t):
-    return None if t is None else t.contiguous()
 
 
 def _numbers(form):
@@ -365,7 +363,7 @@ def _scatter_by_product(g, labels, count):
 
 def _dense(x):
     """x itself where it is contiguous or channels-last, else a contiguous copy."""
-    return x if x.is_contiguous() or _channels_last(x) else x.contiguous()
+    return x if _channels_last(x) and not without_memory(x) else contiguous(x)
 
 
 def _channels_last(x):
@@ -375,7 +373,7 @@ def _channels_last(x):
 def _in_layout_of(t, x):
     """t (B, C, *) or (M, B, C, *), laid out as x is."""
     channel = t.dim() - x.dim() + 1
-    return t.movedim(channel, -1).contiguous().movedim(-1, channel) if _channels_last(x) else t.contiguous()
+    return contiguous(t.movedim(channel, -1)).movedim(-1, channel) if _channels_last(x) else contiguous(t)
 
 
 def pack(columns):
@@ -402,7 +400,10 @@ def check_tangents(op, t, x):
 
 def check_form(op, x, groups, alpha, beta, eps, activation):
     if not isinstance(activation, str | None) or activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be one of None, {', '.join(repr(a) for a in ACTIVATIONS if a)}; got {activation!r}.")
-    if not checks.real(eps) or not 0 < eps < float("inf"):
-        raise ValueError(f"{op}: eps must be positive and finite; got {eps}.")
+        named = ", ".join(repr(a) for a in ACTIVATIONS if a)
+        raise ValueError(f"{op}: activation must be one of None, {named}; got {checks.shown(activation)}.")
+    if not checks.real(eps) or not 0 < eps <= torch.finfo(torch.float64).max:
+        raise ValueError(f"{op}: eps must be positive and finite; got {checks.shown(eps)}.")
+    if eps < (least := torch.finfo(checks.compute_dtype(x.dtype)).tiny):   # it would be 0, and a constant channel NaN
+        raise ValueError(f"{op}: eps must be at least {least:.3g}, the smallest of its dtype; got {eps}.")
     return Form(groups, alpha, beta, float(eps), activation)

@@ -5,7 +5,7 @@ import torch
 from fastscore import backend as _backend
 from fastscore import dual, random
 from fastscore.ops import checks
-from fastscore.ops.functions import plain, quick, save, saved
+from fastscore.ops.functions import contiguous, plain, quick, save, saved
 from fastscore.ops.langevin_step import refuse_mapped_key
 
 
@@ -45,7 +45,7 @@ def rademacher_jvp(f, x, *, projections=1, v=None, seed=None, step=0, offset=0, 
         y, js = _products(op, f, x, v)
         return y, project_ref(None, js, v)[0]
     if not checks.whole(projections) or not 1 <= projections <= 65536:
-        raise ValueError(f"{op}: projections must be an int in 1..65536; got {projections!r}.")
+        raise ValueError(f"{op}: projections must be an int in 1..65536; got {checks.shown(projections)}.")
     chosen = _backend.choose(x.device, backend, cuda=False)   # a GPU runs the Triton kernels
     key, *numbers = random.noise_key(op, seed, step, random.PROJECTION, 0, offset, x.device)
     y, js = _products(op, f, x, signs(x, projections, key, tuple(numbers), chosen))
@@ -247,7 +247,7 @@ def run_spread(g_vjv, g_vs, g_ss, s, layouts, projections, key, numbers, backend
         v = signs(like, projections, key, numbers, backend, checks.compute_dtype(like.dtype))
         results = _spread_ref(g_vjv, g_vs, g_ss, s, v, like.dtype)
         return tuple(None if g is None else g.copy_(result) for g, result in zip((gjs, gs), results))
-    g_vjv, g_vs, g_ss = (None if g is None else g.contiguous() for g in (g_vjv, g_vs, g_ss))
+    g_vjv, g_vs, g_ss = map(contiguous, (g_vjv, g_vs, g_ss))
     _backend.call(backend, "rademacher_spread", gjs, gs, g_vjv, g_vs, g_ss, s, projections, key, *numbers)
     return gjs, gs
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastscore.sampling.state import State, begin, check_count, epsilon, number, shifted, spread
+from fastscore.sampling.state import State, begin, check_count, check_updates, epsilon, number, shifted, spread
 from fastscore.schedules import check_ladder
 
 
@@ -31,7 +31,7 @@ def langevin(
     """
     op = "langevin"
     run = begin(op, score, x, temperature=temperature, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample)
-    steps = check_count(op, "steps", steps)
+    steps = check_updates(op, "steps", steps)
     start = check_count(op, "start", start, steps)
     each = None if sigma is None else spread(number(op, "sigma", sigma), x)
     return _langevin(run, x, start, steps, epsilon(op, step_size, step_lr, x), sigma or 0.0, each)
@@ -76,8 +76,8 @@ def annealed_langevin(
     """
     op = "annealed_langevin"
     run = begin(op, score, x, temperature=temperature, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample)
-    steps_per_level = check_count(op, "steps_per_level", steps_per_level)
     sigmas = check_ladder(op, sigmas).tolist()
+    steps_per_level = check_updates(op, "steps_per_level", steps_per_level, len(sigmas))
     start = check_count(op, "start", start, len(sigmas) * steps_per_level + bool(denoise))
     return _annealed(run, x, sigmas, steps_per_level, epsilon(op, step_size, step_lr, x), denoise, every_step, start)
 

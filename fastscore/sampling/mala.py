@@ -8,7 +8,7 @@ from fastscore import random
 from fastscore.models.energy import EnergyScore
 from fastscore.modes import evaluated
 from fastscore.ops import checks
-from fastscore.sampling.state import State, begin, check_count, epsilon
+from fastscore.sampling.state import State, begin, check_count, check_updates, epsilon
 
 
 def mala(
@@ -41,7 +41,7 @@ def mala(
     run = begin(op, f, x, temperature=temperature, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample)
     if run.root_temperature == 0:
         raise ValueError(f"{op}: temperature must be positive; got {temperature}.")
-    steps = check_count(op, "steps", steps)
+    steps = check_updates(op, "steps", steps)
     start = check_count(op, "start", start, steps)
     return _mala(run, x, start, steps, epsilon(op, step_size, None, x))
 

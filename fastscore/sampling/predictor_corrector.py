@@ -6,7 +6,7 @@ import torch
 
 from fastscore import random
 from fastscore.ops.langevin_step import LOSS, reduce
-from fastscore.sampling.state import State, begin, check_count, choice, norm, number, shifted, spread
+from fastscore.sampling.state import State, begin, check_count, check_updates, choice, norm, number, shifted, spread
 from fastscore.schedules import check_ladder
 
 PREDICTORS = ("reverse_diffusion", "ancestral", "euler", "none")
@@ -51,8 +51,8 @@ def predictor_corrector(
     run = begin(op, score, x, temperature=temperature, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample)
     for name, value, known in (("predictor", predictor, PREDICTORS), ("corrector", corrector, CORRECTORS), ("norms", norms, NORMS)):
         choice(op, name, value, known)
-    corrector_steps = check_count(op, "corrector_steps", corrector_steps)
     sigmas = check_ladder(op, sigmas).tolist()
+    corrector_steps = check_updates(op, "corrector_steps", corrector_steps, len(sigmas))
     plan = _plan(len(sigmas), predictor, 0 if corrector == "none" else corrector_steps, denoise)
     start = check_count(op, "start", start, len(plan))
     return _run(run, x, sigmas, plan, predictor, corrector, number(op, "snr", snr), norms, every_step, start)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fastscore import backend, random
+from fastscore.messages import shown
 from fastscore.modes import evaluated
 from fastscore.ops import checks
 from fastscore.ops.langevin_step import update
@@ -114,16 +115,25 @@ def norm(t):
 def check_count(op, name, value, maximum=None):
     """The value as an int, checked."""
     if not checks.whole(value) or value < 0:
-        raise ValueError(f"{op}: {name} must be a non-negative int; got {value!r}.")
+        raise ValueError(f"{op}: {name} must be a non-negative int; got {shown(value)}.")
     if maximum is not None and value > maximum:
         raise ValueError(f"{op}: {name} must be at most {maximum}, the updates of the whole run; got {value}.")
     return checks.plain_int(value)
 
 
+def check_updates(op, name, value, levels=1):
+    """A number of updates, or of updates per level; beyond 2^32 of them in a run the noise would come again."""
+    value = check_count(op, name, value)
+    if value * levels > 2**32:
+        per = f" for {levels} levels" if levels > 1 else ""
+        raise ValueError(f"{op}: a run has at most 2^32 updates, whose noise differs; got {name} = {shown(value)}{per}.")
+    return value
+
+
 def number(op, name, value):
     """A finite float >= 0."""
     if not checks.real(value) or not 0 <= value < math.inf:
-        raise ValueError(f"{op}: {name} must be a finite number >= 0; got {value!r}.")
+        raise ValueError(f"{op}: {name} must be a finite number >= 0; got {shown(value)}.")
     return float(value)
 
 

@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from fastscore.messages import shown
 from fastscore.ops import checks
 from fastscore.tensors import check_tensor, fake
 
@@ -82,8 +83,8 @@ def check_ladder(op, sigmas, wait=True):
         check_tensor(op, "sigmas", given)
     try:
         sigmas = torch.as_tensor(given, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{op}: sigmas must be a ladder of numbers; got {sigmas!r}.") from None
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{op}: sigmas must be a ladder of numbers; got {shown(given)}.") from None
     if sigmas.dim() != 1 or sigmas.numel() == 0:
         raise ValueError(f"{op}: sigmas must be a non-empty 1-d ladder; got shape {tuple(sigmas.shape)}.")
     if not wait and sigmas.device.type != "cpu":
@@ -95,6 +96,6 @@ def check_ladder(op, sigmas, wait=True):
     else:
         good = all(0 < s < math.inf for s in given) and all(a > b for a, b in itertools.pairwise(given))
     if not good:
-        values = sigmas.tolist() if checks.readable() else given
-        raise ValueError(f"{op}: sigmas must be positive, finite and strictly descending; got {values}.")
+        values = sigmas.clone().tolist() if checks.readable() else given
+        raise ValueError(f"{op}: sigmas must be positive, finite and strictly descending; got {shown(values)}.")
     return sigmas
