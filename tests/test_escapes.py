@@ -468,9 +468,9 @@ def test_a_ladder_of_numbers_is_checked_while_tracing():
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("name", ["InstanceNorm2dPlus", "ConditionalInstanceNorm2dPlus", "ConditionalInstanceNorm2d", "GroupNormAct"])
 def test_exported_norms(name, backend, strict):
-    """Kernels have no derivative in a graph: it runs without, or is exported on the reference."""
+    """Kernels have no derivative in a graph: it runs without, or is exported on the reference. B = C ties nothing."""
     torch.manual_seed(0)
-    x, labels = torch.randn(5, 4, 6, 6), torch.tensor([0, 1, 2, 0, 1])
+    x, labels = torch.randn(4, 4, 6, 6), torch.tensor([0, 1, 2, 0])
     conditional = name.startswith("Conditional")
     sizes = (4, 3) if conditional else (2, 4) if name == "GroupNormAct" else (4,)
     norm = getattr(fastscore.nn, name)(*sizes)

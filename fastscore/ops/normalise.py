@@ -380,7 +380,7 @@ def pack(columns):
     """Coefficients (C,) or (B, C) side by side: (1, KC), or (B, KC) where any differs between samples."""
     if all(c.dim() == 1 for c in columns):
         return torch.cat(columns)[None]
-    batch = next(len(c) for c in columns if c.dim() == 2)
+    batch = next(c.shape[0] for c in columns if c.dim() == 2)   # len() would make it a constant of an exported graph
     return torch.cat([c.expand(batch, -1) for c in columns], -1)
 
 
