@@ -57,14 +57,21 @@ class Pending:
 @contextlib.contextmanager
 def _as_noted(pending):
     """The modes in which a chain was noted down: without autocast and without hooks on what autograd saves, which may have begun since."""
-    hooks, device = [], pending.device.type
+    device = pending.device.type
+    off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    with saved_as_they_are(), torch.set_grad_enabled(pending.grad_mode), off:
+        yield
+
+
+@contextlib.contextmanager
+def saved_as_they_are():
+    """Without hooks on what autograd saves."""
+    hooks = []
     while found := torch._C._autograd._top_saved_tensors_default_hooks(False):
         hooks.append(found)
         torch._C._autograd._pop_saved_tensors_default_hooks()
-    off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
     try:
-        with torch.set_grad_enabled(pending.grad_mode), off:
-            yield
+        yield
     finally:
         for pair in hooks[::-1]:
             torch._C._autograd._push_saved_tensors_default_hooks(*pair)

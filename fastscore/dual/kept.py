@@ -15,7 +15,7 @@ class Kept(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if torch._C._current_graph_task_id() != -1:
-            tree_map(_take_up, (args, kwargs or {}))
+            tree_map(take_up, (args, kwargs or {}))
             return func(*args, **(kwargs or {}))
         args, kwargs = tree_map(value_of, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -39,7 +39,7 @@ def value_of(a):
     return value
 
 
-def _take_up(a):
+def take_up(a):
     if isinstance(a, Kept):
         a.__class__ = a.kind
         outside.append(weakref.ref(a))

@@ -8,14 +8,16 @@ import weakref
 
 import torch
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._functorch.autograd_function import custom_function_call
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastscore import backend as backends
-from fastscore.dual import compositions, kept
+from fastscore.dual import compositions, kept, transposed
 from fastscore.dual.compiled import as_written, undisturbed
 from fastscore.dual.norms import FACTORISED, NATIVE_NORMS, REFUSED, Refuse
+from fastscore.dual.once import Draws, Once
 from fastscore.dual.rules import POINTWISE, RULES, NoDual, aligned, memory, separated
 from fastscore.ops import checks
 from fastscore.ops.functions import released
@@ -78,6 +80,7 @@ def stack(f, x, v):
     if hasattr(_local, "call") or isinstance(x, Dual) or isinstance(v, Dual):
         # The rules do not tell the numbers of one jvp from those of another around it, which f may hold.
         raise NoRule("fastscore.jvp: a jvp inside f cannot be carried through with its tangents.")
+    transposed.see_functions()
     with _forward_gradients(), _as_dispatched():
         return _carried(f, x, v)
 
@@ -97,17 +100,29 @@ def _forward_gradients():
 
 
 def _carried(f, x, v):
-    with contextlib.suppress(NoRule):
-        return _stacked(f, x, v)
+    once = Once(x.device, f)
     try:
-        if not backends._dual_level():   # forward mode does not nest
-            return _forward_mode(f, x, v)
-    except (NotImplementedError, RuntimeError):   # of torch: an operation, or an autograd.Function, without a rule for forward mode
-        pass
+        return _stacked(f, x, v)
+    except NoRule:
+        once.undo()
+    except RuntimeError as error:   # a TorchScript function runs where nobody sees that its argument is a dual number
+        if "TorchScript interpreter" not in str(error):
+            raise
+        once.undo()
     if _linearized():
         raise NotImplementedError("fastscore.jvp: torch.func.linearize takes f only where the rules of fastscore do; take torch.func.jvp.")
-    with _in_one_sentence():
-        return _double_backward(f, x, v)
+    # f as a whole, and first by what calls it once.
+    try:
+        with _in_one_sentence():
+            return _double_backward(f, x, v)
+    except (NotImplementedError, RuntimeError) as error:   # of torch: an operation without a second derivative
+        if backends._dual_level():   # forward mode does not nest
+            raise
+        once.undo()
+        try:
+            return _forward_mode(f, x, v)
+        except (NotImplementedError, RuntimeError):   # of torch: an operation, or an autograd.Function, without a rule for forward mode
+            raise error from None
 
 
 def _linearized():
@@ -143,10 +158,9 @@ def _stacked(f, x, v):
 
 def _forward_mode(f, x, v):
     """Stock forward mode, one direction at a time, with PyTorch's norms replaced by compositions."""
-    outputs, again = [], _same_draws(x.device)
+    outputs, once = [], Once(x.device, f)
     for direction in v:
-        again()
-        with torch.autograd.forward_ad.dual_level(), _right(NATIVE_NORMS | FACTORISED), _constants():
+        with once, torch.autograd.forward_ad.dual_level(), _right(NATIVE_NORMS | FACTORISED), _constants():
             y, ty = torch.autograd.forward_ad.unpack_dual(f(torch.autograd.forward_ad.make_dual(x, direction)))
             outputs.append((y, torch.zeros_like(y) if ty is None else ty))
     return torch.stack([outputs[0][0], *(ty for _, ty in outputs)])
@@ -168,39 +182,40 @@ def _double_backward(f, x, v):
     """J v as the transpose of the transpose, by two more levels of backward."""
     wanted = torch.is_grad_enabled()
     graph = wanted or backends._dual_level()   # forward mode needs the formulas that a graph is made of
-    with _right(NATIVE_NORMS), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), _right(NATIVE_NORMS):
+        x, v = (t.clone() if t.is_inference() else t for t in (x, v))
         # A view, for detach() would drop a forward-mode tangent.
         x = x.view_as(x) if x.requires_grad else x.view_as(x).requires_grad_()
         y = f(x)
         if not isinstance(y, torch.Tensor) or not y.requires_grad:
             raise NotImplementedError("fastscore.jvp: f holds an operation through which neither forward nor reverse mode leads to x.")
-        u = torch.zeros_like(y).requires_grad_()
-        (g,) = torch.autograd.grad(y, x, u, create_graph=True, materialize_grads=True)
-        if not g.requires_grad:   # a constant: f does not depend on x
-            stack = torch.cat([y[None], y.new_zeros(len(v), *y.shape)])
-            return stack if wanted else released(stack)
-        products = [torch.autograd.grad(g, u, d, retain_graph=True, create_graph=graph, materialize_grads=True)[0] for d in v]
-    stack = torch.stack([y, *products])
+        ((*products,),) = transposed.products("f", [y], [x], [(x, *v)], graph)
+        stack = torch.stack([y, *products])
     return stack if wanted else released(stack)
 
 
 def _transformed(f, x, v):
     """Inside a transform of torch.func, with which all of these nest: the same rules, forward mode, two levels of backward."""
+    once = Once(x.device, f)
     if not hasattr(_local, "call"):
         try:
             return _stacked(f, x, v)
         except RuntimeError as error:   # what the transform does not take comes again
             if not isinstance(error, NoRule) and str(error).startswith("fastscore"):
                 raise
+            once.undo()
     try:
-        with _right(NATIVE_NORMS | FACTORISED), _constants():
-            pairs = [torch.func.jvp(f, (x,), (direction,)) for direction in v]
+        pairs = []
+        for direction in v:
+            with once, _right(NATIVE_NORMS | FACTORISED), _constants():
+                pairs.append(torch.func.jvp(f, (x,), (direction,)))
         return torch.stack([pairs[0][0], *(ty for _, ty in pairs)])
     except (NotImplementedError, RuntimeError):
-        with _in_one_sentence(), _right(NATIVE_NORMS):
-            y, pull = torch.func.vjp(f, x)
-            transpose = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(y))[1]
-            return torch.stack([y, *(transpose(direction)[0] for direction in v)])
+        once.undo()
+    with _in_one_sentence(), _right(NATIVE_NORMS):
+        y, pull = torch.func.vjp(f, x)
+        transpose = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(y))[1]
+        return torch.stack([y, *(transpose(direction)[0] for direction in v)])
 
 
 @contextlib.contextmanager
@@ -215,18 +230,6 @@ def _right(refused):
             raise
         where = "reached from TorchScript, torch.ops or beside what dual numbers cannot carry"
         raise NotImplementedError(f"fastscore.jvp: {guard.met} is {where}; PyTorch's gradients of its tangent are wrong.") from error
-
-
-def _same_draws(device):
-    """A function that sets the generators back to where they are now."""
-    cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def again():
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, device)
-
-    return again
 
 
 class _Call:
@@ -326,9 +329,12 @@ class Dual(torch.Tensor):
             return undisturbed(cls.__torch_function__, func, types, args, kwargs)
         if func == torch.Tensor.data.__get__:
             func = torch.Tensor.detach   # whose writes are seen
+        constant = _constant_block()   # or it is a Function's forward, and not even a sign is a constant
         if func in _VALUES:
+            if func in _OUT_OF_TORCH and not constant:
+                raise RuntimeError("fastscore.jvp: numpy cannot carry derivatives; use x.detach().numpy() for a constant.")
             return _on_values(func, args, kwargs)
-        if _constant_block():
+        if constant:
             _settle()   # it may be written to
             return _on_values(func, args, kwargs)
         if kwargs.get("inplace"):
@@ -385,12 +391,11 @@ _VALUES = """
     __index__ __contains__ __array__ result_type can_cast
 """.split()
 _VALUES = {getattr(holder, name) for holder in (torch.Tensor, torch) for name in _VALUES if hasattr(holder, name)}
+_OUT_OF_TORCH = {torch.Tensor.numpy, torch.Tensor.__array__}
 _LIKE = {getattr(torch, name) for name in ("zeros_like", "ones_like", "empty_like", "full_like")}
-# Random as values, and in place; and functions that draw and then compute, which must draw alike for every tangent.
+# Random as values, and in place.
 _VALUES |= {getattr(torch, name) for name in ("bernoulli", "multinomial", "poisson")} | {torch.Tensor.bernoulli, torch.Tensor.multinomial}
 _FILLS = ("normal_", "uniform_", "bernoulli_", "exponential_", "random_", "log_normal_", "geometric_", "cauchy_")
-_RANDOM = ("rrelu", "alpha_dropout", "feature_alpha_dropout", "gumbel_softmax", "normal", "multi_head_attention_forward", "lstm", "gru",
-           "rnn_tanh", "rnn_relu", "fractional_max_pool2d", "fractional_max_pool3d", "scaled_dot_product_attention")  # fmt: skip
 
 
 _STORAGE = ("requires_grad_", "set_", "register_hook", "retain_grad", "as_strided", "untyped_storage", "data_ptr", "__deepcopy__",
@@ -406,15 +411,27 @@ def _on_values(func, args, kwargs):
 def _special(func, args, kwargs):
     """In-place operations, the constructors that follow a tensor, gradients asked for inside f."""
     name = getattr(func, "__name__", "")
+    if func is custom_function_call:   # Function.apply inside a transform
+        raise NoRule(f"fastscore.jvp: the autograd.Function {args[0].__name__} cannot be carried inside a transform of torch.func.")
     if func in _LIKE:
         return _place(func, args, kwargs)
     if func in _GRAPH:
         return func(args[0].stack)
+    if type(func).__name__ in ("OpOverload", "OpOverloadPacket", "ScriptFunction", "ScriptMethod"):
+        return _unnamed(func, name, args, kwargs)
     if kwargs.get("out") is not None or func in REFUSED or func in (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward):
         raise NoRule(f"fastscore.jvp: {name} cannot be carried through with its tangents.")
-    if name in _STORAGE or type(func).__name__ in ("OpOverload", "OpOverloadPacket", "ScriptFunction", "ScriptMethod"):
+    if name in _STORAGE:
         raise NoRule(f"fastscore.jvp: {name} cannot be carried through with its tangents.")
     return _in_place(func, name, args, kwargs)
+
+
+def _unnamed(func, name, args, kwargs):
+    """Operators called by way of torch.ops, and TorchScript."""
+    overloads = [func] if hasattr(func, "_schema") else [getattr(func, n) for n in func.overloads()] if hasattr(func, "overloads") else []
+    if any(overload._schema.is_mutable for overload in overloads) and (name.endswith("_") or "out" in kwargs or len(overloads) == 1):
+        raise NoRule(f"fastscore.jvp: {name} writes into its arguments and cannot be carried through with its tangents.")
+    return transposed.transposed(str(name or func), func, args, kwargs)
 
 
 def _place(func, args, kwargs):
@@ -527,8 +544,7 @@ def _generic(func, args, kwargs):
     narrow = _narrow_dtype(leaves)
     places = [i for i, a in enumerate(leaves) if isinstance(a, Dual)]
     stacks = [leaves[i].stack for i in places]
-    again = _same_draws(stacks[0].device) if len(stacks[0]) > 2 or name in _RANDOM else None
-    form = []
+    again, form = Draws(stacks[0].device, leaves).again, []
 
     def plain(*duals):
         filled = list(leaves)
@@ -542,15 +558,17 @@ def _generic(func, args, kwargs):
         return tuple(o for o in outputs if o is not None)
 
     def along(m):
-        if again:
-            again()
+        again()
         return torch.func.jvp(plain, tuple(s[0] for s in stacks), tuple(s[m] for s in stacks))
 
     with torch._C.DisableTorchFunctionSubclass(), _differentiable(name):
         try:
             outputs = [along(m) for m in range(1, len(stacks[0]))]
-        except NotImplementedError as error:
-            raise NoRule(f"fastscore.jvp: {name} has no forward mode.") from error
+        except NotImplementedError:   # it has no forward mode
+            outputs = None
+        if outputs is None:
+            again()
+            return transposed.transposed(name, func, tree_unflatten(leaves, spec)[0], kwargs)
         if narrow is not None:
             outputs = [[[_narrowed(t, narrow) for t in part] for part in output] for output in outputs]
         values, (shape, missing) = outputs[0][0], form

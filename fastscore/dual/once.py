@@ -1,0 +1,275 @@
+"""Several evaluations of one function that count as one: each draws the same random numbers and starts from the same memory.
+
+What the function remembers (running statistics, the iterations of a spectral norm, averages in buffers, counters, what hooks note in
+lists) is afterwards what the first evaluation made of it.
+"""
+
+import functools
+import types
+from collections import deque
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from fastscore.ops import checks
+
+_CONTAINERS = list, dict, set, deque
+_OWN = frozenset(vars(nn.Module()))   # what every module holds
+_LARGE = 2**20   # elements that are not copied on suspicion
+
+
+class Once:
+    """Enter it around each evaluation.
+
+    >>> once = Once(torch.device("cpu"), f := nn.Dropout())
+    >>> results = []
+    >>> for _ in range(2):
+    ...     with once:
+    ...         results.append(f(torch.ones(64)))
+    >>> torch.equal(*results)
+    True
+    """
+
+    def __init__(self, device, *functions):
+        self.draws = Draws(device)
+        tracing = torch._C._len_torch_dispatch_stack() and not checks.readable()   # tensors have no values to keep
+        self.memory = [] if tracing else [Memory(m) for m in _reached(functions)]
+        self.times, self.after = 0, None
+
+    def __enter__(self):
+        if self.times:
+            self.after = Draws(self.draws.device)
+            self.draws.again()
+            for memory in self.memory:
+                memory.lend()
+
+    def __exit__(self, *error):
+        if self.times:
+            self.after.again()
+            for memory in self.memory:
+                memory.take_back()
+        self.times += 1
+
+    def undo(self):
+        """Forget the only evaluation so far."""
+        self.draws.again()
+        for memory in self.memory:
+            memory.undo()
+        self.times = 0
+
+
+class Draws:
+    """Where the generators stand, those among the arguments too."""
+
+    def __init__(self, device, arguments=()):
+        self.device, self.cuda = device, None
+        self.cpu = torch.get_rng_state()
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            self.cuda = torch.cuda.get_rng_state(device)
+        self.given = [(a, a.get_state()) for a in arguments if isinstance(a, torch.Generator)]
+
+    def again(self):
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+        for generator, state in self.given:
+            generator.set_state(state)
+
+
+class Memory:
+    """What one module, or the closure of one function, remembers."""
+
+    def __init__(self, owner):
+        self.owner = owner
+        self.start = _contents(owner)
+        self.copies = {key: _copy(a) for key, a in self.start.items() if _is_memory(a)}
+        self.versions = {key: a._version for key, a in self.start.items() if isinstance(a, torch.Tensor) and not a.is_inference()}
+
+    def lend(self):
+        """For the next evaluation: what there was at the start, tensors that were written to as new ones."""
+        self.end = _contents(self.owner)
+        self.end_copies = {key: list(_items(a)) for key, a in self.end.items() if isinstance(a, _CONTAINERS)}
+        for key in self.end.keys() - self.start.keys():
+            _set(self.owner, key, None, gone=True)
+        for key, a in self.start.items():
+            if isinstance(a, torch.Tensor):
+                self._lend_tensor(key, a)
+                continue
+            if isinstance(a, _CONTAINERS) and key in self.copies:
+                _refill(a, self.copies[key])
+            if self.end.get(key, self) is not a:
+                _set(self.owner, key, a)
+
+    def _lend_tensor(self, key, a):
+        if self._moved(key, a):
+            if key not in self.copies:
+                raise _unknown(a)
+            _set(self.owner, key, self.copies[key].clone())
+        elif self.end.get(key, self) is not a:
+            _set(self.owner, key, a)
+
+    def _moved(self, key, a):
+        # PyTorch's kernels for norms write without counting.
+        uncounted = isinstance(self.owner, _NormBase) and self.owner.training and key in self.copies
+        return uncounted or (key in self.versions and a._version != self.versions[key])
+
+    def take_back(self):
+        """What the first evaluation left."""
+        for key in _contents(self.owner).keys() - self.end.keys():
+            _set(self.owner, key, None, gone=True)
+        for key, a in self.end.items():
+            if isinstance(a, _CONTAINERS) and key in self.end_copies:
+                _refill(a, self.end_copies[key])
+            _set(self.owner, key, a)
+
+    def undo(self):
+        for key in _contents(self.owner).keys() - self.start.keys():
+            _set(self.owner, key, None, gone=True)
+        for key, a in self.start.items():
+            if isinstance(a, torch.Tensor):
+                self._undo_tensor(key, a)
+            elif key in self.copies:
+                _refill(a, self.copies[key])
+            _set(self.owner, key, a)
+
+    def _undo_tensor(self, key, a):
+        if not self._moved(key, a):
+            return
+        if key not in self.copies:
+            raise _unknown(a)
+        a.data.copy_(self.copies[key])
+        self.versions[key] = a._version
+
+
+def _unknown(a):
+    return RuntimeError(
+        f"fastscore: f writes into a large tensor of shape {tuple(a.shape)} that it keeps, and has to be evaluated more than once here: "
+        "what was in it is lost; keep the write out of f."
+    )
+
+
+def _is_memory(a):
+    if isinstance(a, torch.Tensor):
+        return not isinstance(a, nn.Parameter) and a.numel() <= _LARGE and type(a) is torch.Tensor
+    return isinstance(a, _CONTAINERS) and len(a) <= 10_000
+
+
+def _copy(a):
+    return a.detach().clone() if isinstance(a, torch.Tensor) else list(_items(a))
+
+
+def _items(a):
+    return a.items() if isinstance(a, dict) else a
+
+
+def _refill(a, items):
+    if list(_items(a)) == items and all(x is y for x, y in zip(_items(a), items)) and not isinstance(a, dict):
+        return
+    a.clear()
+    if isinstance(a, dict | set):
+        a.update(items)
+    else:
+        a.extend(items)
+
+
+def _contents(owner):
+    """{key: value} of what may change."""
+    if isinstance(owner, nn.Module):
+        values = {("buffer", name): b for name, b in owner._buffers.items() if b is not None}
+        if not _built_in(owner):
+            values |= {("attribute", name): a for name, a in vars(owner).items() if name not in _OWN}
+        return values
+    if isinstance(owner, types.CellType):
+        return {("cell", None): owner.cell_contents} if _filled(owner) else {}
+    return {("itself", None): owner}   # a container or a tensor of the module level
+
+
+def _filled(cell):
+    try:
+        cell.cell_contents   # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _set(owner, key, a, gone=False):
+    kind, name = key
+    if kind == "buffer":
+        if gone:
+            owner._buffers.pop(name, None)
+        else:
+            owner._buffers[name] = a
+    elif kind == "attribute":
+        if gone:
+            vars(owner).pop(name, None)
+        else:
+            vars(owner)[name] = a
+    elif kind == "cell" and not gone:
+        owner.cell_contents = a
+
+
+@functools.cache
+def _of_torch(cls):
+    return cls.__module__.startswith(("torch.nn.", "fastscore."))
+
+
+def _built_in(module):
+    return _of_torch(type(module))
+
+
+def _reached(functions):
+    """Modules, cells of closures and containers that the functions can reach."""
+    seen, found, waiting = set(), [], list(functions)
+    while waiting:
+        a = waiting.pop()
+        if id(a) in seen:
+            continue
+        seen.add(id(a))
+        waiting += _behind(a)
+        if isinstance(a, nn.Module):
+            if a._buffers or not _built_in(a):
+                found.append(a)
+        elif isinstance(a, types.CellType):
+            if _filled(a) and not isinstance(a.cell_contents, _LEADING[:2]):
+                found.append(a)
+        elif isinstance(a, _CONTAINERS):
+            found.append(a)
+    return found
+
+
+def _behind(a):
+    if isinstance(a, nn.Module):
+        more = [*a._modules.values()]
+        for hooks in (a._forward_hooks, a._forward_pre_hooks):
+            more += hooks.values()
+        return more if _built_in(a) else more + [b for name, b in vars(a).items() if name not in _OWN and _may_lead(b)]
+    if isinstance(a, types.FunctionType):
+        names = [a.__globals__[n] for n in _names(a.__code__) if n in a.__globals__]
+        return [*(a.__closure__ or ()), *filter(_may_lead, names), *filter(_may_lead, a.__defaults__ or ())]
+    if isinstance(a, types.MethodType):
+        return [a.__func__, a.__self__] if _may_lead(a.__self__) else [a.__func__]
+    if isinstance(a, functools.partial):
+        return [a.func, *filter(_may_lead, a.args), *filter(_may_lead, a.keywords.values())]
+    if isinstance(a, types.CellType):
+        return [a.cell_contents] if _filled(a) and _may_lead(a.cell_contents) else []
+    if isinstance(a, _CONTAINERS):
+        return [b for b in (a.values() if isinstance(a, dict) else a) if _may_lead(b)] if len(a) <= 1000 else []
+    call = vars(type(a)).get("__call__")
+    attributes = [b for b in vars(a).values() if _may_lead(b)] if hasattr(a, "__dict__") else []
+    return [*attributes, *([call] if isinstance(call, types.FunctionType) else [])]
+
+
+_LEADING = (nn.Module, types.FunctionType, types.MethodType, functools.partial, *_CONTAINERS)
+_SILENT = (type, types.BuiltinFunctionType, torch.Tensor, types.ModuleType, str, int, float, type(None))
+
+
+def _may_lead(a):
+    """Whether it may be, or hold, something that remembers."""
+    return isinstance(a, _LEADING) or (not isinstance(a, _SILENT) and callable(a) and hasattr(a, "__dict__"))
+
+
+@functools.cache
+def _names(code):
+    """Of the module level, those of the functions inside it too."""
+    return {*code.co_names, *(n for c in code.co_consts if isinstance(c, types.CodeType) for n in _names(c))}

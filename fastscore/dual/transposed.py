@@ -1,0 +1,215 @@
+"""Operations without a rule, an autograd.Function above all: the transpose of their transpose, reverse mode twice through them alone.
+
+f as a whole is called once then, and the operation, too: what it draws and what it remembers is as in an ordinary call.
+"""
+
+import contextlib
+
+import torch
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.checkpoint import CheckpointFunction
+
+from fastscore import backend as backends
+from fastscore.dual import kept
+from fastscore.dual.chains import saved_as_they_are
+from fastscore.dual.once import Draws
+from fastscore.ops import checks
+from fastscore.ops.functions import released
+
+
+class NotLinear(NotImplementedError):
+    """A backward that is no transpose: it hides its cotangent, or bends it."""
+
+
+def see_functions():
+    """From now on an autograd.Function that is applied to dual numbers is carried by `apply_function`.
+
+    Python's part of Function.apply ends in the apply of the C++ class, which takes dual numbers for ordinary tensors and their result for
+    a constant. The class between the two has none of its own, and is reached by `op = MyFunction.apply`, too, whenever that was made.
+    """
+    if "apply" not in vars(_SingleLevelFunction):
+        _SingleLevelFunction.apply = classmethod(_apply)
+
+
+def _apply(cls, *args, **kwargs):
+    for a in args:
+        if isinstance(a, kept.Kept) and torch._C._current_graph_task_id() != -1:   # a checkpoint calls f once more
+            kept.take_up(a)
+        if _is_dual(a):
+            return _apply_to_numbers(cls, args, kwargs)
+    return super(_SingleLevelFunction, cls).apply(*args, **kwargs)
+
+
+def _is_dual(a):
+    return isinstance(a, torch.Tensor) and hasattr(type(a), "stack")
+
+
+def _value(a):
+    return a.stack[0] if _is_dual(a) else a
+
+
+def _apply_to_numbers(cls, args, kwargs):
+    from fastscore.dual import numbers
+
+    plain = super(_SingleLevelFunction, cls).apply
+    args, kwargs = tree_map(kept.value_of, (args, kwargs))
+    # Autograd looks at arguments, not into the lists and dictionaries among them, which are constants to it.
+    args = [a if isinstance(a, torch.Tensor) else tree_map(_value, a) for a in args]
+    if any(type(a) not in (numbers.Dual, numbers.ComplexDual) for a in args if _is_dual(a)):
+        raise numbers.NoRule(f"second_order: no rule carries the autograd.Function {cls.__name__}.")
+    if numbers._constant_block():
+        numbers._settle()
+        return plain(*map(_value, args), **kwargs)
+    if cls is CheckpointFunction:   # its forward is f's, and its backward is there to save memory
+        return args[0](*args[2:])
+    has_jvp = cls.jvp is not torch.autograd.Function.jvp
+    return transposed(cls.__name__, plain, args, kwargs, has_jvp)
+
+
+def transposed(name, function, args, kwargs, has_jvp=False):
+    """function(*args, **kwargs), where its outputs depend on dual numbers as dual numbers.
+
+    has_jvp: function has a forward mode of its own, which serves where its backward has no transpose.
+    """
+    from fastscore.dual import numbers
+
+    if torch._C._functorch.maybe_current_level() is not None or numbers._linearized():   # who have reverse modes of their own
+        raise numbers.NoRule(f"fastscore.jvp: {name} cannot be carried inside a transform of torch.func.")
+    leaves, spec = tree_flatten((list(args), kwargs))
+    places = [i for i, a in enumerate(leaves) if _is_dual(a)]
+    again = Draws(leaves[places[0]].device).again
+    # Parameters that are not among the arguments are those of TorchScript.
+    tensors = [a.stack if _is_dual(a) else a for a in leaves if isinstance(a, torch.Tensor)]
+    wanted = any(t.requires_grad for t in tensors) or type(function).__name__.startswith("Script")
+    wanted = wanted and torch.is_grad_enabled()
+
+    def of_values(*values):
+        filled = list(leaves)
+        for i, value in zip(places, values):
+            filled[i] = value
+        arguments, keywords = tree_unflatten(filled, spec)
+        with torch._C.DisableTorchFunctionSubclass():
+            return tree_flatten(function(*arguments, **keywords))
+
+    # Without a checkpoint's hooks, who would call f again at once.
+    with torch.inference_mode(False), torch.enable_grad(), saved_as_they_are(), numbers._right(numbers.NATIVE_NORMS):
+        stacks = [_usable(leaves[i].stack, wanted) for i in places]
+        try:
+            outputs, tree, found = _by_reverse_mode(name, of_values, stacks, wanted or backends._dual_level())
+        except NotLinear:
+            if not has_jvp or backends._dual_level():
+                raise
+            again()
+            outputs, tree, found = _by_forward_mode(of_values, stacks, again)
+    for k, (tangents, written) in found.items():
+        stack = torch.stack([outputs[k], *tangents])
+        number = numbers.Dual(stack if wanted else released(stack))
+        if written is not None:
+            number = numbers._write(leaves[places[written]], number)
+        elif shared := [i for i, s in zip(places, stacks) if numbers._shares_memory(outputs[k], s)]:
+            numbers.note_copy(number.stack, *(leaves[i].stack for i in shared))
+        outputs[k] = number
+    return tree_unflatten(outputs, tree)
+
+
+def _usable(s, wanted):
+    """A stack that reverse mode can start from."""
+    s = s.clone() if s.is_inference() else s
+    return s if wanted else released(s)
+
+
+def _by_reverse_mode(name, function, stacks, keep):
+    """Outputs, their tree, and for those that depend on the stacks {number: (tangents, which of the inputs it was written into)}."""
+    inputs = [_variable(s) for s in stacks]
+    given = [t.clone() for t in inputs]   # they may be written to
+    versions = [t._version for t in given]
+    outputs, tree = function(*given)
+    written = {k: i for k, o in enumerate(outputs) for i, t in enumerate(given) if o is t}
+    if any(t._version != n and i not in written.values() for i, (t, n) in enumerate(zip(given, versions))):
+        raise NotImplementedError(f"fastscore.jvp: {name} writes into its input without mark_dirty, which no derivative knows of.")
+    bent = [k for k, o in enumerate(outputs) if isinstance(o, torch.Tensor) and o.requires_grad]
+    along = products(name, [outputs[k] for k in bent], inputs, stacks, keep) if bent else ()
+    return outputs, tree, {k: (tangents, written.get(k)) for k, tangents in zip(bent, along)}
+
+
+def _by_forward_mode(function, stacks, again):
+    outputs, tangents = None, {}
+    for m in range(1, len(stacks[0])):
+        again()
+        with forward_ad.dual_level():
+            found, tree = function(*(forward_ad.make_dual(s[0], s[m]) for s in stacks))
+            found = [forward_ad.unpack_dual(o) if isinstance(o, torch.Tensor) else (o, None) for o in found]
+        outputs = [value for value, _ in found] if outputs is None else outputs
+        for k, (value, tangent) in enumerate(found):
+            if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
+                tangents.setdefault(k, []).append(torch.zeros_like(value) if tangent is None else tangent)
+    return outputs, tree, {k: (along, None) for k, along in tangents.items()}
+
+
+def _variable(s):
+    """The value as a variable: a view, for detach() would drop the tangent of a level around this."""
+    return s[0] if s.requires_grad else s[0].requires_grad_()
+
+
+def products(name, outputs, inputs, stacks, keep):
+    """For each output its tangents along all directions."""
+    us = [_scattered(o).requires_grad_() for o in outputs]   # not zero: what bends, clips or forgets the cotangent would not be seen
+    with _in_words(name):
+        gradients = torch.autograd.grad(outputs, inputs, us, create_graph=True, allow_unused=True)
+    reached = [(g, s) for g, s in zip(gradients, stacks) if g is not None]
+    linear = [(g, s) for g, s in reached if g.requires_grad]
+    along = []
+    for m in range(1, len(stacks[0])):
+        found = [None] * len(us)
+        if linear:
+            with _in_words(name):
+                found = torch.autograd.grad(
+                    [g for g, _ in linear], us, [s[m] for _, s in linear], retain_graph=True, create_graph=keep, allow_unused=True
+                )
+        found = [torch.zeros_like(o) if t is None else t for o, t in zip(outputs, found)]
+        _check_transpose(name, [(g, s[m]) for g, s in reached], list(zip(us, found)))
+        along.append(found)
+    return list(zip(*along))
+
+
+def _scattered(o):
+    """Numbers between -2 and 2 like o, without a pattern and without a generator."""
+    i = torch.arange(o.numel(), device=o.device)
+    words = (i * i * 2654435761 + i * 40503 + 12345) % 2**24
+    return (words.to(_wide(o)) / 2**22 - 2).to(o.dtype).view(o.shape)
+
+
+def _check_transpose(name, gradients, products):
+    """⟨Jᵀu, v⟩ = ⟨u, Jv⟩ within what rounding makes of sums of random signs."""
+    if not gradients or not checks.readable():
+        return
+    with torch.no_grad():
+        left, right = ([(a.detach() * b.detach().conj()).real.to(_wide(a)) for a, b in pairs] for pairs in (gradients, products))
+        difference = sum(t.sum() for t in left) - sum(t.sum() for t in right)
+        size = sum(t.square().sum() for t in (*left, *right)).sqrt()
+        eps = max(torch.finfo(b.dtype).eps for _, b in (*gradients, *products))
+        wrong = bool(difference.abs() > 3 * eps**0.5 * size)
+    if wrong:
+        raise NotLinear(
+            f"fastscore.jvp: the backward of {name} is no linear function of its cotangent that can be differentiated (detach, .data, "
+            "numpy, clipping); write it in differentiable operations."
+        )
+
+
+def _wide(t):
+    return torch.float64 if t.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+@contextlib.contextmanager
+def _in_words(name):
+    """PyTorch's refusal as one sentence of ours."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, NotLinear) or str(error).startswith("fastscore"):
+            raise
+        first = (str(error).splitlines() or [""])[0].rstrip(".")
+        raise NotLinear(f"fastscore.jvp: {name} cannot be differentiated twice: {first}.") from error
+

@@ -1,0 +1,264 @@
+"""autograd.Functions inside f: what their backward says is what jvp and the losses take, or they are refused. Against double backprop."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from fastscore import jvp, losses
+
+
+def function(forward, backward, setup=None, **more):
+    """A Function: forward(x, ...) or forward(ctx, x, ...), backward(ctx, *cotangents)."""
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward), **{k: staticmethod(m) for k, m in more.items()}}
+    if setup is not None:
+        members["setup_context"] = staticmethod(setup)
+    return type("Custom", (Function,), members)
+
+
+def save(ctx, x, y):
+    ctx.save_for_backward(x)
+    return y
+
+
+def cosine(ctx, g):
+    return g * ctx.saved_tensors[0].cos()
+
+
+def numpy_sine(x):
+    return torch.from_numpy(np.sin(x.detach().cpu().numpy())).to(x)
+
+
+Sign = function(lambda ctx, x: x.sign(), lambda ctx, g: g)
+sign = Sign.apply   # as people write it
+Detached = function(lambda ctx, x: save(ctx, x, x.detach().sin()), cosine)
+Data = function(lambda ctx, x: save(ctx, x, x.data.sin()), cosine)
+Numpy = function(lambda ctx, x: save(ctx, x, numpy_sine(x)), cosine)
+Lists = function(lambda ctx, x: save(ctx, x, torch.tensor(x.tolist(), dtype=x.dtype).sin()), cosine)
+Compared = function(lambda ctx, x: save(ctx, x, (x > 0).to(x.dtype)), cosine)
+Reversed = function(lambda ctx, x: x, lambda ctx, g: -2 * g)
+Viewed = function(lambda ctx, x: x.view_as(x), lambda ctx, g: -2 * g)
+Setup = function(
+    lambda x, scale: x.sign() * scale,
+    lambda ctx, g: (g * ctx.scale * ctx.saved_tensors[0].cos(), None),
+    lambda ctx, inputs, output: (ctx.save_for_backward(inputs[0]), setattr(ctx, "scale", inputs[1])),
+)
+Outputs = function(
+    lambda ctx, x: save(ctx, x, (x.detach().sin(), "a word", x.detach().square(), 7)),
+    lambda ctx, a, _, b, __: a * ctx.saved_tensors[0].cos() + 2 * b * ctx.saved_tensors[0],
+)
+
+
+def marked(ctx, x):
+    index = x.argsort(-1)
+    mask = (x > 0).to(x.dtype)
+    ctx.mark_non_differentiable(index, mask)
+    return save(ctx, x, (x.gather(-1, index), mask, index))
+
+
+Marked = function(marked, lambda ctx, g, _, __: g * ctx.saved_tensors[0].cos())
+
+
+def dirty(ctx, x):
+    ctx.mark_dirty(x)
+    return x.mul_(3).round_()
+
+
+Dirty = function(dirty, lambda ctx, g: 3 * g)
+Nested = function(lambda ctx, x: save(ctx, x, Sign.apply(Detached.apply(x))), lambda ctx, g: Sign.apply(g) * 0 + cosine(ctx, g))
+Two = function(
+    lambda ctx, x, w: (ctx.save_for_backward(x, w), (x.detach() @ w.detach()).round())[1],
+    lambda ctx, g: (g @ ctx.saved_tensors[1].t(), ctx.saved_tensors[0].t() @ g),
+)
+Listed = function(lambda ctx, many, x: save(ctx, x, many[0].sin() + x.detach()), lambda ctx, g: (None, g))
+Unmaterialised = function(
+    lambda ctx, x: (ctx.set_materialize_grads(False), save(ctx, x, (x.sin(), x.cos())))[1],
+    lambda ctx, a, b: (0 if a is None else a * ctx.saved_tensors[0].cos()) + (0 if b is None else -b * ctx.saved_tensors[0].sin()),
+)
+Reduced = function(lambda ctx, x: save(ctx, x, x.detach().square().sum()), lambda ctx, g: 2 * g * ctx.saved_tensors[0])
+Complex = function(
+    lambda ctx, x: save(ctx, x, torch.complex(x.detach().sin(), x.detach())), lambda ctx, g: g.real * ctx.saved_tensors[0].cos() + g.imag
+)
+NoGradient = function(lambda ctx, x: x.sign(), lambda ctx, g: None)
+Halved = function(
+    lambda ctx, x: save(ctx, x, x.sin()), cosine, vjp=lambda *a: None
+)   # what else a class may hold changes nothing
+WEIGHT = torch.linspace(-1, 1, 9, dtype=torch.float64).view(3, 3).requires_grad_()
+
+
+class Learned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.1, 1, 9, dtype=torch.float64).view(3, 3))
+
+    def forward(self, x):
+        return Two.apply(F.silu(x), self.weight) + x
+
+
+class Through(nn.Module):
+    def forward(self, x):
+        return sign(x) + x
+
+
+RIGHT = {
+    "sign": lambda x: Sign.apply(x) + x,
+    "bound": lambda x: sign(x) * x,
+    "detached": lambda x: Detached.apply(x) + x,
+    "data": lambda x: Data.apply(x) * x,
+    "numpy": lambda x: Numpy.apply(x * 2),
+    "lists": lambda x: Lists.apply(x),
+    "compared": lambda x: Compared.apply(x) * x.sin(),
+    "reversed": lambda x: Reversed.apply(x) + x.square(),
+    "viewed": lambda x: Viewed.apply(x.sin()),
+    "setup": lambda x: Setup.apply(x, 3.0) + x,
+    "outputs": lambda x: (lambda o: o[0] * o[2] + o[3])(Outputs.apply(x)),
+    "one-of-several": lambda x: Outputs.apply(x)[2] + x,
+    "marked": lambda x: (lambda s, m, i: s * m + x.gather(-1, i))(*Marked.apply(x)),
+    "dirty": lambda x: (lambda y: Dirty.apply(y) * y)(x.sin()),
+    "nested": lambda x: Nested.apply(x) + Nested.apply(Sign.apply(x)),
+    "two-arguments": lambda x: Two.apply(x, WEIGHT) + Two.apply(x, x.t() @ x),
+    "in-a-list": lambda x: Listed.apply([x], x),
+    "unmaterialised": lambda x: Unmaterialised.apply(x)[0] + (lambda a, b: a * b)(*Unmaterialised.apply(x)),
+    "reduced": lambda x: x * Reduced.apply(x),
+    "complex": lambda x: (Complex.apply(x) * (1 + 2j)).abs().square(),
+    "no-gradient": lambda x: NoGradient.apply(x) + x.sin(),
+    "module": Learned(),
+    "under-no-grad": lambda x: x * Constant()(x),
+    "network": nn.Sequential(nn.Linear(3, 5), nn.SiLU(), Through(), nn.Linear(5, 3)).double(),
+    "checkpoint": lambda x: checkpoint(lambda z: sign(z) * z, x, use_reentrant=False) + x,
+    "reentrant": lambda x: checkpoint(lambda z: F.silu(z @ WEIGHT), x, use_reentrant=True) + x,
+}  # fmt: skip
+
+
+class Constant:
+    def __call__(self, x):
+        with torch.no_grad():
+            return Detached.apply(x) + Sign.apply(x)
+
+
+def by_double_backprop(f, x, v):
+    y = f(x)
+    u = torch.zeros_like(y).requires_grad_()
+    (g,) = torch.autograd.grad(y, x, u, create_graph=True)
+    return y, torch.stack([torch.autograd.grad(g, u, d, create_graph=True)[0] for d in v])
+
+
+def gradients(y, jv, x, f):
+    parameters = [WEIGHT, *(f.parameters() if isinstance(f, nn.Module) else ())]
+    return torch.autograd.grad((y * y).sum() + (jv * jv.detach().cos()).sum(), [x, *parameters], allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("M", [1, 3])
+@pytest.mark.parametrize("name", RIGHT)
+def test_products_and_gradients_are_those_of_double_backprop(name, M):
+    f, torch_f = RIGHT[name], RIGHT[name]
+    if name == "reentrant":   # which takes no torch.autograd.grad
+        torch_f = lambda x: F.silu(x @ WEIGHT) + x   # noqa: E731
+    torch.manual_seed(0)
+    x, v = torch.randn(3, 3).double().requires_grad_(), torch.randn(M, 3, 3).double()
+    ours, theirs = jvp(f, x, v), by_double_backprop(torch_f, x, v)
+    for a, b in zip((*ours, *gradients(*ours, x, f)), (*theirs, *gradients(*theirs, x, f))):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        y, jv = jvp(f, x.detach(), v)
+    if name != "under-no-grad":   # where the caller is under no_grad, the block inside is no constant
+        assert torch.allclose(jv, theirs[1], rtol=1e-10, atol=1e-10) and not jv.requires_grad
+
+
+def test_straight_through_in_a_loss():
+    x = torch.tensor([[0.5, -1.0, 2.0]], dtype=torch.float64)
+    assert torch.allclose(jvp(lambda x: sign(x) + x, x, torch.ones_like(x))[1], torch.full_like(x, 2))
+    s = x.sign() - 2 * x
+    expected = -3 + 0.5 * s.square().sum()
+    assert torch.allclose(losses.sliced(lambda x: sign(x) - 2 * x, x, seed=0), expected)
+    assert torch.allclose(losses.exact(lambda x: sign(x) - 2 * x, x), expected)
+
+
+HIDDEN = {
+    "backward-detaches": function(lambda ctx, x: save(ctx, x, x.sin()), lambda ctx, g: (g * ctx.saved_tensors[0].cos()).detach()),
+    "backward-data": function(lambda ctx, x: save(ctx, x, x.sin()), lambda ctx, g: g.data * ctx.saved_tensors[0].cos()),
+    "backward-numpy": function(lambda ctx, x: save(ctx, x, x.sin()), lambda ctx, g: numpy_sine(g.detach())),
+    "half-of-it": function(lambda ctx, x: save(ctx, x, x.sin()), lambda ctx, g: g * ctx.saved_tensors[0].cos() + g.detach()),
+    "clipped": function(lambda ctx, x: x.sign(), lambda ctx, g: g.clamp(-0.5, 0.5)),
+    "once": function(lambda ctx, x: save(ctx, x, x.sin()), once_differentiable(cosine)),
+    "without": type("Custom", (Function,), {"forward": staticmethod(lambda ctx, x: x.sin())}),
+    "writes": function(lambda ctx, x: x.mul_(2).clone(), lambda ctx, g: 2 * g),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_a_backward_hides_is_refused(name):
+    x = torch.linspace(-2, 2, 12, dtype=torch.float64).view(3, 4)
+    with pytest.raises(NotImplementedError, match=r"fastscore\.jvp: ") as found:
+        jvp(lambda x: HIDDEN[name].apply(x * 1) + x, x, torch.ones_like(x))
+    assert "\n" not in str(found.value) and "Custom" in str(found.value)
+
+
+def test_its_own_forward_mode_serves_where_its_backward_has_no_transpose():
+    Own = function(
+        lambda x: x.sin(), once_differentiable(cosine),
+        lambda ctx, inputs, output: (ctx.save_for_backward(*inputs), ctx.save_for_forward(*inputs)),
+        jvp=lambda ctx, t: t * ctx.saved_tensors[0].cos(),
+    )  # fmt: skip
+    x, v = torch.randn(3, 4).double().requires_grad_(), torch.randn(2, 3, 4).double()
+    y, jv = jvp(lambda x: Own.apply(x) * x, x, v)
+    assert torch.allclose(jv, v * (x.cos() * x + x.sin()))
+    (g,) = torch.autograd.grad((jv * v).sum(), x)
+    assert torch.allclose(g, (v.square() * (2 * x.cos() - x.sin() * x)).sum(0))
+
+
+def test_an_energy_with_a_function():
+    """The second-order pass takes none; double backprop does."""
+    from fastscore.models import EnergyScore
+
+    x = torch.linspace(-2, 2, 12, dtype=torch.float64).view(3, 4)
+    for f in (lambda x: Data.apply(x).sum(1) - x.square().sum(1), lambda x: Reversed.apply(x.sin()).sum(1)):
+        score = EnergyScore(f)
+        leaf = x.clone().requires_grad_()
+        s = torch.autograd.grad(f(leaf).sum(), leaf, create_graph=True)[0]
+        v = torch.ones_like(x)
+        h = torch.autograd.grad((s * v).sum(), leaf)[0]
+        expected = (h * v).sum(1) + 0.5 * (s * v).sum(1).square()
+        assert torch.allclose(losses.sliced(score, x, v=v, variance_reduced=False), expected)
+
+
+def test_torch_script_and_custom_operators_are_called_once():
+    calls = []
+
+    @torch.library.custom_op("fastscore_tests::counted_sine", mutates_args=())
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return x.sin()
+
+    counted.register_autograd(cosine, setup_context=lambda ctx, inputs, output: save(ctx, *inputs, None))
+    x, v = torch.randn(3, 4).double(), torch.randn(2, 3, 4).double()
+    assert torch.allclose(jvp(lambda x: counted(x) * x, x, v)[1], v * (x.cos() * x + x.sin())) and len(calls) == 1
+    script = torch.jit.script(lambda_free)
+    assert torch.allclose(jvp(lambda x: script(x) * x, x, v)[1], v * (x.cos() * x + x.sin()))
+
+
+def lambda_free(x: torch.Tensor) -> torch.Tensor:
+    return x.sin()
+
+
+def test_numpy_outside_a_function_is_no_constant():
+    x = torch.ones(2, 3)
+    with pytest.raises((RuntimeError, NotImplementedError), match="detach"):
+        jvp(lambda x: torch.from_numpy(np.sin(x.numpy())), x, x)
+    with pytest.raises((RuntimeError, NotImplementedError), match="detach"):
+        jvp(lambda x: torch.from_numpy(np.sin(np.asarray(x))), x, x)
+    assert torch.equal(jvp(lambda x: torch.from_numpy(x.detach().numpy()) + x, x, x)[1], x)
+
+
+def test_inside_a_transform():
+    Smooth = function(
+        lambda x: x.detach().sin(), cosine, lambda ctx, inputs, output: ctx.save_for_backward(*inputs), generate_vmap_rule=True
+    )
+    Smooth.generate_vmap_rule = True
+    x, v = torch.randn(3, 4).double(), torch.randn(3, 4).double()
+    (g,) = torch.func.grad(lambda x: (jvp(lambda x: Smooth.apply(x) * x, x, v)[1] * v).sum(), argnums=(0,))(x)
+    assert torch.allclose(g, v.square() * (2 * x.cos() - x.sin() * x))
