@@ -8,6 +8,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 
+from fastscore.tensors import home
+
 _PREFIX = "average_"   # of the buffers that hold the float32 averages of narrower weights
 
 
@@ -26,6 +28,7 @@ def averaged(model: torch.nn.Module, decay: float) -> AveragedModel:
 class _Averaged(AveragedModel):
     def __init__(self, model, decay):
         super().__init__(torch.nn.Module())   # which would copy the model by copy.deepcopy alone
+        self.n_averaged = self.n_averaged.new_zeros((), device=home())
         self.module = copied(_inner(model))
         self.decay = decay
         for i, p in enumerate(self.module.parameters()):

@@ -1,6 +1,7 @@
 """Which tensors every back end can read: those whose elements lie in memory where their strides say."""
 
 import functools
+from typing import Any
 
 import torch
 from torch.nn.parameter import UninitializedTensorMixin
@@ -93,3 +94,22 @@ def _usable(device):
     except (RuntimeError, AssertionError, NotImplementedError):
         return False
     return True
+
+
+def home() -> torch.device:
+    """Where a tensor with values is made: the default device, or the CPU where that is meta."""
+    default = torch.empty(0).device
+    return torch.device("cpu") if default.type == "meta" else default
+
+
+def valued(op: str, name: str, value: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor where it is, numbers at `home`; torch.as_tensor would take both to the default device, meta or another.
+
+    Raises:
+        ValueError: a tensor of the meta device, which has no values.
+    """
+    if not isinstance(value, torch.Tensor):
+        return torch.as_tensor(value, dtype=dtype, device=home())
+    if value.is_meta:
+        raise ValueError(f"{op}: {name} must have values; it is on the meta device.")
+    return value if dtype is None else value.to(dtype)

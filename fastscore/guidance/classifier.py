@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fastscore.scalars import plain_int, whole
+from fastscore.tensors import valued
 
 
 def classifier(net, labels):
@@ -28,7 +29,7 @@ def classifier(net, labels):
     tensor([0.2500, 0.2500])
     """
     try:
-        labels = torch.as_tensor(plain_int(labels) if whole(labels) else labels)
+        labels = valued("classifier", "labels", plain_int(labels) if whole(labels) else labels)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"classifier: labels must be a class number, or int64 (B,); got {labels!r}.") from None
     if labels.dtype not in (torch.int64, torch.int32) or labels.dim() > 1 or bool((labels < 0).any()):

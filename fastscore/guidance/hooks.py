@@ -123,7 +123,7 @@ class _Chain:
 
 def level_key(sigma):
     """The bit pattern of σ in float32, an int."""
-    return int(torch.tensor(sigma, dtype=torch.float32).view(torch.int32)) & 0xFFFFFFFF
+    return int(torch.tensor(sigma, dtype=torch.float32, device="cpu").view(torch.int32)) & 0xFFFFFFFF
 
 
 def check_noise(op, noise):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from fastscore.guidance.linear import LinearOperator, pseudo_inverse
 from fastscore.ops import checks
+from fastscore.tensors import home, valued
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
@@ -77,14 +78,14 @@ class Grey(_OrthogonalRows):
         if isinstance(weights, str) and weights == "mean":
             self.weights = None   # until the number of channels is seen
             return
-        self.weights = torch.as_tensor(LUMA if isinstance(weights, str) else weights).double()
+        self.weights = valued("Grey", "weights", LUMA if isinstance(weights, str) else weights).double()
         if self.weights.dim() != 1 or not 0 < float(self.weights.square().sum()) < math.inf:
             raise ValueError(f"Grey: weights must be finite and not all 0; got {self.weights.tolist()}.")
 
     def forward(self, x):
         check_images("Grey", x)
         if self.weights is None:
-            self.weights = torch.full((x.shape[1],), 1 / x.shape[1]).double()
+            self.weights = torch.full((x.shape[1],), 1 / x.shape[1], device=x.device).double()
         if x.shape[1] != len(self.weights):
             raise ValueError(f"Grey: x must have {len(self.weights)} channels; got {x.shape[1]}.")
         return (self._along(x) * x).sum(1, keepdim=True)
@@ -114,7 +115,7 @@ class Blur(LinearOperator):
     """
 
     def __init__(self, kernel, padding="circular"):
-        kernel = torch.as_tensor(kernel).detach().double()
+        kernel = valued("Blur", "kernel", kernel).detach().double()
         if kernel.dim() != 2 or not all(n % 2 for n in kernel.shape) or not bool(kernel.isfinite().all()) or not bool(kernel.any()):
             raise ValueError(f"Blur: kernel must be (h, w), odd, finite and not 0; got shape {tuple(kernel.shape)}.")
         if padding not in ("circular", "zero"):
@@ -163,7 +164,7 @@ class Matrix(LinearOperator):
     """
 
     def __init__(self, matrix, shape=None):
-        matrix = torch.as_tensor(matrix).detach().double()
+        matrix = valued("Matrix", "matrix", matrix).detach().double()
         if matrix.dim() != 2 or not matrix.numel() or not bool(matrix.isfinite().all()):
             raise ValueError(f"Matrix: matrix must be (m, n) and finite; got shape {tuple(matrix.shape)}.")
         self.shape = matrix.shape[1:] if shape is None else tuple(shape)
@@ -194,7 +195,7 @@ def gaussian_kernel(sigma, radius=None):
     if not 0 < sigma < math.inf:
         raise ValueError(f"gaussian_kernel: sigma must be positive and finite; got {sigma}.")
     radius = max(1, math.ceil(3 * sigma)) if radius is None else radius
-    line = torch.exp(-0.5 * (torch.arange(-radius, radius + 1).double() / sigma) ** 2)
+    line = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=home()).double() / sigma) ** 2)
     return torch.outer(line, line) / line.sum() ** 2
 
 
@@ -205,7 +206,7 @@ def check_images(op, x):
 
 def check_mask(op, mask):
     """bool, with something observed."""
-    mask = torch.as_tensor(mask).detach()
+    mask = valued(op, "mask", mask).detach()
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(f"{op}: mask must be bool, or 0 (unknown) and 1 (known).")
     if not bool(mask.any()):

@@ -15,6 +15,7 @@ from fastscore import conversions, random, schedules
 from fastscore.interop.networks import prediction_kind
 from fastscore.ops import checks, langevin_step
 from fastscore.sampling.state import shifted
+from fastscore.tensors import valued
 
 _MARK = "_annealed_langevin"   # stays in the config of a scheduler that was made from ours
 _VP = ["DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
@@ -73,7 +74,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         op = type(self).__name__
         ladder = _ladder(op, sigmas, sigma_max, sigma_min)
         self._kind = prediction_kind(op, prediction_type)
-        table = None if alphas_cumprod is None else torch.as_tensor(alphas_cumprod).detach().cpu()
+        table = None if alphas_cumprod is None else valued(op, "alphas_cumprod", alphas_cumprod).detach().cpu()
         if table is not None:
             schedules.timesteps_of(ladder[[0, -1]], table)   # refuses a ladder that the network does not know
         self.register_to_config(**{
@@ -133,7 +134,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         """
         c = self.config
         self.sigmas = schedules.check_ladder("set_timesteps", c.sigmas) if c.sigmas else self._fit(num_inference_steps)
-        levels = torch.arange(len(self.sigmas)).repeat_interleave(c.steps_per_level)
+        levels = torch.arange(len(self.sigmas), device=self.sigmas.device).repeat_interleave(c.steps_per_level)
         if c.denoise:
             levels = torch.cat([levels, levels[-1:]])
         if num_inference_steps not in (None, len(levels)):

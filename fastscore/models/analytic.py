@@ -3,13 +3,14 @@
 import math
 
 import torch
-from torch import nn
 
 from fastscore import random
+from fastscore.deferred import KeepsBuffers
 from fastscore.ops import checks
+from fastscore.tensors import valued
 
 
-class GaussianMixture(nn.Module):
+class GaussianMixture(KeepsBuffers):
     """A mixture of Gaussians, convolved with N(0, σ² I) at will.
 
         p_σ(x) = Σ_k w_k N(x; μ_k, C_k + σ² I)
@@ -39,7 +40,8 @@ class GaussianMixture(nn.Module):
     def __init__(self, weights, means, covariances):
         super().__init__()
         name = type(self).__name__
-        weights, means, covariances = (_float64(t) for t in (weights, means, covariances))
+        means = _float64(name, "means", means)
+        weights, covariances = (_float64(name, n, t, means.device) for n, t in (("weights", weights), ("covariances", covariances)))
         if means.dim() != 2 or not means.numel():
             raise ValueError(f"{name}: means must be (K, d); got {tuple(means.shape)}.")
         if weights.shape != means.shape[:1]:
@@ -136,15 +138,17 @@ class Gaussian(GaussianMixture):
     """
 
     def __init__(self, mean, covariance):
-        mean, covariance = _float64(mean), _float64(covariance)
+        mean = _float64("Gaussian", "mean", mean)
+        covariance = _float64("Gaussian", "covariance", covariance, mean.device)
         if mean.dim() != 1 or covariance.shape not in ((), mean.shape, mean.shape * 2):
             shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
             raise ValueError(f"Gaussian: mean must be (d,) and covariance (), (d,) or (d, d); got {shapes}.")
         super().__init__([1.0], mean[None], covariance[None] if covariance.dim() else covariance)
 
 
-def _float64(t):
-    return torch.as_tensor(t, dtype=torch.float64).detach().clone()
+def _float64(op, name, t, device=None):
+    t = valued(op, name, t, torch.float64).detach().clone()
+    return t if device is None else t.to(device)
 
 
 def _squared(name, sigma):

@@ -59,7 +59,7 @@ class NCSN(RefineNet):
         sigma = checks.coefficient("NCSN", "sigma", sigma, x)
         if not isinstance(sigma, torch.Tensor):
             sigma = torch.full((), sigma, dtype=checks.compute_dtype(x.dtype), device=x.device)
-        distance = (sigma.log()[..., None] - self.sigmas.to(sigma.dtype).log()).abs()  # (B, L)
+        distance = (sigma.log()[..., None] - self.sigmas.to(sigma.device, sigma.dtype).log()).abs()  # (B, L)
         nearest, labels = distance.min(-1)
         if sigma.device.type == "cpu" and checks.readable():
             self._check_level(nearest, sigma)

@@ -76,7 +76,8 @@ def load_official(
     if arch != "ncsn":
         options["dilated"] = not _pooled(weights)
     options["sigmas"] = _ladder(options, sigmas, weights, arch)
-    with torch.random.fork_rng(devices=[]):  # the initial values are thrown away, and so are their random numbers
+    # The initial values are thrown away, and so are their random numbers.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         net = ARCHITECTURES[arch](**options)
     _check_fit(net, weights)
     net.load_state_dict({**weights, **({"sigmas": net.sigmas} if "sigmas" in net.state_dict() else {})})

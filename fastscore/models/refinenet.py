@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastscore.deferred import KeepsBuffers
 from fastscore.nn import ConditionalInstanceNorm2dPlus, InstanceNorm2dPlus
 from fastscore.ops import checks
+from fastscore.tensors import valued
 
 _leaky = partial(F.leaky_relu, negative_slope=0.2)
 ACTIVATIONS = {"elu": F.elu, "relu": F.relu, "lrelu": _leaky, "swish": F.silu}   # as the official configs call them
@@ -19,7 +21,7 @@ _FUSED = {"elu": "elu", "relu": "relu", "swish": "silu"}   # as the norms call t
 _LOGIT = 1e-6   # λ of the official logit transform
 
 
-class RefineNet(nn.Module):
+class RefineNet(KeepsBuffers):
     """Residual stages downwards, refinement upwards, no output scaling: the part that the score networks share.
 
         f = conv(act(norm(RefineNet(conv(2x - 1)))))
@@ -229,7 +231,7 @@ class ChainedPooling(nn.Module):
 
 def ladder(op, sigmas):
     """sigmas as a tensor (L,); raises unless they descend."""
-    sigmas = torch.as_tensor(sigmas, dtype=torch.get_default_dtype()).detach().clone()
+    sigmas = valued(op, "sigmas", sigmas, torch.get_default_dtype()).detach().clone()
     positive = bool(((sigmas > 0) & sigmas.isfinite()).all())
     if sigmas.dim() != 1 or not len(sigmas) or not positive or not bool((sigmas[1:] < sigmas[:-1]).all()):
         raise ValueError(f"{op}: sigmas must be a descending ladder (L,) of positive levels; got {sigmas.tolist()}.")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastscore.ops import checks
+from fastscore.tensors import valued
 
 _ACTIVATIONS = {"silu": F.silu, "elu": F.elu, "gelu": F.gelu, "relu": F.relu, "softplus": F.softplus, "tanh": torch.tanh}
 _FREQUENCIES = 16
@@ -25,7 +26,7 @@ class Trunk(nn.Module):
         depth = checks.integer(self._name, "depth", depth, 0)
         self.dim, self.activation = dim, _ACTIVATIONS[activation]
         self.log_range = None if sigmas is None else _log_range(self._name, sigmas)
-        self.sigma_range = None if sigmas is None else (float(torch.as_tensor(sigmas).min()), float(torch.as_tensor(sigmas).max()))
+        self.sigma_range = None if sigmas is None else tuple(v.item() for v in valued(self._name, "sigmas", sigmas).aminmax())
         features = None if sigmas is None else max(16, width // 4)
         if features:
             self.embed = nn.Linear(2 * _FREQUENCIES + 1, features)
@@ -129,7 +130,7 @@ class _Block(nn.Module):
 
 
 def _log_range(name, sigmas):
-    sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
+    sigmas = valued(name, "sigmas", sigmas, torch.float64)
     if not sigmas.numel() or not bool((sigmas > 0).all() and sigmas.isfinite().all()):
         raise ValueError(f"{name}: sigmas must be positive and finite; got {sigmas.tolist()}.")
     low, high = sigmas.log().min().item(), sigmas.log().max().item()

@@ -1,11 +1,13 @@
 """Run a sampler, named by a word, to its end."""
 
+import itertools
 import math
 import warnings
 
 import torch
 
 from fastscore import random
+from fastscore.modes import networks
 from fastscore.ops import checks
 from fastscore.sampling.consistent import consistent_annealed
 from fastscore.sampling.langevin import annealed_langevin, langevin
@@ -14,6 +16,7 @@ from fastscore.sampling.predictor_corrector import predictor_corrector
 from fastscore.sampling.probability_flow import probability_flow
 from fastscore.sampling.state import check_count, choice
 from fastscore.schedules import check_ladder
+from fastscore.tensors import home, valued
 
 SAMPLERS = {f.__name__: f for f in (annealed_langevin, consistent_annealed, predictor_corrector, probability_flow, langevin, mala)}
 GAUSSIAN = ("predictor_corrector", "probability_flow")   # these start from N(0, σ_1² I) unless told otherwise
@@ -59,10 +62,19 @@ def _begun(score, sampler, x, shape, initial_law, seed, first_sample, dtype, dev
         ladder = options.get("sigmas")
         sigma = options.get("sigma") if ladder is None else check_ladder("sample", ladder)[0].item()
         law = initial_law or ("gaussian" if sampler in GAUSSIAN else "uniform")
+        device = _device_of(score) if device is None else device
         x = initial(tuple(shape), law=law, sigma=sigma, seed=seed, first_sample=first_sample, dtype=dtype, device=device)
     run = SAMPLERS[sampler](score, x, seed=seed, first_sample=first_sample, **options)
     _warn_beyond(score, options.get("sigmas"))
     return x, _checked(run) if check_finite else run
+
+
+def _device_of(score):
+    """That of the networks that score holds; the default one where it holds none, or networks on several."""
+    devices = {t.device for net in networks(score) for t in itertools.chain(net.parameters(), net.buffers())}
+    if torch.device("meta") in devices:
+        raise ValueError("sample: the network must have weights; some of it is on the meta device (to_empty, then load_state_dict).")
+    return devices.pop() if len(devices) == 1 else home()
 
 
 def _warn_beyond(score, sigmas):
@@ -70,7 +82,7 @@ def _warn_beyond(score, sigmas):
     known = None if sigmas is None else _range(score)
     if known is None:
         return
-    low, high = (float(v) for v in torch.as_tensor(sigmas).aminmax())
+    low, high = (float(v) for v in valued("sample", "sigmas", sigmas).aminmax())
     if high > 1.01 * known[1] or low < 0.99 * known[0]:
         warnings.warn(
             f"sample: sigmas reach from {high:g} to {low:g}, but the network was made for {known[1]:g} to {known[0]:g}; "
@@ -116,7 +128,8 @@ def sample(
         score: as the sampler calls it; networks in it run in evaluation mode (see `fastscore.sampling`).
         sampler: "annealed_langevin" (default) or another name of `fastscore.sampling`.
         x: start, (B, *); or shape: its shape, then x is drawn from initial_law, "uniform" in [0, 1] or "gaussian", N(0, σ_1² I) (the
-            default of predictor_corrector and probability_flow), with dtype and device.
+            default of predictor_corrector and probability_flow), in dtype, on device (the network's
+            unless given).
         seed, first_sample: sample(n=64) equals two calls of 32 with first_sample 0 and 32, noise bit for bit.
         check_finite: look at the state after each level (every 100 steps where there are none), which waits for the device.
         options: the sampler's other arguments.

@@ -7,7 +7,7 @@ import torch
 
 from fastscore.messages import shown
 from fastscore.ops import checks
-from fastscore.tensors import check_tensor, fake
+from fastscore.tensors import check_tensor, fake, home, valued
 
 
 def geometric(sigma_max, sigma_min, n):
@@ -30,7 +30,8 @@ def geometric(sigma_max, sigma_min, n):
     tensor([1.0000, 0.1000, 0.0100])
     """
     check_ends("geometric", sigma_max, sigma_min, n)
-    return _with_ends(torch.logspace(math.log10(sigma_max), math.log10(sigma_min), n, dtype=torch.float64), sigma_max, sigma_min)
+    high, low = math.log10(sigma_max), math.log10(sigma_min)
+    return _with_ends(torch.logspace(high, low, n, dtype=torch.float64, device=home()), sigma_max, sigma_min)
 
 
 def karras(sigma_max, sigma_min, n, rho=7.0):
@@ -50,7 +51,7 @@ def karras(sigma_max, sigma_min, n, rho=7.0):
         raise ValueError(f"karras: rho must be positive and finite; got {rho}.")
     high, low = math.log(sigma_max) / rho, math.log(sigma_min) / rho
     # log of a sum of two exponentials: σ^(1/ρ) itself is 1 - 1e-16 for a large ρ.
-    t = torch.linspace(0, 1, n, dtype=torch.float64)
+    t = torch.linspace(0, 1, n, dtype=torch.float64, device=home())
     return _with_ends((rho * (high + torch.log1p(t * math.expm1(low - high)))).exp(), sigma_max, sigma_min)
 
 
@@ -61,7 +62,7 @@ def linear(sigma_max, sigma_min, n):
     tensor([1.0000, 0.7500, 0.5000])
     """
     check_ends("linear", sigma_max, sigma_min, n)
-    return _with_ends(torch.linspace(sigma_max, sigma_min, n, dtype=torch.float64), sigma_max, sigma_min)
+    return _with_ends(torch.linspace(sigma_max, sigma_min, n, dtype=torch.float64, device=home()), sigma_max, sigma_min)
 
 
 def check_ends(op, sigma_max, sigma_min, n):
@@ -81,8 +82,9 @@ def check_ladder(op, sigmas, wait=True):
     given = sigmas
     if isinstance(given, torch.Tensor):
         check_tensor(op, "sigmas", given)
+        valued(op, "sigmas", given)
     try:
-        sigmas = torch.as_tensor(given, dtype=torch.float32)
+        sigmas = valued(op, "sigmas", given, torch.float32)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TypeError(f"{op}: sigmas must be a ladder of numbers; got {shown(given)}.") from None
     if sigmas.dim() != 1 or sigmas.numel() == 0:

@@ -9,6 +9,7 @@ import torch
 
 from fastscore.ops import checks
 from fastscore.schedules.ladders import check_ladder
+from fastscore.tensors import home, valued
 
 # ln σ. A float32 table that starts at ᾱ = 0.9999 knows its smallest σ to a relative 2^-25/(2·10^-4) = 1.5e-4.
 _SLACK = 1e-3
@@ -46,7 +47,7 @@ def vp(n, *, beta_min=0.1, beta_max=20.0, t_min=1e-3):
         raise ValueError(
             f"vp: 0 < t_min < 1 and 0 <= beta_min <= beta_max, beta_max > 0, must hold; got t_min {t_min}, betas {beta_min} and {beta_max}."
         )
-    t = torch.linspace(1, t_min, n, dtype=torch.float64)
+    t = torch.linspace(1, t_min, n, dtype=torch.float64, device=home())
     return check_ladder("vp", torch.expm1(beta_min * t + 0.5 * (beta_max - beta_min) * t.square()).sqrt().float())
 
 
@@ -63,7 +64,7 @@ def timesteps_of(sigma, alphas_cumprod):
         ValueError: σ lies outside the table (on the CPU; elsewhere, where looking would wait for the device, such a timestep is NaN),
             or the table does not descend within (0, 1).
     """
-    sigma = torch.as_tensor(sigma)
+    sigma = valued("timesteps_of", "sigma", sigma)
     return interpolate(sigma, check_table("timesteps_of", alphas_cumprod).to(sigma.device))
 
 
@@ -84,7 +85,7 @@ def interpolate(sigma, log_table):
 
 def check_table(op, alphas_cumprod):
     """ln σ of a ᾱ table, float64 (N,), ascending."""
-    table = torch.as_tensor(alphas_cumprod).detach().double()
+    table = valued(op, "alphas_cumprod", alphas_cumprod).detach().double()
     if table.dim() != 1 or len(table) < 2 or not bool(((table > 0) & (table < 1)).all()) or bool((table.diff() >= 0).any()):
         expected = "(N,) with N >= 2, strictly descending within (0, 1)"
         raise ValueError(f"{op}: alphas_cumprod must be {expected}; got {table if table.numel() < 9 else tuple(table.shape)}.")

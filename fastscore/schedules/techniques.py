@@ -9,6 +9,7 @@ import torch
 
 from fastscore.ops import checks
 from fastscore.schedules.ladders import check_ends, check_ladder
+from fastscore.tensors import home
 
 
 def level_overlap(dim, gamma):
@@ -158,7 +159,7 @@ def variance_ratios(sigmas, steps_per_level, step_size):
     for before, sigma in zip(sigmas[:1] + sigmas, sigmas):
         v = variance_ratio(before / sigma, steps_per_level, eta, start=v)
         ratios.append(v)
-    return torch.tensor(ratios, dtype=torch.float64)
+    return torch.tensor(ratios, dtype=torch.float64, device=home())
 
 
 def _check_steps(op, steps):
