@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import inspect
 import re
 import threading
+import types
 import weakref
 
 import torch
@@ -337,6 +339,9 @@ class Dual(torch.Tensor):
         if constant:
             _settle()   # it may be written to
             return _on_values(func, args, kwargs)
+        if len(args) > _INPLACE_AT.get(func, 100) and args[_INPLACE_AT[func]]:
+            at = _INPLACE_AT[func]
+            return _write(args[0], func(_copy(args[0]), *args[1:at], False, *args[at + 1 :], **kwargs))
         if kwargs.get("inplace"):
             return _write(args[0], func(_copy(args[0]), *args[1:], **{**kwargs, "inplace": False}))
         result = cls.ruled(func, args, kwargs)
@@ -398,6 +403,17 @@ _VALUES |= {getattr(torch, name) for name in ("bernoulli", "multinomial", "poiss
 _FILLS = ("normal_", "uniform_", "bernoulli_", "exponential_", "random_", "log_normal_", "geometric_", "cauchy_")
 
 
+def _places_of_inplace():
+    """Where the functions of torch.nn.functional have their argument of that name."""
+    found = {}
+    for function in vars(torch.nn.functional).values():
+        if isinstance(function, types.FunctionType):
+            names = list(inspect.signature(function).parameters)
+            found |= {function: names.index("inplace")} if "inplace" in names else {}
+    return found
+
+
+_INPLACE_AT = _places_of_inplace()
 _STORAGE = ("requires_grad_", "set_", "register_hook", "retain_grad", "as_strided", "untyped_storage", "data_ptr", "__deepcopy__",
             "__reduce_ex__", "resize_")  # fmt: skip
 

@@ -11,6 +11,7 @@ from collections import deque
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from fastscore.ops import checks
 
@@ -32,15 +33,18 @@ class Once:
     """
 
     def __init__(self, device, *functions):
-        self.draws = Draws(device)
         tracing = torch._C._len_torch_dispatch_stack() and not checks.readable()   # tensors have no values to keep
-        self.memory = [] if tracing else [Memory(m) for m in _reached(functions)]
+        reached = [] if tracing else _reached(functions)
+        self.draws = Draws(device, reached)
+        self.memory = [Memory(m) for m in reached if not isinstance(m, torch.Generator)]
         self.times, self.after = 0, None
 
     def __enter__(self):
         if self.times:
-            self.after = Draws(self.draws.device)
+            self.after = Draws(self.draws.device, [generator for generator, _ in self.draws.given])
             self.draws.again()
+            for memory in self.memory:   # all of them before any is changed, for they may share a list
+                memory.note()
             for memory in self.memory:
                 memory.lend()
 
@@ -86,10 +90,13 @@ class Memory:
         self.copies = {key: _copy(a) for key, a in self.start.items() if _is_memory(a)}
         self.versions = {key: a._version for key, a in self.start.items() if isinstance(a, torch.Tensor) and not a.is_inference()}
 
-    def lend(self):
-        """For the next evaluation: what there was at the start, tensors that were written to as new ones."""
+    def note(self):
+        """What the first evaluation left."""
         self.end = _contents(self.owner)
         self.end_copies = {key: list(_items(a)) for key, a in self.end.items() if isinstance(a, _CONTAINERS)}
+
+    def lend(self):
+        """For the next evaluation: what there was at the start, tensors that were written to as new ones."""
         for key in self.end.keys() - self.start.keys():
             _set(self.owner, key, None, gone=True)
         for key, a in self.start.items():
@@ -115,7 +122,7 @@ class Memory:
         return uncounted or (key in self.versions and a._version != self.versions[key])
 
     def take_back(self):
-        """What the first evaluation left."""
+        """Bring that back."""
         for key in _contents(self.owner).keys() - self.end.keys():
             _set(self.owner, key, None, gone=True)
         for key, a in self.end.items():
@@ -233,7 +240,7 @@ def _reached(functions):
         elif isinstance(a, types.CellType):
             if _filled(a) and not isinstance(a.cell_contents, _LEADING[:2]):
                 found.append(a)
-        elif isinstance(a, _CONTAINERS):
+        elif isinstance(a, (*_CONTAINERS, torch.Generator)):
             found.append(a)
     return found
 
@@ -260,7 +267,7 @@ def _behind(a):
     return [*attributes, *([call] if isinstance(call, types.FunctionType) else [])]
 
 
-_LEADING = (nn.Module, types.FunctionType, types.MethodType, functools.partial, *_CONTAINERS)
+_LEADING = (nn.Module, types.FunctionType, types.MethodType, functools.partial, torch.Generator, *_CONTAINERS)
 _SILENT = (type, types.BuiltinFunctionType, torch.Tensor, types.ModuleType, str, int, float, type(None))
 
 
@@ -273,3 +280,14 @@ def _may_lead(a):
 def _names(code):
     """Of the module level, those of the functions inside it too."""
     return {*code.co_names, *(n for c in code.co_consts if isinstance(c, types.CodeType) for n in _names(c))}
+
+
+_NOISY = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d, nn.MultiheadAttention, nn.RNNBase, _NormBase)
+
+
+def moves(f):
+    """Whether f may draw or remember, for all that can be seen while it is compiled."""
+    if not isinstance(f, nn.Module):
+        return True
+    own = ("torch.nn.", "fastscore.")
+    return any(m.training and (isinstance(m, _NOISY) or not type(m).__module__.startswith(own)) for m in f.modules())

@@ -2,6 +2,7 @@
 
 import torch
 
+from fastscore.dual.once import Once
 from fastscore.losses.projections import check_data, check_score, derivatives
 from fastscore.ops import checks
 
@@ -52,13 +53,30 @@ def implicit(score, x, chunk=16, arguments=()):
 
 def divergence(op, score, x, chunk=16, arguments=()):
     """s(x) and the trace of its Jacobian, (B,) in the compute dtype: d unit tangents, `chunk` at a time."""
-    dtype, d, trace = checks.compute_dtype(x.dtype), x[:1].numel(), 0
+    dtype, d = checks.compute_dtype(x.dtype), x[:1].numel()
     if d == 0:   # no samples, or samples of no coordinates
         return x, checks.per_sample_sum(x.to(dtype))
+    if d > chunk:
+        return _in_parts(op, score, x, chunk, arguments)
+    return _part(op, score, x, torch.eye(d, dtype=x.dtype, device=x.device), 0, arguments)
+
+
+@torch.compiler.disable(reason="the parts of an exact trace count as one evaluation of the network, eagerly")
+def _in_parts(op, score, x, chunk, arguments):
+    """Of one draw and one state of the network: its first evaluation moves them."""
+    d, trace, value, once = x[:1].numel(), 0, None, Once(x.device, score)
     units = torch.eye(d, dtype=x.dtype, device=x.device)
     for first in range(0, d, chunk):
-        e = units[first : first + chunk]
-        s, js = derivatives(op, score, x, e.view(-1, 1, *x.shape[1:]).expand(-1, *x.shape), arguments)
-        diagonal = js.reshape(len(e), len(x), d)[:, :, first : first + chunk].diagonal(dim1=0, dim2=2)   # (B, chunk)
-        trace = trace + diagonal.to(dtype).sum(1)
-    return s, trace
+        with once:
+            s, part = _part(op, score, x, units[first : first + chunk], first, arguments)
+        value = s if value is None else value
+        trace = trace + part
+    return value, trace
+
+
+def _part(op, score, x, e, first, arguments):
+    """s(x), and the entries of the trace that the units e select."""
+    d = x[:1].numel()
+    s, js = derivatives(op, score, x, e.view(-1, 1, *x.shape[1:]).expand(-1, *x.shape), arguments)
+    diagonal = js.reshape(len(e), len(x), d)[:, :, first : first + len(e)].diagonal(dim1=0, dim2=2)   # (B, len(e))
+    return s, diagonal.to(checks.compute_dtype(x.dtype)).sum(1)

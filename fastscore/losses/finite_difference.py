@@ -1,9 +1,11 @@
 """Sliced score matching by finite differences."""
 
+import contextlib
 import math
 
 import torch
 
+from fastscore.dual.once import Once, moves
 from fastscore.losses.projections import check_data, check_score, directions, dot
 from fastscore.ops import checks
 
@@ -34,7 +36,8 @@ def finite_difference_sliced(
 
     Args:
         epsilon: ε > 0, the length of h v (exactly for signs and the sphere, on average for normals).
-        Everything else as in `sliced`; 2M evaluations of the score.
+        Everything else as in `sliced`; 2M evaluations of the score, which draw the same random numbers, and of which the first moves its
+            state (running statistics, buffers, counters). Its hooks run each time.
 
     Returns:
         (B,), float32 (float64 for float64), differentiable in x and the parameters of score.
@@ -56,11 +59,28 @@ def finite_difference_sliced(
     if not isinstance(epsilon, float) or epsilon == 0:
         raise ValueError(f"{op}: epsilon must be a number > 0; got {checks.shown(epsilon)}.")
     h = epsilon / math.sqrt(max(1, x[:1].numel()))
-    return torch.stack([_one(op, score, x, d, mask, h, variance_reduced) for d in v]).mean(0)
+    if not torch.compiler.is_compiling():
+        return _mean(op, score, x, v, mask, h, variance_reduced, Once(x.device, score))
+    if moves(score):   # a graph cannot set the generators back
+        return _eagerly(op, score, x, v, mask, h, variance_reduced)
+    return _mean(op, score, x, v, mask, h, variance_reduced, contextlib.nullcontext())
 
 
-def _one(op, score, x, v, mask, h, variance_reduced):
-    plus, minus = (score((x + step * v).to(x.dtype)) for step in (h, -h))
+@torch.compiler.disable(reason="the evaluations of a network that draws or remembers count as one, eagerly")
+def _eagerly(op, score, x, *rest):
+    return _mean(op, score, x, *rest, Once(x.device, score))
+
+
+def _mean(op, score, x, v, mask, h, variance_reduced, once):
+    return torch.stack([_one(op, score, x, d, mask, h, variance_reduced, once) for d in v]).mean(0)
+
+
+def _one(op, score, x, v, mask, h, variance_reduced, once):
+    # The two differ in x alone: one draw, one state.
+    with once:
+        plus = score((x + h * v).to(x.dtype))
+    with once:
+        minus = score((x - h * v).to(x.dtype))
     check_score(op, plus, x)
     dtype = checks.compute_dtype(x.dtype)
     plus, minus, v = (t.to(dtype) for t in (plus, minus, v))

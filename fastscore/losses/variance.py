@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastscore import random
+from fastscore.dual.once import Once
 from fastscore.losses.projections import DISTRIBUTIONS, check_data, check_score, derivatives, directions, reduce
 from fastscore.ops import checks
 
@@ -70,10 +71,13 @@ def variance_report(score, x, *, projections=(1, 2, 4, 8), draws=64, seed=None):
     check_data(op, x, score)
     if len(x) < 2:
         raise ValueError(f"{op}: x must hold at least 2 samples.")
-    seed, rows = random.draw_seed() if seed is None else seed, []
+    seed, rows, once = random.draw_seed() if seed is None else seed, [], Once(x.device, score)
     for distribution in DISTRIBUTIONS:
         v = directions(op, x, draws, distribution, seed=seed)
-        measured = [_both(op, score, x, d[None]) for d in v]
+        measured = []
+        for d in v:
+            with once:   # the directions alone differ
+                measured.append(_both(op, score, x, d[None]))
         for form, variance_reduced in enumerate((False, True)):
             losses = torch.stack([m[form] for m in measured]).double()   # (draws, B)
             rows.append(_row(losses, distribution, variance_reduced, projections))

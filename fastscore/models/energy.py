@@ -14,6 +14,7 @@ from fastscore.dual.compiled import as_written
 from fastscore.dual.jets import second_order
 from fastscore.dual.norms import RightNorms
 from fastscore.dual.numbers import Dual, NoRule
+from fastscore.dual.once import Once
 from fastscore.models.score_mlp import Trunk
 from fastscore.ops import checks
 from fastscore.ops.functions import released
@@ -141,11 +142,13 @@ class EnergyScore(nn.Module):
         """
         if self._whole or _needs_whole(self.f, x):
             return self._along_by_jvp(x, v, arguments)
+        once = Once(x.device, self.f)
         try:
             with torch.enable_grad():
                 _, slope, curvature = second_order(lambda x: self.f(x, *arguments), x, v, straight=not _writes_in_place(self.f))
         except Exception:   # whatever it was: on the other path it comes again, or it came of ours
             self._whole = True
+            once.undo()
             return self._along_by_jvp(x, v, arguments)
         wanted = self._leaf(x)[1] or (torch.is_grad_enabled() and v.requires_grad)
         return tuple((t if wanted else t.detach()).to(checks.compute_dtype(v.dtype)) for t in (slope, curvature))

@@ -1,0 +1,234 @@
+"""One call of jvp or of a loss draws and remembers as one call of f, whatever way it takes and however often f is evaluated."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import spectral_norm as old_spectral_norm
+from torch.nn.utils.parametrizations import spectral_norm
+
+from fastscore import jvp, losses
+from fastscore.models import EnergyScore
+
+DROPOUTS = {
+    "torch.dropout": lambda x: torch.dropout(x, 0.5, True),
+    "torch.feature_dropout": lambda x: torch.feature_dropout(x, 0.5, True),
+    "torch.native_dropout": lambda x: torch.native_dropout(x, 0.5, True)[0],
+    "torch.alpha_dropout": lambda x: torch.alpha_dropout(x, 0.5, True),
+    "torch.feature_alpha_dropout": lambda x: torch.feature_alpha_dropout(x, 0.5, True),
+    "torch.rrelu": lambda x: torch.rrelu(x, training=True),
+    "torch.ops": lambda x: torch.ops.aten.native_dropout(x, 0.5, True)[0],
+    "F.dropout": lambda x: F.dropout(x, 0.5, True),
+    "F.dropout2d": lambda x: F.dropout2d(x[:, :, None, None], 0.5)[:, :, 0, 0],
+    "F.dropout-in-place": lambda x: (lambda h: F.dropout(h, 0.5, True, True) + h)(x * 1),
+    "torch.dropout_": lambda x: (lambda h: torch.dropout_(h, 0.5, True) + h)(x * 1),
+    "F.alpha_dropout": lambda x: F.alpha_dropout(x, 0.5, True),
+    "F.rrelu": lambda x: F.rrelu(x, training=True),
+    "F.gumbel_softmax": lambda x: F.gumbel_softmax(x, tau=0.7),
+    "bernoulli": lambda x: x * torch.bernoulli(x.sigmoid()),
+    "rand_like": lambda x: x * torch.rand_like(x) + x * torch.rand(x.shape, dtype=x.dtype),
+    "normal": lambda x: torch.normal(x, 1.0) * x,
+    "generator": lambda x: torch.normal(x, 1.0, generator=GENERATOR) * x,
+    "normal_": lambda x: x * torch.empty_like(x).normal_(),
+    "vote": lambda x: x * (torch.rand(()) < 0.5) + x[:, torch.randperm(x.shape[1])],
+    "attention": lambda x: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None], dropout_p=0.5)[0, 0],
+    "numpy-like": lambda x: Drawn.apply(x),
+    "gradient": lambda x: through_gradient(lambda x: F.dropout(x, 0.5).square().sum(), x),
+    "as_strided": lambda x: torch.as_strided(F.dropout(x * 1, 0.5), x.shape, (x.shape[1], 1)) * x,
+}
+GENERATOR = torch.Generator()
+# PyTorch's reverse mode takes what normal(x, 1) draws for a constant; its forward mode, jvp and differences take it for x + z.
+SHIFTED = {
+    "normal": lambda x: (x + torch.normal(torch.zeros_like(x), 1.0)) * x,
+    "generator": lambda x: (x + torch.normal(torch.zeros_like(x), 1.0, generator=GENERATOR)) * x,
+}
+
+
+class Drawn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        mask = (torch.rand(x.shape) < 0.5).to(x.dtype)
+        ctx.save_for_backward(mask)
+        return x * mask
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0]
+
+
+def through_gradient(f, x):
+    with torch.enable_grad():
+        x = x if x.requires_grad else x.requires_grad_()
+        return torch.autograd.grad(f(x), x, create_graph=True)[0]
+
+
+def seeded():
+    torch.manual_seed(7)
+    GENERATOR.manual_seed(7)
+
+
+def reference(f, x, v):
+    seeded()
+    x = x.clone().requires_grad_()
+    y = f(x)
+    u = torch.zeros_like(y).requires_grad_()
+    (g,) = torch.autograd.grad(y, x, u, create_graph=True)
+    js = torch.stack([torch.autograd.grad(g, u, d, retain_graph=True)[0] for d in v])
+    return y.detach(), js, torch.get_rng_state(), GENERATOR.get_state()
+
+
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_one_call_draws_once(name):
+    f = DROPOUTS[name]
+    x, v = torch.randn(4, 6).double(), torch.randn(3, 4, 6).double()
+    y, js, *states = reference(SHIFTED.get(name, f), x, v)
+    seeded()
+    ours = jvp(f, x.clone(), v)
+    assert torch.allclose(ours[0], y) and torch.allclose(ours[1], js)
+    assert torch.equal(torch.get_rng_state(), states[0]) and torch.equal(GENERATOR.get_state(), states[1])
+
+
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_chunks_and_differences_see_one_draw(name):
+    f = DROPOUTS[name]
+    x = torch.randn(2, 6).double() + 3
+    seeded()
+    whole = losses.exact(f, x.clone(), chunk=6)
+    after = torch.get_rng_state()
+    for chunk in (1, 4):
+        seeded()
+        assert torch.allclose(losses.exact(f, x.clone(), chunk=chunk), whole)
+        assert torch.equal(torch.get_rng_state(), after)
+    if name in ("bernoulli", "vote", "gradient"):   # whose value jumps, or which no difference of scores measures
+        return
+    v = torch.randn(2, 2, 6).double()
+    seeded()
+    sliced = losses.sliced(f, x.clone(), v=v)
+    seeded()
+    differences = losses.finite_difference_sliced(f, x.clone(), v=v, epsilon=1e-4)
+    assert torch.allclose(differences, sliced, rtol=1e-5) and torch.equal(torch.get_rng_state(), after)
+
+
+def test_masks_of_exact_give_multiples_of_four():
+    """Of one mask: trace and ½‖s‖² of a factor 2 on k of six coordinates are 2k + 2k."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert losses.exact(nn.Dropout(0.5), torch.ones(1, 6), chunk=1) % 4 == 0
+
+
+class Average(nn.Module):
+    """Remembers in every way."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+        self.calls, self.notes, self.plain = 0, [], torch.zeros(2, dtype=torch.float64)
+
+    def forward(self, x):
+        self.calls += 1
+        self.notes.append(self.calls)
+        self.plain += 1
+        self.mean.lerp_(x.detach().mean(0), 0.1)
+        return x * (1 + self.mean * self.calls) + self.plain.sum()
+
+
+class ByGradient(nn.Module):
+    def forward(self, x):
+        return through_gradient(lambda x: x.sin().sum(), x) + x
+
+
+class Sign(nn.Module):
+    def forward(self, x):
+        return Drawn.apply(x) + x
+
+
+def network(*more, norm=nn.BatchNorm1d):
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 4), norm(4), nn.SiLU(), spectral_norm(nn.Linear(4, 4)), old_spectral_norm(nn.Linear(4, 4)), Average()
+    return nn.Sequential(*layers, *more, nn.Dropout(0.3), nn.Linear(4, 4)).double()
+
+
+NETWORKS = {
+    "carried": network,
+    "function": lambda: network(Sign()),
+    "gradient": lambda: network(ByGradient()),
+    "script": lambda: network(torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))),
+}
+LOSSES = {
+    "jvp": lambda f, x: jvp(f, x, torch.stack([torch.ones_like(x), x, x.cos()])),
+    "sliced": lambda f, x: losses.sliced(f, x, seed=0, projections=3),
+    "exact": lambda f, x: losses.exact(f, x, chunk=1),
+    "finite-difference": lambda f, x: losses.finite_difference_sliced(f, x, seed=0, projections=2),
+    "noise-conditional": lambda f, x: losses.noise_conditional(lambda x, s: f(x), x, [1.0, 0.5], method="sliced", seed=0, projections=2),
+    "noise-conditional-exact": lambda f, x: losses.noise_conditional(lambda x, s: f(x), x, [1.0, 0.5], method="exact", seed=0),
+    "variance-report": lambda f, x: losses.variance_report(f, x, draws=2, seed=0),
+    "no-grad": lambda f, x: torch.no_grad()(lambda: losses.sliced(f, x, seed=0, projections=2))(),
+}
+
+
+def observed(f, counted):
+    average = next(m for m in f.modules() if isinstance(m, Average))
+    return [*(b.clone() for b in f.buffers()), average.calls, list(average.notes), average.plain.clone(), list(counted)]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_memory_moves_once(name, loss):
+    """Counters and averages by one step of the data's; the mean of noisy or shifted data is another, so that is what is compared last."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        f, x = NETWORKS[name](), torch.randn(5, 4).double()
+        reference, counted, expected = copy.deepcopy(f), [], []
+    f[0].register_forward_hook(lambda m, i, o: counted.append(1))
+    reference[0].register_forward_hook(lambda m, i, o: expected.append(1))
+    torch.manual_seed(3)
+    LOSSES[loss](f, x)
+    torch.manual_seed(3)
+    reference(x.clone())
+    got, right = observed(f, counted), observed(reference, expected)
+    same_data = loss in ("jvp", "sliced", "exact", "variance-report", "no-grad")
+    for a, b in zip(got, right, strict=True):
+        if not isinstance(a, torch.Tensor):
+            assert a == b
+        elif same_data or not a.is_floating_point():
+            assert torch.allclose(a, b)
+        else:
+            assert a.shape == b.shape and a.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", ["exact", "finite-difference"])
+def test_gradients_survive_several_evaluations(loss):
+    """What the later evaluations write to is not what the earlier ones saved: backward goes through all of them."""
+    f, x = network(), torch.randn(5, 4).double()
+    LOSSES[loss](f, x).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in f.parameters())
+
+
+def test_a_second_order_attempt_that_fails_leaves_no_trace():
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return Drawn.apply(x.sin()).sum(1)
+
+    score, x = EnergyScore(Counted()), torch.randn(3, 4).double()
+    for n in (1, 2):
+        losses.sliced(score, x, seed=0, variance_reduced=False)
+        assert score.f.calls == n
+
+
+def test_a_large_tensor_that_f_writes_into_is_said():
+    table = torch.zeros(2**21)
+
+    def f(x):
+        table.add_(1)
+        return x * table[0]
+
+    with pytest.raises(RuntimeError, match="has to be evaluated more than once"):
+        losses.exact(f, torch.ones(1, 2), chunk=1)
