@@ -42,7 +42,7 @@ import numpy as np
 from fastscore.guidance.operators import LUMA
 
 PICTURES = (".png", ".jpg", ".jpeg")
-UNREAD = (".bmp", ".gif", ".npy", ".pgm", ".ppm", ".tif", ".tiff", ".webp")   # images that a folder must not hold unread
+UNREAD = (".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")   # images that a folder must not hold unread
 _DAMAGE = (OSError, EOFError, ValueError, SyntaxError, zlib.error, zipfile.BadZipFile)
 _WORDS = {"grey": ("channels", 1), "rgb": ("channels", 3), "channels-first": ("first", True), "channels-last": ("first", False),
           "on-white": ("background", 1.0), "on-black": ("background", 0.0)}  # fmt: skip
@@ -117,32 +117,36 @@ def read_folder(source: str | Path) -> np.ndarray:
     """All pictures of a folder and its folders, in the order of their names, float32 (N, C, H, W)."""
     folder, reading = parse(source)
     files = _pictures_of(folder)
-    images, first, tops = None, None, {}
-    for i, file in enumerate(files):
-        raw = _picture(file, reading)
-        image, dtype = _to_channels(_unit(raw, reading, file), reading, file), raw.array.dtype
-        tops[dtype] = max(tops.get(dtype, 0), raw.array.max())
-        if images is None:
-            images, first = np.empty((len(files), *image.shape), np.float32), image
-        if len(image) != len(first):
-            raise ValueError(
-                f"{folder} holds grey images and images in colour ({files[0].name} has {len(first)} channels, "
-                f"{file.name} {len(image)}): say {folder}:grey or {folder}:rgb."
-            )
-        if image.shape != first.shape:
-            sizes = f"{files[0].name} is {first.shape[1:]}, {file.name} {image.shape[1:]}"
-            raise ValueError(f"all images must have one size; {sizes}.")
-        images[i] = image
+    raws = [_picture(file, reading) for file in files]
+    _check_alike(files, raws, reading, folder)
     # One look at all pictures of a depth: a single one may be dark.
-    for dtype, top in tops.items():
-        _check_white(top, dtype, reading, folder)
-    return images
+    dtypes = {raw.array.dtype for raw in raws}
+    if len(dtypes) == 1 and reading.channels is None and all(raw.alpha is None for raw in raws):
+        array = np.stack([raw.array for raw in raws])
+        _check_white(array.max(), array.dtype, reading, folder)
+        return _unit(_Raw(array), reading, folder)
+    for dtype in dtypes:
+        _check_white(max(raw.array.max() for raw in raws if raw.array.dtype == dtype), dtype, reading, folder)
+    return np.stack([_to_channels(_unit(raw, reading, file), reading, file) for file, raw in zip(files, raws)])
+
+
+def _check_alike(files, raws, reading, folder):
+    first = raws[0].array.shape
+    for file, (array, _) in zip(files, raws):
+        if len(array) != first[0] and reading.channels is None:
+            raise ValueError(
+                f"{folder} holds grey images and images in colour ({files[0].name} has {first[0]} channels, "
+                f"{file.name} {len(array)}): say {folder}:grey or {folder}:rgb."
+            )
+        if array.shape[1:] != first[1:]:
+            sizes = f"{files[0].name} is {first[1:]}, {file.name} {array.shape[1:]}"
+            raise ValueError(f"all images must have one size; {sizes}.")
 
 
 def _pictures_of(folder):
-    every = sorted(p for p in folder.rglob("*") if p.is_file())
-    files = [p for p in every if p.suffix.lower() in PICTURES]
-    others = [p for p in every if p.suffix.lower() in UNREAD]
+    every = {p: p.suffix.lower() for p in folder.rglob("*")}
+    files = sorted(p for p, suffix in every.items() if suffix in PICTURES)
+    others = sorted(p for p, suffix in every.items() if suffix in UNREAD)
     if not files:
         raise ValueError(f"{folder} holds no images ({', '.join(PICTURES)}).")
     if others:
@@ -201,17 +205,22 @@ def _picture(path, reading):
     if reading.first is not None:
         raise ValueError(f"{path} is a picture; channels-first and channels-last are for arrays.")
     try:
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
+        with open(path, "rb") as file:
+            head = file.read(25)
+            file.seek(0)
+            image = Image.open(file, formats=("PNG", "JPEG"))
             # Of a JPEG with several pictures, the first is the photograph.
-            if getattr(image, "n_frames", 1) > 1 and image.format == "PNG":
+            if image.format == "PNG" and image.n_frames > 1:
                 raise _Refused(f"{path} holds {image.n_frames} frames; store one picture in a file.")
-            array, alpha = _pixels(ImageOps.exif_transpose(image), _depth(path), path)
+            image = ImageOps.exif_transpose(image) if image.getexif() else image
+            depth = head[24] if image.format == "PNG" else 8   # bits of a sample
+            array, alpha = _pixels(image, depth, path)
     except _Refused as refused:
         raise ValueError(str(refused)) from None
     except (*_DAMAGE, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable PNG or JPEG image ({type(error).__name__}).") from None
 
-    array = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+    array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
     if alpha is None or (alpha == 255).all():
         return _Raw(array)
     if reading.background is None:
@@ -221,13 +230,6 @@ def _picture(path, reading):
 
 class _Refused(Exception):
     """A picture that can be read, but is not taken."""
-
-
-def _depth(path):
-    """Bits of a sample: what a PNG's header says, 8 for a JPEG."""
-    with open(path, "rb") as file:
-        head = file.read(25)
-    return head[24] if head.startswith(b"\x89PNG") else 8
 
 
 def _pixels(image, depth, path):
@@ -278,9 +280,12 @@ def _unit(raw, reading, path, slack=0.0):
     white = 1 if kind == "b" else reading.white
     if white is None:
         white = np.iinfo(array.dtype).max if kind in "iu" else 1
-    array = np.ascontiguousarray(array.astype(np.float32) / np.float32(white))
-
-    low, high = float(array.min()), float(array.max())
+    if white != 1 or array.dtype != np.float32:
+        array = np.ascontiguousarray(np.divide(array, np.float32(white), dtype=np.float32))
+    if kind in "bu" and reading.white is None:
+        low, high = 0.0, 1.0   # within by the division
+    else:
+        low, high = float(array.min()), float(array.max())
     if low < -slack or high > 1 + slack:
         within = "[0, 1]" if not slack else f"[{-slack:.3g}, {1 + slack:.3g}]"
         raise ValueError(f"{path} must have values in {within}, or say {path}:max=N; got {low:.6g} to {high:.6g}.")

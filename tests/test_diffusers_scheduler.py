@@ -1,6 +1,7 @@
 """AnnealedLangevinScheduler is a scheduler of diffusers: what its common scheduler tests assert, and pipelines that are saved and cast."""
 
 import copy
+import importlib.util
 import inspect
 import json
 import logging
@@ -271,6 +272,12 @@ def test_wrong_numbers_are_refused_at_once(name, value):
 def test_numbers_may_be_tensors():
     config = cls(LADDER, seed=torch.tensor(2**40), step_size=torch.tensor(0.5)).config
     assert config.seed == 2**40 and config.step_size == 0.5 and json.dumps(dict(config))
+
+
+def test_without_diffusers_the_way_out_is_said(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="a scheduler of diffusers, which is not installed: pip install diffusers"):
+        _ = interop.AnnealedLangevinScheduler
 
 
 # Pipelines
