@@ -215,14 +215,34 @@ def call(backend: str, op: str, *args) -> None:
         if backend == "triton" and _nothing_between(args):
             _launcher(op)(*args)
             return
+        symbolic = torch._C._len_torch_dispatch_stack() and any(isinstance(a, torch.SymInt) for a in args)
         with torch._C._AutoDispatchBelowAutograd():
-            raw(backend, op)(*args)
+            (_symbolic if symbolic else raw)(backend, op)(*args)
     except Exception as error:
         refuse_batched(error)
         if not _clones_what_is_written(error):
             raise
         with torch.utils._python_dispatch._disable_current_modes(), torch._C._AutoDispatchBelowAutograd():
             raw(backend, op)(*args)
+
+
+_NAMESPACE = "fastscore_symbolic"
+
+
+@functools.cache
+def _symbolic(backend: str, op: str):
+    """A raw op whose offset a compiled graph may leave open: an `int` would be a constant of the graph."""
+    plain = raw(backend, op)
+    name = f"{backend}_{op}"
+    schema = str(plain._schema).replace("int offset", "SymInt offset")
+
+    library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+    library.define(name + schema[schema.index("(") :])
+    library.impl(name, lambda *args: plain(*args), "CompositeExplicitAutograd")
+    _guards.append(library)
+
+    _finish(f"{_NAMESPACE}::{name}")
+    return getattr(getattr(torch.ops, _NAMESPACE), name).default
 
 
 def _clones_what_is_written(error: Exception) -> bool:

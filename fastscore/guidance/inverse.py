@@ -95,7 +95,7 @@ def _variance(x, arguments, noise):
     if isinstance(arguments[0], torch.Tensor) and _tracked(arguments[0]):
         raise ValueError("linear_inverse: there is no derivative with respect to sigma; detach it.")
     sigma = checks.coefficient("linear_inverse", "sigma", arguments[0], x, minimum=0)
-    sigma = torch.as_tensor(sigma, dtype=checks.compute_dtype(x.dtype), device=x.device)
+    sigma = sigma if isinstance(sigma, torch.Tensor) else checks.as_tensor(sigma, x)
     return sigma.square().reshape(-1, *[1] * (x.dim() - 1))
 
 

@@ -32,7 +32,7 @@ class _Adapter(nn.Module):
         """σ as (B,), checked, in the compute dtype."""
         checks.check_float(type(self).__name__, "x", x)
         sigma = checks.coefficient(type(self).__name__, "sigma", sigma, x, minimum=1e-30)
-        return torch.as_tensor(sigma, dtype=checks.compute_dtype(x.dtype), device=x.device).expand(x.shape[:1])
+        return (sigma if isinstance(sigma, torch.Tensor) else checks.as_tensor(sigma, x)).expand(x.shape[:1])
 
     def unet(self, x, condition):
         """A UNet's answer in x's dtype; of twice the channels (a learned variance) the first half."""

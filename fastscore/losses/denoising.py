@@ -31,8 +31,7 @@ def denoising(score, x, sigma, *, seed, step=0, offset=0):
 
 def _each(x, sigma):
     sigma = checks.coefficient("denoising", "sigma", sigma, x, minimum=0)
-    dtype = checks.compute_dtype(x.dtype)   # a number becomes a tensor on the device: a copy from the host would be waited for
-    each = sigma.expand(x.shape[0]) if isinstance(sigma, torch.Tensor) else torch.full(x.shape[:1], sigma, dtype=dtype, device=x.device)
+    each = sigma.expand(x.shape[0]) if isinstance(sigma, torch.Tensor) else checks.as_tensor(sigma, x).repeat(x.shape[0])
     if checks.readable() and each.device.type == "cpu" and bool((each <= 0).any()):
         raise ValueError("denoising: sigma must be > 0; got 0.")
     return each

@@ -58,7 +58,7 @@ class NCSN(RefineNet):
         """The index (B,) of the level nearest to sigma (a float, 0-d or (B,)) in log σ."""
         sigma = checks.coefficient("NCSN", "sigma", sigma, x)
         if not isinstance(sigma, torch.Tensor):
-            sigma = torch.full((), sigma, dtype=checks.compute_dtype(x.dtype), device=x.device)
+            sigma = checks.as_tensor(sigma, x)
         distance = (sigma.log()[..., None] - self.sigmas.to(sigma.device, sigma.dtype).log()).abs()  # (B, L)
         nearest, labels = distance.min(-1)
         if sigma.device.type == "cpu" and checks.readable():

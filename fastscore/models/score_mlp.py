@@ -51,7 +51,7 @@ class Trunk(nn.Module):
             return None
         sigma = checks.coefficient(self._name, "sigma", sigma, x, minimum=_SMALLEST)
         if not isinstance(sigma, torch.Tensor):   # made on the device: a copy from the host would be waited for
-            sigma = torch.full((), sigma, dtype=checks.compute_dtype(x.dtype), device=x.device)
+            sigma = checks.as_tensor(sigma, x)
         return sigma.reshape(-1, 1)
 
     def inputs(self, x, sigma):

@@ -72,6 +72,19 @@ def coefficient(op, name, value, x, *, minimum=-math.inf):
     return value.reshape(x.shape) if x.dim() == 0 else value   # one sample without a dimension
 
 
+def in_graph(c, x):
+    """A coefficient as a compiled graph takes it: a number would be a constant of the graph, and every new one a recompilation."""
+    return c if isinstance(c, torch.Tensor) or not torch.compiler.is_compiling() else as_tensor(c, x)
+
+
+def as_tensor(c, x):
+    """A number as a tensor in the compute dtype, made on x's device: a copy from the host would be waited for."""
+    dtype = compute_dtype(x.dtype)
+    if torch.compiler.is_compiling():   # AOTAutograd keeps the number of a product open, but makes a constant of what torch.full takes
+        return torch.ones((), dtype=dtype, device=x.device) * c
+    return torch.full((), c, dtype=dtype, device=x.device)
+
+
 def _first_wrong(values, minimum):
     if values.numel() < 9:
         return values.tolist()

@@ -35,7 +35,7 @@ def denoising_loss(score, sigma, *, noise=None, seed=None, step=0, offset=0, bac
     checks.check_float(op, "score", score)
     if score.dim() == 0:
         raise ValueError(f"{op}: score must be (B, *); got a 0-d tensor.")
-    sigma = checks.coefficient(op, "sigma", sigma, score, minimum=0)
+    sigma = checks.in_graph(checks.coefficient(op, "sigma", sigma, score, minimum=0), score)
     if (noise is None) == (seed is None):
         raise ValueError(f"{op}: give either the noise or the seed that perturb used; got {'neither' if noise is None else 'both'}.")
     chosen = _backend.choose(score.device, backend)

@@ -38,6 +38,7 @@ def noisy_update(
     """
     checks.check_float("noisy_update", "x", x)
     a, b = checks.coefficient("noisy_update", "drift", drift, x), checks.coefficient("noisy_update", "diffusion", diffusion, x)
+    a, b = checks.in_graph(a, x), checks.in_graph(b, x)
     return _door("noisy_update", x, direction, a, b, noise, seed, step, stream, offset, out, backend)
 
 
@@ -65,6 +66,7 @@ def langevin_step(
     checks.check_float("langevin_step", "x", x)
     e = checks.coefficient("langevin_step", "step_size", step_size, x, minimum=0)
     half, root = 0.5 * e, e.sqrt() if isinstance(e, torch.Tensor) else math.sqrt(e)
+    half, root = checks.in_graph(half, x), checks.in_graph(root, x)
     return _door("langevin_step", x, score, half, root, noise, seed, step, stream, offset, out, backend, direction_name="score")
 
 
@@ -86,7 +88,7 @@ def perturb(x, sigma, *, noise=None, seed=None, step=0, offset=0, out=None, back
     tensor([1.5000])
     """
     checks.check_float("perturb", "x", x)
-    b = checks.coefficient("perturb", "sigma", sigma, x, minimum=0)
+    b = checks.in_graph(checks.coefficient("perturb", "sigma", sigma, x, minimum=0), x)
     return _door("perturb", x, None, 0.0, b, noise, seed, step, random.PERTURB, offset, out, backend, direction_name=None)
 
 
