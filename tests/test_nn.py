@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastscore import losses
 from fastscore import nn as fnn
 
 C, L = 3, 4
@@ -305,6 +306,24 @@ class Modulated(nn.Module):
 
     def forward(self, x):
         return self.layers[1](2 * self.layers[0](x) - 1)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_replaced_group_norm_takes_features_without_pixels(affine):
+    """nn.GroupNorm on (N, C), as MLPs have it: value, and the gradient of a sliced loss."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.GroupNorm(2, 6, affine=affine), nn.SiLU(), nn.Linear(6, 4)).double()
+    x, parameters = torch.randn(5, 4).double(), list(net.parameters())
+    stock = net(x), losses.sliced(net, x, seed=0)
+    expected = torch.autograd.grad(stock[1].sum(), parameters[:2])
+    fnn.replace_norms(net)
+    loss = losses.sliced(net, x, seed=0)
+    assert torch.allclose(net(x), stock[0]) and torch.allclose(loss, stock[1])
+    for found, right in zip(torch.autograd.grad(loss.sum(), parameters[:2]), expected):
+        assert torch.allclose(found, right)
+    adaptive = fnn.AdaGroupNorm(3, 4, 2).double()
+    e = torch.randn(5, 3).double()
+    assert torch.equal(adaptive(x, e), adaptive(x[..., None], e)[..., 0])
 
 
 def test_silu_is_left_where_it_must_be():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from operator_sweep import Case, examine
+from operator_sweep import Case, examine, full_name, operators, sweep, table
 
 from fastscore.dual import numbers
 
@@ -78,23 +78,6 @@ def test_where_stock_formulas_fail(name, M):
     assert verdict.outcome == "right", verdict
 
 
-def beside(x):
-    """An operation that has no rule and no forward mode."""
-    return Exponential.apply(x)
-
-
-class Exponential(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        y = x.exp()
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * ctx.saved_tensors[0]
-
-
 BESIDE = {**STOCK, "glu": (lambda x: F.glu(x), B[0]), "hardsigmoid": (lambda x: F.hardsigmoid(x) + F.hardswish(x), B[0])}
 
 
@@ -113,3 +96,50 @@ def test_where_stock_formulas_fail_in_forward_mode_as_a_whole(name, monkeypatch)
     monkeypatch.setattr(numbers, "_stacked", no_stack)
     verdict = examine(Case(name, seeded, x, seeded), 3)
     assert verdict.outcome == "right", verdict
+
+
+# One of every kind of operator: arithmetic, a scan, views, indices, algebra, layers, a constant, a refusal.
+FEW = """
+    add cumprod meshgrid.list_of_tensors tensor_split index_put scatter_reduce.prod linalg.solve linalg.eigh nn.functional.hardsigmoid
+    nn.functional.layer_norm nn.functional.dropout special.bessel_j0 floor_divide as_strided_scatter
+""".split()
+
+
+def faults(ops, most):
+    found = []
+    rows = sweep(ops, most, report=lambda name, M, verdict: found.append((name, M, verdict)))
+    return rows, found
+
+
+def test_a_few_operators():
+    ops = [op for op in operators() if full_name(op) in FEW]
+    rows, found = faults(ops, 1)
+    assert not found, found
+    assert len(rows) == len(ops) == len(FEW)
+    assert rows["special.bessel_j0"].counts.keys() == {"refused"} and "as a constant" in rows["special.bessel_j0"].why
+    assert rows["add"].counts.keys() == {"rule"}
+    assert f"| cumprod | {rows['cumprod'].counts['rule']} |" in table(rows)
+
+
+PARTS = 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_operator(part):
+    """None wrong, none that ends in an error which PyTorch's reverse mode does not have."""
+    rows, found = faults(operators()[part::PARTS], 6)
+    assert not found, found
+    assert len(rows) > 12
+
+
+def test_a_wrong_rule_is_found(monkeypatch):
+    """The sweep itself: a rule whose tangent is one percent off, one without the gradient of its tangent."""
+    from fastscore.dual.numbers import Dual
+    from fastscore.dual.rules import RULES
+
+    right = RULES[torch.sin]
+    for wrong in (lambda s: torch.cat([s[:1], 1.01 * s[1:]]), lambda s: torch.cat([s[:1], s[1:].detach()])):
+        monkeypatch.setitem(RULES, torch.sin, lambda x, wrong=wrong: Dual(wrong(right(x).stack)))
+        verdict = examine(Case("sin", torch.sin, B[0][0], torch.sin), 3)
+        assert verdict.outcome == "wrong", verdict

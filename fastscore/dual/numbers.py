@@ -397,6 +397,7 @@ _VALUES = """
 """.split()
 _VALUES = {getattr(holder, name) for holder in (torch.Tensor, torch) for name in _VALUES if hasattr(holder, name)}
 _OUT_OF_TORCH = {torch.Tensor.numpy, torch.Tensor.__array__}
+_STEPS = {torch.floor_divide, torch.Tensor.floor_divide, torch.Tensor.__floordiv__, torch.Tensor.__rfloordiv__}   # without a derivative
 _LIKE = {getattr(torch, name) for name in ("zeros_like", "ones_like", "empty_like", "full_like")}
 # Random as values, and in place.
 _VALUES |= {getattr(torch, name) for name in ("bernoulli", "multinomial", "poisson")} | {torch.Tensor.bernoulli, torch.Tensor.multinomial}
@@ -421,7 +422,8 @@ _STORAGE = ("requires_grad_", "set_", "register_hook", "retain_grad", "as_stride
 def _on_values(func, args, kwargs):
     leaves, spec = tree_flatten((args, kwargs))
     args, kwargs = tree_unflatten([a.stack[0] if isinstance(a, Dual) else a for a in leaves], spec)
-    return func(*args, **kwargs)
+    with torch.no_grad() if func in _STEPS else contextlib.nullcontext():
+        return func(*args, **kwargs)
 
 
 def _special(func, args, kwargs):
@@ -580,7 +582,7 @@ def _generic(func, args, kwargs):
     with torch._C.DisableTorchFunctionSubclass(), _differentiable(name):
         try:
             outputs = [along(m) for m in range(1, len(stacks[0]))]
-        except NotImplementedError:   # it has no forward mode
+        except RuntimeError:   # it has no forward mode, or one with a fault; what f itself has done wrong comes again
             outputs = None
         if outputs is None:
             again()

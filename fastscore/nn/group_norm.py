@@ -24,7 +24,7 @@ class GroupNormAct(nn.Module):
         affine: learn w and b, `weight` and `bias` in the state_dict, as torch.nn.GroupNorm.
         activation: a, one of None, elu, silu, relu, gelu, softplus; no part of the state_dict.
 
-    Shapes: x (B, C, *), any float dtype -> the same.
+    Shapes: x (B, C, *) or (B, C), any float dtype -> the same.
 
     Raises:
         ValueError: num_groups does not divide C, or x does not have C channels.
@@ -40,6 +40,9 @@ class GroupNormAct(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(num_channels)) if affine else None)
 
     def forward(self, x):
+        if x.dim() == 2:   # features, as one pixel
+            return self(x[..., None])[..., 0]
+
         check_channels(self, x, "*")
         return group_norm_modulate(x, self.num_groups, self.weight, self.bias, eps=self.eps, activation=self.activation)
 
@@ -57,7 +60,7 @@ class AdaGroupNorm(nn.Module):
         eps: added to the variance.
         activation: a, as in GroupNormAct.
 
-    Shapes: x (B, C, *), emb (B, E) -> like x. `linear.weight` (2C, E), rows scale, shift; `linear.bias` (2C,).
+    Shapes: x (B, C, *) or (B, C), emb (B, E) -> like x. `linear.weight` (2C, E), rows scale, shift; `linear.bias` (2C,).
 
     Raises:
         ValueError: num_groups does not divide C, act_fn is unknown, or x does not have C channels.
@@ -75,6 +78,9 @@ class AdaGroupNorm(nn.Module):
         self.linear = nn.Linear(embedding_dim, 2 * out_dim)
 
     def forward(self, x, emb):
+        if x.dim() == 2:
+            return self(x[..., None], emb)[..., 0]
+
         check_channels(self, x, "*")
         scale, shift = self.linear(_EMBEDDING_ACTIVATIONS[self.act_fn](emb)).chunk(2, -1)
         return group_norm_modulate(x, self.num_groups, scale=scale, shift=shift, eps=self.eps, activation=self.activation)
