@@ -293,6 +293,8 @@ def refusal(error, plain, x, k, route) -> Verdict:
         reverse_mode(plain, x, k)
     except Exception:
         return Verdict("refused", route, f"PyTorch's: {first}")
+    if first.startswith("derivative for"):   # named when the gradient of J v is taken
+        return Verdict("refused", route, f"PyTorch's: {first}")
     return Verdict("raw", route, f"{type(error).__name__}: {first}")
 
 

@@ -19,6 +19,10 @@ def of_rank(rank):
     return torch.cat([rows, rows[:1].expand(5 - rank, 5)])
 
 
+NORMS = (
+    *(lambda x: torch.norm(x, dim=1), lambda x: x.norm(2, -1), lambda x: torch.linalg.norm(x, dim=1), lambda x: F.normalize(x)[:, 0]),
+    *(lambda x: torch.linalg.vector_norm(x, dim=(1,)), lambda x: x.norm()[None], lambda x: torch.linalg.norm(x, 2, 1)),
+)
 # name: f and x
 STOCK = {
     "solve-from-the-right": (lambda x: torch.linalg.solve(x, B, left=False), A),
@@ -29,6 +33,11 @@ STOCK = {
     "householder": (lambda x: torch.linalg.householder_product(x, x[:, 0].sin()), A),
     "orgqr": (lambda x: x.orgqr(x[:, 0].sin()), A),
     "eigh": (lambda x: torch.linalg.eigh(x + x.mT, UPLO="U")[1].square() * torch.linalg.eigh(x + x.mT)[0][:, None], A),
+    "eig": (lambda x: torch.linalg.eig(x)[1].abs() + torch.linalg.eig(x)[0].abs()[:, None], A),
+    "eigh-of-complex": (lambda x: torch.linalg.eigh(torch.complex(x + x.mT, x - x.mT))[1].abs(), A),
+    "complex-algebra": (lambda x: torch.linalg.solve(torch.complex(x, x.sin()), x + 0j).abs() * torch.complex(x, x).det().abs()[0], A),
+    "complex-householder": (lambda x: torch.linalg.householder_product(torch.complex(x, x.sin()), torch.complex(x, x)[:, 0]).abs(), A),
+    "complex-cumprod": (lambda x: torch.complex(x.relu(), x.relu()).cumprod(1).real, B[0]),
     **{f"det-of-rank-{rank}": (lambda x: torch.linalg.det(x) + torch.det(x + 0) * x.det(), of_rank(rank)) for rank in (1, 2, 3, 4)},
     "det-in-a-batch": (lambda x: torch.linalg.det(x), torch.stack([of_rank(4), of_rank(4) + torch.eye(5, **F64)])),
     "product-scattered": (lambda x: x.scatter_reduce(0, PLACES, x[:2].sin(), "prod"), B[0]),
@@ -51,6 +60,8 @@ STOCK = {
     "sparse-csr": (lambda x: SPARSE.to_sparse_csr() @ x.sin(), B[0]),
     "sparse-mm": (lambda x: torch.sparse.mm(SPARSE, x.sin()), B[0]),
     "sparse-addmm": (lambda x: torch.sparse.addmm(x, SPARSE, x.sin()) + torch.addmm(x, SPARSE, x), B[0]),
+    "norms-at-zero": (lambda x: sum(n(x[:1] * 0) + n(x)[:1] for n in NORMS), B[0]),
+    "nothing-beside-something": (lambda x: torch.cat([torch.zeros(0, **F64), x, x[0, :0]], 1).sin(), B[0]),
     "distances": (lambda x: torch.cdist(x, x.sin()) + F.pdist(x)[:4], B[0]),
     "distances-of-one-set": (lambda x: torch.cdist(x, x).square(), B[0]),
     "distances-p": (lambda x: torch.cdist(x, x.cos(), p=3.0) + F.pdist(x, 1.5)[:4], B[0]),

@@ -278,11 +278,41 @@ def pdist(input, p=2.0):
 
 
 def _length(d, p):
-    if p != 2:
-        return torch.linalg.vector_norm(d, p, -1)
-    square = d.square().sum(-1)
-    apart = square.detach() != 0   # PyTorch's slope between points that coincide is zero
-    return torch.where(apart, torch.where(apart, square, 1.0).sqrt(), 0.0)
+    return _two_norm(d, -1) if p == 2 else torch.linalg.vector_norm(d, p, -1)
+
+
+def _two_norm(x, dim=None, keepdim=False, dtype=None):
+    """Its slope at zero is zero, as PyTorch's, whose tangent has a gradient of NaN there."""
+    if x.is_complex() or not x.dim():
+        return NotImplemented
+    x = x if dtype is None else x.to(dtype)
+    dim = tuple(range(x.dim())) if dim is None else dim
+    wide = x if x.dtype == torch.float64 else x.float()
+    square = wide.square().sum(dim, keepdim=keepdim)
+    apart = square.detach() != 0
+    return torch.where(apart, torch.where(apart, square, 1.0).sqrt(), 0.0).to(x.dtype)
+
+
+@formula("vector_norm", holders=(torch.linalg,))
+def vector_norm(x, ord=2, dim=None, keepdim=False, *, dtype=None):
+    return _two_norm(x, dim, keepdim, dtype) if ord == 2 else NotImplemented
+
+
+@formula("norm", holders=(torch, torch.Tensor))
+def norm(input, p="fro", dim=None, keepdim=False, out=None, dtype=None):
+    return _two_norm(input, dim, keepdim, dtype) if p in ("fro", 2, None) and out is None else NotImplemented
+
+
+@formula("norm", holders=(torch.linalg,))
+def matrix_or_vector_norm(A, ord=None, dim=None, keepdim=False, *, dtype=None):
+    of_vectors = isinstance(dim, int) or (dim is None and A.dim() == 1)
+    return _two_norm(A, dim, keepdim, dtype) if ord is None or (ord == 2 and of_vectors) else NotImplemented
+
+
+@formula("normalize", holders=(F,))
+def normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
+    size = _two_norm(input, dim, True) if p == 2 and out is None else NotImplemented
+    return size if size is NotImplemented else input / size.clamp_min(eps)
 
 
 @formula("binary_cross_entropy")

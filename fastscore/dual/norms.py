@@ -135,8 +135,9 @@ REFUSED = {
 NATIVE_NORMS = {"native_layer_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional",
                 "_batch_norm_with_update", "cudnn_batch_norm", "miopen_batch_norm"}  # fmt: skip
 # Their tangents are made from a factorisation that was saved as a constant, too, or have gradients that are NaN somewhere.
+# Of eigenvectors the tangents depend on a phase, which only f as a whole shows to cancel.
 FACTORISED = {"_linalg_solve_ex", "_linalg_det", "_linalg_slogdet", "linalg_householder_product", "cholesky_inverse", "_linalg_eigh",
-              "_safe_softmax", "logcumsumexp", "cumprod", "scatter_reduce", "index_reduce"}  # fmt: skip
+              "linalg_eig", "_safe_softmax", "logcumsumexp", "cumprod", "scatter_reduce", "index_reduce"}  # fmt: skip
 
 
 class Refuse(torch.utils._python_dispatch.TorchDispatchMode):

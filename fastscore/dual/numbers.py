@@ -551,6 +551,8 @@ def _generic(func, args, kwargs):
     name = getattr(func, "__name__", str(func))
     if func in compositions.REFUSED:
         compositions.refused(compositions.REFUSED[func])()
+    if func in (torch.linalg.eig, torch.linalg.eigh):   # eigenvectors of complex matrices, and their phase
+        raise NoRule(f"fastscore.jvp: {name} has tangents that depend on the phase of eigenvectors.")
     composed = compositions.FORMULAS.get(func)   # of complex numbers and of values without dimensions, too, which rules leave out
     if composed is not None and (result := composed(*args, **kwargs)) is not NotImplemented:
         return result
@@ -617,6 +619,8 @@ def _narrowed(t, dtype):
 
 
 def _joined(value, tangents):
+    if value.layout != torch.strided:
+        raise NoRule("fastscore.jvp: a sparse result cannot be carried with its tangents.")
     return Dual(torch.stack([value, *tangents])) if value.is_floating_point() or value.is_complex() else value
 
 

@@ -399,6 +399,10 @@ def neg(x):
 
 @rule("cat", "concat", "concatenate")
 def cat(tensors, dim=0):
+    if any(a.shape == (0,) for a in tensors):   # which cat skips, whatever the others' dimensions are
+        tensors = [a for a in tensors if a.shape != (0,)] or tensors
+        if not any(map(is_dual, tensors)):
+            return torch.cat(tensors, dim)
     return dual(torch.cat(_alike(tensors), shift(dim)))
 
 

@@ -104,6 +104,8 @@ def transposed(name, function, args, kwargs, has_jvp=False):
             again()
             outputs, tree, found = _by_forward_mode(of_values, stacks, again)
     for k, (tangents, written) in found.items():
+        if outputs[k].layout != torch.strided:
+            raise numbers.NoRule(f"fastscore.jvp: the sparse result of {name} cannot be carried with its tangents.")
         stack = torch.stack([outputs[k], *tangents])
         number = numbers.Dual(stack if wanted else released(stack))
         if written is not None:
