@@ -3,7 +3,9 @@
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from fastscore.averages import averaged as averaged
 from fastscore.ops import checks
@@ -27,7 +29,8 @@ def training_loop(model, loader, loss, *, steps, optimizer=None, lr=1e-3, ema_de
         first_step, ema: to resume.
 
     Raises:
-        ValueError: steps or ema_decay out of range, or the loader is empty. FloatingPointError: the loss is not finite.
+        ValueError: steps or ema_decay out of range, or the loader is empty, or ends and cannot be run again.
+        FloatingPointError: the loss is not finite; the message says whether the batch or the weights are.
         TypeError: the loss is no tensor.
     """
     if not 0 <= ema_decay < 1:
@@ -40,13 +43,13 @@ def training_loop(model, loader, loss, *, steps, optimizer=None, lr=1e-3, ema_de
 
 
 def _loop(model, loader, loss, steps, optimizer, ema, grad_clip):
-    for step, batch in zip(steps, _endless(loader)):
+    for step, batch in zip(steps, _endless(loader, steps.start)):
         losses = loss(model, batch, step)
         if not isinstance(losses, torch.Tensor):
             raise TypeError(f"training_loop: loss(model, batch, step) must return a tensor, (B,) or a scalar; got {type(losses).__name__}.")
         value = losses.mean()
         if not math.isfinite(value.item()):
-            raise FloatingPointError(f"training_loop: the loss is {value.item()} at step {step}; lower the learning rate.")
+            raise FloatingPointError(f"training_loop: the loss is {value.item()} at step {step}; {_why(model, batch)}.")
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         if grad_clip is not None:
@@ -56,11 +59,40 @@ def _loop(model, loader, loss, steps, optimizer, ema, grad_clip):
         yield Step(step, losses.detach(), ema)
 
 
-def _endless(loader):
+def _why(model, batch):
+    """What a loss that is not finite comes from, looked at once it is there."""
+    if not _finite(tree_leaves(batch)):
+        return "the batch holds NaN or infinite values, so look at the data"
+    if not _finite([*model.parameters(), *model.buffers()]):
+        return "the weights are not finite; lower the learning rate, or clip the gradient (grad_clip)"
+    return "the data and the weights are finite, so look at the loss, or lower the learning rate"
+
+
+def _finite(things):
+    return all(bool(t.isfinite().all()) for t in map(_tensor, things) if t is not None)
+
+
+def _tensor(thing):
+    """A tensor of what may be NaN; None for everything else."""
+    if isinstance(thing, np.ndarray) and thing.dtype.kind == "f":
+        return torch.from_numpy(thing)
+    return thing.detach() if isinstance(thing, torch.Tensor) and (thing.is_floating_point() or thing.is_complex()) else None
+
+
+def _endless(loader, first):
+    """Batches, again and again."""
+    step = first
     while True:
-        empty = True
+        before = step
         for batch in loader:
-            empty = False
             yield batch
-        if empty:
-            raise ValueError("training_loop: the loader is empty.")
+            step += 1
+        if step > before:
+            continue
+        if step > first:   # it had batches, once
+            raise ValueError(
+                f"training_loop: the loader ended before step {step}, after {step - first} batches, and has none when it is run again (a "
+                "generator runs once); give a DataLoader or a list, or a generator without end."
+            )
+        once = " (an iterator that has ended already?)" if iter(loader) is loader else ""
+        raise ValueError(f"training_loop: the loader is empty{once}.")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastscore.messages import shown
 from fastscore.scalars import plain_int, whole
 from fastscore.tensors import valued
 
@@ -31,9 +32,9 @@ def classifier(net, labels):
     try:
         labels = valued("classifier", "labels", plain_int(labels) if whole(labels) else labels)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"classifier: labels must be a class number, or int64 (B,); got {labels!r}.") from None
+        raise TypeError(f"classifier: labels must be a class number, or int64 (B,); got {shown(labels)}.") from None
     if labels.dtype not in (torch.int64, torch.int32) or labels.dim() > 1 or bool((labels < 0).any()):
-        raise ValueError(f"classifier: labels must be a class number, or int64 (B,), not negative; got {labels.tolist()}.")
+        raise ValueError(f"classifier: labels must be a class number, or int64 (B,), not negative; got {shown(labels.tolist())}.")
     return _LogLikelihood(net, labels, highest=int(labels.max()) if labels.numel() else 0)
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fastscore.guidance.linear import LinearOperator, pseudo_inverse
+from fastscore.messages import shown
 from fastscore.ops import checks
 from fastscore.tensors import home, valued
 
@@ -80,7 +81,7 @@ class Grey(_OrthogonalRows):
             return
         self.weights = valued("Grey", "weights", LUMA if isinstance(weights, str) else weights).double()
         if self.weights.dim() != 1 or not 0 < float(self.weights.square().sum()) < math.inf:
-            raise ValueError(f"Grey: weights must be finite and not all 0; got {self.weights.tolist()}.")
+            raise ValueError(f"Grey: weights must be finite and not all 0; got {shown(self.weights.tolist())}.")
 
     def forward(self, x):
         check_images("Grey", x)

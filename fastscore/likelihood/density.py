@@ -7,6 +7,7 @@ import torch
 from fastscore.likelihood import solvers
 from fastscore.losses.exact import divergence
 from fastscore.losses.projections import check_data, check_projections, derivatives, directions, dot
+from fastscore.messages import shown
 from fastscore.models.analytic import GaussianMixture
 from fastscore.modes import evaluated
 from fastscore.ops import checks
@@ -144,7 +145,7 @@ def _grid(steps, low, high):
         return [low * (high / low) ** (k / steps) for k in range(steps)] + [high]
     sigmas = check_ladder(_OP, steps).tolist()[::-1]
     if len(sigmas) < 2 or abs(sigmas[0] / low - 1) > 1e-6 or abs(sigmas[-1] / high - 1) > 1e-6:
-        raise ValueError(f"{_OP}: a ladder of steps must go from sigma_max to sigma_min, {high:g} to {low:g}; got {sigmas[::-1]}.")
+        raise ValueError(f"{_OP}: a ladder of steps must go from sigma_max to sigma_min, {high:g} to {low:g}; got {shown(sigmas[::-1])}.")
     return sigmas
 
 

@@ -6,6 +6,7 @@ import torch
 
 from fastscore import random
 from fastscore.deferred import KeepsBuffers
+from fastscore.messages import shown
 from fastscore.ops import checks
 from fastscore.tensors import valued
 
@@ -47,7 +48,7 @@ class GaussianMixture(KeepsBuffers):
         if weights.shape != means.shape[:1]:
             raise ValueError(f"{name}: weights must be ({len(means)},), one for each mean; got {tuple(weights.shape)}.")
         if not bool(weights.isfinite().all() and (weights >= 0).all() and weights.sum() > 0):
-            raise ValueError(f"{name}: weights must be finite, not negative, with a positive sum; got {weights.tolist()}.")
+            raise ValueError(f"{name}: weights must be finite, not negative, with a positive sum; got {shown(weights.tolist())}.")
         if not bool(means.isfinite().all()):
             raise ValueError(f"{name}: means must be finite.")
         variances, axes = _diagonalised(name, covariances, *means.shape)

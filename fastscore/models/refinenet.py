@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastscore.deferred import KeepsBuffers
+from fastscore.messages import shown_ladder
 from fastscore.nn import ConditionalInstanceNorm2dPlus, InstanceNorm2dPlus
 from fastscore.ops import checks
 from fastscore.tensors import valued
@@ -234,5 +235,5 @@ def ladder(op, sigmas):
     sigmas = valued(op, "sigmas", sigmas, torch.get_default_dtype()).detach().clone()
     positive = bool(((sigmas > 0) & sigmas.isfinite()).all())
     if sigmas.dim() != 1 or not len(sigmas) or not positive or not bool((sigmas[1:] < sigmas[:-1]).all()):
-        raise ValueError(f"{op}: sigmas must be a descending ladder (L,) of positive levels; got {sigmas.tolist()}.")
+        raise ValueError(f"{op}: sigmas must be a descending ladder (L,) of positive levels; got {shown_ladder(sigmas.tolist())}.")
     return sigmas

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastscore.messages import shown
 from fastscore.ops import checks
 from fastscore.tensors import valued
 
@@ -132,6 +133,6 @@ class _Block(nn.Module):
 def _log_range(name, sigmas):
     sigmas = valued(name, "sigmas", sigmas, torch.float64)
     if not sigmas.numel() or not bool((sigmas > 0).all() and sigmas.isfinite().all()):
-        raise ValueError(f"{name}: sigmas must be positive and finite; got {sigmas.tolist()}.")
+        raise ValueError(f"{name}: sigmas must be positive and finite; got {shown(sigmas.tolist())}.")
     low, high = sigmas.log().min().item(), sigmas.log().max().item()
     return low, max(high, low + 1)

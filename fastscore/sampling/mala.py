@@ -3,12 +3,17 @@
 import functools
 
 import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from fastscore import random
 from fastscore.models.energy import EnergyScore
 from fastscore.modes import evaluated
 from fastscore.ops import checks
 from fastscore.sampling.state import State, begin, check_count, check_updates, epsilon
+
+_WRAPPERS = (AveragedModel, DataParallel, DistributedDataParallel)
 
 
 def mala(
@@ -22,7 +27,8 @@ def mala(
     p^(1/T) is invariant for every ε; a proposal that is not finite is refused.
 
     Args:
-        log_prob: f, called f(x): the unnormalised log-density of each sample, (B,) or (B, 1), differentiable; or a `models.EnergyScore`.
+        log_prob: f, called f(x): the unnormalised log-density of each sample, (B,) or (B, 1), differentiable; or a `models.EnergyScore`,
+            averaged (`state.ema`), compiled or not.
         x: start, (B, *), not modified. steps: how many. step_size: ε > 0, a float, 0-d or (B,).
         temperature: T > 0. project: project(y, 0.0, step) -> y, called on x at the start, on every proposal and at the end; the law is
             then no longer exact.
@@ -37,13 +43,21 @@ def mala(
     Source: Roberts & Tweedie 1996, "Exponential convergence of Langevin distributions and their discrete approximations".
     """
     op = "mala"
-    f = log_prob.f if isinstance(log_prob, EnergyScore) else log_prob
+    f = _energy(log_prob)
     run = begin(op, f, x, temperature=temperature, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample)
     if run.root_temperature == 0:
         raise ValueError(f"{op}: temperature must be positive; got {temperature}.")
     steps = check_updates(op, "steps", steps)
     start = check_count(op, "start", start, steps)
     return _mala(run, x, start, steps, epsilon(op, step_size, None, x))
+
+
+def _energy(log_prob):
+    """f of an `EnergyScore`, also of an averaged, parallel or compiled one; anything else is f itself."""
+    inner = log_prob
+    while isinstance(inner, nn.Module) and not isinstance(inner, EnergyScore):
+        inner = getattr(inner, "_orig_mod", None) or (inner.module if isinstance(inner, _WRAPPERS) else None)
+    return inner.f if isinstance(inner, EnergyScore) else log_prob
 
 
 @torch.no_grad()
@@ -85,6 +99,7 @@ def _value_and_score(run, x):
         value = run.score(x)
         if not isinstance(value, torch.Tensor) or value.shape not in ((len(x),), (len(x), 1)) or not value.requires_grad:
             got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ValueError(f"{run.op}: log_prob(x) must be one value per sample, ({len(x)},), that depends on x; got {got}.")
+            hint = " (a score? Metropolis needs log p itself)" if got == tuple(x.shape) else ""
+            raise ValueError(f"{run.op}: log_prob(x) must be one value per sample, ({len(x)},), that depends on x; got {got}{hint}.")
         (s,) = torch.autograd.grad(value.sum(), x)
     return value.detach().reshape(-1).to(checks.compute_dtype(x.dtype)), s

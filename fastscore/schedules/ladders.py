@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from fastscore.messages import shown
+from fastscore.messages import shown, shown_ladder
 from fastscore.ops import checks
 from fastscore.tensors import check_tensor, fake, home, valued
 
@@ -99,5 +99,5 @@ def check_ladder(op, sigmas, wait=True):
         good = all(0 < s < math.inf for s in given) and all(a > b for a, b in itertools.pairwise(given))
     if not good:
         values = sigmas.clone().tolist() if checks.readable() else given
-        raise ValueError(f"{op}: sigmas must be positive, finite and strictly descending; got {shown(values)}.")
+        raise ValueError(f"{op}: sigmas must be positive, finite and strictly descending; got {shown_ladder(values)}.")
     return sigmas

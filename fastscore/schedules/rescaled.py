@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from fastscore.messages import shown
 from fastscore.ops import checks
 from fastscore.schedules.ladders import check_ladder
 from fastscore.tensors import home, valued
@@ -75,7 +76,8 @@ def interpolate(sigma, log_table):
     outside = (log_sigma < log_table[0] - _SLACK) | (log_sigma > log_table[-1] + _SLACK) | log_sigma.isnan()
     if log_sigma.device.type == "cpu" and checks.readable() and bool(outside.any()):
         low, high = (log_table[i].exp().item() for i in (0, -1))
-        raise ValueError(f"timesteps_of: sigma must lie in the model's range, {low:.4g} to {high:.4g}; got {log_sigma.exp().tolist()}.")
+        got = shown(log_sigma.exp().tolist())
+        raise ValueError(f"timesteps_of: sigma must lie in the model's range, {low:.4g} to {high:.4g}; got {got}.")
     log_sigma = log_sigma.clamp(log_table[0], log_table[-1])
     right = torch.searchsorted(log_table, log_sigma).clamp(1, len(log_table) - 1)
     left = right - 1
