@@ -66,11 +66,9 @@ def _begun(score, sampler, x, shape, initial_law, seed, first_sample, dtype, dev
         x = initial(tuple(shape), law=law, sigma=sigma, seed=seed, first_sample=first_sample, dtype=dtype, device=device)
     run = SAMPLERS[sampler](score, x, seed=seed, first_sample=first_sample, **options)
     _warn_beyond(score, options.get("sigmas"))
-    if not check_finite:
-        return x, run
-    if not bool(x.isfinite().all()):
+    if check_finite and shape is None and not bool(x.isfinite().all()):
         raise ValueError("sample: the start x must be finite; it holds NaN or infinite values.")
-    return x, _checked(run)
+    return x, _checked(run) if check_finite else run
 
 
 def _device_of(score):
