@@ -83,7 +83,7 @@ def noise_kernels():
 def pixel_kernels(arch):
     """The normalisations' passes over 128 x 128 x 64 x 64, cut as the launchers do; the plainest variant for every dtype and target."""
     from fastscore.kernels import activation, normalise
-    from fastscore.kernels.launch_normalise import Tiles
+    from fastscore.kernels.launch_normalise import tiles_of
 
     elu, none = activation.ELU.value, activation.IDENTITY.value
     plain, more = [("elu", elu, 0, False)], [("none", none, 0, False), ("tangent", elu, 1, False), ("channels-last", elu, 0, True)]
@@ -95,7 +95,7 @@ def pixel_kernels(arch):
         pointers = {name: f"*{dtype}" for name in ("x_ptr", "t_ptr", "y_ptr", "ty_ptr", "gy_ptr", "gty_ptr", "gx_ptr", "gt_ptr")}
         pointers |= {name: "*fp64" if dtype == "fp64" else "*fp32" for name in ("out_ptr", "table_ptr", "gtable_ptr")}
         for kernel in kernels:
-            tiles = Tiles(kernel, x, M)
+            tiles = tiles_of(x, M)
             constants = {"KIND": kind, "HAS_Y": True, "HAS_GY": True, "M": M, "LAST": last}
             constants |= {"UNITS": tiles.UNITS, "PIXELS": tiles.PIXELS}
             constants |= {} if M else {"t_ptr": None, "ty_ptr": None, "gty_ptr": None, "gt_ptr": None}
@@ -124,6 +124,20 @@ def algebra_kernels(arch):
             yield name, kernel, constants, types, ("C",), rows * D, rows * D // 32
 
 
+def whole_kernels():
+    """The normalisation of a sample of 128 channels of 8 x 8 pixels (float64: 64) in one program, ELU, with everything optional."""
+    from fastscore.kernels import activation, normalise_algebra
+
+    for dtype in DTYPES:
+        compute = "fp64" if dtype == "fp64" else "fp32"
+        types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "stats_ptr": f"*{compute}", "coef_ptr": f"*{compute}", "labels_ptr": "*i64"}
+        types |= dict.fromkeys(("B", "C", "S", "groups", "domain", "coef_rows"), "i32")
+        constants = {"EPS": 1e-5, "GROUPED": False, "ALPHA": True, "BETA": True, "HAS_LABELS": True, "ONE": False}
+        D = 64 if dtype == "fp64" else 128
+        constants |= {"KIND": activation.ELU.value, "D": D, "PIXELS": 64}
+        yield f"whole {dtype}", normalise_algebra.whole_kernel, constants, types, ("x_ptr", "y_ptr", "S", "C"), D * 64, D // 8
+
+
 def stack_kernels(arch):
     """Activations of a stack with one tangent; SiLU for every dtype and target."""
     from fastscore.kernels import ACTIVATED, activate_dual, activation
@@ -140,7 +154,7 @@ def stack_kernels(arch):
 
 def triton_kernels(arch):
     noise = ((*entry, 32 * entry[2]["WORDS"] if "WORDS" in entry[2] else 4 * entry[2]["BLOCK"], 4) for entry in noise_kernels())
-    return itertools.chain(noise, pixel_kernels(arch), algebra_kernels(arch), stack_kernels(arch))
+    return itertools.chain(noise, pixel_kernels(arch), algebra_kernels(arch), whole_kernels(), stack_kernels(arch))
 
 
 def compile_triton(entry, arch):

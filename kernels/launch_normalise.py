@@ -6,7 +6,7 @@ import torch
 
 from fastscore.kernels.launch import cdiv, launch, power_of_two
 from fastscore.kernels.normalise import apply_kernel, cotangent_sums_kernel, gradient_kernel, merge_kernel, moments_kernel
-from fastscore.kernels.normalise_algebra import coefficients_kernel, cotangents_kernel
+from fastscore.kernels.normalise_algebra import coefficients_kernel, cotangents_kernel, whole_kernel
 
 FORWARD = (
     "normalise(Tensor(a!)? y, Tensor(b!)? ty, Tensor(c!) stats, Tensor x, Tensor? t, Tensor coef, Tensor? tcoef, Tensor? labels, "
@@ -91,11 +91,32 @@ def _moments(x, t, stats, M):
         )  # fmt: skip
 
 
+# Elements of a tile that one program keeps in its registers: 32 of each of 512 threads; of float64 8, for more would spill.
+WHOLE, WHOLE_WIDE = 16_384, 4096
+
+
+def _whole(y, stats, x, coef, labels, groups, alpha, beta, eps, activation):
+    """In one launch, where a sample, or a group of it, fits; whether it did. By the size of a sample alone, never by the batch."""
+    B, C = x.shape[:2]
+    rows, domain, S = B * (groups or 1), C // (groups or 1), x.numel() // (B * C)
+    D, PIXELS = power_of_two(domain), power_of_two(S)
+    if D * PIXELS > (WHOLE_WIDE if x.dtype == torch.float64 else WHOLE) or not x.is_contiguous():
+        return False
+    launch(
+        whole_kernel, (rows,), y, stats, x, coef, labels, B, C, S, groups or 1, domain, len(coef),
+        EPS=eps, GROUPED=groups > 0, ALPHA=alpha, BETA=beta, HAS_LABELS=labels is not None, ONE=len(coef) == 1,
+        KIND=activation, D=D, PIXELS=PIXELS, num_warps=max(1, min(16, D * PIXELS // 512)),
+    )  # fmt: skip
+    return True
+
+
 def normalise(y, ty, stats, x, t, coef, tcoef, labels, groups, alpha, beta, eps, activation):
     if x.numel() == 0:
         return
     M, numbers = 0 if t is None else len(t), (groups, alpha, beta, eps)
     with torch.cuda.device_of(x):
+        if M == 0 and y is not None and _whole(y, stats, x, coef, labels, *numbers, activation):
+            return
         _moments(x, t, stats, M)
         if y is None and ty is None:
             return

@@ -7,7 +7,8 @@ in the channel term (ALPHA). Tables are (rows, B C): mean, scale, shift, then P,
 import triton
 import triton.language as tl
 
-from fastscore.kernels.philox import int64
+from fastscore.kernels import activation
+from fastscore.kernels.philox import int64, narrow
 
 
 @triton.jit
@@ -46,9 +47,16 @@ def mean_over(v, mask, share):
 
 @triton.jit
 def statistics(stats_ptr, unit, mask, share, unbiased, EPS: tl.constexpr, GROUPED: tl.constexpr, ALPHA: tl.constexpr):
-    """(mean, 1/std, h at a channel's mean, m_hat, its 1/std)."""
+    """The channels' means, and `between_channels` of them."""
     mean = tl.load(stats_ptr + 2 * unit, mask=mask, other=0.0)
     variance = tl.load(stats_ptr + 2 * unit + 1, mask=mask, other=0.0)
+    r, offset, hat, q = between_channels(mean, variance, mask, share, unbiased, EPS, GROUPED, ALPHA)
+    return mean, r, offset, hat, q
+
+
+@triton.jit
+def between_channels(mean, variance, mask, share, unbiased, EPS: tl.constexpr, GROUPED: tl.constexpr, ALPHA: tl.constexpr):
+    """(1/std, h at a channel's mean, m_hat, its 1/std) from mean and variance of each channel."""
     offset, hat, q = tl.zeros_like(mean), tl.zeros_like(mean), tl.zeros_like(mean)
     if GROUPED:
         deviation = mean - mean_over(mean, mask, share)
@@ -60,7 +68,33 @@ def statistics(stats_ptr, unit, mask, share, unbiased, EPS: tl.constexpr, GROUPE
         deviation = mean - mean_over(mean, mask, share)
         q = tl.rsqrt(mean_over(deviation * deviation, mask, share) * unbiased + EPS)
         hat = deviation * q
-    return mean, r, offset, hat, q
+    return r, offset, hat, q
+
+
+@triton.jit
+def affine(
+    coef_ptr, labels_ptr, sample, c, mask, B, C, coef_rows, offset, hat,
+    ALPHA: tl.constexpr, BETA: tl.constexpr, HAS_LABELS: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
+    """(where the coefficients lie, gamma, alpha, shift, a zero) with u = gamma h + shift of a centred pixel.
+
+    The zero is NaN where a coefficient is not finite: such a channel is NaN, whatever order things are multiplied in.
+    """
+    K: tl.constexpr = 1 + ALPHA + BETA
+    table_row, exists = coefficient_row(labels_ptr, sample, B, coef_rows, ONE, HAS_LABELS)
+    at = table_row * K * C + c
+    gamma = tl.where(exists, tl.load(coef_ptr + at, mask=mask, other=0.0), float("nan"))
+    alpha, shift, nothing = tl.zeros_like(gamma), offset, gamma * 0.0
+    if ALPHA:
+        alpha = tl.load(coef_ptr + at + C, mask=mask, other=0.0)
+        shift += alpha * hat
+        nothing += alpha * 0.0
+    shift *= gamma
+    if BETA:
+        beta = tl.load(coef_ptr + at + (K - 1) * C, mask=mask, other=0.0)
+        shift += beta
+        nothing += beta * 0.0
+    return at, gamma, alpha, shift, nothing
 
 
 @triton.jit
@@ -100,19 +134,9 @@ def coefficients_kernel(
     units, K = int64(B) * C, 1 + ALPHA + BETA
     share, unbiased = reciprocal(domain, stats_ptr.dtype.element_ty), bessel(domain, stats_ptr.dtype.element_ty)
     mean, r, offset, hat, q = statistics(stats_ptr, unit, mask, share, unbiased, EPS, GROUPED, ALPHA)
-    table_row, exists = coefficient_row(labels_ptr, sample, B, coef_rows, ONE, HAS_LABELS)
-    at, shift = table_row * K * C + c, offset
-    gamma = tl.where(exists, tl.load(coef_ptr + at, mask=mask, other=0.0), float("nan"))
-    nothing = gamma * 0.0   # coefficients that are not finite make a channel NaN, whatever order they are multiplied in
-    if ALPHA:
-        alpha = tl.load(coef_ptr + at + C, mask=mask, other=0.0)
-        shift += alpha * hat
-        nothing += alpha * 0.0
-    shift *= gamma
-    if BETA:
-        beta = tl.load(coef_ptr + at + (K - 1) * C, mask=mask, other=0.0)
-        shift += beta
-        nothing += beta * 0.0
+    at, gamma, alpha, shift, nothing = affine(
+        coef_ptr, labels_ptr, sample, c, mask, B, C, coef_rows, offset, hat, ALPHA, BETA, HAS_LABELS, ONE
+    )
     tl.store(table_ptr + unit, mean, mask=mask)
     tl.store(table_ptr + units + unit, gamma * r + nothing, mask=mask)
     tl.store(table_ptr + 2 * units + unit, shift + nothing, mask=mask)
@@ -205,6 +229,42 @@ def cotangents_kernel(
     tl.store(gcoef_ptr + to, ggamma, mask=mask)
     tl.store(gtable_ptr + unit, -r * r * second, mask=mask)
     tl.store(gtable_ptr + units + unit, c5, mask=mask)
+
+
+@triton.jit
+def whole_kernel(
+    y_ptr, stats_ptr, x_ptr, coef_ptr, labels_ptr, B, C, S, groups, domain, coef_rows,
+    EPS: tl.constexpr, GROUPED: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr, HAS_LABELS: tl.constexpr, ONE: tl.constexpr,
+    KIND: tl.constexpr, D: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """Everything for one sample, or one group of its channels, that stays on the chip: reads x once, writes y and the moments.
+
+    8 bytes per element in float32.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    j, pixel = tl.arange(0, D), tl.arange(0, PIXELS)
+    sample, c, unit, known = row // groups, row % groups * domain + j, row * domain + j, j < domain
+    inside = known[:, None] & (pixel < S)[None, :]
+    at = unit[:, None] * S + pixel[None, :]
+    dtype: tl.constexpr = stats_ptr.dtype.element_ty
+
+    d = tl.load(x_ptr + at, mask=inside, other=0.0).to(dtype)
+    per_pixel = reciprocal(S, dtype)
+    near = tl.sum(d, 1) * per_pixel
+    d = tl.where(inside, d - near[:, None], 0.0)
+    rest = tl.sum(d, 1) * per_pixel
+    d = tl.where(inside, d - rest[:, None], 0.0)
+    mean, variance = near + rest, tl.sum(d * d, 1) * per_pixel
+    tl.store(stats_ptr + 2 * unit, mean, mask=known)
+    tl.store(stats_ptr + 2 * unit + 1, variance, mask=known)
+
+    share, unbiased, mask = reciprocal(domain, dtype), bessel(domain, dtype), known[None, :]
+    r, offset, hat, _ = between_channels(mean[None, :], variance[None, :], mask, share, unbiased, EPS, GROUPED, ALPHA)
+    _, gamma, _, shift, nothing = affine(
+        coef_ptr, labels_ptr, sample, c[None, :], mask, B, C, coef_rows, offset, hat, ALPHA, BETA, HAS_LABELS, ONE
+    )
+    u = tl.trans(gamma * r + nothing) * d + tl.trans(shift + nothing)
+    tl.store(y_ptr + at, narrow(activation.value(u, KIND), y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
