@@ -2,9 +2,12 @@
 
 import torch
 
+from fastscore import backend as backends
 from fastscore import random
-from fastscore.losses.projections import check_data, check_key, check_score
-from fastscore.ops import checks, denoising_loss, perturb
+from fastscore.losses.projections import check_data, check_score
+from fastscore.ops import checks
+from fastscore.ops.denoising_loss import regenerated_loss
+from fastscore.ops.langevin_step import update
 
 
 def denoising(score, x, sigma, *, seed, step=0, offset=0):
@@ -39,8 +42,10 @@ def _each(x, sigma):
 
 def weighted(op, score, x, each, seed, step, offset):
     """½ ‖σ s + z‖², σ² times the loss, with z made twice and stored never."""
-    check_key(op, seed, step, offset, x)
-    seed = random.draw_seed() if seed is None else seed
-    s = score(perturb(x, each, seed=seed, step=step, offset=offset), each)
+    # perturb and denoising_loss without their doors, which cost as much as a small network: all that they check has been checked here.
+    chosen = backends.choose(x.device)
+    key, *numbers = random.noise_key(op, seed, step, random.PERTURB, 0, offset, x.device)
+    numbers = tuple(numbers)
+    s = score(update(x, None, 0.0, each.to(checks.compute_dtype(x.dtype)), key, numbers, chosen), each)
     check_score(op, s, x, "score(x, sigma)")
-    return denoising_loss(s, each, seed=seed, step=step, offset=offset)
+    return regenerated_loss(s, each.to(checks.compute_dtype(s.dtype)), key, numbers, chosen)

@@ -15,6 +15,7 @@ from fastscore.dual.jets import second_order
 from fastscore.dual.norms import RightNorms
 from fastscore.dual.numbers import Dual, NoRule
 from fastscore.dual.once import Once
+from fastscore.models import energy_chain
 from fastscore.models.score_mlp import Trunk
 from fastscore.ops import checks
 from fastscore.ops.functions import released
@@ -84,6 +85,7 @@ class EnergyScore(nn.Module):
     """
 
     _whole = False   # f has shown an operation that has no second-order rule
+    _chain = None   # whether f is layers and activations in a row, once it has been called
 
     def __init__(self, f):
         super().__init__()
@@ -99,6 +101,8 @@ class EnergyScore(nn.Module):
             if isinstance(x, Dual):
                 raise NoRule("fastscore.jvp: the gradient of an energy cannot be carried through with its tangents.")
             return torch.func.grad(lambda x: self._value(x, arguments).sum())(x)
+        if self._chain is not False and (s := self._by_hand(x, arguments)) is not None:
+            return s
         x, wanted = self._leaf(x)
         # Forward mode over reverse mode needs the formulas that a graph is made of: fused ones, as of SiLU, carry no tangent.
         create_graph = wanted or forward_ad._current_level >= 0
@@ -162,6 +166,25 @@ class EnergyScore(nn.Module):
         s, hv = self.jvp(x, v, *arguments)
         products = ((v * t).to(checks.compute_dtype(v.dtype)) for t in (s, hv))
         return tuple(t.flatten(2).sum(-1) if t.dim() > 2 else t for t in products)
+
+    def _by_hand(self, x, arguments):
+        """The score of a chain, whose gradient is one autograd Function; None where f is none, or another path is asked for."""
+        if not torch.is_grad_enabled() or type(x) is not torch.Tensor or x.dim() != 2 or not x.numel():
+            return None
+        if forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled(x.device.type):
+            return None
+        if not energy_chain.plain(self.f) or not (x.requires_grad or any(p.requires_grad for p in self.f.parameters())):
+            return None
+        once = Once(x.device, self.f) if self._chain is None else None
+        try:
+            s = energy_chain.score(self.f, x, arguments)
+        except Exception as error:   # on the other path an error of f's own comes again
+            self._chain = False if isinstance(error, energy_chain.NoChain) else self._chain
+            if once:
+                once.undo()
+            return None
+        self._chain = True
+        return s
 
     def _leaf(self, x):
         """x as a variable of its own where it is none yet; and whether the result shall be differentiable."""

@@ -43,9 +43,14 @@ def denoising_loss(score, sigma, *, noise=None, seed=None, step=0, offset=0, bac
         checks.check_like(op, "noise", noise, score, of="score")
         return denoising_loss_ref(score, sigma, noise)
     key, *numbers = random.noise_key(op, seed, step, random.PERTURB, 0, offset, score.device)
+    return regenerated_loss(score, sigma, key, tuple(numbers), chosen)
+
+
+def regenerated_loss(score, sigma, key, numbers, backend):
+    """The loss under a checked key, σ in the compute dtype."""
     if _backend.derivative_possible(score, sigma if isinstance(sigma, torch.Tensor) else None):
-        return _loss_function(score, sigma, key, *numbers, chosen)
-    return reduce(score, sigma, key, tuple(numbers), chosen, LOSS)
+        return _loss_function(score, sigma, key, *numbers, backend)
+    return reduce(score, sigma, key, numbers, backend, LOSS)
 
 
 def denoising_loss_ref(s, sigma, z):

@@ -1,0 +1,188 @@
+"""The score of an energy that is linear layers and activations in a row, and its gradient, by hand: small networks are mostly overhead.
+
+    a_k = W_k h_{k-1} + b_k,    h_k = φ_k(a_k)                            forward
+    p_k = φ'_k(a_k) g_k,    g_{k-1} = W_kᵀ p_k,    s = g_0                 the score
+    q_k = W_k ḣ_{k-1},    ḣ_k = φ'_k(a_k) q_k,    ḣ_0 = u                 its gradient for a cotangent u of s, up ...
+    ā_k = φ'_k h̄_k + φ''_k q_k g_k,    h̄_{k-1} = W_kᵀ ā_k                 ... and down
+    W̄_k = p_kᵀ ḣ_{k-1} + ā_kᵀ h_{k-1},    b̄_k = Σ ā_k
+
+Where somebody differentiates that gradient, autograd takes over.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastscore import backend as _backend
+from fastscore.ops.activate_dual import _SLOPES, activate_dual
+from fastscore.ops.activate_dual import gradient as activation_gradient
+
+_ACTIVATIONS = {
+    F.silu: "silu", F.gelu: "gelu", F.softplus: "softplus", F.elu: "elu", torch.tanh: "tanh", torch.Tensor.tanh: "tanh",
+    F.tanh: "tanh", torch.sigmoid: "sigmoid", torch.Tensor.sigmoid: "sigmoid",
+}  # fmt: skip
+_LEAVES = (nn.Linear, nn.SiLU, nn.GELU, nn.Softplus, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Identity)
+_METADATA = {getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout")}
+_METADATA |= {torch.Tensor.dim, torch.Tensor.size, torch.Tensor.numel, torch.Tensor.__len__}
+
+
+class NoChain(Exception):
+    """f is something else than layers and activations in a row."""
+
+
+class Step(NamedTuple):
+    """a = W h + b, or with a name an activation; `value` is what it makes."""
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    name: str | None
+    value: torch.Tensor
+
+
+class Recorder(torch.Tensor):
+    """x on its way through f: a value, and the steps that led to it. Whatever is no step of a chain raises."""
+
+    @staticmethod
+    def of(value, steps):
+        recorder = torch.Tensor._make_subclass(Recorder, value)
+        recorder.value, recorder.steps = value, steps
+        return recorder
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        h = args[0] if args else None
+        if not isinstance(h, Recorder) or not torch.is_grad_enabled():
+            raise NoChain
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            return _step(func, h, args[1:], kwargs)
+
+
+def _step(func, h, rest, kwargs):
+    value = h.value
+    if func is F.linear and value.dim() == 2:
+        weight, bias = (*rest, None)[:2] if rest else (kwargs.get("weight"), None)
+        bias = kwargs.get("bias", bias)
+        if any(t is not None and (isinstance(t, Recorder) or t.dtype != value.dtype) for t in (weight, bias)) or weight.dim() != 2:
+            raise NoChain
+        y = F.linear(value, weight, bias)
+        return Recorder.of(y, (*h.steps, Step(weight, bias, None, y)))
+    if func in _ACTIVATIONS and value.dim() == 2 and _usual(func, rest, kwargs):
+        y = func(value)
+        return Recorder.of(y, (*h.steps, Step(None, None, _ACTIVATIONS[func], y)))
+    if value.dim() == 2 and value.shape[1] == 1 and _takes_the_column(func, rest, kwargs):
+        return Recorder.of(value[:, 0], h.steps)
+    raise NoChain
+
+
+def _usual(func, rest, kwargs):
+    """Whether an activation has the parameters that it has by default, and writes nothing."""
+    usual = {"inplace": False, "beta": 1, "threshold": 20, "alpha": 1.0, "approximate": "none"}
+    first = {F.softplus: ("beta", "threshold"), F.elu: ("alpha", "inplace"), F.silu: ("inplace",), F.gelu: ("approximate",)}.get(func, ())
+    given = dict(zip(first, rest)) | kwargs
+    return len(rest) <= len(first) and all(name in usual and usual[name] == value for name, value in given.items())
+
+
+def _takes_the_column(func, rest, kwargs):
+    if kwargs:
+        return False
+    name = getattr(func, "__name__", "")
+    if name == "__getitem__":
+        index = rest[0]
+        return isinstance(index, tuple) and len(index) == 2 and index[0] in (slice(None), Ellipsis) and index[1] in (0, -1)
+    return (name, rest) in (("squeeze", (-1,)), ("squeeze", (1,)), ("view", (-1,)), ("flatten", ()), ("reshape", (-1,)))
+
+
+def plain(f):
+    """Whether f is a module of linear layers and smooth activations alone, on which nobody else listens."""
+    if not isinstance(f, nn.Module):
+        return False
+    for m in f.modules():
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return False
+        if type(m) not in _LEAVES and (not m._modules or (type(m).__module__.startswith("torch.") and type(m) is not nn.Sequential)):
+            return False
+    return True
+
+
+def score(f, x, arguments):
+    """∇f(x) of a chain, differentiable; f is called once.
+
+    Raises:
+        NoChain: f turned out to be something else.
+    """
+    with torch.enable_grad():
+        y = f(Recorder.of(x.detach(), ()), *arguments)
+    if not isinstance(y, Recorder) or not y.steps or y.shape not in ((len(x),), (len(x), 1)):
+        raise NoChain
+    parameters = [t for step in y.steps for t in (step.weight, step.bias)]
+    return _Score.apply(x, [step.name for step in y.steps], [step.value for step in y.steps], *parameters)
+
+
+class _Score(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, names, values, *parameters):
+        weights = parameters[::2]
+        inputs = (x, *values[:-1])   # of every step
+        chosen = _backend.choose(x.device, cuda=False)   # of both passes
+        cotangents, g = [], torch.ones_like(values[-1])
+        for k in range(len(names) - 1, -1, -1):
+            cotangents.append(g)   # of the step's value
+            g = activation_gradient(inputs[k][None], g[None], names[k], chosen)[0] if names[k] else g @ weights[k]
+        ctx.names, ctx.backend, ctx.present = names, chosen, [p is not None for p in parameters]
+        ctx.save_for_backward(x, *values[:-1], *cotangents[::-1], *(p for p in parameters if p is not None))
+        return g
+
+    @staticmethod
+    def backward(ctx, u):
+        names, n = ctx.names, len(ctx.names)
+        inputs, cotangents, rest = ctx.saved_tensors[:n], ctx.saved_tensors[n : 2 * n], iter(ctx.saved_tensors[2 * n :])
+        parameters = [next(rest) if present else None for present in ctx.present]
+        if torch.is_grad_enabled():   # somebody differentiates the gradient
+            return _differentiable(ctx, inputs[0], names, parameters, u)
+        return _gradient(ctx.needs_input_grad, names, ctx.backend, inputs, cotangents, parameters, u)
+
+
+def _gradient(needs, names, backend, inputs, cotangents, parameters, u):
+    weights, grads = parameters[::2], [None] * len(parameters)
+    stacks, t = [None] * len(names), u
+    for k, name in enumerate(names):   # up: tangents along u
+        if name is None:
+            if needs[3 + 2 * k]:
+                grads[2 * k] = cotangents[k].t() @ t
+            t = t @ weights[k].t()
+        else:
+            stacks[k] = torch.stack([inputs[k], t])
+            t = activate_dual(stacks[k], name, backend)[1]
+    g = None   # down: the cotangents of the values, zero above the last activation
+    for k in range(len(names) - 1, -1, -1):
+        if names[k] is not None:
+            g = torch.zeros_like(cotangents[k]) if g is None else g
+            g = activation_gradient(stacks[k], torch.stack([g, cotangents[k]]), names[k], backend, overwrite=True)[0]
+        elif g is not None:
+            if needs[3 + 2 * k]:
+                grads[2 * k] += g.t() @ inputs[k]
+            if parameters[2 * k + 1] is not None and needs[4 + 2 * k]:
+                grads[2 * k + 1] = g.sum(0)
+            g = g @ weights[k] if any(needs[: 3 + 2 * k]) else None
+    return g if needs[0] else None, None, None, *grads
+
+
+def _differentiable(ctx, x, names, parameters, u):
+    with torch.enable_grad():
+        x, own = x.view_as(x), [None if p is None else p.view_as(p) for p in parameters]
+        h = x
+        for k, name in enumerate(names):
+            h = _SLOPES[name][0](h) if name else F.linear(h, own[2 * k], own[2 * k + 1])
+        (s,) = torch.autograd.grad(h.sum(), x, create_graph=True)
+        inputs = [t for t, need in zip([x, *own], [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]) if need]
+        found = torch.autograd.grad(s, inputs, u, create_graph=True, allow_unused=True)
+    found = iter(found)
+    needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
+    gx, *rest = [next(found) if need else None for need in needed]
+    return gx, None, None, *rest
