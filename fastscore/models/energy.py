@@ -201,9 +201,11 @@ class EnergyScore(nn.Module):
 
     def _value(self, x, arguments, third=True):
         # A loss takes third derivatives of f, which PyTorch gets wrong through its norms and lacks for fused attention.
-        with _right_norms() if third and not torch.compiler.is_compiling() else contextlib.nullcontext():
-            # Hooks of modes, as of FlopCounterMode, take a leaf for a parameter.
-            value = self.f(x.view_as(x) if torch._C._len_torch_dispatch_stack() else x, *arguments)
+        compiling = torch.compiler.is_compiling()
+        with _right_norms() if third and not compiling else contextlib.nullcontext():
+            if not compiling and torch._C._len_torch_dispatch_stack():
+                x = x.view_as(x)   # hooks of modes, as of FlopCounterMode, take a leaf for a parameter
+            value = self.f(x, *arguments)
         if not isinstance(value, torch.Tensor) or value.shape not in ((len(x),), (len(x), 1)):
             got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(f"EnergyScore: f(x) must be one value per sample, ({len(x)},); got {got}.")
