@@ -21,7 +21,7 @@ def of_rank(rank):
 
 NORMS = (
     *(lambda x: torch.norm(x, dim=1), lambda x: x.norm(2, -1), lambda x: torch.linalg.norm(x, dim=1), lambda x: F.normalize(x)[:, 0]),
-    *(lambda x: torch.linalg.vector_norm(x, dim=(1,)), lambda x: x.norm()[None], lambda x: torch.linalg.norm(x, 2, 1)),
+    *(lambda x: torch.linalg.vector_norm(x, dim=(1,)), lambda x: x.norm()[None], lambda x: torch.linalg.norm(x, 3.5, 1)),
 )
 # name: f and x
 STOCK = {

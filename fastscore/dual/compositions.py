@@ -4,6 +4,7 @@ Dual numbers flow through them, and stock forward mode takes them in their stead
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -293,20 +294,34 @@ def _two_norm(x, dim=None, keepdim=False, dtype=None):
     return torch.where(apart, torch.where(apart, square, 1.0).sqrt(), 0.0).to(x.dtype)
 
 
+def _norm(x, p, dim, keepdim, dtype):
+    """Of vectors, 1 < p < ∞; the others have no slope at zero that could be lost."""
+    if p == 2:
+        return _two_norm(x, dim, keepdim, dtype)
+    if not isinstance(p, int | float) or not 1 < p < math.inf or not x.dim() or x.dtype not in (torch.float32, torch.float64):
+        return NotImplemented
+    x = x if dtype is None else x.to(dtype)
+    dim = tuple(range(x.dim())) if dim is None else dim
+    zero = x.detach() == 0
+    powers = torch.where(zero, 0.0, torch.where(zero, 1.0, x).abs() ** p).sum(dim, keepdim=keepdim)
+    apart = powers.detach() != 0
+    return torch.where(apart, torch.where(apart, powers, 1.0) ** (1 / p), 0.0)
+
+
 @formula("vector_norm", holders=(torch.linalg,))
 def vector_norm(x, ord=2, dim=None, keepdim=False, *, dtype=None):
-    return _two_norm(x, dim, keepdim, dtype) if ord == 2 else NotImplemented
+    return _norm(x, ord, dim, keepdim, dtype)
 
 
 @formula("norm", holders=(torch, torch.Tensor))
 def norm(input, p="fro", dim=None, keepdim=False, out=None, dtype=None):
-    return _two_norm(input, dim, keepdim, dtype) if p in ("fro", 2, None) and out is None else NotImplemented
+    return _norm(input, 2 if p in ("fro", None) else p, dim, keepdim, dtype) if out is None else NotImplemented
 
 
 @formula("norm", holders=(torch.linalg,))
 def matrix_or_vector_norm(A, ord=None, dim=None, keepdim=False, *, dtype=None):
     of_vectors = isinstance(dim, int) or (dim is None and A.dim() == 1)
-    return _two_norm(A, dim, keepdim, dtype) if ord is None or (ord == 2 and of_vectors) else NotImplemented
+    return _norm(A, 2 if ord is None else ord, dim, keepdim, dtype) if ord is None or of_vectors else NotImplemented
 
 
 @formula("normalize", holders=(F,))
