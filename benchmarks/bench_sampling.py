@@ -67,7 +67,8 @@ def bench_predictor_corrector_level(compare, device, ours):
     """Norms of each sample, not of the batch: the peers' cheaper question."""
     x, s = (torch.randn(SHAPE, device=device) for _ in range(2))
     r, sigmas = 0.16, [1 - 1e-5 * i for i in range(40000)]
-    calls = {name: steps_of("predictor_corrector", name, x, s, sigmas=sigmas, snr=r) for name in ours}
+    options = {"sigmas": sigmas, "snr": r, "corrector": "langevin"}
+    calls = {name: steps_of("predictor_corrector", name, x, s, **options) for name in ours}
     first, second = torch.tensor(sigmas[:2]).tolist()   # as the ladder stores them, in float32
     g = first**2 - second**2
     for call in calls.values():

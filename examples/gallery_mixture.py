@@ -52,6 +52,6 @@ p(x) = 0.8 N((-1, -1), 0.06 I) + 0.2 N((1, 1), 0.06 I), so the first weight is 0
 the score is exact at every noise level. `langevin` and `mala` start uniformly in the unit square, next to the second mode, and cannot
 cross to the first: they sample what lies around them. The others start from N(0, σ_1² I), σ_1 = 10. Annealed Langevin dynamics lags
 behind the ladder, and loses a few per cent of the larger weight in 320 steps; the flow keeps the bias of its start, whose mean is not
-the mixture's. The predictor-corrector's step is a ratio of two norms of each sample, which in two dimensions is often huge: there take
-the norms of the batch, or the annealed corrector.
+the mixture's. Score-SDE's own corrector (`corrector="langevin"`) takes its step from a ratio of two norms, which for a single sample in
+two dimensions is often huge; the annealed corrector, the default, needs none.
 """

@@ -35,10 +35,13 @@ def samplers(sigma_max, sigma_min, quick=False):
         },
         "consistent_annealed": {"sampler": "consistent_annealed", "sigmas": ladder(320)},
         "predictor_corrector": {"sampler": "predictor_corrector", "sigmas": ladder(160)},
-        "predictor_corrector, batch norms": {"sampler": "predictor_corrector", "sigmas": ladder(160), "norms": "batch"},
-        "predictor_corrector, ancestral, annealed corrector": {
-            "sampler": "predictor_corrector", "sigmas": ladder(160), "predictor": "ancestral", "corrector": "annealed",
+        "predictor_corrector, norms of each sample": {
+            "sampler": "predictor_corrector", "sigmas": ladder(160), "corrector": "langevin", "norms": "sample",
         },
+        "predictor_corrector, batch norms": {
+            "sampler": "predictor_corrector", "sigmas": ladder(160), "corrector": "langevin", "norms": "batch",
+        },
+        "predictor_corrector, ancestral": {"sampler": "predictor_corrector", "sigmas": ladder(160), "predictor": "ancestral"},
         "predictor only, euler": {
             "sampler": "predictor_corrector", "sigmas": ladder(320), "predictor": "euler", "corrector": "none",
         },

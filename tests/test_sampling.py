@@ -55,8 +55,9 @@ def test_samples_of_a_network_agree_across_splits(sampler):
     assert float((whole - torch.cat(parts)).abs().max()) < 1e-5 * max(1.0, float(whole.abs().max()))
 
 
+@pytest.mark.filterwarnings("ignore:predictor_corrector")
 def test_batch_norms_couple_a_sample_to_its_batch_mates_and_the_others_do_not():
-    options = {"sampler": "predictor_corrector", "seed": 8, **SAMPLERS["predictor_corrector"]}
+    options = {"sampler": "predictor_corrector", "corrector": "langevin", "seed": 8, **SAMPLERS["predictor_corrector"]}
     for norms, same in (("batch", False), ("sample", True), ("dimension", True)):
         whole = fastscore.sample(gaussian, shape=(6, 3, 5), norms=norms, **options)
         assert torch.equal(whole[:3], fastscore.sample(gaussian, shape=(3, 3, 5), norms=norms, **options)) is same
@@ -333,9 +334,10 @@ def test_the_hook_of_mala_sees_every_proposal():
     assert seen == [(0.0, step) for step in (0, 0, 1, 2, 3, 4, 5)]
 
 
+@pytest.mark.filterwarnings("ignore:predictor_corrector")
 @pytest.mark.parametrize("sampler", [*SAMPLERS, "predictor_corrector, batch norms"])
 def test_every_back_end_draws_the_samples_of_the_reference(sampler, backend):
-    options = {"norms": "batch"} if sampler.endswith("norms") else {}
+    options = {"corrector": "langevin", "norms": "batch"} if sampler.endswith("norms") else {}
     sampler = sampler.split(",")[0]
     options = {"sampler": sampler, "shape": (4, 3, 5), "seed": 8, **SAMPLERS[sampler], **options}
     drawn = fastscore.sample(target(sampler), **options)
@@ -370,7 +372,8 @@ def test_a_wrong_seed_is_refused_before_the_score_is_called(sampler):
 SAMPLING = {name: getattr(sampling, name) for name in SAMPLERS}
 
 
-@pytest.mark.parametrize("options", [{}, {"norms": "batch"}, {"norms": "dimension"}], ids=["sample", "batch", "dimension"])
+@pytest.mark.filterwarnings("ignore:predictor_corrector")
+@pytest.mark.parametrize("options", [{}, *({"corrector": "langevin", "norms": n} for n in ("sample", "batch", "dimension"))])
 def test_samples_may_be_single_values(options):
     """A state (B,) is what (B, 1) is."""
     x = torch.linspace(-1, 1, 5)

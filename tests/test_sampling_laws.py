@@ -118,6 +118,7 @@ def test_predictor_and_annealed_corrector_follow_their_recursion(backend, predic
         check_moments(state.x, m, v)
 
 
+@pytest.mark.filterwarnings("ignore:predictor_corrector")
 @pytest.mark.parametrize("norms", ["sample", "batch", "dimension"])
 def test_langevin_corrector_follows_its_recursion_in_high_dimension(norms):
     """ε = 4 (r ‖z‖/‖s‖)² tends to 4 r² t²/E‖s·t‖²/d; at d = 2^14 its spread, √(8/d), moves a sample's second moment by less than what
@@ -127,7 +128,7 @@ def test_langevin_corrector_follows_its_recursion_in_high_dimension(norms):
     power = MU**2 + 1.0   # E x² per dimension around μ, of N(0, 1)
     x = sampling.initial((n, d), law="gaussian", sigma=1.0, seed=6)
     states = sampling.predictor_corrector(
-        score, x, sigmas=SIGMAS, predictor="none", corrector_steps=2, snr=r, norms=norms, every_step=True, denoise=False, seed=6
+        score, x, sigmas=SIGMAS, predictor="none", corrector="langevin", corrector_steps=2, snr=r, norms=norms, every_step=True, denoise=False, seed=6
     )
     for state in states:
         t = S2 + float(SIGMAS[state.level]) ** 2
@@ -137,6 +138,7 @@ def test_langevin_corrector_follows_its_recursion_in_high_dimension(norms):
         assert abs(float(each.mean()) - power) < 6.5 * float(each.std()) / math.sqrt(n) + power * 20 / d
 
 
+@pytest.mark.filterwarnings("ignore:predictor_corrector")
 def test_the_langevin_corrector_is_the_one_of_diffusers(monkeypatch):
     """Both loops on the same noise, with batch-mean norms: the scheduler's σ, its corrector, its predictor and its last mean."""
     from diffusers.schedulers import ScoreSdeVeScheduler, scheduling_sde_ve
@@ -160,7 +162,7 @@ def test_the_langevin_corrector_is_the_one_of_diffusers(monkeypatch):
             x = peer.step_correct(score(x, each), x).prev_sample
         x, mean = peer.step_pred(score(x, each), t, x, return_dict=False)
     ours = fastscore.sample(
-        score, sampler="predictor_corrector", x=start, sigmas=sigmas, corrector_steps=2, norms="batch", snr=0.16, seed=seed
+        score, sampler="predictor_corrector", x=start, sigmas=sigmas, corrector="langevin", corrector_steps=2, norms="batch", snr=0.16, seed=seed
     )
     assert float((ours - mean).abs().max()) < 1e-5   # the peer keeps σ in float32
 
@@ -243,3 +245,44 @@ def test_mala_is_reversible_to_the_last_digit():
 
     expected = (fy - fx) / temperature + q(x, y, sy) - q(y, x, sx)
     assert torch.allclose(forth, expected, rtol=1e-11, atol=1e-11) and torch.allclose(forth, -back, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("d", [1, 4, 64])
+def test_the_default_corrector_has_its_law_in_every_dimension(d):
+    """20 corrections of N(0, 1.25 I) at σ = 0.5 and of the data N(0, I) there: V ← (1 - ε/(2t))² V + ε, t = 1.25, ε = 4 (0.16 σ)²."""
+    n, t, e = 2**16 // d, 1.25, 4 * (0.16 * 0.5) ** 2
+    x = math.sqrt(t) * random.normal((n, d), seed=12, stream=1024)
+    options = {"sampler": "predictor_corrector", "sigmas": [0.5], "predictor": "none", "denoise": False, "corrector_steps": 20, "seed": 13}
+
+    def normal(x, sigma):
+        return -x / (1 + sigma[:, None] ** 2)
+
+    y = fastscore.sample(normal, x=x, **options)
+    v = t
+    for _ in range(20):
+        v = (1 - e / (2 * t)) ** 2 * v + e
+    assert abs(float(y.double().square().mean()) - v) < 5 * v * math.sqrt(2 / y.numel())
+    assert torch.equal(y[:3], fastscore.sample(normal, x=x[:3], **options))   # batch mates have no say
+
+
+@pytest.mark.parametrize("options", [{}, *({"corrector": "langevin", "norms": norms} for norms in ("sample", "batch", "dimension"))])
+@pytest.mark.filterwarnings("ignore:predictor_corrector")
+def test_a_zero_score_is_no_error(options):
+    """Where there is no norm to divide by, the step is the annealed corrector's: noise of variance ε = 4 (r σ)²."""
+    x = torch.zeros(2**12, 4)
+    y = fastscore.sample(
+        lambda x, sigma: 0 * x, sampler="predictor_corrector", x=x, sigmas=[2.0], predictor="none", denoise=False, seed=14, **options
+    )
+    check_moments(y, 0.0, 4 * (0.16 * 2.0) ** 2)
+
+
+def test_the_rules_of_norms_are_named_and_warned_about():
+    def run(**options):
+        return sampling.predictor_corrector(score, torch.zeros(2, 3), sigmas=SIGMAS, seed=0, **options)
+
+    for norms, told in (("sample", "few dimensions"), ("dimension", "few dimensions"), ("batch", "others of its batch"), (None, "few")):
+        with pytest.warns(UserWarning, match=f"predictor_corrector: .*{told}"):
+            run(corrector="langevin", norms=norms)
+    for corrector in ("annealed", "none"):
+        with pytest.raises(ValueError, match=f"predictor_corrector: norms are for corrector='langevin'; got corrector='{corrector}'"):
+            run(corrector=corrector, norms="batch")

@@ -1,7 +1,5 @@
 """The Metropolis-adjusted Langevin algorithm: Langevin proposals, accepted so that the law is exact at every step size."""
 
-import functools
-
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -9,7 +7,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from fastscore import random
 from fastscore.models.energy import EnergyScore
-from fastscore.modes import evaluated
+from fastscore.modes import Evaluation, networks
 from fastscore.ops import checks
 from fastscore.sampling.state import State, begin, check_count, check_updates, epsilon
 
@@ -49,7 +47,7 @@ def mala(
         raise ValueError(f"{op}: temperature must be positive; got {temperature}.")
     steps = check_updates(op, "steps", steps)
     start = check_count(op, "start", start, steps)
-    return _mala(run, x, start, steps, epsilon(op, step_size, None, x))
+    return _mala(run, f, x, start, steps, epsilon(op, step_size, None, x))
 
 
 def _energy(log_prob):
@@ -61,11 +59,16 @@ def _energy(log_prob):
 
 
 @torch.no_grad()
-def _mala(run, x, start, steps, e):
+def _mala(run, log_prob, x, start, steps, e):
     a, b = run.langevin_coefficients(e)
     x = run.projected(x, 0.0, start)
     # The backward pass, too: a checkpoint calls the network again there.
-    value_and_score = evaluated(functools.partial(_value_and_score, run))
+    held = networks(log_prob)
+
+    def value_and_score(x):
+        with Evaluation(held):
+            return _value_and_score(run, x)
+
     f, s = value_and_score(x)
     for step in range(start, steps):
         y = run.projected(run.move(x, s, a, b, step), 0.0, step)

@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 
 from fastscore import backend, random
+from fastscore.losses.projections import check_score
 from fastscore.messages import shown
 from fastscore.modes import evaluated
 from fastscore.ops import checks
 from fastscore.ops.langevin_step import update
+from fastscore.sampling.asking import asked
 from fastscore.schedules import to_epsilon
 
 
@@ -50,9 +52,14 @@ class Run:
     def look(self, x, sigma, each, step):
         """The projected x and its score; each is σ as (B,), or None for a score of x alone."""
         x = self.projected(x, sigma, step)
+        return x, self.answer(x, each)
+
+    def answer(self, x, each):
+        """The score of x in x's dtype: under autocast its own is another one."""
         s = self.score(x) if each is None else self.score(x, each)
-        checks.check_like(self.op, "score", s, x)
-        return x, s
+        check_score(self.op, s, x, "score")
+        checks.check_as_real(self.op, "score", s, x)
+        return s.to(x.dtype)
 
     def projected(self, x, sigma, step):
         if self.project is None:
@@ -102,7 +109,7 @@ def begin(op, score, x, *, temperature, project, diagnostics, seed, first_sample
     seed = random.draw_seed() if seed is None else seed
     size = math.prod(x.shape[1:])
     random.noise_key(op, seed, 0, random.LANGEVIN, 0, first_sample * size, x.device)   # refused here, not after a call of the score
-    score = evaluated(score)
+    score = asked(op, score, x)
     project = None if project is None else evaluated(project)
     return Run(op, score, seed, first_sample, size, math.sqrt(temperature), project, bool(diagnostics), backend.choose(x.device))
 
