@@ -128,7 +128,8 @@ def test_langevin_corrector_follows_its_recursion_in_high_dimension(norms):
     power = MU**2 + 1.0   # E x² per dimension around μ, of N(0, 1)
     x = sampling.initial((n, d), law="gaussian", sigma=1.0, seed=6)
     states = sampling.predictor_corrector(
-        score, x, sigmas=SIGMAS, predictor="none", corrector="langevin", corrector_steps=2, snr=r, norms=norms, every_step=True, denoise=False, seed=6
+        score, x, sigmas=SIGMAS, predictor="none", corrector="langevin", corrector_steps=2, snr=r, norms=norms, every_step=True,
+        denoise=False, seed=6,
     )
     for state in states:
         t = S2 + float(SIGMAS[state.level]) ** 2
@@ -162,7 +163,8 @@ def test_the_langevin_corrector_is_the_one_of_diffusers(monkeypatch):
             x = peer.step_correct(score(x, each), x).prev_sample
         x, mean = peer.step_pred(score(x, each), t, x, return_dict=False)
     ours = fastscore.sample(
-        score, sampler="predictor_corrector", x=start, sigmas=sigmas, corrector="langevin", corrector_steps=2, norms="batch", snr=0.16, seed=seed
+        score, sampler="predictor_corrector", x=start, sigmas=sigmas, corrector="langevin", corrector_steps=2, norms="batch", snr=0.16,
+        seed=seed,
     )
     assert float((ours - mean).abs().max()) < 1e-5   # the peer keeps σ in float32
 

@@ -43,7 +43,7 @@ def noisy_update(
 
 
 def langevin_step(
-    x, score, step_size, *, noise=None, seed=None, step=0, stream=random.LANGEVIN, offset=0, out=None, backend=None
+    x, score, step_size=None, *, step_lr=None, noise=None, seed=None, step=0, stream=random.LANGEVIN, offset=0, out=None, backend=None
 ):
     """Take one unadjusted Langevin step.
 
@@ -52,11 +52,12 @@ def langevin_step(
     Args:
         x: state, (B, *), any float dtype and strides.
         score: s = ∇ log p(x), same shape, dtype and device as x.
-        step_size: ε >= 0, a float, 0-d or (B,). NCSN's code uses η = ε/2 (schedules.to_epsilon).
+        step_size: ε >= 0, a float, 0-d or (B,); or step_lr: η = ε/2, as in NCSN's code, torchebm and blackjax.
         noise, seed, step, stream, offset, out, backend: as in `noisy_update`.
 
     Raises:
-        ValueError: shapes or devices differ, or ε is negative or not finite. TypeError: dtypes differ.
+        ValueError: shapes or devices differ, ε is negative or not finite, or not exactly one of step_size and step_lr is given.
+        TypeError: dtypes differ.
 
     Source: Song & Ermon 2019, Algorithm 1, line 6 (arXiv:1907.05600).
 
@@ -64,7 +65,12 @@ def langevin_step(
     tensor([0.7500])
     """
     checks.check_float("langevin_step", "x", x)
-    e = checks.coefficient("langevin_step", "step_size", step_size, x, minimum=0)
+    if (step_size is None) == (step_lr is None):
+        found = "neither" if step_size is None else "both"
+        raise ValueError(f"langevin_step: give either step_size (ε) or step_lr (η = ε/2); got {found}.")
+    name, value = ("step_size", step_size) if step_lr is None else ("step_lr", step_lr)
+    e = checks.coefficient("langevin_step", name, value, x, minimum=0)
+    e = e if step_lr is None else 2 * e
     half, root = 0.5 * e, e.sqrt() if isinstance(e, torch.Tensor) else math.sqrt(e)
     half, root = checks.in_graph(half, x), checks.in_graph(root, x)
     return _door("langevin_step", x, score, half, root, noise, seed, step, stream, offset, out, backend, direction_name="score")

@@ -1,5 +1,7 @@
 """The Metropolis-adjusted Langevin algorithm: Langevin proposals, accepted so that the law is exact at every step size."""
 
+import warnings
+
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -11,11 +13,14 @@ from fastscore.modes import Evaluation, networks
 from fastscore.ops import checks
 from fastscore.sampling.state import State, begin, check_count, check_updates, epsilon
 
+_REFUSED = 1 - 0.574   # of proposals, at the best acceptance in high dimensions (Roberts & Rosenthal 1998)
+_FALSE_ALARM = 1e-3
 _WRAPPERS = (AveragedModel, DataParallel, DistributedDataParallel)
 
 
 def mala(
-    log_prob, x, *, steps, step_size, temperature=1.0, project=None, diagnostics=False, start=0, seed=None, first_sample=0,
+    log_prob, x, *, steps, step_size=None, step_lr=None, temperature=1.0, project=None, diagnostics=False, start=0, seed=None,
+    first_sample=0,
 ):  # fmt: skip
     """Run the Metropolis-adjusted Langevin algorithm on p^(1/T) ∝ e^(f/T); yields a `State` after each step.
 
@@ -27,13 +32,18 @@ def mala(
     Args:
         log_prob: f, called f(x): the unnormalised log-density of each sample, (B,) or (B, 1), differentiable; or a `models.EnergyScore`,
             averaged (`state.ema`), compiled or not.
-        x: start, (B, *), not modified. steps: how many. step_size: ε > 0, a float, 0-d or (B,).
+        x: start, (B, *), not modified. steps: how many. step_size: ε > 0, a float, 0-d or (B,); or step_lr: η = ε/2.
         temperature: T > 0. project: project(y, 0.0, step) -> y, called on x at the start, on every proposal and at the end; the law is
             then no longer exact.
-        diagnostics: fill `State.diagnostics`: acceptance (min(1, α)), accepted (0 or 1), x_norm, score_norm and snr, each (B,).
+        diagnostics: fill `State.diagnostics`: acceptance (min(1, α)), accepted (0 or 1), acceptance_rate (the mean of accepted since this
+            call's start), x_norm, score_norm and snr, each (B,).
         start: steps done already; x is the state after them. seed: of the run; first_sample: global number of x[0].
 
     Noise: z from the stream LANGEVIN as in `langevin`, u from its substream 1, element n for sample n.
+
+    Warns, once its last state was handed over, if chains never moved in so many steps that at an acceptance of 0.574, the best in high
+    dimensions, that would happen to one of the B chains with a probability below 1e-3 (17 steps for 1,000 chains): their start is far out
+    or ε is too large. Nothing is said of shorter runs.
 
     Raises:
         ValueError: f(x) has another shape or does not depend on x, steps is negative, or ε or T is no positive number.
@@ -47,7 +57,7 @@ def mala(
         raise ValueError(f"{op}: temperature must be positive; got {temperature}.")
     steps = check_updates(op, "steps", steps)
     start = check_count(op, "start", start, steps)
-    return _mala(run, f, x, start, steps, epsilon(op, step_size, None, x))
+    return _mala(run, f, x, start, steps, epsilon(op, step_size, step_lr, x))
 
 
 def _energy(log_prob):
@@ -70,6 +80,7 @@ def _mala(run, log_prob, x, start, steps, e):
             return _value_and_score(run, x)
 
     f, s = value_and_score(x)
+    moves = torch.zeros_like(f)
     for step in range(start, steps):
         y = run.projected(run.move(x, s, a, b, step), 0.0, step)
         f2, s2 = value_and_score(y)
@@ -81,11 +92,24 @@ def _mala(run, log_prob, x, start, steps, e):
         told = run.diagnose(x, s, a, b)
         x, s = (torch.where(checks.expand(accepted, x), new, old) for new, old in ((y, x), (s2, s)))
         f = torch.where(accepted, f2, f)
+        moves = moves + accepted
         if told is not None:
             told |= {"acceptance": ratio.exp().clamp(max=1), "accepted": accepted.to(f.dtype)}
+            told["acceptance_rate"] = moves / (step + 1 - start)
         if step + 1 == steps:
             x = run.projected(x, 0.0, steps)
         yield State(0, 0.0, x, step + 1, told)
+    if len(x) and len(x) * _REFUSED ** (steps - start) < _FALSE_ALARM:
+        _warn_of_rest(moves, steps - start)
+
+
+def _warn_of_rest(moves, steps):
+    rest = int((moves == 0).sum())
+    if rest:
+        warnings.warn(
+            f"mala: {rest} of {len(moves)} chains never moved in {steps} steps; they start far out, or step_size is too large for them.",
+            stacklevel=2,
+        )
 
 
 def _log_ratio(run, x, f, s, y, f2, s2, half):

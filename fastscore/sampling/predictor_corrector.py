@@ -46,14 +46,16 @@ def predictor_corrector(
             LANGEVIN and correctors from CORRECTOR, and `step` counts both.
 
     Raises:
-        ValueError: an unknown name, norms without corrector="langevin", the ladder does not descend, snr is negative, or start is beyond the end.
+        ValueError: an unknown name, norms without corrector="langevin", the ladder does not descend, snr is negative, or
+            start is beyond the end.
 
     Source: Song et al. 2021, Algorithms 2 and 4 (arXiv:2011.13456).
     """
     op = "predictor_corrector"
     run = begin(op, score, x, temperature=temperature, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample)
-    for name, value, known in (("predictor", predictor, PREDICTORS), ("corrector", corrector, CORRECTORS), ("norms", norms, (None, *NORMS))):
+    for name, value, known in (("predictor", predictor, PREDICTORS), ("corrector", corrector, CORRECTORS)):
         choice(op, name, value, known)
+    choice(op, "norms", NORMS[0] if norms is None else norms, NORMS)
     norms = _checked_norms(op, corrector, norms)
     sigmas = check_ladder(op, sigmas).tolist()
     corrector_steps = check_updates(op, "corrector_steps", corrector_steps, len(sigmas))
