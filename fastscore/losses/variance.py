@@ -69,6 +69,8 @@ def variance_report(score, x, *, projections=(1, 2, 4, 8), draws=64, seed=None):
         raise ValueError(f"{op}: projections must be ints of at least 1; got {checks.shown(given)}.")
     projections = tuple(map(checks.plain_int, projections))
     check_data(op, x, score)
+    if x.is_meta:
+        raise ValueError(f"{op}: x must have values to measure; got a tensor on meta.")
     if len(x) < 2:
         raise ValueError(f"{op}: x must hold at least 2 samples.")
     seed, rows, once = random.draw_seed() if seed is None else seed, [], Once(x.device, score)
