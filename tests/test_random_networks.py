@@ -59,6 +59,13 @@ def attended(m, x):
     return x + (y.transpose(1, 2).reshape(x.shape) if x.dim() > 2 else y.mean(1))
 
 
+class Dropout(nn.Dropout):
+    """Masks are drawn in the order of memory, which a transposed result of ours need not share with PyTorch's."""
+
+    def forward(self, x):
+        return super().forward(x.contiguous())
+
+
 class Ternary(torch.autograd.Function):
     """Straight through, from a forward that hides its argument."""
 
@@ -137,7 +144,7 @@ PARTS = {
     "hooks": lambda r, c, m: Unbatched(m()),
     "accumulated": lambda r, c, m: Wrapped(accumulated),
     "numbers": lambda r, c, m: Wrapped(scaled_by_a_number),
-    "torch.dropout": lambda r, c, m: Wrapped(lambda _, x: torch.dropout(x, 0.3, True)),
+    "torch.dropout": lambda r, c, m: Wrapped(lambda _, x: torch.dropout(x.contiguous(), 0.3, True)),
     "checkpoint": lambda r, c, m: Wrapped(checkpointed, m()),
     "compiled": lambda r, c, m: torch.compile(m(), backend="eager"),
     "silu-in-place": lambda r, c, m: Wrapped(lambda _, x: F.silu(x * 1, True)),
@@ -183,7 +190,7 @@ def network(r, c, images, depth=0, parts=()):
         elif make == "norm":
             layers.append(norm(r, c, images))
         elif make == "dropout":
-            layers.append(nn.Dropout(0.3))
+            layers.append(Dropout(0.3))
         elif make == "written":
             layers.append(Wrapped(written))
         elif make == "attended":
