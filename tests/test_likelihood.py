@@ -191,6 +191,54 @@ def test_the_line_integral_is_the_difference_of_log_densities(sigma):
     assert float(estimate.max()) > 1e-3
 
 
+def test_the_line_integral_between_far_points_is_right_or_warned_about(recwarn):
+    """x = ±12 N(0, 1), σ = 0.1: sixteen nodes are off by several nats."""
+    x0, x1 = (12 * random.normal((64, 2), seed=seed, stream=1024, dtype=torch.float64) for seed in (7, 8))
+    truth = MIXTURE.log_prob(x1, 0.1) - MIXTURE.log_prob(x0, 0.1)
+    assert float((log_ratio(MIXTURE.score, x0, x1, sigma=0.1, nodes=16) - truth).abs().max()) > 3.5
+    assert not recwarn.list
+    value, estimate = log_ratio(MIXTURE.score, x0, x1, sigma=0.1, return_error=True)
+    error, done = (value - truth).abs(), estimate <= 0.01
+    assert not recwarn.list and 0 < int(done.sum()) < 64
+    assert float(error[done].max()) < 0.01 and bool((error < estimate + 1e-6).all())
+    with pytest.warns(UserWarning, match=rf"log_ratio: {64 - int(done.sum())} of 64 ratios may be off, the worst by .* after 256 nodes"):
+        assert torch.equal(log_ratio(MIXTURE.score, x0, x1, sigma=0.1), value)
+
+
+def test_near_points_take_sixteen_calls_and_far_ones_their_own():
+    """Doubling never reaches a batch mate, and each sample's sigma goes with it. Gradients flow through both rules: s(x1)."""
+    x0, x1 = (scale * points(MIXTURE, seed=seed) for scale, seed in ((1.0, 1), (1.0, 2)))
+    x0[:3], sigma = x1[:3] - 0.05, torch.linspace(0.1, 0.6, 6, dtype=torch.float64)
+    calls = []
+
+    def score(x, sigma):
+        calls.append(len(x))
+        return MIXTURE.score(x, sigma)
+
+    near = log_ratio(score, x0[:3], x1[:3], sigma=sigma[:3])
+    assert calls == [16 * 3]
+    x1.requires_grad_()
+    value = log_ratio(score, x0, x1, sigma=sigma, atol=1e-6)
+    assert calls[1] == 16 * 6 and 0 < calls[2] <= 16 * 3
+    torch.testing.assert_close(value, MIXTURE.log_prob(x1, sigma) - MIXTURE.log_prob(x0, sigma), rtol=0, atol=1e-6)
+    torch.testing.assert_close(value[:3], near, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(value.sum(), x1)[0], MIXTURE.score(x1.detach(), sigma), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rounding_of_scores_does_not_double_the_nodes(dtype):
+    """A linear score in coarse arithmetic: its noise is no sign of too few nodes."""
+    calls = []
+
+    def score(x):
+        calls.append(len(x))
+        return -x / 0.01**2
+
+    x0, x1 = (random.normal((4, 100), seed=seed, stream=1024, dtype=dtype) for seed in (1, 2))
+    log_ratio(score, x0, x1)
+    assert calls == [16 * 4]
+
+
 def test_both_ways_to_the_density_agree():
     x0, x1, sigma = points(MIXTURE), points(MIXTURE, seed=1), RANGE["sigma_min"]
     by_flow = [log_density(MIXTURE.score, x, prior=MIXTURE, atol=1e-8, rtol=1e-8, **RANGE) for x in (x0, x1)]
@@ -269,6 +317,8 @@ def zero(x, sigma=None):
         (lambda: log_ratio(zero, X, X[:1]), r"x1 must have the shape of x0, \(2, 3\); got \(1, 3\)"),
         (lambda: log_ratio(zero, X, X, nodes=0), "nodes must be an int of at least 1; got 0"),
         (lambda: log_ratio(zero, X, X, nodes=1, return_error=True), "nodes must be an int of at least 2; got 1"),
+        (lambda: torch.vmap(lambda x: log_ratio(zero, x, x))(X[None]), "nodes must be given under torch.func.vmap"),
+        (lambda: log_ratio(zero, X, X, atol=-1.0), "atol must be .*; got -1.0"),
         (lambda: log_ratio(zero, X, X, sigma=-1.0), "sigma must be finite and >= 0; got -1"),
         (lambda: log_ratio(lambda x: x[:1], X, X), r"score\(x\) must have the shape of x, \(32, 3\); got \(1, 3\)"),
         (lambda: dequantize(X + 0.3), "x must hold multiples of 1/255 in .0, 1., 256 levels"),
