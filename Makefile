@@ -5,8 +5,12 @@ STAMP := $(VENV)/.installed
 
 .PHONY: test test-slow test-slow-sample demo lint bench gpu clean
 
+# make test ISA=avx2 or ISA=default: PyTorch's kernels and ours as a processor with no more than that runs them.
+ISA_avx2 := ATEN_CPU_CAPABILITY=avx2 FASTSCORE_ISA=avx2
+ISA_default := ATEN_CPU_CAPABILITY=default FASTSCORE_ISA=baseline
+
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2   # two workers of one thread each: more threads than cores wait for each other
+	$(ISA_$(ISA)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2   # two workers of one thread each: more threads than cores wait for each other
 
 # Whole, before a release: the sweep of PyTorch's operators, random networks, compilers, interpreters, wheels.
 test-slow: $(STAMP)
