@@ -560,7 +560,7 @@ def test_odd_arguments_are_right_or_refused_in_one_sentence(op):
     assert counts["right"] > 40 and counts["refused"] > 20   # the draw reaches both
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=30)
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("op", OPS)
 def test_ten_thousand_calls(op):

@@ -135,7 +135,7 @@ def test_a_few_operators():
 PARTS = 32
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_operator(part):
     """None wrong, none that ends in an error which PyTorch's reverse mode does not have."""

@@ -111,7 +111,7 @@ def test_normals_are_within_1e6_of_float64(backend):
     assert bool(((error <= 1e-6) | (error <= 4 * ulp)).all()), error.max()
 
 
-@pytest.mark.parametrize("stride", [257, pytest.param(1, marks=pytest.mark.slow)], ids=["every-257th-word", "every-word"])
+@pytest.mark.parametrize("stride", [257, pytest.param(1, marks=pytest.mark.slow(minutes=2))], ids=["every-257th-word", "every-word"])
 @pytest.mark.parametrize("isa", native.isas())
 def test_radius_and_uniform_of_every_word(isa, stride, tmp_path):
     """257 divides 2^32 - 1, so that both ends are among the words."""

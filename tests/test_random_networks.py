@@ -328,7 +328,7 @@ def test_networks_with_functions_buffers_hooks_and_writes(dtype):
         check_parts(seed, dtype)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
 @pytest.mark.parametrize("start", range(2000, 4000, 100))
 def test_two_thousand_networks(start):
     for seed in range(start, start + 100):
