@@ -266,7 +266,7 @@ def test_the_command_refuses_in_one_sentence_and_writes_nothing(tmp_path, folder
         assert code == 2 and message.count("\n") == 1 and words in message and not out.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=5)
 def test_digits_of_the_class_that_was_asked_for(tmp_path):
     """At scale 3 the classifier of `evaluation`, trained on other noise levels and images, sees the class asked for in 85 % of 500."""
     options = {"width": 256, "depth": 3, "levels": 16, "batch_size": 256}
