@@ -232,3 +232,23 @@ def test_a_large_tensor_that_f_writes_into_is_said():
 
     with pytest.raises(RuntimeError, match="has to be evaluated more than once"):
         losses.exact(f, torch.ones(1, 2), chunk=1)
+
+
+def test_containers_that_may_not_be_written_to_are_left_alone():
+    """The configurations of diffusers are frozen dictionaries; lists of tensors have no equality that is a bool."""
+
+    class Frozen(dict):
+        def clear(self):
+            raise TypeError("frozen")
+
+        update = clear
+
+    config, past = Frozen(a=1), [torch.ones(2), (torch.ones(3), 1)]
+
+    def score(x):
+        past.append(x.detach())
+        return -x * config["a"]
+
+    x = torch.ones(2, 5)
+    torch.testing.assert_close(losses.exact(score, x, chunk=2), torch.full((2,), -5 + 2.5))
+    assert len(past) == 3

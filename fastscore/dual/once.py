@@ -171,13 +171,18 @@ def _items(a):
 
 
 def _refill(a, items):
-    if list(_items(a)) == items and all(x is y for x, y in zip(_items(a), items)) and not isinstance(a, dict):
-        return
+    if len(a) == len(items) and all(map(_same, _items(a), items)):
+        return   # nothing to do, which a frozen dictionary would not let us do
     a.clear()
     if isinstance(a, dict | set):
         a.update(items)
     else:
         a.extend(items)
+
+
+def _same(a, b):
+    """One entry, or one (made anew) item of a dictionary: by identity, for tensors have no other equality that is a bool."""
+    return a is b or (type(a) is type(b) is tuple and len(a) == len(b) == 2 and a[0] is b[0] and a[1] is b[1])
 
 
 def _contents(owner):

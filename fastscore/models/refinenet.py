@@ -233,7 +233,9 @@ class ChainedPooling(nn.Module):
 def ladder(op, sigmas):
     """sigmas as a tensor (L,); raises unless they descend."""
     sigmas = valued(op, "sigmas", sigmas, torch.get_default_dtype()).detach().clone()
+    if sigmas.dim() != 1 or not len(sigmas):
+        raise ValueError(f"{op}: sigmas must be a descending ladder (L,) of positive levels; got shape {tuple(sigmas.shape)}.")
     positive = bool(((sigmas > 0) & sigmas.isfinite()).all())
-    if sigmas.dim() != 1 or not len(sigmas) or not positive or not bool((sigmas[1:] < sigmas[:-1]).all()):
+    if not positive or not bool((sigmas[1:] < sigmas[:-1]).all()):
         raise ValueError(f"{op}: sigmas must be a descending ladder (L,) of positive levels; got {shown_ladder(sigmas.tolist())}.")
     return sigmas
