@@ -1,6 +1,9 @@
 """The command line: a whole small run, resuming, and one-sentence errors that leave nothing behind."""
 
+import contextlib
+import io
 import json
+import subprocess
 import sys
 
 import children
@@ -15,6 +18,19 @@ def run(*arguments):
     return children.run([sys.executable, "-m", "fastscore", *arguments])
 
 
+def run_here(*arguments):
+    """The same without a process of its own, whose imports take seconds."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["fastscore", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
 SMALL = ("--steps", "200", "--width", "32", "--depth", "1", "--levels", "4")
 
 
@@ -25,12 +41,12 @@ def test_train_sample_evaluate(tmp_path):
         assert (out / name).stat().st_size > 0
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["step"] == 200 and records[-1]["loss"] < records[0]["loss"]
-    assert run("sample", out, "-n", "4", "--out", tmp_path / "four.npz").returncode == 0
-    assert run("sample", out, "-n", "2", "--first-sample", "2", "--out", tmp_path / "two.npz").returncode == 0
+    assert run_here("sample", out, "-n", "4", "--out", tmp_path / "four.npz").returncode == 0
+    assert run_here("sample", out, "-n", "2", "--first-sample", "2", "--out", tmp_path / "two.npz").returncode == 0
     four, two = (np.load(tmp_path / f"{name}.npz")["images"] for name in ("four", "two"))
     assert np.allclose(four[2:], two, atol=1e-4)
-    assert "nearest training image" in run("evaluate", out, "-n", "50").stdout
-    again = run("train", "--data", "digits", "--out", out, *SMALL)
+    assert "nearest training image" in run_here("evaluate", out, "-n", "50").stdout
+    again = run_here("train", "--data", "digits", "--out", out, *SMALL)
     assert again.returncode == 2 and "exists already" in again.stderr
 
 
@@ -229,7 +245,7 @@ def test_a_wrong_value_is_one_sentence_and_leaves_nothing(tmp_path, arguments, m
     (tmp_path / "BROKEN").mkdir()
     (tmp_path / "BROKEN" / "a.png").write_bytes(b"no image")
     arguments = [tmp_path / a if a in ("EMPTY", "BROKEN") else a for a in arguments]
-    result = run("train", "--out", tmp_path / "run", *arguments)
+    result = run_here("train", "--out", tmp_path / "run", *arguments)
     assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
