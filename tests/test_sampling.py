@@ -382,6 +382,23 @@ def test_samples_may_be_single_values(options):
     assert all(torch.equal(runs[0].diagnostics[k], runs[1].diagnostics[k]) for k in runs[0].diagnostics)
 
 
+UNBATCHED = {
+    "fails": lambda x, sigma=None: -x.reshape(len(x), 3),
+    "fails in a layer": lambda x, *_: torch.nn.functional.linear(x, torch.ones(2, 2)),
+    "has no such dimension": lambda x, sigma=None: -x / x.norm(dim=1),
+    "is one number": lambda x, sigma=None: -x.square().sum(),
+    "broadcasts": lambda x, sigma=None: -x[None] / torch.ones(3, 1),
+}
+
+
+@every_sampler
+@pytest.mark.parametrize("score", UNBATCHED.values(), ids=UNBATCHED)
+def test_one_sample_without_its_batch_is_told_to_be_a_batch_of_one(score, sampler):
+    """(3,) are three samples of one value each; whoever means one of three finds the way out."""
+    with pytest.raises(ValueError, match=r"x of shape \(3,\), a batch of 3 single values; one sample of 3 values is x\[None\]\.$"):
+        fastscore.sample(score, sampler=sampler, x=torch.zeros(3), seed=0, **SAMPLERS[sampler])
+
+
 @pytest.mark.parametrize("method", ["heun", "euler", "adaptive"])
 def test_the_flow_of_no_samples_is_none(method):
     assert fastscore.sample(gaussian, sampler="probability_flow", shape=(0, 3), method=method, **LADDER).shape == (0, 3)

@@ -22,11 +22,20 @@ def asked(op: str, score: Callable, x: torch.Tensor) -> Callable:
     def answer(x, *arguments):
         try:
             return call(x if dtype is None else x.to(dtype), *arguments)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError, ValueError) as error:
             _explain_dtypes(op, score, x, error)
+            if x.dim() == 1:
+                raise ValueError(f"{op}: score failed on x{single(x)}") from error
             raise
 
     return answer
+
+
+def single(x: torch.Tensor) -> str:
+    """What the end of a sentence says of an x without a dimension of its own for samples; "." for others."""
+    if x.dim() != 1:
+        return "."
+    return f" of shape {tuple(x.shape)}, a batch of {len(x)} single values; one sample of {len(x)} values is x[None]."
 
 
 def _half(score, x):
@@ -43,7 +52,7 @@ def _dtypes(modules):
 
 def _explain_dtypes(op, score, x, error):
     """PyTorch's complaint about two dtypes, as ours about those of the network and of x."""
-    if "dtype" not in str(error) and "type" not in str(error):
+    if not isinstance(error, RuntimeError) or "dtype" not in str(error) and "type" not in str(error):
         return
     found = _dtypes(networks(score))
     if len(found) == 1 and x.dtype not in found:

@@ -11,6 +11,7 @@ from fastscore import random
 from fastscore.models.energy import EnergyScore
 from fastscore.modes import Evaluation, networks
 from fastscore.ops import checks
+from fastscore.sampling.asking import single
 from fastscore.sampling.state import State, begin, check_count, check_updates, epsilon
 
 _REFUSED = 1 - 0.574   # of proposals, at the best acceptance in high dimensions (Roberts & Rosenthal 1998)
@@ -127,6 +128,7 @@ def _value_and_score(run, x):
         if not isinstance(value, torch.Tensor) or value.shape not in ((len(x),), (len(x), 1)) or not value.requires_grad:
             got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             hint = " (a score? Metropolis needs log p itself)" if got == tuple(x.shape) else ""
-            raise ValueError(f"{run.op}: log_prob(x) must be one value per sample, ({len(x)},), that depends on x; got {got}{hint}.")
+            end = f" for x{single(x)}" if x.dim() == 1 and not hint else "."
+            raise ValueError(f"{run.op}: log_prob(x) must be one value per sample, ({len(x)},), that depends on x; got {got}{hint}{end}")
         (s,) = torch.autograd.grad(value.sum(), x)
     return value.detach().reshape(-1).to(checks.compute_dtype(x.dtype)), s

@@ -13,7 +13,7 @@ from fastscore.messages import shown
 from fastscore.modes import evaluated
 from fastscore.ops import checks
 from fastscore.ops.langevin_step import update
-from fastscore.sampling.asking import asked
+from fastscore.sampling.asking import asked, single
 from fastscore.schedules import to_epsilon
 
 
@@ -57,6 +57,8 @@ class Run:
     def answer(self, x, each):
         """The score of x in x's dtype: under autocast its own is another one."""
         s = self.score(x) if each is None else self.score(x, each)
+        if x.dim() == 1 and isinstance(s, torch.Tensor) and s.shape != x.shape:
+            raise ValueError(f"{self.op}: score must have the shape of x; got {tuple(s.shape)} for x{single(x)}")
         check_score(self.op, s, x, "score")
         checks.check_as_real(self.op, "score", s, x)
         return s.to(x.dtype)
