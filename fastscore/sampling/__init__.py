@@ -12,6 +12,7 @@ from fastscore.sampling.predictor_corrector import predictor_corrector
 from fastscore.sampling.presets import PRESETS, Preset
 from fastscore.sampling.probability_flow import probability_flow
 from fastscore.sampling.run import SAMPLERS, initial, sample, states
+from fastscore.sampling.start import start_like
 from fastscore.sampling.state import State
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "predictor_corrector",
     "probability_flow",
     "sample",
+    "start_like",
     "states",
 ]

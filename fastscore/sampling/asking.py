@@ -52,7 +52,7 @@ def _dtypes(modules):
 
 def _explain_dtypes(op, score, x, error):
     """PyTorch's complaint about two dtypes, as ours about those of the network and of x."""
-    if not isinstance(error, RuntimeError) or "dtype" not in str(error) and "type" not in str(error):
+    if not isinstance(error, RuntimeError) or ("dtype" not in str(error) and "type" not in str(error)):
         return
     found = _dtypes(networks(score))
     if len(found) == 1 and x.dtype not in found:

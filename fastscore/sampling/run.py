@@ -1,5 +1,6 @@
 """Run a sampler, named by a word, to its end."""
 
+import contextlib
 import itertools
 import math
 import warnings
@@ -14,6 +15,7 @@ from fastscore.sampling.langevin import annealed_langevin, langevin
 from fastscore.sampling.mala import mala
 from fastscore.sampling.predictor_corrector import predictor_corrector
 from fastscore.sampling.probability_flow import probability_flow
+from fastscore.sampling.start import First
 from fastscore.sampling.state import check_count, choice
 from fastscore.schedules import check_ladder
 from fastscore.tensors import home, valued
@@ -64,11 +66,14 @@ def _begun(score, sampler, x, shape, initial_law, seed, first_sample, dtype, dev
         law = initial_law or ("gaussian" if sampler in GAUSSIAN else "uniform")
         device = _device_of(score) if device is None else device
         x = initial(tuple(shape), law=law, sigma=sigma, seed=seed, first_sample=first_sample, dtype=dtype, device=device)
-    run = SAMPLERS[sampler](score, x, seed=seed, first_sample=first_sample, **options)
+    first = First()
+    # A run that goes on stands where its earlier part brought it.
+    with first.watching() if check_finite and not options.get("start") else contextlib.nullcontext():
+        run = SAMPLERS[sampler](score, x, seed=seed, first_sample=first_sample, **options)
     _warn_beyond(score, options.get("sigmas"))
     if check_finite and shape is None and not bool(x.isfinite().all()):
         raise ValueError("sample: the start x must be finite; it holds NaN or infinite values.")
-    return x, _checked(run) if check_finite else run
+    return x, _checked(run, first) if check_finite else run
 
 
 def _device_of(score):
@@ -102,20 +107,20 @@ def _range(score):
     return getattr(net, "sigma_range", None)
 
 
-def _checked(run):
+def _checked(run, first):
     """The same states, looked at once per level (the host waits for the device there) or every hundredth step, and at the end."""
     state, level = None, None
     for state in run:
         if state.level != level or state.step % CHECK_EVERY == 0:
-            _check(state)
+            _check(state, first)
         level = state.level
         yield state
     if state is not None:
-        _check(state)
+        _check(state, first)
 
 
-def _check(state):
-    if not bool(state.x.isfinite().all()):
+def _check(state, first):
+    if not first.judge(state.x.isfinite().all()):
         where = f"level {state.level} (σ = {state.sigma:g}, step {state.step})"
         raise FloatingPointError(f"sample: the state is not finite after {where}; choose a smaller step_size, or look at the score.")
 
@@ -131,9 +136,11 @@ def sample(
         sampler: "annealed_langevin" (default) or another name of `fastscore.sampling`.
         x: start, (B, *); or shape: its shape, then x is drawn from initial_law, "uniform" in [0, 1] or "gaussian", N(0, σ_1² I) (the
             default of predictor_corrector and probability_flow), in dtype, on device (the network's
-            unless given).
+            unless given). `start_like` draws an x from the mean and the variance of data.
         seed, first_sample: sample(n=64) equals two calls of 32 with first_sample 0 and 32, noise bit for bit.
-        check_finite: look at the state after each level (every 100 steps where there are none), which waits for the device.
+        check_finite: look at the state after each level (every 100 steps where there are none), which waits for the device; and warn where
+            the first score at a σ says that the start lies far outside: σ² ‖s‖²/d, on average over the batch, is above 4 (a little more
+            for a few elements; for independent starts of the right law it is so once in a million runs at most).
         options: the sampler's other arguments.
 
     Raises:

@@ -1,5 +1,6 @@
 """What all samplers share: the state they yield, the checks at their door, one look at the score and one noisy move."""
 
+import contextvars
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from fastscore.ops import checks
 from fastscore.ops.langevin_step import update
 from fastscore.sampling.asking import asked, single
 from fastscore.schedules import to_epsilon
+
+# Who is shown the first score of the run that begins: `sample` and `states`, which may read on the host.
+WATCH = contextvars.ContextVar("watch", default=None)
 
 
 class State(NamedTuple):
@@ -48,6 +52,7 @@ class Run:
     project: Callable | None
     diagnostics: bool
     backend: str
+    watch: object = None
 
     def look(self, x, sigma, each, step):
         """The projected x and its score; each is σ as (B,), or None for a score of x alone."""
@@ -61,6 +66,8 @@ class Run:
             raise ValueError(f"{self.op}: score must have the shape of x; got {tuple(s.shape)} for x{single(x)}")
         check_score(self.op, s, x, "score")
         checks.check_as_real(self.op, "score", s, x)
+        if self.watch is not None:
+            self.watch.see(s, each)
         return s.to(x.dtype)
 
     def projected(self, x, sigma, step):
@@ -113,7 +120,9 @@ def begin(op, score, x, *, temperature, project, diagnostics, seed, first_sample
     random.noise_key(op, seed, 0, random.LANGEVIN, 0, first_sample * size, x.device)   # refused here, not after a call of the score
     score = asked(op, score, x)
     project = None if project is None else evaluated(project)
-    return Run(op, score, seed, first_sample, size, math.sqrt(temperature), project, bool(diagnostics), backend.choose(x.device))
+    return Run(
+        op, score, seed, first_sample, size, math.sqrt(temperature), project, bool(diagnostics), backend.choose(x.device), WATCH.get()
+    )
 
 
 def norm(t):
