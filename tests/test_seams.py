@@ -1,6 +1,8 @@
 """Where the engine of jvp meets what else goes on: writes behind its back, modes that begin late, jvp inside jvp, other threads."""
 
 import gc
+import sys
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastscore.dual import jvp, numbers
+from fastscore.dual.jets import second_order
 
 D = torch.float64
 
@@ -190,8 +193,8 @@ def test_nothing_stays_alive_that_f_does_not_keep(layers, point):
         assert [r() for r in seen] == [None, None] and result() is None and not numbers._calls
     finally:
         gc.enable()
-    left = layers[1](kept[0])   # outside jvp nothing waits
-    assert left.pending is None and torch.equal(left.stack[0], layers[1](layers[1](layers[0](point[0]))))
+    left = layers[1](kept[0])   # after the call a number is its value
+    assert type(left) is torch.Tensor and torch.equal(left, layers[1](layers[1](layers[0](point[0]))))
 
 
 def test_threads_inside_f_and_around_jvp(layers, point):
@@ -210,10 +213,77 @@ def test_threads_inside_f_and_around_jvp(layers, point):
             return [t.detach() for t in jvp(part, *point)]
 
     expected = stock(part, *point)
-    assert agree(jvp(f, *point), expected)
+    often = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)   # a race comes to light in a fifth of the runs, not in a fortieth
+    try:
+        assert all(agree(jvp(f, *point), expected) for _ in range(20))
+    finally:
+        sys.setswitchinterval(often)
     with ThreadPoolExecutor(4) as pool:
         assert all(agree(found, expected) for found in pool.map(one, [True, False] * 20))
     assert not numbers._calls
+
+
+def in_a_worker(f, *args):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(f, *args).result(timeout=20)
+
+
+def test_a_worker_of_f_while_another_jvp_begins_and_ends(layers, point):
+    """The workers' numbers are those of their own call, whichever began last: its grad mode counts, and its end."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def other(x):
+        y = layers[0](x)
+        inside.set()
+        assert leave.wait(20)
+        return y
+
+    def without_gradients(x):
+        with torch.no_grad():
+            return F.silu(layers[0](x)) * x
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def f(x):
+            running = pool.submit(jvp, other, *point)
+            assert inside.wait(20)
+            h = in_a_worker(without_gradients, x)
+            leave.set()
+            running.result(timeout=20)
+            return layers[1](h) * h
+
+        with torch.no_grad():
+            found = jvp(f, *point)
+    assert agree(found, stock(lambda x: layers[1](F.silu(layers[0](x)) * x) * (F.silu(layers[0](x)) * x), *point))
+
+
+def test_numbers_of_two_jvp_that_run_at_once_do_not_mix(layers, point):
+    """A worker of f takes a jvp of its own, whose f holds x of the one around it."""
+    def f(x):
+        return in_a_worker(lambda: jvp(lambda z: layers[0](z) * x, point[0], point[1][0])[1]) * x
+
+    x, v = point
+    expected = stock(lambda x: (v[0] @ layers[0].weight.T) * x * x, x, v)
+    try:
+        assert agree(jvp(f, x, v), expected)
+    except RuntimeError as error:   # NoRule is one
+        assert str(error).startswith("fastscore")
+
+
+def test_a_worker_of_an_energy_while_another_loss_begins(layers, point):
+    def energy(between):
+        def f(x):
+            h = in_a_worker(lambda: torch.tanh(layers[0](x)))
+            between()
+            return (layers[1](h) * h).sum(1)
+
+        return f
+
+    x, v = point
+    expected = second_order(energy(lambda: None), x, v)
+    found = second_order(energy(lambda: in_a_worker(second_order, lambda x: x.square().sum(1), x, v)), x, v)
+    assert agree(found, expected) and expected[1].abs().min() > 1e-6
 
 
 WRITES = {"view": lambda h, z: z.mul_(2), "its view": lambda h, z: z[1].add_(1), "base": lambda h, z: h.mul_(2)}

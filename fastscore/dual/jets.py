@@ -6,6 +6,7 @@ import weakref
 
 import torch
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch.utils._pytree import tree_leaves
 
 from fastscore.dual import kept
 from fastscore.dual.compiled import undisturbed
@@ -65,6 +66,16 @@ def _inside():
         kept.keep(made)
 
 
+def _of_its_call(function, args, kwargs):
+    """function() in a worker that f has started, whose numbers end with those of f."""
+    before = getattr(_local, "made", None)
+    _local.made = next((a.call for a in tree_leaves((args, kwargs)) if is_jet(a)), before)
+    try:
+        return function()
+    finally:
+        _local.made = before
+
+
 class Jet(Dual):
     """A value whose first dimension is the batch, with M first and M second derivatives: `stack` (1 + 2M, B, *).
 
@@ -77,7 +88,7 @@ class Jet(Dual):
 
     def __init__(self, stack, directions):
         self.stack, self.directions = stack, directions
-        made = getattr(_local, "made", None)
+        made = self.call = getattr(_local, "made", None)
         (kept.outside if made is None else made).append(weakref.ref(self))
 
     @property
@@ -101,6 +112,12 @@ class Jet(Dual):
                 return func(*args, **kwargs)
         if get_eval_frame_callback() is not None:   # a checkpoint in f calls a compiled part again during the backward pass
             return undisturbed(cls.__torch_function__, func, types, args, kwargs)
+        if getattr(_local, "made", None) is None:
+            return _of_its_call(lambda: cls.carried(func, args, kwargs), args, kwargs)
+        return cls.carried(func, args, kwargs)
+
+    @classmethod
+    def carried(cls, func, args, kwargs):
         if func == torch.Tensor.requires_grad.__get__:
             return True
         if func in _GRAPH:

@@ -41,7 +41,8 @@ def value_of(a):
 
 def take_up(a):
     if isinstance(a, Kept):
-        a.__class__ = a.kind
+        a.kind.stack.fget(a)   # no longer a number of its call
+        a.__class__, a.call = a.kind, None
         outside.append(weakref.ref(a))
 
 

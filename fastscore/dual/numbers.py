@@ -235,10 +235,13 @@ def _right(refused):
 
 
 class _Call:
-    """One jvp that runs: the caller's grad mode, and references to whose stack is not computed yet and to memory not to be written to."""
+    """One jvp that runs: the caller's grad mode, and references to whose stack is not computed yet and to memory not to be written to.
+
+    `lock`: what waits is computed by one thread, once; who writes, waits until it is.
+    """
 
     def __init__(self, grad_mode):
-        self.grad_mode, self.waiting, self.copied, self.made = grad_mode, [], [], []
+        self.grad_mode, self.waiting, self.copied, self.made, self.lock = grad_mode, [], [], [], threading.RLock()
 
 
 _local = threading.local()
@@ -259,8 +262,28 @@ def _inside(grad_mode):
 
 
 def _call():
-    """This thread's, or, for the workers that f may start, the latest; None outside, where nothing waits."""
-    return getattr(_local, "call", None) or (_calls[-1:] or [None])[0]
+    """This thread's, or, in a worker that f has started, that of the numbers at hand; None outside, where nothing waits."""
+    return getattr(_local, "call", None)
+
+
+def of_its_call(function, args, kwargs):
+    """function() in the call to which the numbers among the arguments belong, which no other running call may share."""
+    owners = {a.call for a in tree_flatten((args, kwargs))[0] if type(a) in (Dual, ComplexDual)} - {None}
+    here = _call()
+    if len(owners | {here} - {None}) > 1:
+        raise NoRule("fastscore.jvp: f computes with the numbers of another jvp that runs at the same time.")
+    if here is not None or not owners:
+        return function()
+    (_local.call,) = owners
+    try:
+        return function()
+    finally:
+        del _local.call
+
+
+def of_several():
+    """Whether numbers may belong to another call than this thread's."""
+    return bool(_calls) and (len(_calls) > 1 or not hasattr(_local, "call"))
 
 
 def _constant_block():
@@ -281,6 +304,7 @@ class Dual(torch.Tensor):
     """A value with M tangents: looks like the value, holds `stack` (1 + M, *shape), which may be computed when it is asked for."""
 
     rules = RULES
+    call = None   # of other kinds
 
     @staticmethod
     def __new__(cls, stack):
@@ -289,14 +313,15 @@ class Dual(torch.Tensor):
 
     def __init__(self, stack):
         self.stack = stack
-        call = _call()
+        call = self.call = _call()
         (kept.outside if call is None else call.made).append(weakref.ref(self))
 
     @property
     def stack(self):
-        pending = self.pending   # before `computed`, which another thread may set meanwhile
         if self.computed is None:
-            self.computed, self.pending = pending.stack(), None
+            with self.call.lock:   # a second result would lose what was written to the first
+                if self.computed is None:
+                    self.computed, self.pending = self.pending.stack(), None
         return self.computed
 
     @stack.setter
@@ -310,9 +335,10 @@ class Dual(torch.Tensor):
         if call is None:
             return cls(pending.stack())
         result = torch.Tensor._make_wrapper_subclass(cls, pending.shape[1:], dtype=pending.dtype, device=pending.device)
-        result.computed, result.pending = None, pending
+        result.computed, result.pending, result.call = None, pending, call
         pending.holder = weakref.ref(result)
-        call.waiting.append(pending.holder)
+        with call.lock:   # no list that another thread has just taken away
+            call.waiting.append(pending.holder)
         call.made.append(pending.holder)
         return result
 
@@ -331,6 +357,12 @@ class Dual(torch.Tensor):
             return undisturbed(cls.__torch_function__, func, types, args, kwargs)
         if func == torch.Tensor.data.__get__:
             func = torch.Tensor.detach   # whose writes are seen
+        if of_several():
+            return of_its_call(lambda: cls.carried(func, args, kwargs), args, kwargs)
+        return cls.carried(func, args, kwargs)
+
+    @classmethod
+    def carried(cls, func, args, kwargs):
         constant = _constant_block()   # or it is a Function's forward, and not even a sign is a constant
         if func in _VALUES:
             if func in _OUT_OF_TORCH and not constant:
@@ -488,11 +520,12 @@ def _settle():
     call = _call()
     if call is None:
         return
-    references, call.waiting = call.waiting, []   # in one step: other threads may come here, too
-    for reference in references:
-        waiting = reference()
-        if waiting is not None:
-            waiting.stack   # noqa: B018
+    with call.lock:   # until all is computed: another thread may have begun
+        references, call.waiting = call.waiting, []
+        for reference in references:
+            waiting = reference()
+            if waiting is not None:
+                waiting.stack   # noqa: B018
 
 
 def note_copy(*stacks):

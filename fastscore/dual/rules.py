@@ -603,8 +603,9 @@ def _activation(name, unless=lambda *args, **kwargs: False):
     def apply(input, *args, inplace=False, **kwargs):
         if unless(*args, **kwargs):
             return NotImplemented
-        if input.pending:   # of a linear layer
-            return later(input, chains.Pending(input.pending, chains.Step(name=name), input.pending.shape))
+        pending = input.pending   # which another thread may compute meanwhile
+        if pending:   # of a linear layer
+            return later(input, chains.Pending(pending, chains.Step(name=name), pending.shape))
         return dual(activate_stack(stack(input), name))
 
     return apply

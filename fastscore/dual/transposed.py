@@ -57,6 +57,14 @@ def _apply_to_numbers(cls, args, kwargs):
     args, kwargs = tree_map(kept.value_of, (args, kwargs))
     # Autograd looks at arguments, not into the lists and dictionaries among them, which are constants to it.
     args = [a if isinstance(a, torch.Tensor) else tree_map(_value, a) for a in args]
+    if numbers.of_several():
+        return numbers.of_its_call(lambda: _carried_function(cls, plain, args, kwargs), args, kwargs)
+    return _carried_function(cls, plain, args, kwargs)
+
+
+def _carried_function(cls, plain, args, kwargs):
+    from fastscore.dual import numbers
+
     if any(type(a) not in (numbers.Dual, numbers.ComplexDual) for a in args if _is_dual(a)):
         raise numbers.NoRule(f"second_order: no rule carries the autograd.Function {cls.__name__}.")
     if numbers._constant_block():
