@@ -75,6 +75,11 @@ def draw_seed() -> int:
 
 def noise_key(op, seed, step, stream, substream, offset, device):
     """Check a noise key; returns (tensor or None, seed, step, stream word, offset) as the raw ops take it."""
+    # Python's own numbers, as nearly every draw has them.
+    plain = type(seed) is type(step) is type(stream) is type(substream) is type(offset) is int
+    if plain and 1 <= stream <= 65535 and 0 <= substream <= 65535 and 0 <= offset < 2**63 and not torch.compiler.is_compiling():
+        return None, _signed(seed, "seed"), step & _M32, stream | substream << 16, offset
+
     if not whole(stream) or not 1 <= stream <= 65535:
         raise ValueError(f"{op}: stream must be an int in 1..65535; got {shown(stream)}.")
     if not whole(substream) or not 0 <= substream <= 65535:
