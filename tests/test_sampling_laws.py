@@ -229,6 +229,32 @@ def test_mala_finds_a_target_that_is_not_gaussian():
         assert abs(float(moment.mean()) - expected) < 5 * float(moment.std()) / math.sqrt(n)
 
 
+def test_a_burn_in_brings_the_steps_of_mala_to_far_and_near_chains():
+    """p ∝ exp(-x⁴/4) from N(0, 9) with ε = 2, where many chains never move; then every ε is fixed, and the run goes on bit for bit."""
+    def f(x):
+        return -0.25 * x.pow(4).sum(1)
+
+    n = 2**13
+    x = 3 * random.normal((n, 1), seed=9, stream=1024)
+    options = {"steps": 260, "step_size": 2.0, "seed": 9, "diagnostics": True}
+    with pytest.warns(UserWarning, match="never moved"):
+        *_, stuck = sampling.mala(f, x, **options)
+    assert float(stuck.x.double().square().mean()) > 1.5
+    states = list(sampling.mala(f, x, burn_in=160, **options))
+    moment = states[-1].x.double().square()
+    truth = 2 * math.gamma(0.75) / math.gamma(0.25)
+    assert abs(float(moment.mean()) - truth) < 5 * float(moment.std()) / math.sqrt(n)
+    after = torch.stack([state.diagnostics["acceptance"] for state in states[160:]]).mean()
+    assert abs(float(after) - 0.574) < 0.1
+    e = states[159].diagnostics["step_size"]
+    assert e.shape == (n,) and all(torch.equal(state.diagnostics["step_size"], e) for state in states[159:])
+    options["step_size"] = e
+    *_, resumed = sampling.mala(f, states[159].x, start=160, **options)
+    assert torch.equal(resumed.x, states[-1].x)
+    with pytest.raises(ValueError, match="mala: burn_in is for the beginning of a run; got start=160"):
+        sampling.mala(f, x, start=160, burn_in=10, **options)
+
+
 def test_mala_is_reversible_to_the_last_digit():
     """log α(x → y) = -log α(y → x), and equals the ratio of p(y) q(x given y) to p(x) q(y given x) written out in float64."""
     module = importlib.import_module("fastscore.sampling.mala")

@@ -21,7 +21,7 @@ _WRAPPERS = (AveragedModel, DataParallel, DistributedDataParallel)
 
 def mala(
     log_prob, x, *, steps, step_size=None, step_lr=None, temperature=1.0, project=None, diagnostics=False, start=0, seed=None,
-    first_sample=0,
+    first_sample=0, burn_in=0,
 ):  # fmt: skip
     """Run the Metropolis-adjusted Langevin algorithm on p^(1/T) ∝ e^(f/T); yields a `State` after each step.
 
@@ -39,6 +39,9 @@ def mala(
         diagnostics: fill `State.diagnostics`: acceptance (min(1, α)), accepted (0 or 1), acceptance_rate (the mean of accepted since this
             call's start), x_norm, score_norm and snr, each (B,).
         start: steps done already; x is the state after them. seed: of the run; first_sample: global number of x[0].
+        burn_in: n, of the steps: in the first n each chain's ε, from step_size on, follows log ε ← log ε + k^-0.6 (min(1, α) - 0.574) in
+            step k; then it is fixed, and only from there on is the law invariant. `State.diagnostics` tells "step_size", (B,), the ε of
+            the next step: to go on after the burn-in, give that as step_size.
 
     Noise: z from the stream LANGEVIN as in `langevin`, u from its substream 1, element n for sample n.
 
@@ -47,7 +50,8 @@ def mala(
     or ε is too large. Nothing is said of shorter runs.
 
     Raises:
-        ValueError: f(x) has another shape or does not depend on x, steps is negative, or ε or T is no positive number.
+        ValueError: f(x) has another shape or does not depend on x, steps is negative, ε or T is no positive number, burn_in is
+            beyond steps, or a run that goes on has one.
 
     Source: Roberts & Tweedie 1996, "Exponential convergence of Langevin distributions and their discrete approximations".
     """
@@ -58,7 +62,13 @@ def mala(
         raise ValueError(f"{op}: temperature must be positive; got {temperature}.")
     steps = check_updates(op, "steps", steps)
     start = check_count(op, "start", start, steps)
-    return _mala(run, f, x, start, steps, epsilon(op, step_size, step_lr, x))
+    burn_in = check_count(op, "burn_in", burn_in, steps)
+    if burn_in and start:
+        raise ValueError(
+            f"{op}: burn_in is for the beginning of a run; got start={start}. Go on from a state after it, with its "
+            "diagnostics['step_size']."
+        )
+    return _mala(run, f, x, start, steps, epsilon(op, step_size, step_lr, x), burn_in)
 
 
 def _energy(log_prob):
@@ -70,7 +80,9 @@ def _energy(log_prob):
 
 
 @torch.no_grad()
-def _mala(run, log_prob, x, start, steps, e):
+def _mala(run, log_prob, x, start, steps, e, burn_in):
+    if burn_in:
+        e = torch.as_tensor(e, dtype=checks.compute_dtype(x.dtype), device=x.device).expand(len(x))
     a, b = run.langevin_coefficients(e)
     x = run.projected(x, 0.0, start)
     # The backward pass, too: a checkpoint calls the network again there.
@@ -91,12 +103,17 @@ def _mala(run, log_prob, x, start, steps, e):
         )
         accepted = u.log() < ratio   # false for NaN
         told = run.diagnose(x, s, a, b)
+        if step < burn_in:
+            e = e * ((step + 1) ** -0.6 * (ratio.exp().clamp(max=1).nan_to_num(0.0) - (1 - _REFUSED))).exp()
+            a, b = run.langevin_coefficients(e)
         x, s = (torch.where(checks.expand(accepted, x), new, old) for new, old in ((y, x), (s2, s)))
         f = torch.where(accepted, f2, f)
         moves = moves + accepted
         if told is not None:
             told |= {"acceptance": ratio.exp().clamp(max=1), "accepted": accepted.to(f.dtype)}
             told["acceptance_rate"] = moves / (step + 1 - start)
+            if burn_in:
+                told["step_size"] = e
         if step + 1 == steps:
             x = run.projected(x, 0.0, steps)
         yield State(0, 0.0, x, step + 1, told)
