@@ -108,23 +108,53 @@ def joined(y, ty):
 # ---- maps that are linear in the input and work sample by sample: one call for value and tangents
 
 
-def _folded(function, x, batched_dims, *args, bias=None, **kwargs):
-    s = stack(x)
+def _folded(function, x, *args, **kwargs):
+    return dual(_fold(function, stack(x), *args, **kwargs))
+
+
+def _fold(function, s, batched_dims, *args, bias=None, **kwargs):
     if s.dim() == batched_dims:   # a value without batch dimension: the stack is the batch
         y = function(s, *args, **kwargs)
-        return dual(y if bias is None else add_bias(y, bias[0], 1))
+        return y if bias is None else add_bias(y, bias[0], 1)
     y, values = function(s.flatten(0, 1), *args, **kwargs), s.shape[1]
-    return dual((y if bias is None else add_bias(y, bias, values)).unflatten(0, s.shape[:2]))
+    return (y if bias is None else add_bias(y, bias, values)).unflatten(0, s.shape[:2])
 
 
 def _convolution(function):
     def apply(input, weight, bias=None, *args, **kwargs):
         if is_dual(weight) or is_dual(bias):
             return NotImplemented
-        bias = None if bias is None else bias.reshape(1, -1, *(1,) * (weight.dim() - 2))
-        return _folded(function, input, weight.dim(), weight, None, *args, bias=bias, **kwargs)
+        s, dims = stack(input), weight.dim()
+        bias = None if bias is None else bias.reshape(1, -1, *(1,) * (dims - 2))
+        low = _without_instructions(s, weight)
+        if low is None:
+            return dual(_fold(function, s, dims, weight, None, *args, bias=bias, **kwargs))
+        with torch.autocast("cpu", enabled=False):
+            s, weight, bias = (None if t is None else t.to(low).float() for t in (s, weight, bias))
+            return dual(_fold(function, s, dims, weight, None, *args, bias=bias, **kwargs).to(low))
 
     return apply
+
+
+def _without_instructions(s, weight):
+    """The half precision of a convolution that this processor has no instructions for; None elsewhere.
+
+    PyTorch's own loops then add up the weight's gradient in that precision, sample by sample: the longer the stack, the more is lost.
+    """
+    if s.device.type != "cpu" or torch.float64 in (s.dtype, weight.dtype):
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        low = torch.get_autocast_dtype("cpu")
+    else:
+        low = s.dtype if s.dtype == weight.dtype else None   # which PyTorch refuses
+    return low if low in (torch.bfloat16, torch.float16) and not _has_instructions(low) else None
+
+
+def _has_instructions(low):
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    ops = torch.ops.mkldnn
+    return ops._is_mkldnn_bf16_supported() if low == torch.bfloat16 else ops._is_mkldnn_fp16_supported()
 
 
 for _name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
