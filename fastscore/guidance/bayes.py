@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from fastscore.dual.compiled import as_written
 from fastscore.losses.projections import check_score
 from fastscore.ops import checks
-from fastscore.ops.functions import released
+from fastscore.ops.functions import outside_inference, released
 
 
 def posterior(score, log_likelihood=None, scale=1.0, *, likelihood_score=None):
@@ -26,8 +26,8 @@ def posterior(score, log_likelihood=None, scale=1.0, *, likelihood_score=None):
         scale: a float or (B,); 1 is Bayes' rule, more than 1 sharpens the likelihood to p(y | x)^scale.
 
     Returns:
-        A function of the arguments of `score`, for any sampler. It works under no_grad, where the result holds no graph; where gradients
-            are enabled the result is differentiable. It can be pickled where its parts can.
+        A function of the arguments of `score`, for any sampler. It works under no_grad and in inference mode, where the
+            result holds no graph; where gradients are enabled the result is differentiable. It can be pickled where its parts can.
 
     Raises:
         ValueError: not exactly one of log_likelihood and likelihood_score is given; scale is not finite; when called: log_likelihood
@@ -55,6 +55,7 @@ class _Posterior:
     likelihood_score: Callable
     scale: float | torch.Tensor
 
+    @outside_inference
     def __call__(self, x, *arguments):
         g = self.likelihood_score(x, *arguments)
         checks.check_like("posterior", "the likelihood's score", g, x)
@@ -67,6 +68,7 @@ class _Gradient:
 
     log_likelihood: Callable
 
+    @outside_inference
     def __call__(self, x, *arguments):
         return gradient("posterior", lambda x: self._value(x, arguments), x)[0]
 

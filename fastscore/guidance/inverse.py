@@ -13,6 +13,7 @@ from fastscore.guidance.conjugate import conjugate_gradient
 from fastscore.guidance.hooks import check_noise, fitted_observation
 from fastscore.guidance.linear import LinearOperator, check_adjoint, check_operator, range_of, solve
 from fastscore.ops import checks
+from fastscore.ops.functions import ordinary, outside_inference
 
 METHODS = ("flat", "denoiser", "moments")
 
@@ -77,12 +78,13 @@ class _LinearInverse:
     setting: float | int | None
     checked: bool = False
 
+    @outside_inference
     def __call__(self, x, *arguments):
         if not self.checked and checks.readable():   # once, where numbers can be looked at
             check_adjoint("linear_inverse", self.operator, x)
             self.checked = True
         variance = _variance(x, arguments, self.noise)
-        s, g = self.likelihood(self.score, self.operator, self.observation, self.noise**2, self.setting, x, arguments, variance)
+        s, g = self.likelihood(self.score, self.operator, ordinary(self.observation), self.noise**2, self.setting, x, arguments, variance)
         return add("linear_inverse", s, g, self.scale)
 
 

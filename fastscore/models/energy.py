@@ -18,7 +18,7 @@ from fastscore.dual.once import Once
 from fastscore.models import energy_chain
 from fastscore.models.score_mlp import Trunk
 from fastscore.ops import checks
-from fastscore.ops.functions import released
+from fastscore.ops.functions import outside_inference, released
 
 _SMOOTH = ("silu", "gelu", "softplus", "tanh")
 
@@ -75,7 +75,8 @@ class EnergyScore(nn.Module):
     Args:
         f: a module or function, called f(x, ...), the unnormalised log-density of each sample alone, (B,) or (B, 1).
 
-    Shapes: forward(x, ...): x (B, *). Returns like x, differentiable in x and the parameters of f where gradients are enabled.
+    Shapes: forward(x, ...): x (B, *). Returns like x, differentiable in x and the parameters of f where gradients are enabled. It works in
+    inference mode, too, which it leaves meanwhile.
 
     Raises:
         ValueError: f returns another shape, or does not depend on x.
@@ -91,6 +92,7 @@ class EnergyScore(nn.Module):
         super().__init__()
         self.f = f
 
+    @outside_inference
     def forward(self, x, *arguments):
         if torch.compiler.is_exporting():
             raise NotImplementedError(
@@ -119,6 +121,7 @@ class EnergyScore(nn.Module):
 
     @torch.compiler.disable(reason="products of an energy run eagerly: a compiled graph has one backward pass")
     @as_written
+    @outside_inference
     def jvp(self, x, v, *arguments):
         """s(x), and ∇²f v_m for v (M, B, *), by one backward pass each."""
         if not checks.readable():
@@ -138,6 +141,7 @@ class EnergyScore(nn.Module):
 
     @torch.compiler.disable(reason="products of an energy run eagerly: a compiled graph has one backward pass")
     @as_written
+    @outside_inference
     def along(self, x, v, *arguments):
         """vᵀ∇f and vᵀ∇²f v for v (M, B, *): each (M, B), all that the plain sliced loss needs.
 

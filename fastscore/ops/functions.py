@@ -1,5 +1,6 @@
 """What the autograd Functions share."""
 
+import functools
 import inspect
 
 import torch
@@ -57,6 +58,32 @@ def released(t):
         return t
     primal, tangent = forward_ad.unpack_dual(t)
     return primal.detach() if tangent is None else forward_ad.make_dual(primal.detach(), tangent.detach())
+
+
+def outside_inference(method):
+    """method(self, x, ...), which differentiates, outside inference mode, where nothing can be: called inside, it returns values.
+
+    Tensors that were made there are cloned, for no graph may hold them.
+    """
+
+    @functools.wraps(method)
+    def call(self, x, *arguments):
+        if torch.compiler.is_compiling() or not (torch.is_inference_mode_enabled() or any(map(_made_in_inference, (x, *arguments)))):
+            return method(self, x, *arguments)
+        wanted = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(wanted):
+            return method(self, *map(ordinary, (x, *arguments)))
+
+    return call
+
+
+def ordinary(t):
+    """t, or its clone where t was made in inference mode; to be called outside it."""
+    return t.clone() if _made_in_inference(t) else t
+
+
+def _made_in_inference(t):
+    return isinstance(t, torch.Tensor) and t.is_inference()
 
 
 def plain(f, *tensors):
