@@ -87,7 +87,10 @@ def test_convolution_without_instructions_rounds_its_gradient_once(name, dtype, 
     """PyTorch's own loops added the weight's gradient up in half precision, sample by sample: 1 % off in bfloat16."""
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     dims, generator = int(name[-2]), torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
     x, v, weight, bias = draw(64, 4, *(4,) * dims), draw(64, 4, *(4,) * dims), draw(4, 4, *(3,) * dims), draw(4)
     cotangents = draw(2, 64, 4, *(4,) * dims)
 
