@@ -2,7 +2,7 @@
 
 from fastscore import conversions, distributed, guidance, interop, likelihood, losses, models, nn, random, sampling, schedules, training
 from fastscore.backend import use_backend
-from fastscore.dual import jvp
+from fastscore.dual import FallbackWarning, jvp
 from fastscore.ops import (
     conditional_instance_norm_plus,
     conditional_instance_norm_plus_dual,
@@ -20,6 +20,7 @@ from fastscore.sampling import sample
 
 __version__ = "0.1.0"
 __all__ = [
+    "FallbackWarning",
     "conditional_instance_norm_plus",
     "conditional_instance_norm_plus_dual",
     "conversions",

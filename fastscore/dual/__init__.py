@@ -1,5 +1,6 @@
 """Dual numbers: a value with its tangents along several directions, carried through any function by one forward pass."""
 
+from fastscore.dual.fallback import FallbackWarning
 from fastscore.dual.numbers import Dual, jvp, stack
 
-__all__ = ["Dual", "jvp", "stack"]
+__all__ = ["Dual", "FallbackWarning", "jvp", "stack"]

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastscore import backend as backends
-from fastscore.dual import compositions, kept, transposed
+from fastscore.dual import compositions, fallback, kept, transposed
 from fastscore.dual.compiled import as_written, undisturbed
 from fastscore.dual.norms import FACTORISED, NATIVE_NORMS, REFUSED, Refuse
 from fastscore.dual.once import Draws, Once
@@ -105,12 +105,16 @@ def _carried(f, x, v):
     once = Once(x.device, f)
     try:
         return _stacked(f, x, v)
-    except NoRule:
+    except NoRule as error:
         once.undo()
+        fallback.warn(error)
     except RuntimeError as error:   # a TorchScript function runs where nobody sees that its argument is a dual number
         if "TorchScript interpreter" not in str(error):
             raise
         once.undo()
+        script = NoRule("fastscore.jvp: a TorchScript function cannot be carried through with its tangents.")
+        fallback.warn(script.with_traceback(error.__traceback__))
+        del script   # and with it the frames
     if _linearized():
         raise NotImplementedError("fastscore.jvp: torch.func.linearize takes f only where the rules of fastscore do; take torch.func.jvp.")
     # f as a whole, and first by what calls it once.
@@ -206,6 +210,8 @@ def _transformed(f, x, v):
             if not isinstance(error, NoRule) and str(error).startswith("fastscore"):
                 raise
             once.undo()
+            if isinstance(error, NoRule):
+                fallback.warn(error)
     try:
         pairs = []
         for direction in v:
