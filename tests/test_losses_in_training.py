@@ -141,6 +141,24 @@ def test_two_processes_have_the_gradient_of_one():
         torch.testing.assert_close(torch.tensor(values, dtype=torch.float64), expected, rtol=1e-10, atol=1e-12)
 
 
+def test_a_static_graph_is_refused(tmp_path):
+    """Its gradients stay on their own rank, those of stock double backprop, too."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    net, x = DistributedDataParallel(network(), static_graph=True), images()
+    message = r"DistributedDataParallel\(static_graph=True\) leaves the gradients .* build it without static_graph"
+    try:
+        for loss in (losses.sliced, losses.exact, losses.finite_difference_sliced):
+            with pytest.raises(ValueError, match=message):
+                loss(net, x)
+        with pytest.raises(ValueError, match=message):
+            losses.noise_conditional(lambda x, sigma: net(x), x, SIGMAS, method="sliced", seed=3)
+        losses.denoising(lambda x, sigma: net(x), x, 0.5, seed=3)   # of which PyTorch differentiates the network once
+    finally:
+        net = None   # before its group
+        gc.collect()
+        torch.distributed.destroy_process_group()
+
+
 def test_a_split_batch_draws_the_levels_of_the_whole():
     x = images(12)
     whole = losses.noise_conditional(lambda x, sigma: -x, x, SIGMAS, seed=3)

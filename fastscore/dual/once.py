@@ -240,6 +240,12 @@ def _reached(functions):
         seen.add(id(a))
         waiting += _behind(a)
         if isinstance(a, nn.Module):
+            if isinstance(a, nn.parallel.DistributedDataParallel) and a.static_graph:
+                # PyTorch's double backprop through it does the same; without static_graph the gradients are those of all ranks.
+                raise ValueError(
+                    "fastscore: DistributedDataParallel(static_graph=True) leaves the gradients of a network's derivatives on their own "
+                    "rank; build it without static_graph."
+                )
             if a._buffers or not _built_in(a):
                 found.append(a)
         elif isinstance(a, types.CellType):
