@@ -83,6 +83,8 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     result = report(ROWS, config.option.device)
     terminalreporter.write_line(f"\n{result['device']}, {result['versions']}\n{table(result)}")
+    if config.option.results:
+        write(config.option.results, result)   # tiny runs may ask one question twice, and keep both rows
 
 
 def write(path, result):
