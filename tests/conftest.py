@@ -2,8 +2,15 @@ import json
 import os
 import random
 import subprocess
+import tempfile
 import time
 from pathlib import Path
+
+# Inductor's cache outlives a run, and its keys leave out the instruction set: loops of a run with AVX-512 step by 16 and write
+# 8 of them with AVX2. So every run has an empty one, which its workers and children inherit; set before torch looks for it.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="fastscore-inductor-", ignore_cleanup_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = COMPILED.name
 
 import torch
 

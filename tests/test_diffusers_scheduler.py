@@ -14,6 +14,8 @@ from fastscore import interop, models, random, schedules
 
 diffusers = pytest.importorskip("diffusers")
 cls = interop.AnnealedLangevinScheduler
+# diffusers' own tables hand tensors to NumPy 42,000 times, and each warning travels from a worker of xdist to its master.
+pytestmark = [pytest.mark.filterwarnings(f"ignore:__array{kind}__:DeprecationWarning") for kind in ("", "_wrap")]
 
 LADDER = schedules.geometric(3.0, 0.1, 4)
 DDPM = diffusers.DDPMScheduler(clip_sample=False)

@@ -76,7 +76,7 @@ def layouts():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("x", layouts())
+@pytest.mark.parametrize("x", list(layouts()))
 @pytest.mark.parametrize("offset", [0, 3])
 def test_ops_equal_those_of_the_cpu(dtype, x, offset):
     x = x.to(DEVICE, dtype)

@@ -35,7 +35,7 @@ def exact(x, s, a, b, key=KEY, stream=random.LANGEVIN):
 
 
 @pytest.mark.parametrize("dtype", ULP, ids=str)
-@pytest.mark.parametrize("x", layouts(torch.randn(5, 3, 6, 7)))
+@pytest.mark.parametrize("x", list(layouts(torch.randn(5, 3, 6, 7))))
 @pytest.mark.parametrize("coefficient", ["float", "0-d", "per-sample"])
 def test_value_on_every_layout(backend, dtype, x, coefficient):
     x = x.to(dtype)
