@@ -39,6 +39,12 @@ def _long_interpreted(item):
     return callspec is not None and callspec.params.get("backend") == "triton" and item.originalname in LONG_INTERPRETED
 
 
+def _emulated(item):
+    """Whether it runs a kernel in CUDA C++, on the device that build_support/emulate.py makes of the CPU."""
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and callspec.params.get("gpu_backend") == "cuda" and "norm_backend" not in item.fixturenames
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--slow-sample", type=float, metavar="SECONDS",
@@ -50,6 +56,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if _long_interpreted(item) and os.environ.get("TRITON_INTERPRET") == "1":
             item.add_marker(pytest.mark.slow)
+        if _emulated(item) and item.originalname == "test_compiled_equals_eager" and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.slow)   # Inductor's C++; the CPU's tests compile it, too
 
     seconds = config.option.slow_sample
     if seconds is not None:
@@ -70,7 +78,8 @@ def pytest_collection_modifyitems(config, items):
         if item.get_closest_marker("slow") and "slow" not in (config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available() and "FASTSCORE_GPU_TESTS_ON" not in os.environ:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            if not _emulated(item):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 def pytest_configure(config):

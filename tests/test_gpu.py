@@ -1,12 +1,15 @@
 """On a GPU: the same words, the same values, the same law.
 
-FASTSCORE_GPU_TESTS_ON=cpu runs the bodies without one, on Triton's interpreter and the C++ kernels, to find their mistakes early.
+Without one, the kernels in CUDA C++ run on the device that build_support/emulate.py makes of the CPU. FASTSCORE_GPU_TESTS_ON=cpu runs
+the rest there, too, on Triton's interpreter and the C++ kernels, to find the mistakes of these tests early.
 """
 
 import contextlib
 import copy
 import itertools
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,15 +28,30 @@ pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-DEVICE = os.environ.get("FASTSCORE_GPU_TESTS_ON", "cuda")
+DEVICE = os.environ.get("FASTSCORE_GPU_TESTS_ON") or ("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE == "cpu":
+    sys.path.insert(0, str(Path(__file__).parent.parent / "build_support"))
+    import emulate
 
 
-@pytest.fixture(params=["triton", "cuda" if DEVICE == "cuda" else "cpp"], autouse=True)
+def on_gpu_or(few, many):
+    """How many elements, of a test whose many would take minutes without a GPU."""
+    return many if DEVICE == "cuda" else few
+
+
+@pytest.fixture(params=["triton", "cuda"] + ["cpp"] * (DEVICE == "cpu"), autouse=True)
 def gpu_backend(request):
-    reason = backends.why_not(request.param, DEVICE)
-    if reason is not None:
-        pytest.skip(reason)
-    with fastscore.use_backend(request.param):
+    with contextlib.ExitStack() as stack:
+        if DEVICE == "cpu" and request.param == "cuda":
+            reason = emulate.why_not()
+            if reason is None:
+                stack.enter_context(emulate.installed())
+                stack.enter_context(emulate.torch_cuda())
+        else:
+            reason = backends.why_not(request.param, DEVICE)
+        if reason is not None:
+            pytest.skip(reason)
+        stack.enter_context(fastscore.use_backend(request.param))
         yield request.param
 
 
@@ -56,11 +74,12 @@ def test_noise_equals_that_of_the_cpu(kind, offset):
 
 
 def test_normals_are_within_a_millionth_or_four_ulp():
-    """2^30 of them: half a billion radii, up to about 6.3."""
+    """2^30 of them: half a billion radii, up to about 6.3. Without a GPU 2^20."""
     worst = 0.0
     for step in range(64):
         key = {"seed": 1, "step": step, "stream": 9, "device": DEVICE, "dtype": torch.float64}
-        worst = max(worst, float((random.normal(2**24, **key) - random.normal(2**24, backend="reference", **key)).abs().max()))
+        n = on_gpu_or(2**14, 2**24)
+        worst = max(worst, float((random.normal(n, **key) - random.normal(n, backend="reference", **key)).abs().max()))
     assert worst <= 4 * 2**-21   # four units of the last place of a normal in [4, 8)
 
 
@@ -142,13 +161,16 @@ def test_compiled_equals_eager():
 
 
 def test_stationary_variance_matches_closed_form():
-    n, x = 2**20, random.normal((2**20,), seed=9, stream=1024, device=DEVICE) * (8 / 7) ** 0.5
+    n = on_gpu_or(2**14, 2**20)
+    x = random.normal((n,), seed=9, stream=1024, device=DEVICE) * (8 / 7) ** 0.5
     for step in range(60):
         fastscore.langevin_step(x, -x, 0.5, seed=7, step=step, out=x)
     assert abs(float(x.double().var()) - 8 / 7) < 5 * 8 / 7 * (2 / n) ** 0.5
 
 
-def test_a_captured_graph_advances_with_its_step():
+def test_a_captured_graph_advances_with_its_step(gpu_backend):
+    if DEVICE == "cpu" and gpu_backend != "cuda":
+        pytest.skip("nothing of this device can be captured")
     x, step = torch.zeros(5000, device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)
     fastscore.langevin_step(x, x, 0.1, seed=1, step=step)
     graph = torch.cuda.CUDAGraph()

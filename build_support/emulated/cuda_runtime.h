@@ -1,0 +1,2 @@
+// In the place of CUDA's header.
+#include "on_host.h"
