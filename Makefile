@@ -6,10 +6,8 @@ STAMP := $(VENV)/.installed
 .PHONY: test test-slow test-slow-sample demo lint bench gpu clean
 
 # make test ISA=avx2 or ISA=default: PyTorch's kernels, oneDNN's and ours as a processor with no more than that runs them.
-# Inductor's cache does not tell the sets apart and would answer with code for longer vectors, so each set has its own.
-INDUCTOR = TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-$(ISA)
-ISA_avx2 = ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 FASTSCORE_ISA=avx2 $(INDUCTOR)
-ISA_default = ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default FASTSCORE_ISA=baseline $(INDUCTOR)
+ISA_avx2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 FASTSCORE_ISA=avx2
+ISA_default := ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default FASTSCORE_ISA=baseline
 
 test: $(STAMP)
 	$(ISA_$(ISA)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2   # two workers of one thread each: more threads than cores wait for each other

@@ -42,17 +42,26 @@ def use_backend(name: str):
     """Run every op inside the `with` block on one back end: 'auto', 'reference', 'cpp', 'triton' or 'cuda'.
 
     An op's gradient runs where the op ran, whatever thread autograd runs it in and whether the block has ended by then.
+    A compiled function is compiled again for another request (different requests of several threads are not told apart there).
 
     Raises:
         ValueError: the name is unknown, or (when an op is called) the back end cannot serve it here.
     """
+    global _guarded
     token, outer = _requested.set(_check_name(name, "use_backend")), _of_backward_call()
     torch._C._stash_obj_in_tls(_TLS, name)
+    _guarded = name
     try:
         yield
     finally:
         _requested.reset(token)
         torch._C._stash_obj_in_tls(_TLS, outer)
+        _guarded = _requested.get()
+
+
+# The last request of any thread. torch.compile keeps the back end as a constant of its graph and cannot guard a context
+# variable; a global it can, so that another request compiles again.
+_guarded: str | None = None
 
 
 # Autograd runs the nodes of a GPU in threads of its own, where context variables are unset; this storage goes there with the call.
@@ -184,7 +193,7 @@ def _choose(name: str, device: str, cuda: bool = True) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _resolve(device: str, backend: str | None, cuda: bool) -> str:
+def _resolve(device: str, backend: str | None, cuda: bool, guarded: str | None) -> str:
     if backend is not None:
         _check_name(backend, "backend")
     return _choose(backend or _request() or _environment(), device, cuda)
@@ -200,7 +209,7 @@ def choose(device: torch.device, backend: str | None = None, cuda: bool = True) 
 
     cuda: whether the op has a kernel in CUDA C++.
     """
-    return _resolve(device.type, backend, cuda)
+    return _resolve(device.type, backend, cuda, _guarded)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import fastscore
@@ -113,3 +114,26 @@ def test_a_checkpoint_runs_again_on_the_back_end_of_its_backward_pass(backend, m
     y = checkpoint(lambda x: fastscore.perturb(x, x.square().mean(1), **KEY).square(), x, use_reentrant=False)
     y.sum().backward()
     assert set(chosen) == {backend} - {"reference"}
+
+
+def test_a_compiled_function_follows_the_request(monkeypatch):
+    """The back end is a constant of its graph: another one is another graph, and one that cannot serve is refused."""
+    chosen, real = [], backends.call
+    monkeypatch.setattr(backends, "call", lambda b, *args: (chosen.append(b), real(b, *args)))
+    counter = CompileCounter()
+
+    def step(x):
+        return fastscore.langevin_step(x, -x, 0.1, **KEY)
+
+    torch.compiler.reset()
+    compiled, expected = torch.compile(step, backend=counter), step(X)
+    for requests in (("cpp", "reference", "auto"), ("auto", "cpp", "reference")):   # the second time from the cache
+        chosen.clear()
+        for name in requests:
+            with fastscore.use_backend(name):
+                torch.testing.assert_close(compiled(X), expected)
+    assert chosen == ["cpp", "cpp"]
+    assert counter.frame_count == 3
+
+    with pytest.raises(Exception, match="backend 'cuda' was requested for a tensor on cpu"), fastscore.use_backend("cuda"):
+        compiled(X)

@@ -14,6 +14,13 @@ from fastscore import losses
 from fastscore.models import EnergyMLP, EnergyScore, ScoreMLP
 
 BACKENDS = ["eager", "aot_eager", "inductor"]
+LONG_WITH_INDUCTOR = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+# Inductor compiles for seconds what our numbers then run as it was written.
+FORMS = [
+    *(pytest.param(backend, None, id=backend) for backend in ("eager", "aot_eager")),
+    pytest.param("inductor", ("module", "net.compile()"), id="inductor"),
+    pytest.param("inductor", None, id="inductor-every-form", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -79,14 +86,16 @@ def test_jvp_of_a_compiled_function(backend):
         assert torch.equal(c(x), y)   # also after the compiled code exists
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_losses_of_a_compiled_network_equal_double_backprop(backend):
+@pytest.mark.parametrize("backend, forms", FORMS)
+def test_losses_of_a_compiled_network_equal_double_backprop(backend, forms):
     net, x = network(), points()
     v = torch.ones_like(x)
     expected = by_double_backprop(net, x, v)
     slope = gradient(expected, net)
 
     for name, c in compiled_forms(net, backend):
+        if forms is not None and name not in forms:
+            continue
         c(x)   # as it is used elsewhere
         for f in (c, lambda x, c=c: c(x)):
             found = losses.sliced(f, x, v=v)
@@ -94,7 +103,7 @@ def test_losses_of_a_compiled_network_equal_double_backprop(backend):
             torch.testing.assert_close(gradient(found, net), slope, rtol=1e-10, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LONG_WITH_INDUCTOR)
 def test_every_loss_of_a_compiled_network_is_that_of_the_network(backend):
     x, sigmas = points(), [1.0, 0.1]
     torch.manual_seed(0)

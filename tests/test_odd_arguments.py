@@ -560,11 +560,11 @@ def test_odd_arguments_are_right_or_refused_in_one_sentence(op):
     assert counts["right"] > 40 and counts["refused"] > 20   # the draw reaches both
 
 
-@pytest.mark.slow(minutes=30)
-@pytest.mark.timeout(3600)
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
-def test_ten_thousand_calls(op):
-    counts, examples = run(OPS[op], range(1000, 11000), available(), 50)
+@pytest.mark.parametrize("start", range(1000, 11000, 500))
+def test_ten_thousand_calls(op, start):
+    counts, examples = run(OPS[op], range(start, start + 500), available(), 50)
     assert not examples, f"{counts}\n" + "\n".join(examples[:10])
 
 

@@ -132,16 +132,17 @@ def test_a_few_operators():
     assert f"| cumprod | {rows['cumprod'].counts['rule']} |" in table(rows)
 
 
-PARTS = 32
+PARTS = 128
 
 
-@pytest.mark.slow(minutes=3)
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_operator(part):
     """None wrong, none that ends in an error which PyTorch's reverse mode does not have."""
-    rows, found = faults(operators()[part::PARTS], 6)
+    ops = operators()[part::PARTS]
+    rows, found = faults(ops, 6)
     assert not found, found
-    assert len(rows) > 12
+    assert len(rows) > len(ops) / 2   # PyTorch has samples that reverse mode takes
 
 
 def test_a_wrong_rule_is_found(monkeypatch):

@@ -130,7 +130,7 @@ def test_forward_mode_nests(backend):
         assert torch.allclose(a, b)
 
 
-def test_compiled_equals_eager(backend):
+def test_compiled_products_equal_eager_products(backend):
     if backend == "triton":
         pytest.skip("the interpreter cannot be compiled")
     x = torch.randn(4, 6, requires_grad=True)
