@@ -25,21 +25,32 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def count(path, per_thread=None):
-    """{kernel: figures} of one cubin or object file."""
+def count(path, per_thread=None, steps=1):
+    """{kernel: figures} of one cubin or object file; a loop, if there is one, runs `steps` times over `per_thread` elements."""
     text = subprocess.run([BIN / "cuobjdump", "-sass", path], capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run([BIN / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True).stdout
     rows = {}
     for part in text.split("Function : ")[1:]:
         lines = [line for line in part.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+\S", line) and "NOP" not in line]
+        executed = len(lines) + (steps - 1) * loop(lines)
+        registers = re.search(rf"{re.escape(part.split()[0])}:\s+REG:(\d+)", usage)
         rows[part.split()[0]] = {
             "instructions": len(lines),
-            "per_element": len(lines) / per_thread if per_thread else None,
+            "per_element": executed / (per_thread * steps) if per_thread else None,
+            "registers": int(registers[1]),
             "local": sum(bool(re.search(r"\b(LDL|STL)", line)) for line in lines),
             "wide": sum(bool(re.search(r"(LDG|STG)\.E\.(128|ENL2\.256)", line)) for line in lines),
             "read": wide_bytes("LDG", lines),
             "written": wide_bytes("STG", lines),
         }
     return rows
+
+
+def loop(lines):
+    """Instructions of the longest loop: between a branch and what it goes back to."""
+    at = [int(re.match(r"\s+/\*([0-9a-f]+)\*/", line)[1], 16) for line in lines]
+    found = ((int(match[1], 16), here) for here, line in zip(at, lines) if (match := re.search(r"\bBRA.*?\s0x([0-9a-f]+)", line)))
+    return max((sum(start <= a <= here for a in at) for start, here in found if start < here), default=0)
 
 
 def wide_bytes(instruction, lines):
@@ -49,7 +60,7 @@ def wide_bytes(instruction, lines):
 
 def noise_kernels():
     """(name, kernel, constants, types, aligned): the fast path of each launcher, an offset at a block's start."""
-    from fastscore.kernels import BLOCK
+    from fastscore.kernels import BLOCK, REDUCED
     from fastscore.kernels.denoising_loss import noise_reduce_kernel
     from fastscore.kernels.langevin_step import noisy_update_kernel
     from fastscore.kernels.rademacher_jvp import project_kernel, spread_kernel
@@ -69,12 +80,17 @@ def noise_kernels():
             types = pointers | scalars | ({"out_ptr": "*i64"} if kind == 0 else {})
             if kind or dtype == "fp32":
                 yield f"{label} {dtype}", fill_kernel, common | {"KIND": kind, "shift": 0}, types, ("out_ptr", "n")
-        constants = common | {"DOT": False, "SIGMA_KIND": int(wide), "WIDE": wide, "ROWS": 1} | ({} if wide else {"sigma_ptr": None})
-        yield f"noise_reduce {dtype}", noise_reduce_kernel, constants, pointers | scalars, ("partial_ptr", "s_ptr", "per_sample", "offset")
-        constants = {"HAS_KEY": False, "key_ptr": None, "WIDE": wide, "ROWS": 1, "WORDS": 64 if wide else 128}
+        constants = common | {"DOT": False, "SIGMA_KIND": int(wide), "WIDE": wide, "ROWS": 1, "BLOCK": REDUCED}
+        constants |= {"CROSSES": False, "ALIGNED": True} | ({} if wide else {"sigma_ptr": None})
+        types = pointers | scalars | dict.fromkeys(("samples", "per_sample"), "i32")
+        for label, full, steps in (("long", True, 4), ("full", True, 1), ("masked", False, 1)):
+            more = {"FULL": full, "STEPS": steps}
+            yield f"noise_reduce {label} {dtype}", noise_reduce_kernel, constants | more, types, ("partial_ptr", "s_ptr", "per_sample")
+        constants = {"HAS_KEY": False, "key_ptr": None, "WIDE": wide, "ALIGNED": True, "ROWS": 1, "BLOCKS": 16 if wide else 32}
         pointers |= {name: f"*{dtype}" for name in ("js_ptr", "gjs_ptr", "gs_ptr")}
         pointers |= {f"{name}_ptr": "*fp64" if wide else "*fp32" for name in ("vjv", "vs", "ss", "gvjv", "gvs", "gss")}
-        aligned = ("js_ptr", "s_ptr", "gjs_ptr", "gs_ptr", "samples", "per_sample", "offset")
+        aligned = ("js_ptr", "s_ptr", "gjs_ptr", "gs_ptr", "samples")
+        scalars |= dict.fromkeys(("samples", "projections"), "i32")
         flags = {"HAS_J": True, "HAS_S": True}, {"HAS_GJS": True, "HAS_GVS": True, "HAS_GSS": True}
         yield f"project {dtype}", project_kernel, constants | flags[0], pointers | scalars, aligned
         yield f"spread {dtype}", spread_kernel, constants | flags[1], pointers | scalars, aligned
@@ -153,7 +169,7 @@ def stack_kernels(arch):
 
 
 def triton_kernels(arch):
-    noise = ((*entry, 32 * entry[2]["WORDS"] if "WORDS" in entry[2] else 4 * entry[2]["BLOCK"], 4) for entry in noise_kernels())
+    noise = ((*entry, 128 * entry[2]["BLOCKS"] if "BLOCKS" in entry[2] else 4 * entry[2]["BLOCK"], 4) for entry in noise_kernels())
     return itertools.chain(noise, pixel_kernels(arch), algebra_kernels(arch), whole_kernels(), stack_kernels(arch))
 
 
@@ -164,13 +180,15 @@ def compile_triton(entry, arch):
     name, kernel, constants, types, aligned, elements, warps = entry
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i64") for n in names}
+    unknown = [p.name for p in kernel.params if p.do_not_specialize]   # a launch would not tell the compiler
+    assert not set(unknown) & set(aligned), (name, unknown)
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if n in names and n not in constants}
     source = ASTSource(kernel, signature, constexprs={k: v for k, v in constants.items() if k in names}, attrs=attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        (row,) = count(file.name, elements / (32 * warps)).values()
+        (row,) = count(file.name, elements / (32 * warps), constants.get("STEPS", 1) if "noise_reduce" in name else 1).values()
     return f"{name} sm_{arch}", row
 
 

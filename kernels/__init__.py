@@ -22,6 +22,7 @@ SCHEMAS = {
     "activate_dual": "activate_dual(Tensor(a!) out, Tensor s, Tensor? g, int activation) -> ()",
 }
 BLOCK = 512  # Philox blocks per program: 2048 elements, 16 per thread of four warps
+REDUCED = 1024   # of a sum: the tree over a program's threads costs each of them some thirty instructions
 ACTIVATED = 1024   # elements of each part of a stack per program: one 128-bit access per thread of a 16-bit type, two of float32
 _library = None
 
@@ -44,6 +45,11 @@ def _programs(elements, block=BLOCK):
 def _crosses(first, n, block):
     """Whether a program's Philox blocks, from `first` on, may hold a multiple of 2^32 inside."""
     return first % block != 0 and first >> 32 != (first + n // 4 + block) >> 32
+
+
+def _crosses_rows(offset, n):
+    """Whether a row of Philox blocks that opens anywhere in n elements may hold a multiple of 2^32 inside."""
+    return offset // 4 >> 32 != (offset // 4 + n // 4 + REDUCED) >> 32
 
 
 def _kind(each):
@@ -98,15 +104,21 @@ def _noise_reduce(out, score, sigma_each, sigma, key, seed, step, stream, offset
     per_sample, wide = score.numel() // out.numel(), score.dtype == torch.float64
     if wide and sigma_each is None:
         sigma_each = torch.full((1,), sigma, dtype=score.dtype, device=score.device)
-    needed = (per_sample + 6) // 4   # Philox blocks of a sample that may start inside one
-    block = min(BLOCK, power_of_two(needed))
-    rows, splits = BLOCK // block, (needed + block - 1) // block
+    vector = 16 // score.element_size()   # elements of a 128-bit access
+    score, aligned = _dense(score), offset % 4 == 0 and per_sample % max(vector, 4) == 0
+    aligned = aligned and score.data_ptr() % 16 == 0
+    needed = (per_sample + 6) // 4 if per_sample % 4 or offset % 4 else per_sample // 4   # Philox blocks that a sample lies in, at most
+    block = max(2, min(REDUCED, power_of_two(needed)))   # two, for a thread takes two of a 16-bit type
+    steps = 4 if needed >= 16 * REDUCED else 1   # tiles of one program: a long sample keeps the GPU busy all the same
+    rows, splits = REDUCED // block, cdiv(needed, block * steps)
     partial = out if splits == 1 else torch.empty((out.numel(), splits), dtype=out.dtype, device=out.device)
     with torch.cuda.device_of(out):
         launch(
-            noise_reduce_kernel, (cdiv(out.numel(), rows) * splits,),
-            partial, _dense(score), sigma_each, sigma, key, out.numel(), per_sample, splits, seed, step, stream, offset,
-            DOT=reduction == 1, SIGMA_KIND=_kind(sigma_each), HAS_KEY=key is not None, WIDE=wide, ROWS=rows, BLOCK=block,
+            noise_reduce_kernel, (cdiv(out.numel(), rows), splits),
+            partial, score, sigma_each, sigma, key, out.numel(), per_sample, seed, step, stream, offset // 4, offset % 4,
+            DOT=reduction == 1, SIGMA_KIND=_kind(sigma_each), HAS_KEY=key is not None, CROSSES=_crosses_rows(offset, score.numel()),
+            ALIGNED=aligned, FULL=aligned and rows == 1 and per_sample % (4 * block * steps) == 0,
+            WIDE=wide, ROWS=rows, BLOCK=block, STEPS=steps,
         )  # fmt: skip
     if splits > 1:
         torch.sum(partial, 1, out=out)

@@ -4,30 +4,55 @@ import triton
 import triton.language as tl
 
 from fastscore.kernels.langevin_step import coefficient
-from fastscore.kernels.philox import KEY, normals
+from fastscore.kernels.philox import KEY, polar_of_rows
 
 
-@triton.jit(do_not_specialize=KEY)
+@triton.jit(do_not_specialize=[*KEY, "shift"])
 def noise_reduce_kernel(
-    partial_ptr, s_ptr, sigma_ptr, sigma, key_ptr, samples, per_sample, splits,
-    seed: tl.int64, step: tl.int64, stream: tl.int64, offset: tl.int64,
-    DOT: tl.constexpr, SIGMA_KIND: tl.constexpr, HAS_KEY: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    partial_ptr, s_ptr, sigma_ptr, sigma, key_ptr, samples, per_sample,
+    seed: tl.int64, step: tl.int64, stream: tl.int64, first: tl.int64, shift: tl.int64,
+    DOT: tl.constexpr, SIGMA_KIND: tl.constexpr, HAS_KEY: tl.constexpr, CROSSES: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Program (ROWS samples, split) writes a partial sum of 1/2 (sigma s + z)^2 or of s z for each: short samples share a program."""
-    program = tl.program_id(0).to(tl.int64)
-    sample, split = program // splits * ROWS + tl.arange(0, ROWS), program % splits
+    """Program (ROWS samples, split) writes a partial sum of 1/2 (sigma s + z)^2 or of s z for each: short samples share a program.
+
+    first: block of element 0, shift: its entry there. ALIGNED: every sample is whole blocks, in whole 128-bit words; FULL: and whole splits
+    of STEPS tiles. Reads s: 4 bytes per element.
+    """
+    sample = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    split, splits = tl.program_id(1), tl.num_programs(1)
     valid = sample < samples
-    start = offset + sample * per_sample   # index of the sample's first element
-    base = start // 4 + split * BLOCK
-    z = normals(base[:, None] + tl.arange(0, BLOCK)[None, :], key_ptr, seed, step, stream, HAS_KEY)
-    index = (base * 4 - start)[:, None] + tl.arange(0, 4 * BLOCK)[None, :]
-    mask = (index >= 0) & (index < per_sample) & valid[:, None]
+    start = sample * per_sample   # the sample's first element
+    opened, entry = start >> 2, tl.zeros([ROWS, 1], tl.int64)   # its block, and where it stands there
+    if not ALIGNED:
+        opened, entry = (start + shift) >> 2, (start + shift) & 3
+    lane = tl.arange(0, 4 * BLOCK)[None, :]
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
-    s = tl.load(s_ptr + sample[:, None] * per_sample + index, mask=mask, other=0.0).to(dtype)
-    if DOT:
-        v = s * z.to(dtype)
-    else:
-        each = coefficient(sigma_ptr, sigma, sample[:, None], valid[:, None], SIGMA_KIND, dtype)
-        t = each * s + z.to(dtype)
-        v = 0.5 * t * t
-    tl.store(partial_ptr + sample * splits + split, tl.sum(tl.where(mask, v, 0.0), 1), mask=valid)
+    pairs: tl.constexpr = s_ptr.dtype.element_ty.primitive_bitwidth == 16
+    if not DOT:
+        each = coefficient(sigma_ptr, sigma, sample, valid, SIGMA_KIND, dtype)
+
+    total = tl.zeros([ROWS, 4 * BLOCK], dtype)
+    for i in range(STEPS):
+        begin = (split.to(tl.int64) * STEPS + i) * (4 * BLOCK)
+        block = first + opened + (begin >> 2)
+        if FULL:
+            s = tl.load(s_ptr + (start + begin) + lane).to(dtype)
+            radius, direction = polar_of_rows(block, 0, key_ptr, seed, step, stream, HAS_KEY, CROSSES, pairs, True, BLOCK)
+        else:
+            end = tl.where(valid, tl.maximum(tl.minimum(per_sample + entry - begin, 4 * BLOCK), 0), 0).to(tl.int32)
+            mask = lane < end
+            if not ALIGNED:
+                mask = mask & (lane >= entry - begin)
+            s = tl.load(s_ptr + (start + begin - entry) + lane, mask=mask, other=0.0).to(dtype)
+            radius, direction = polar_of_rows(block, (end + 3) >> 2, key_ptr, seed, step, stream, HAS_KEY, CROSSES, pairs, False, BLOCK)
+        z = (radius * direction).to(dtype)
+        if DOT:
+            total = tl.fma(s, z, total) if STEPS > 1 else s * z   # elsewhere s is 0
+        else:
+            t = tl.fma(tl.zeros_like(s) + each, s, z)
+            if not ALIGNED:
+                t = tl.where(mask, t, 0.0)
+            total = tl.fma(t, t, total) if STEPS > 1 else t * t
+    reduced = tl.sum(total, 1)[:, None]
+    tl.store(partial_ptr + sample * splits + split, reduced if DOT else 0.5 * reduced, mask=valid)

@@ -13,17 +13,19 @@ SPREAD = (
     "rademacher_spread(Tensor(a!)? gjs, Tensor(b!)? gs, Tensor? g_vjv, Tensor? g_vs, Tensor? g_ss, Tensor? s, int projections, "
     "Tensor? key, int seed, int step, int stream, int offset) -> ()"
 )
-WORDS = 128   # per program: one of each thread of four warps, 4096 elements; half of them in float64, which would spill
+BLOCKS = 32   # of 128 signs per program: one for each lane of a warp, 4096 elements; half of them in float64, which would spill
 
 
-def _grid(like, samples):
-    """(samples, elements of each, programs per sample, samples per program, words of each)."""
-
+def _grid(like, samples, offset, *tensors):
+    """(grid, numbers of the kernel, its constants, programs per sample): a program takes several short samples or a part of a long one."""
     per_sample = like.numel() // samples
-    needed = (per_sample + 62) // 32   # words of a sample that may start inside one
-    most = WORDS // 2 if like.dtype == torch.float64 else WORDS
-    words = min(most, power_of_two(needed))
-    return samples, per_sample, (needed + words - 1) // words, most // words, words
+    needed = (per_sample + 254) // 128   # blocks that a sample may lie in
+    most = BLOCKS // 2 if like.dtype == torch.float64 else BLOCKS
+    blocks = min(most, power_of_two(needed))
+    rows, splits = most // blocks, cdiv(needed, blocks)
+    aligned = per_sample % 16 == 0 and offset % 16 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+    constants = {"WIDE": like.dtype == torch.float64, "ALIGNED": aligned, "ROWS": rows, "BLOCKS": blocks}
+    return (cdiv(samples, rows), splits), (samples, per_sample), constants, splits
 
 
 def _dense(t):
@@ -40,15 +42,16 @@ def project(vjv, vs, ss, js, s, projections, key, seed, step, stream, offset):
         for o in outputs:
             o.zero_()
         return
-    samples, per_sample, splits, rows, words = _grid(like, samples)
+    js, s = _dense(js), _dense(s)
+    grid, sizes, constants, splits = _grid(like, samples, offset, js, s)
     partial = [vjv, vs, ss]   # of one split: the sums themselves
     if splits > 1:
         partial = [None if o is None else torch.empty((*o.shape, splits), dtype=o.dtype, device=o.device) for o in partial]
     with torch.cuda.device_of(like):
         launch(
-            project_kernel, (cdiv(samples, rows) * splits,),
-            *partial, _dense(js), _dense(s), key, projections, samples, per_sample, splits, seed, step, stream, offset,
-            HAS_J=js is not None, HAS_S=s is not None, HAS_KEY=key is not None, WIDE=like.dtype == torch.float64, ROWS=rows, WORDS=words,
+            project_kernel, grid,
+            *partial, js, s, key, projections, *sizes, seed, step, stream, offset // 128, offset % 128,
+            HAS_J=js is not None, HAS_S=s is not None, HAS_KEY=key is not None, **constants,
         )  # fmt: skip
     if splits > 1:
         for o, p in zip(outputs, (p for p in partial if p is not None)):
@@ -59,14 +62,14 @@ def spread(gjs, gs, g_vjv, g_vs, g_ss, s, projections, key, seed, step, stream, 
     like, samples = (gjs[0], gjs.shape[1]) if gs is None else (gs, gs.shape[0])
     if like.numel() == 0:
         return
-    samples, per_sample, splits, rows, words = _grid(like, samples)
     targets = [g if g is None or g.is_contiguous() else torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in (gjs, gs)]
+    s = _dense(s)
+    grid, sizes, constants, _ = _grid(like, samples, offset, *targets, s)
     with torch.cuda.device_of(like):
         launch(
-            spread_kernel, (cdiv(samples, rows) * splits,),
-            *targets, g_vjv, g_vs, g_ss, _dense(s), key, projections, samples, per_sample, splits, seed, step, stream, offset,
-            HAS_GJS=gjs is not None, HAS_GVS=g_vs is not None, HAS_GSS=g_ss is not None, HAS_KEY=key is not None,
-            WIDE=like.dtype == torch.float64, ROWS=rows, WORDS=words,
+            spread_kernel, grid,
+            *targets, g_vjv, g_vs, g_ss, s, key, projections, *sizes, seed, step, stream, offset // 128, offset % 128,
+            HAS_GJS=gjs is not None, HAS_GVS=g_vs is not None, HAS_GSS=g_ss is not None, HAS_KEY=key is not None, **constants,
         )  # fmt: skip
     for g, target in zip((gjs, gs), targets):
         if target is not g:

@@ -131,6 +131,15 @@ def polar_of_lanes(block, lane, scale, counter, stream, k0, k1, CROSSES: tl.cons
 
 
 @triton.jit
+def polar_of_lane_pairs(block, lane, scale, other_scale, counter, stream, k0, k1, CROSSES: tl.constexpr):
+    """(radius, direction) of the eight elements of lanes `lane` and `lane + 1`, in element order."""
+    r0, r1, c0, s0, c1, s1 = polar_of_lanes(block, lane, scale, counter, stream, k0, k1, CROSSES)
+    q0, q1, d0, t0, d1, t1 = polar_of_lanes(block, lane + 1, other_scale, counter, stream, k0, k1, CROSSES)
+    radius = in_order(r0, r1, q0, q1)
+    return tl.interleave(radius, radius), tl.interleave(in_order(c0, c1, d0, d1), in_order(s0, s1, t0, t1))
+
+
+@triton.jit
 def polar_of_tile(
     block, scale, key_ptr, seed, step, stream, HAS_KEY: tl.constexpr, CROSSES: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -142,12 +151,28 @@ def polar_of_tile(
     stream = int64(stream).to(tl.uint32)
     if PAIRS:
         lane = tl.arange(0, BLOCK // 2) * 2
-        r0, r1, c0, s0, c1, s1 = polar_of_lanes(block, lane, scale, counter, stream, k0, k1, CROSSES)
-        q0, q1, d0, t0, d1, t1 = polar_of_lanes(block, lane + 1, scale, counter, stream, k0, k1, CROSSES)
-        radius = tl.interleave(in_order(r0, r1, q0, q1), in_order(r0, r1, q0, q1))
-        return radius, tl.interleave(in_order(c0, c1, d0, d1), in_order(s0, s1, t0, t1))
+        return polar_of_lane_pairs(block, lane, scale, scale, counter, stream, k0, k1, CROSSES)
     else:
         r0, r1, c0, s0, c1, s1 = polar_of_lanes(block, tl.arange(0, BLOCK), scale, counter, stream, k0, k1, CROSSES)
+        return in_order(r0, r0, r1, r1), in_order(c0, s0, c1, s1)
+
+
+@triton.jit
+def polar_of_rows(
+    block, count, key_ptr, seed, step, stream,
+    HAS_KEY: tl.constexpr, CROSSES: tl.constexpr, PAIRS: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same for a row of BLOCK blocks from each of `block` (ROWS, 1); unless FULL, from its block `count` on the radius is 0."""
+    counter, k0, k1 = load_key(key_ptr, seed, step, HAS_KEY)
+    stream = int64(stream).to(tl.uint32)
+    if PAIRS:
+        lane = (tl.arange(0, BLOCK // 2) * 2)[None, :]
+        here, next_one = (1.0, 1.0) if FULL else (tl.where(lane < count, 1.0, 0.0), tl.where(lane + 1 < count, 1.0, 0.0))
+        return polar_of_lane_pairs(block, lane, here, next_one, counter, stream, k0, k1, CROSSES)
+    else:
+        lane = tl.arange(0, BLOCK)[None, :]
+        here = 1.0 if FULL else tl.where(lane < count, 1.0, 0.0)
+        r0, r1, c0, s0, c1, s1 = polar_of_lanes(block, lane, here, counter, stream, k0, k1, CROSSES)
         return in_order(r0, r0, r1, r1), in_order(c0, s0, c1, s1)
 
 

@@ -125,6 +125,24 @@ def test_samples_do_not_depend_on_how_the_batch_is_split(dtype, B, d):
             assert torch.equal(torch.cat(parts), whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("B, d", [(10, 150), (6, 640), (13, 24), (3, 4100)])
+def test_sums_over_a_sample_do_not_depend_on_how_the_batch_is_split(gpu_backend, dtype, B, d):
+    """Bit for bit: neither the order of a sum nor its formula may depend on where a part of a batch lies in memory."""
+    s, js = torch.randn(B, d).to(DEVICE, dtype), torch.randn(2, B, d).to(DEVICE, dtype)
+
+    def sums(i, j):
+        loss = fastscore.denoising_loss(s[i:j], 0.3, seed=5, offset=i * d)
+        if gpu_backend == "cuda":   # projections on a GPU are Triton's
+            return [loss[None]]
+        vjv, vs, ss = project(s[i:j], js[:, i:j], None, (5, 0, random.PROJECTION, i * d), gpu_backend)
+        return loss[None], vjv, vs, ss[None]
+
+    for k in (B // 2, B // 2 - 1):
+        for whole, *parts in zip(sums(0, B), sums(0, k), sums(k, B)):
+            assert torch.equal(torch.cat(parts, 1), whole)
+
+
 @pytest.mark.parametrize("shape", [(2, 64, 8, 8), (3, 6, 7, 9), (5, 128, 4, 4)], ids=str)
 def test_a_normalised_sample_does_not_depend_on_its_batch(norm_backend, shape):
     x, labels = torch.randn(shape, device=DEVICE), torch.arange(shape[0], device=DEVICE)

@@ -39,7 +39,8 @@ def cuda_rows():
 
 
 def test_every_triton_kernel_compiles_for_every_dtype_and_target_without_spills(triton_rows):
-    noise, pixels, algebra, whole, stack = 4 + 4 * 3 + 1 + 4 + 2 * 4, 4 * 4, 2 * 3, 4, 2 * 4   # on every target; and on sm_90 more variants
+    noise = 4 + 4 * 3 + 1 + 3 * 4 + 2 * 4   # on every target; and on sm_90 more variants
+    pixels, algebra, whole, stack = 4 * 4, 2 * 3, 4, 2 * 4
     assert len(triton_rows) == 3 * (noise + pixels + algebra + whole + stack) + 2 * 3 * 4 + 2 * 2 + 2 * 6
     for name, row in triton_rows.items():
         assert row["local"] == 0, (name, row)
@@ -82,6 +83,11 @@ def test_instructions_per_element_do_not_grow(triton_rows, request):
     for name, row in triton_rows.items():
         if "noisy_update" in name:
             assert row["per_element"] <= (46 if "fp64" in name else 36), (name, row)
+        if name.startswith("noise_reduce") and "fp64" not in name:   # masks cost 3.5, the tree over a program's threads 2
+            limit = {"long": 31, "full": 33, "masked": 35.5}[name.split()[1]]
+            assert row["per_element"] <= limit and row["registers"] <= 128, (name, row)
+        if name.startswith(("project", "spread")) and "fp64" not in name:   # one Philox for 128 signs
+            assert row["per_element"] <= 23 and row["registers"] <= 110, (name, row)
         if name.startswith(("apply elu", "gradient elu")) and "fp64" not in name:
             assert row["per_element"] <= 25, (name, row)
     for name, row in request.getfixturevalue("cuda_rows").items():
