@@ -195,7 +195,7 @@ struct Algebra {
     }
   }
 
-  // du = scale t + P (x - mean) + Q.
+  // du = scale t + P (x - mean) + Q. A direction that is not finite makes all that it reaches NaN, as coefficients do.
   void tangent(int64_t m, A q) const {
     const A *rstd = at(kRstd), *offset = at(kOffset), *hat = at(kHat), *g = gamma(p.coef), *a = alpha(p.coef);
     const A *tau = at(kTau, m), *xi = at(kXi, m);
@@ -204,13 +204,14 @@ struct Algebra {
     for (int64_t c0 = 0; c0 < C; c0 += n) {
       const A mean_t = mean_over(c0, n, [&](int64_t c) { return tau[c]; });
       const A mean_th = mean_over(c0, n, [&](int64_t c) { return rstd[c] * xi[c] + offset[c] * tau[c]; });
-      for (int64_t c = c0; c < c0 + n; ++c) pool[c] = mean_t, inner[c] = mean_th;
+      const A nothing = mean_t * 0 + mean_th * 0;
+      for (int64_t c = c0; c < c0 + n; ++c) pool[c] = mean_t + nothing, inner[c] = mean_th + nothing;
     }
     for (int64_t c = 0; c < C; ++c) hat_dot[c] = 0;
     if (a) {
       const A mean = mean_over(0, C, [&](int64_t c) { return tau[c]; });
       const A s = mean_over(0, C, [&](int64_t c) { return hat[c] * tau[c]; }) * C * unbiased();
-      for (int64_t c = 0; c < C; ++c) hat_dot[c] = q * (tau[c] - mean) - q * hat[c] * s;
+      for (int64_t c = 0; c < C; ++c) hat_dot[c] = q * (tau[c] - mean) - q * hat[c] * s + mean * 0;
     }
     const A *dg = p.tcoef ? gamma(p.tcoef, m) : nullptr, *da = p.tcoef ? alpha(p.tcoef, m) : nullptr, *de = p.tcoef ? beta(p.tcoef, m) : nullptr;
     for (int64_t c = 0; c < C; ++c) {

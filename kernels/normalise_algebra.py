@@ -112,15 +112,19 @@ def through_channels(a, hat, q, mask, share, unbiased):
 
 @triton.jit
 def tangent_terms(stats_ptr, m, units, unit, mask, r, offset, hat, q, share, unbiased, GROUPED: tl.constexpr, ALPHA: tl.constexpr):
-    """(tau = mean of t over pixels, over the domain: mean t and mean t h, tangent of m_hat)."""
+    """(tau = mean of t over pixels, over the domain: mean t and mean t h, tangent of m_hat).
+
+    A direction that is not finite makes all that it reaches NaN, as coefficients do.
+    """
     at = ((1 + m) * int64(units) + unit) * 2
     tau = tl.load(stats_ptr + at, mask=mask, other=0.0)
     pool, inner, hat_dot = tau, r * tl.load(stats_ptr + at + 1, mask=mask, other=0.0) + offset * tau, tl.zeros_like(tau)
     if GROUPED:
         pool, inner = mean_over(pool, mask, share) + hat_dot, mean_over(inner, mask, share) + hat_dot
+    nothing = pool * 0.0 + inner * 0.0
     if ALPHA:
-        hat_dot = through_channels(tau, hat, q, mask, share, unbiased)
-    return tau, pool, inner, hat_dot
+        hat_dot = through_channels(tau, hat, q, mask, share, unbiased) + mean_over(tau, mask, share) * 0.0
+    return tau, pool + nothing, inner + nothing, hat_dot
 
 
 @triton.jit

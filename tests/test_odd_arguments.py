@@ -596,6 +596,26 @@ def test_a_coefficient_that_is_not_finite_makes_its_channel_nan(backend, activat
         assert bool(result.isnan()[..., 1, :].all()) and bool(result.isfinite()[..., [0, 2], :].all())
 
 
+@pytest.mark.parametrize("activation", [None, "elu", "silu", "relu", "gelu", "softplus"])
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["instance_norm", "instance_norm_plus", "groups"])
+def test_a_direction_that_is_not_finite_makes_what_it_reaches_nan(backend, activation, odd, name):
+    """Its channel or group, or with alpha its sample, whatever order infinities are added in; a mask hides them still."""
+    x, t = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0)), torch.ones(2, 2, 4, 5)
+    t[1, 0, 1, 3] = odd
+    given = {"activation": activation, "alpha": torch.tensor([0.5, 0.0, -1.0, 2.0]) if name == "instance_norm_plus" else None}
+    if name == "groups":
+        y, ty = ops.group_norm_modulate_dual(x, t, 2, activation=activation)
+    else:
+        y, ty = ops.instance_norm_plus_dual(x, t, torch.tensor([1.0, 0.5, 0.0, -2.0]), **given)
+
+    reached = torch.zeros_like(t, dtype=torch.bool)
+    reached[1, 0, {"instance_norm": slice(1, 2), "instance_norm_plus": slice(None), "groups": slice(0, 2)}[name]] = True
+    if activation == "relu":
+        reached[1] &= y > 0
+    assert torch.equal(ty.isnan(), reached) and bool(ty[~reached].isfinite().all()) and bool(y.isfinite().all())
+
+
 def test_relu_takes_nothing_from_a_cotangent_that_it_hides(backend):
     """As PyTorch's: a mask, not a product with zero."""
     s = torch.tensor([[-1.0, 2.0, -3.0], [math.inf, 1.0, math.nan]])

@@ -71,7 +71,16 @@ def _dual_ref(x, t, coef, tcoef, labels, form):
     def f(x, coef):
         return normalise_ref(x, coef, labels, form)
 
+    t = _spread_nan(t, 1 if form.alpha else form.groups or x.shape[1])
     return torch.stack([along(f, (x, coef), pair) for pair in zip(t, tcoef)]) if len(t) else torch.zeros_like(t)
+
+
+def _spread_nan(t, domains):
+    """t (M, B, C, *), NaN all over a domain of channels where any of it is not finite: what it reaches, as a coefficient would."""
+    if not t.numel():
+        return t
+    each = t.flatten(2).unflatten(2, (domains, -1))
+    return (each + (0 * each.detach()).sum(-1, keepdim=True)).reshape(t.shape)
 
 
 def _gradient_ref(x, t, coef, tcoef, labels, gy, gty, form):
