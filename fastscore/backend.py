@@ -282,7 +282,7 @@ def _nothing_between(args) -> bool:
     """Whether torch's dispatcher would do nothing with these arguments but call the launcher (in some 25 µs)."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
         return False
-    return all(type(a) in (torch.Tensor, torch.nn.Parameter) for a in args if isinstance(a, torch.Tensor))
+    return not any(type(a) not in (torch.Tensor, torch.nn.Parameter) or a.is_neg() for a in args if isinstance(a, torch.Tensor))
 
 
 def derivative_possible(*tensors) -> bool:
