@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 from fastscore.dual import kept
 from fastscore.dual.compiled import undisturbed
 from fastscore.dual.jet_rules import RULES, VALUES, bent, is_jet
-from fastscore.dual.numbers import _GRAPH, _LIKE, _METADATA, Dual, NoRule, _copy, _in_place, _on_values, _place, _write
+from fastscore.dual.numbers import _BASE, _GRAPH, _LIKE, _METADATA, Dual, NoRule, _copy, _in_place, _on_values, _place, _write
+from fastscore.dual.sharded import of_fsdp
 
 
 def second_order(f, x, v, straight=True):
@@ -122,6 +123,8 @@ class Jet(Dual):
             return True
         if func in _GRAPH:
             return func(args[0].stack)
+        if func == _BASE:
+            return None
         name = getattr(func, "__name__", str(func))
         # Without gradients we may stand inside an autograd.Function, whose result would look like a constant.
         if not torch.is_grad_enabled() or kwargs.get("out") is not None:
@@ -135,6 +138,8 @@ class Jet(Dual):
         if func in RULES:
             result = RULES[func](*args, **kwargs)
             return _refuse(name) if result is NotImplemented else result
+        if name == "register_hook" and of_fsdp(args[1]):
+            return func(args[0].stack, args[1])
         if name == "__setitem__" and is_jet(args[0]) and is_jet(args[2]) and not args[0].straight:
             return _in_place(func, name, (*args[:2], bent(args[2])), kwargs)
         if name == "__setitem__" or (name.endswith("_") and name not in _OTHERS and is_jet(args[0])):

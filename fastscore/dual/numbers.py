@@ -21,6 +21,7 @@ from fastscore.dual.compiled import as_written, undisturbed
 from fastscore.dual.norms import FACTORISED, NATIVE_NORMS, REFUSED, Refuse
 from fastscore.dual.once import Draws, Once
 from fastscore.dual.rules import POINTWISE, RULES, NoDual, aligned, memory, separated
+from fastscore.dual.sharded import check_once, of_fsdp, sharded
 from fastscore.ops import checks
 from fastscore.ops.functions import released
 
@@ -119,6 +120,7 @@ def _carried(f, x, v):
         raise NotImplementedError("fastscore.jvp: torch.func.linearize takes f only where the rules of fastscore do; take torch.func.jvp.")
     # f as a whole, and first by what calls it once.
     try:
+        check_once("f, for the operation that the FallbackWarning names,", f)
         with _in_one_sentence():
             return _double_backward(f, x, v)
     except (NotImplementedError, RuntimeError) as error:   # of torch: an operation without a second derivative
@@ -153,7 +155,7 @@ def _stacked(f, x, v):
     s = torch.cat([x[None], v])
     if layout:
         s = s.flatten(0, 1).contiguous(memory_format=layout).unflatten(0, s.shape[:2])
-    with _inside(torch.is_grad_enabled()):
+    with _inside(torch.is_grad_enabled(), waits=not sharded(f)):
         y = f(Dual(s))
         if isinstance(y, Dual):
             return y.stack
@@ -243,11 +245,12 @@ def _right(refused):
 class _Call:
     """One jvp that runs: the caller's grad mode, and references to whose stack is not computed yet and to memory not to be written to.
 
-    `lock`: what waits is computed by one thread, once; who writes, waits until it is.
+    `lock`: what waits is computed by one thread, once; who writes, waits until it is. `waits`: nothing does where weights come and go.
     """
 
-    def __init__(self, grad_mode):
-        self.grad_mode, self.waiting, self.copied, self.made, self.lock = grad_mode, [], [], [], threading.RLock()
+    def __init__(self, grad_mode, waits):
+        self.grad_mode, self.waits, self.waiting, self.copied, self.made = grad_mode, waits, [], [], []
+        self.lock = threading.RLock()
 
 
 _local = threading.local()
@@ -255,9 +258,9 @@ _calls = []   # of all threads
 
 
 @contextlib.contextmanager
-def _inside(grad_mode):
+def _inside(grad_mode, waits=True):
     kept.keep(kept.outside)
-    call = _local.call = _Call(grad_mode)
+    call = _local.call = _Call(grad_mode, waits)
     _calls.append(call)
     try:
         yield
@@ -338,7 +341,7 @@ class Dual(torch.Tensor):
     def later(cls, pending):
         """Dual numbers that wait in a chain (of `dual.chains`)."""
         call = _call()
-        if call is None:
+        if call is None or not call.waits:
             return cls(pending.stack())
         result = torch.Tensor._make_wrapper_subclass(cls, pending.shape[1:], dtype=pending.dtype, device=pending.device)
         result.computed, result.pending, result.call = None, pending, call
@@ -425,6 +428,7 @@ _METADATA |= {getattr(torch.Tensor, name) for name in ("size", "dim", "ndimensio
               "is_neg", "is_inference")}  # fmt: skip
 _METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel}
 _GRAPH = _getters("requires_grad", "grad_fn", "is_leaf")
+_BASE = torch.Tensor._base.__get__
 # Values without tangents: comparisons, integers, numbers, what stops a gradient.
 _VALUES = """
     eq ne lt le gt ge isnan isinf isfinite argmax argmin argsort sign sgn floor ceil round trunc detach item tolist numpy allclose equal
@@ -473,6 +477,10 @@ def _special(func, args, kwargs):
         return _place(func, args, kwargs)
     if func in _GRAPH:
         return func(args[0].stack)
+    if func == _BASE:
+        return None   # the stack may be a view, but never one that f has made
+    if name == "register_hook" and of_fsdp(args[1]):
+        return func(args[0].stack, args[1])
     if type(func).__name__ in ("OpOverload", "OpOverloadPacket", "ScriptFunction", "ScriptMethod"):
         return _unnamed(func, name, args, kwargs)
     if kwargs.get("out") is not None or func in REFUSED or func in (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward):

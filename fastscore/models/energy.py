@@ -15,6 +15,7 @@ from fastscore.dual.jets import second_order
 from fastscore.dual.norms import RightNorms
 from fastscore.dual.numbers import Dual, NoRule
 from fastscore.dual.once import Once
+from fastscore.dual.sharded import check_once
 from fastscore.models import energy_chain
 from fastscore.models.score_mlp import Trunk
 from fastscore.ops import checks
@@ -116,6 +117,7 @@ class EnergyScore(nn.Module):
     @torch.compiler.disable(reason="a score that is differentiated runs eagerly: a compiled graph has one backward pass")
     @as_written
     def _differentiable_gradient(self, x, arguments):
+        check_once("the gradient of an energy's score", self.f)
         with torch.enable_grad():
             return self._gradient(x, True, arguments)
 
@@ -126,6 +128,7 @@ class EnergyScore(nn.Module):
         """s(x), and ∇²f v_m for v (M, B, *), by one backward pass each."""
         if not checks.readable():
             return self._transformed(x, v, arguments)
+        check_once("the derivative of an energy's score", self.f)
         x, wanted = self._leaf(x)
         wanted = wanted or (torch.is_grad_enabled() and v.requires_grad)
         with torch.enable_grad():
