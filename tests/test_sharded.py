@@ -1,4 +1,4 @@
-"""Networks under FSDP2's fully_shard: the gradients of one process, or one sentence."""
+"""Networks under FSDP2's fully_shard, or of DTensors: the gradients of one process, or one sentence."""
 
 import faulthandler
 import gc
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import fastscore
 from fastscore import losses, models, sampling
@@ -145,3 +146,35 @@ def test_an_operation_without_a_rule_is_refused(mesh):
     net = network(mesh=mesh)
     with pytest.raises(NotImplementedError, match="fastscore: f, for the operation that the FallbackWarning names, needs two backward p"):
         losses.sliced(lambda x: net(x.as_strided(x.shape, x.stride())), data(), seed=0)
+
+
+def parallel(mesh, outputs=3):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, outputs))
+    return net if mesh is None else parallelize_module(net, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+def test_tensor_parallelism_goes_where_one_backward_pass_is_enough(mesh):
+    x, found = data().float(), []
+    for net in (parallel(None), parallel(mesh)):
+        losses.denoising(lambda x, sigma, net=net: net(x), x, 0.5, seed=0).mean().backward()
+        losses.finite_difference_sliced(net, x, seed=0).mean().backward()
+        grads = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in net.parameters()]
+        states = list(sampling.mala(lambda x, net=net: -net(x).square().sum(1), x, steps=3, step_size=0.01, seed=0))
+        found.append((*grads, states[-1].x))
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.filterwarnings("ignore::fastscore.FallbackWarning")
+def test_second_derivatives_of_dtensors_are_refused(mesh):
+    """PyTorch's own are wrong: the gradients of an energy's score were None, and its Hessian some other number."""
+    x, net, one = data().float(), parallel(mesh), models.EnergyScore(parallel(mesh, 1))
+    for loss in (losses.sliced, losses.exact, lambda f, x: fastscore.jvp(f, x, x)):
+        with pytest.raises(NotImplementedError, match="fastscore.jvp: DTensors, as of tensor parallelism, have no jvp; shard the n"):
+            loss(net, x)
+    calls = [lambda: losses.denoising(lambda x, sigma: one(x), x, 0.5, seed=0), lambda: one.jvp(x, x[None])]
+    calls += [lambda form=form: losses.sliced(one, x, variance_reduced=form, seed=0) for form in (True, False)]
+    calls.append(lambda: losses.sliced(lambda x: torch.autograd.grad(net(x).sum(), x, create_graph=True)[0], x, seed=0))
+    for call in calls:
+        with pytest.raises(NotImplementedError, match="DTensors, as of tensor parallelism, (lose second derivat|have no jvp)"):
+            call()

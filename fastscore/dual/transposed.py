@@ -15,7 +15,7 @@ from fastscore import backend as backends
 from fastscore.dual import kept
 from fastscore.dual.chains import saved_as_they_are
 from fastscore.dual.once import Draws
-from fastscore.dual.sharded import of_fsdp
+from fastscore.dual.sharded import check_conversion, of_fsdp
 from fastscore.ops import checks
 from fastscore.ops.functions import released
 
@@ -69,6 +69,7 @@ def _carried_function(cls, plain, args, kwargs):
     if of_fsdp(cls):   # the identity, whose backward frees the weights
         outputs = plain(*(a.stack if _is_dual(a) else a for a in args))
         return tuple(a.like(o) for a, o in zip(filter(_is_dual, args), outputs, strict=True))
+    check_conversion(cls)
     if any(type(a) not in (numbers.Dual, numbers.ComplexDual) for a in args if _is_dual(a)):
         raise numbers.NoRule(f"second_order: no rule carries the autograd.Function {cls.__name__}.")
     if numbers._constant_block():
