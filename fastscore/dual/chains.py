@@ -8,7 +8,9 @@ import torch.nn.functional as F
 
 from fastscore import backend as _backend
 from fastscore.dual.functions import activate_stack, add_bias
+from fastscore.ops.activate_dual import activated
 from fastscore.ops.activate_dual import gradient as activation_gradient
+from fastscore.ops.functions import Direct
 
 
 class Step(NamedTuple):
@@ -48,10 +50,21 @@ class Pending:
                 source, version = source.source, source.version
         if source._version != version:
             _refuse()
-        with _as_noted(self):
-            self.result = run(source, steps[::-1])
+        steps.reverse()
+        if _noted_now(self):
+            self.result = run(source, steps)
+        else:
+            with _as_noted(self):
+                self.result = run(source, steps)
         self.version = self.result._version
         return self.result
+
+
+def _noted_now(pending):
+    """Whether the modes are those in which the chain was noted down."""
+    if torch.is_autocast_enabled(pending.device.type) or torch._C._autograd._top_saved_tensors_default_hooks(False):
+        return False
+    return pending.grad_mode == torch.is_grad_enabled()
 
 
 @contextlib.contextmanager
@@ -84,7 +97,10 @@ def _refuse():
 
 
 def _versions(step):
-    return tuple(t._version for t in (step.weight, step.bias) if t is not None)
+    weight, bias, _ = step
+    if weight is None:
+        return None
+    return weight._version, None if bias is None else bias._version
 
 
 def linear(source, weight, bias):
@@ -108,15 +124,15 @@ _PLAIN = (torch.nn.Parameter, torch.Tensor)
 
 def run(s, steps):
     """All steps on the stack s (1 + M, *)."""
-    parameters = [t for step in steps for t in (step.weight, step.bias)]
-    activated = any(step.name is not None for step in steps)
+    parameters = [t for step in steps for t in step[:2]]
+    activated = any([step.name is not None for step in steps])
     chosen = _backend.choose(s.device, cuda=False) if activated else None   # the back end of both passes
     if _backend.derivative_possible(s, *parameters):
         return _Chain.apply(s, [step.name for step in steps], chosen, *parameters)
     return _values(s, steps, chosen)[-1]
 
 
-class _Chain(torch.autograd.Function):
+class _Chain(Direct):
     """The cotangents go down the chain by hand; each product is written in the order that BLAS is quick at."""
 
     @staticmethod
@@ -151,7 +167,7 @@ def _values(s, steps, backend):
     """s, and what every step makes of it."""
     values = [s]
     for weight, bias, name in steps:
-        s = activate_stack(s, name, backend) if weight is None else _linear(s, weight, bias)
+        s = activated(s, name, backend) if weight is None else _linear(s, weight, bias)
         values.append(s)
     return values
 

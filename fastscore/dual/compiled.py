@@ -1,10 +1,13 @@
 """What torch.compile returned, run as it was written: its graphs are made for ordinary tensors and one backward pass."""
 
 import contextlib
+import functools
 import threading
 
 import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import eval_frame
+from torch._dynamo.decorators import skip
 
 _EAGER = eval_frame.DynamoStance("force_eager")
 
@@ -34,6 +37,24 @@ class _AsWritten(contextlib.ContextDecorator):
 
 
 as_written = _AsWritten()
+
+
+def eagerly(reason):
+    """torch.compiler.disable, without its cost where Dynamo does not run the caller."""
+
+    def decorate(function):
+        disabled = torch.compiler.disable(function, reason=reason)
+
+        @skip
+        @functools.wraps(disabled)
+        def call(*args):
+            if get_eval_frame_callback() is None:
+                return function(*args)
+            return disabled(*args)
+
+        return call
+
+    return decorate
 
 
 @torch.compiler.disable(reason="fastscore's numbers are carried eagerly")

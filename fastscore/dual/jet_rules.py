@@ -17,7 +17,7 @@ from fastscore.ops import normalise as core
 from fastscore.ops.activate_jet import activate_jet
 
 RULES = {}
-VALUES = numbers._VALUES - {torch.Tensor.numpy}   # which a variable refuses
+VALUES = numbers._VALUES - {torch.Tensor.numpy, numbers._DATA}   # which a variable refuses, or whose writes nobody sees
 jet_rule = functools.partial(rule, table=RULES)
 
 

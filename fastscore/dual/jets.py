@@ -6,6 +6,7 @@ import weakref
 
 import torch
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._dynamo.decorators import skip
 from torch.utils._pytree import tree_leaves
 
 from fastscore.dual import kept
@@ -105,7 +106,7 @@ class Jet(Dual):
         return (*self.stack.split([1, M]), None) if self.straight else self.stack.split([1, M, M])
 
     @classmethod
-    @torch.compiler.disable(recursive=False)
+    @skip   # by Dynamo
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _METADATA:

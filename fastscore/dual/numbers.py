@@ -10,6 +10,7 @@ import weakref
 
 import torch
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._dynamo.decorators import skip
 from torch._functorch.autograd_function import custom_function_call
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastscore import backend as backends
 from fastscore.dual import compositions, fallback, kept, transposed
-from fastscore.dual.compiled import as_written, undisturbed
+from fastscore.dual.compiled import as_written, eagerly, undisturbed
 from fastscore.dual.norms import FACTORISED, NATIVE_NORMS, REFUSED, Refuse
 from fastscore.dual.once import Draws, Once
 from fastscore.dual.rules import POINTWISE, RULES, NoDual, aligned, memory, separated
@@ -73,10 +74,14 @@ def _jvp(f, x, v):
     return s[0], s[1] if single else s[1:]
 
 
-@torch.compiler.disable(reason="fastscore.jvp runs eagerly")
-@as_written
+@eagerly("fastscore.jvp runs eagerly")
 def stack(f, x, v):
     """f(x) and J v_m for v (M, *x.shape), side by side: (1 + M, *f(x).shape)."""
+    with as_written:
+        return _routed(f, x, v)
+
+
+def _routed(f, x, v):
     if torch._C._functorch.maybe_current_level() is not None:
         with _forward_gradients():
             return _transformed(f, x, v)
@@ -84,6 +89,8 @@ def stack(f, x, v):
         # The rules do not tell the numbers of one jvp from those of another around it, which f may hold.
         raise NoRule("fastscore.jvp: a jvp inside f cannot be carried through with its tangents.")
     transposed.see_functions()
+    if torch._C._is_fwd_grad_enabled() and not torch._C._len_torch_dispatch_stack():
+        return _carried(f, x, v)
     with _forward_gradients(), _as_dispatched():
         return _carried(f, x, v)
 
@@ -257,17 +264,24 @@ _local = threading.local()
 _calls = []   # of all threads
 
 
-@contextlib.contextmanager
-def _inside(grad_mode, waits=True):
-    kept.keep(kept.outside)
-    call = _local.call = _Call(grad_mode, waits)
-    _calls.append(call)
-    try:
-        yield
-    finally:
+class _inside:   # noqa: N801  a context manager; a generator's costs a microsecond
+    """A call's duration."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, grad_mode, waits=True):
+        self.call = _Call(grad_mode, waits)
+
+    def __enter__(self):
+        if kept.outside:
+            kept.keep(kept.outside)
+        _local.call = self.call
+        _calls.append(self.call)
+
+    def __exit__(self, *error):
         del _local.call
-        _calls.remove(call)
-        kept.keep(call.made)
+        _calls.remove(self.call)
+        kept.keep(self.call.made)
 
 
 def _call():
@@ -321,8 +335,8 @@ class Dual(torch.Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, stack.shape[1:], strides=stack.stride()[1:], dtype=stack.dtype, device=stack.device)
 
     def __init__(self, stack):
-        self.stack = stack
-        call = self.call = _call()
+        self.computed, self.pending = stack, None
+        call = self.call = getattr(_local, "call", None)
         (kept.outside if call is None else call.made).append(weakref.ref(self))
 
     @property
@@ -356,7 +370,7 @@ class Dual(torch.Tensor):
         return type(self)(stack)
 
     @classmethod
-    @torch.compiler.disable(recursive=False)
+    @skip   # by Dynamo; torch.compiler.disable(recursive=False) is a call more for each operation
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _METADATA:
@@ -364,26 +378,26 @@ class Dual(torch.Tensor):
                 return func(*args, **kwargs)
         if get_eval_frame_callback() is not None:   # a checkpoint in f calls a compiled part again during the backward pass
             return undisturbed(cls.__torch_function__, func, types, args, kwargs)
-        if func == torch.Tensor.data.__get__:
-            func = torch.Tensor.detach   # whose writes are seen
-        if of_several():
+        if (len(_calls) != 1 or not hasattr(_local, "call")) and of_several():
             return of_its_call(lambda: cls.carried(func, args, kwargs), args, kwargs)
         return cls.carried(func, args, kwargs)
 
     @classmethod
     def carried(cls, func, args, kwargs):
-        constant = _constant_block()   # or it is a Function's forward, and not even a sign is a constant
+        constant = not torch.is_grad_enabled() and _constant_block()   # or it is a Function's forward, and not even a sign is a constant
         if func in _VALUES:
             if func in _OUT_OF_TORCH and not constant:
                 raise RuntimeError("fastscore.jvp: numpy cannot carry derivatives; use x.detach().numpy() for a constant.")
+            if func == _DATA:
+                func = torch.Tensor.detach   # whose writes are seen
             return _on_values(func, args, kwargs)
         if constant:
             _settle()   # it may be written to
             return _on_values(func, args, kwargs)
-        if len(args) > _INPLACE_AT.get(func, 100) and args[_INPLACE_AT[func]]:
-            at = _INPLACE_AT[func]
+        at = _INPLACE_AT.get(func)
+        if at is not None and len(args) > at and args[at]:
             return _write(args[0], func(_copy(args[0]), *args[1:at], False, *args[at + 1 :], **kwargs))
-        if kwargs.get("inplace"):
+        if kwargs and kwargs.get("inplace"):
             return _write(args[0], func(_copy(args[0]), *args[1:], **{**kwargs, "inplace": False}))
         result = cls.ruled(func, args, kwargs)
         if result is NotImplemented:
@@ -393,7 +407,7 @@ class Dual(torch.Tensor):
     @classmethod
     def ruled(cls, func, args, kwargs):
         rule = cls.rules.get(func)
-        if rule is None or isinstance(kwargs.get("out"), torch.Tensor):
+        if rule is None or (kwargs and isinstance(kwargs.get("out"), torch.Tensor)):
             return NotImplemented
         if args and isinstance(args[0], Dual) and not args[0].dim() and func not in POINTWISE:
             return NotImplemented   # a dimension counted from the end of a 0-d value would be that of the stack
@@ -438,6 +452,8 @@ _VALUES = """
     __index__ __contains__ __array__ result_type can_cast
 """.split()
 _VALUES = {getattr(holder, name) for holder in (torch.Tensor, torch) for name in _VALUES if hasattr(holder, name)}
+_DATA = torch.Tensor.data.__get__
+_VALUES.add(_DATA)
 _OUT_OF_TORCH = {torch.Tensor.numpy, torch.Tensor.__array__}
 _STEPS = {torch.floor_divide, torch.Tensor.floor_divide, torch.Tensor.__floordiv__, torch.Tensor.__rfloordiv__}   # without a derivative
 _LIKE = {getattr(torch, name) for name in ("zeros_like", "ones_like", "empty_like", "full_like")}

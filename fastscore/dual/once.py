@@ -36,7 +36,7 @@ class Once:
         tracing = torch._C._len_torch_dispatch_stack() and not checks.readable()   # tensors have no values to keep
         reached = [] if tracing else _reached(functions)
         self.draws = Draws(device, reached)
-        self.memory = [Memory(m) for m in reached if not isinstance(m, torch.Generator)]
+        self.memory = [Memory(m) for m in reached if not isinstance(m, torch.Generator)] if reached else []
         self.times, self.after = 0, None
 
     def __enter__(self):
@@ -68,10 +68,10 @@ class Draws:
 
     def __init__(self, device, arguments=()):
         self.device, self.cuda = device, None
-        self.cpu = torch.get_rng_state()
+        self.cpu = torch.default_generator.get_state()
         if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             self.cuda = torch.cuda.get_rng_state(device)
-        self.given = [(a, a.get_state()) for a in arguments if isinstance(a, torch.Generator)]
+        self.given = [(a, a.get_state()) for a in arguments if isinstance(a, torch.Generator)] if arguments else []
 
     def again(self):
         torch.set_rng_state(self.cpu)
@@ -238,6 +238,13 @@ def _reached(functions):
         if id(a) in seen:
             continue
         seen.add(id(a))
+        if _plain(type(a)):   # most of a network, in every call
+            if a._buffers:
+                found.append(a)
+            waiting += a._modules.values()
+            if a._forward_hooks or a._forward_pre_hooks:
+                waiting += [*a._forward_hooks.values(), *a._forward_pre_hooks.values()]
+            continue
         waiting += _behind(a)
         if isinstance(a, nn.Module):
             if isinstance(a, nn.parallel.DistributedDataParallel) and a.static_graph:
@@ -256,6 +263,12 @@ def _reached(functions):
     return found
 
 
+@functools.cache
+def _plain(cls):
+    """Modules of PyTorch and of our own, which keep nothing but buffers; DistributedDataParallel has its options."""
+    return issubclass(cls, nn.Module) and _of_torch(cls) and not issubclass(cls, nn.parallel.DistributedDataParallel)
+
+
 def _behind(a):
     if isinstance(a, nn.Module):
         more = [*a._modules.values()]
@@ -263,6 +276,8 @@ def _behind(a):
             more += hooks.values()
         return more if _built_in(a) else more + [b for name, b in vars(a).items() if name not in _OWN and _may_lead(b)]
     if isinstance(a, types.FunctionType):
+        if a.__module__.startswith("fastscore."):   # remembers nothing itself
+            return [c.cell_contents for c in a.__closure__ or () if _filled(c) and _may_lead(c.cell_contents)]
         names = [a.__globals__[n] for n in _names(a.__code__) if n in a.__globals__]
         return [*(a.__closure__ or ()), *filter(_may_lead, names), *filter(_may_lead, a.__defaults__ or ())]
     if isinstance(a, types.MethodType):

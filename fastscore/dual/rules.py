@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastscore import backend as backends
-from fastscore.dual import chains, compositions, norms
+from fastscore.dual import chains, compositions, norms, numbers
 from fastscore.dual.functions import activate_stack, add_bias, add_to_value, normalise_stack
 from fastscore.ops.normalise import Form, normalise, pack
 
@@ -46,15 +46,11 @@ def stack(a):
 
 
 def dual(s):
-    from fastscore.dual.numbers import Dual
-
-    return Dual(s)
+    return numbers.Dual(s)
 
 
 def later(x, pending):
-    from fastscore.dual.numbers import Dual
-
-    return Dual.later(pending) if type(x) is Dual else dual(pending.stack())   # other kinds do not wait
+    return numbers.Dual.later(pending) if type(x) is numbers.Dual else dual(pending.stack())   # other kinds do not wait
 
 
 def value(a):
@@ -221,10 +217,8 @@ def view(x, *shape):
 
 
 def told_apart(x, y):
-    from fastscore.dual.numbers import note_copy
-
     if x.numel() and memory(stack(x)).data_ptr() != memory(stack(y)).data_ptr():
-        note_copy(stack(x), stack(y))   # the stack does not lie in memory as the value alone would
+        numbers.note_copy(stack(x), stack(y))   # the stack does not lie in memory as the value alone would
 
 
 @rule("reshape_as")

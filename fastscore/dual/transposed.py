@@ -36,11 +36,16 @@ def see_functions():
 
 def _apply(cls, *args, **kwargs):
     for a in args:
+        if type(a) in _ORDINARY:
+            continue
         if isinstance(a, kept.Kept) and torch._C._current_graph_task_id() != -1:   # a checkpoint calls f once more
             kept.take_up(a)
         if _is_dual(a):
             return _apply_to_numbers(cls, args, kwargs)
     return super(_SingleLevelFunction, cls).apply(*args, **kwargs)
+
+
+_ORDINARY = {torch.Tensor, torch.nn.Parameter, type(None), str, int, float, bool, tuple, list}   # most arguments of all Functions
 
 
 def _is_dual(a):

@@ -87,6 +87,13 @@ def _checked(op, mask, x):
 
 def check_score(op, s, x, name="score(x)"):
     """A score of x's shape; its dtype is its own (autocast)."""
+    if type(s) is dual.Dual:   # each look at a number costs a microsecond
+        with torch._C.DisableTorchFunctionSubclass():
+            return _check_score(op, s, x, name)
+    _check_score(op, s, x, name)
+
+
+def _check_score(op, s, x, name):
     checks.check_float(op, name, s)
     if s.shape != x.shape:
         raise ValueError(f"{op}: {name} must have the shape of x, {tuple(x.shape)}; got {tuple(s.shape)}.")

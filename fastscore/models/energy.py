@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from fastscore.dual.compiled import as_written
+from fastscore.dual.compiled import as_written, eagerly
 from fastscore.dual.jets import second_order
 from fastscore.dual.norms import RightNorms
 from fastscore.dual.numbers import Dual, NoRule
@@ -114,14 +114,14 @@ class EnergyScore(nn.Module):
         with torch.enable_grad():
             return self._gradient(x, False, arguments)
 
-    @torch.compiler.disable(reason="a score that is differentiated runs eagerly: a compiled graph has one backward pass")
+    @eagerly("a score that is differentiated runs eagerly: a compiled graph has one backward pass")
     @as_written
     def _differentiable_gradient(self, x, arguments):
         check_once("the gradient of an energy's score", self.f)
         with torch.enable_grad():
             return self._gradient(x, True, arguments)
 
-    @torch.compiler.disable(reason="products of an energy run eagerly: a compiled graph has one backward pass")
+    @eagerly("products of an energy run eagerly: a compiled graph has one backward pass")
     @as_written
     @outside_inference
     def jvp(self, x, v, *arguments):
@@ -142,7 +142,7 @@ class EnergyScore(nn.Module):
         hv = torch.stack(hv)
         return (s, hv) if wanted else (released(s), released(hv))
 
-    @torch.compiler.disable(reason="products of an energy run eagerly: a compiled graph has one backward pass")
+    @eagerly("products of an energy run eagerly: a compiled graph has one backward pass")
     @as_written
     @outside_inference
     def along(self, x, v, *arguments):

@@ -50,12 +50,20 @@ def activate_dual(s, name, backend=None):
         (1 + M, *), y and its tangents. Differentiable, at every order.
     """
     chosen = _backend.choose(s.device, backend, cuda=False)   # a GPU runs the Triton kernels
-    plain = chosen == "reference" or (chosen == "cpp" and s.dtype == torch.float64)
-    if plain or _backend.levels():   # the Function has neither forward mode nor vmap
+    if _plain(s, chosen) or _backend.levels():   # the Function has neither forward mode nor vmap
         return activate_dual_ref(s, name)
     if _backend.derivative_possible(s):
         return _function(s, name, chosen)
     return _run(s, name, chosen)
+
+
+def activated(s, name, chosen):
+    """The same with the back end chosen, where no derivative is taken."""
+    return activate_dual_ref(s, name) if _plain(s, chosen) else _run(s, name, chosen)
+
+
+def _plain(s, chosen):
+    return chosen == "reference" or (chosen == "cpp" and s.dtype == torch.float64)
 
 
 def activate_dual_ref(s, name):
@@ -82,8 +90,7 @@ def gradient(s, g, name, chosen, overwrite=False):
 
     No derivative is taken through the kernel. chosen: the back end that activated s; the thread of a backward pass knows of no other.
     """
-    plain = chosen == "reference" or (chosen == "cpp" and s.dtype == torch.float64)
-    if plain or _backend._dual_level():   # the Function has no forward mode
+    if _plain(s, chosen) or _backend._dual_level():   # the Function has no forward mode
         return _gradient_ref(name, s, g)
     s, g = contiguous(s), contiguous(g)
     gs = g if overwrite else torch.empty_like(s)   # every element of g is read before its place is written

@@ -4,13 +4,26 @@ import functools
 import inspect
 
 import torch
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 
 def quick(cls):
     """Keep the signature of `forward` that torch binds at every call: making it anew costs more than most kernels on small tensors."""
     cls.forward.__signature__ = inspect.signature(cls.forward)
     return cls
+
+
+class Direct(torch.autograd.Function):
+    """A Function that our own code alone applies: outside transforms, with one forward(ctx, ...), to ordinary tensors.
+
+    Its apply is what is left of Function.apply then.
+    """
+
+    @classmethod
+    def apply(cls, *args):
+        return super(_SingleLevelFunction, cls).apply(*[unwrap_if_dead(a) if isinstance(a, torch.Tensor) else a for a in args])
 
 
 def contiguous(t):

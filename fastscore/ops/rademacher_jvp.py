@@ -1,11 +1,13 @@
 """Projections of a Jacobian onto random signs: vᵀJv, vᵀs and ‖s‖² in one pass, the signs regenerated in both directions."""
 
+import math
+
 import torch
 
 from fastscore import backend as _backend
 from fastscore import dual, random
 from fastscore.ops import checks
-from fastscore.ops.functions import contiguous, plain, quick, save, saved
+from fastscore.ops.functions import Direct, contiguous, plain, quick, save, saved
 from fastscore.ops.langevin_step import refuse_mapped_key
 
 
@@ -272,7 +274,7 @@ def project(s, js, key, numbers, backend, projections=None):
     return (None if js is None else outputs[0]), *((None, None) if s is None else outputs[-2:])
 
 
-class _ProjectStack(torch.autograd.Function):
+class _ProjectStack(Direct):
     """`project` on a stack (1 + M, B, *) of s and Jv, whose gradient is one stack as well. Reverse mode alone."""
 
     @staticmethod
@@ -333,6 +335,6 @@ def _signs(shape, dtype, device, projections, key, seed, step, stream, offset, b
         return torch.stack([random.fill_ref(random.RADEMACHER, tuple(shape), k, dtype, device) for k in keys])
     v = torch.empty((projections, *shape), dtype=dtype, device=device)
     ones = torch.ones((projections, 1), dtype=checks.compute_dtype(dtype), device=device)
-    rows = v.view(projections, 1, v[0].numel())   # signs know nothing of samples
+    rows = v.view(projections, 1, math.prod(shape))   # signs know nothing of samples
     _backend.call(backend, "rademacher_spread", rows, None, ones, None, None, None, projections, key, seed, step, stream, offset)
     return v
