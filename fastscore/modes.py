@@ -26,39 +26,64 @@ def evaluated(f: Callable) -> Callable:
     if not held:
         return f
     _warn_of_batches(held)
+    evaluation = Evaluation(held)
 
     def call(*arguments):
-        with Evaluation(held):
+        switched = evaluation.begin()
+        try:
             return f(*arguments)
+        finally:
+            _set(switched, True)
 
     return call
 
 
 class Evaluation:
-    """A context in which networks are in evaluation mode, module by module: nobody's train() or eval() is called."""
+    """A context in which networks are in evaluation mode, module by module: nobody's train() or eval() is called.
+
+    Every call of a score is one. So modules are looked for once, and again where one has got other children.
+    """
 
     def __init__(self, held: list[nn.Module]):
-        self.held = held
+        self.held, self.switched = held, []
+        self._look()
 
     def __enter__(self):
-        self.switched = [m for m in _modules(self.held) if m.training]
-        _set(self.switched, False)
+        self.switched.append(self.begin())
 
     def __exit__(self, *error):
-        _set(self.switched, True)
+        _set(self.switched.pop(), True)
+
+    def begin(self) -> list[Any]:
+        """Switch to evaluation mode; what has to be switched back."""
+        if [d for d in self.leaves if d["_modules"]] or [d for d, c in self.parents if [*d["_modules"].values()] != c]:
+            self._look()
+        elif self.others:   # whose children nobody can see
+            self._look()
+        switched = [d for d in self.attributes if d["training"]]
+        switched += [m for m in self.others if m.training]
+        _set(switched, False)
+        return switched
+
+    def _look(self):
+        modules = list(_modules(self.held))
+        # A scripted module has no such attributes, and a compiled one the mode of the network inside it.
+        self.others = [m for m in modules if "training" not in vars(m) or not isinstance(vars(m).get("_modules"), dict)]
+        self.attributes = [vars(m) for m in modules if "training" in vars(m) and isinstance(vars(m).get("_modules"), dict)]
+        self.parents = [(d, [*d["_modules"].values()]) for d in self.attributes if d["_modules"]]
+        self.leaves = [d for d in self.attributes if not d["_modules"]]
 
 
-def _set(modules, mode):
-    for m in modules:
-        attributes = vars(m)
-        if "training" in attributes:
-            attributes["training"] = mode   # Module.__setattr__ takes ten times as long, in every call of a score
-        else:   # a scripted module, or a compiled one that has that of the network inside it
-            m.training = mode
+def _set(switched, mode):
+    for a in switched:
+        if type(a) is dict:
+            a["training"] = mode   # Module.__setattr__ takes ten times as long, in every call of a score
+        else:
+            a.training = mode
 
 
 def _modules(networks):
-    """All modules, each once. As Module.modules() without its names, for every call of a score comes here."""
+    """All modules, each once."""
     seen, waiting = set(), list(networks)
     while waiting:
         m = waiting.pop()

@@ -9,6 +9,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 from fastscore.messages import shown
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_STRIDED = torch.strided
 # Subclasses that stand for a plain tensor: those of torch.compile and torch.export, of collectives under way, and dual numbers.
 _KNOWN = ("torch._subclasses.", "torch.distributed._functional_collectives", "fastscore.")
 
@@ -23,6 +24,8 @@ def check_tensor(op: str, name: str, t: torch.Tensor) -> None:
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor; got {type(t).__name__}.")
     kind = type(t)
+    if kind in _PLAIN and dense(t):
+        return
     if kind not in _PLAIN and kind.__module__.startswith(_KNOWN):
         return _check_mode(op, name, t)
     if t.is_nested:
@@ -31,6 +34,11 @@ def check_tensor(op: str, name: str, t: torch.Tensor) -> None:
         raise TypeError(f"{op}: {name} must be a dense tensor; got layout {t.layout} (.to_dense() converts it).")
     if kind not in _PLAIN:
         _check_subclass(op, name, t)
+
+
+def dense(t: torch.Tensor) -> bool:
+    """Whether the elements of a tensor that is no subclass lie where its strides say."""
+    return t.layout is _STRIDED and not t.is_nested
 
 
 def _check_subclass(op, name, t):

@@ -38,15 +38,20 @@ def check_like(op, name, t, x, of="x"):
     check_as_real(op, name, t, x, of)
 
 
+_LEAST_MAXIMUM = torch.finfo(torch.float32).max   # of the compute dtypes
+
+
 def coefficient(op, name, value, x, *, minimum=-math.inf):
     """A float, or a tensor () or (B,) in the compute dtype on x's device.
 
     Values of tensors are checked on the CPU, but neither while compiling nor inside a functorch transform, where there are none to see.
     """
+    if type(value) is float and abs(value) <= _LEAST_MAXIMUM and value >= minimum:
+        return value
     bound = "" if minimum == -math.inf else f" and >= {minimum:g}"
     if not isinstance(value, torch.Tensor):
         try:
-            value = float(None if isinstance(value, str | bytes | bool) else value)   # which float() would take, too
+            value = float(None if isinstance(value, (str, bytes, bool)) else value)   # which float() would take, too
         except OverflowError:   # an int beyond float64
             raise ValueError(f"{op}: {name} must be finite{bound}; got {shown(value)}.") from None
         except (TypeError, ValueError):

@@ -87,10 +87,10 @@ def _mala(run, log_prob, x, start, steps, e, burn_in):
     a, b = run.langevin_coefficients(e)
     x = run.projected(x, 0.0, start)
     # The backward pass, too: a checkpoint calls the network again there.
-    held = networks(log_prob)
+    evaluation = Evaluation(networks(log_prob))
 
     def value_and_score(x):
-        with Evaluation(held):
+        with evaluation:
             return _value_and_score(run, x)
 
     f, s = value_and_score(x)

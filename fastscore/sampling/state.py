@@ -68,7 +68,7 @@ class Run:
         checks.check_as_real(self.op, "score", s, x)
         if self.watch is not None:
             self.watch.see(s, each)
-        return s.to(x.dtype)
+        return s if s.dtype == x.dtype else s.to(x.dtype)
 
     def projected(self, x, sigma, step):
         if self.project is None:
