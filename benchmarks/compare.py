@@ -22,15 +22,13 @@ SLICE = 0.02   # seconds
 
 def rows():
     """{name: function that makes the call}; only names that both checkouts have."""
-    import copy
-
     import torch
     from torch import nn
 
     import fastscore
     from fastscore import likelihood, losses, models, sampling
 
-    found = {}
+    found, sigmas = {}, torch.logspace(0, -2, 10)
 
     def row(name):
         def keep(make):
@@ -55,13 +53,13 @@ def rows():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(2, 128), nn.SiLU(), nn.Dropout(0.1), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
 
-    def ncsn(kind=None):
+    def ncsn():
         torch.manual_seed(0)
-        return (kind or models.NCSN)(torch.logspace(0, -2, 4), channels=1, width=16)
+        return models.NCSN(channels=1, ngf=8, sigmas=torch.logspace(0, -2, 4).tolist(), image_size=8)
 
     def conditional():
         torch.manual_seed(0)
-        return models.ScoreMLP(2, width=64, depth=2, sigmas=torch.logspace(0, -2, 10))
+        return models.ScoreMLP(2, width=64, depth=2, sigmas=sigmas.tolist())
 
     def energy(*widths):
         return models.EnergyScore(mlp(*widths, 1))
@@ -99,7 +97,7 @@ def rows():
     def called(net, name, s):
         """The network with the arguments that it wants."""
         if net == "NCSN":
-            return s if name == "denoising" else lambda x: s(x, 0.5)
+            return s if name == "denoising" else lambda x: s(x, 1.0)
         return (lambda x, sigma: s(x)) if name == "denoising" else s
 
     def add(net, batch, name):
@@ -158,7 +156,7 @@ def rows():
     for batch in (8, 128):
 
         def noise_conditional(batch=batch, method="denoising"):
-            net, x, sigmas = conditional(), torch.rand(batch, 2), torch.logspace(0, -2, 10)
+            net, x = conditional(), torch.rand(batch, 2)
             return trained(net, lambda s: losses.noise_conditional(s, x, sigmas, seed=0, method=method))
 
         found[f"noise_conditional, ScoreMLP 2-64, {batch}, with backward"] = noise_conditional
@@ -190,7 +188,6 @@ def rows():
         for _ in run:
             pass
 
-    sigmas = torch.logspace(0, -2, 10)
     for batch in (16, 512):
 
         def annealed(batch=batch):
@@ -225,7 +222,7 @@ def rows():
 
         def density(batch=batch):
             net, x = conditional(), torch.rand(batch, 2)
-            return lambda: likelihood.log_density(net, x, sigmas=sigmas, seed=0)
+            return lambda: likelihood.log_density(net, x, sigma_min=0.01, sigma_max=1.0, steps=5, method="heun")
 
         found[f"log_density, ScoreMLP 2-64, {batch}"] = density
 
@@ -235,10 +232,6 @@ def rows():
         return lambda: fastscore.sample(net, sampler="langevin", shape=(16, 2), steps=20, step_size=0.01, seed=0)
 
     for size in (8, 4096, 65536):
-
-        def op(call, size=size):
-            x = torch.rand(size // 8, 8)
-            return lambda: (lambda: call(x))
 
         x = torch.rand(max(1, size // 8), 8)
         z = torch.randn_like(x)
@@ -250,8 +243,8 @@ def rows():
             "noisy_update": lambda x=x, z=z: fastscore.noisy_update(x, z, 0.1, 0.2, seed=0),
             "perturb": lambda x=x, e=e: fastscore.perturb(x, e, seed=0),
             "denoising_loss": lambda x=x, e=e: fastscore.denoising_loss(x, e, seed=0),
-            "normal": lambda x=x: fastscore.random.normal(x.shape, seed=0),
-            "rademacher": lambda x=x: fastscore.random.rademacher(x.shape, seed=0),
+            "normal": lambda x=x: fastscore.random.normal(x.shape, seed=0, stream=1024),
+            "rademacher": lambda x=x: fastscore.random.rademacher(x.shape, seed=0, stream=1024),
         }
         for name, call in ops.items():
             found[f"{name}, {size}"] = lambda call=call: call
@@ -263,7 +256,7 @@ def rows():
         learnt = [w.clone().requires_grad_() for w in weights]
         found[f"instance_norm_plus, {size}"] = lambda x=x, w=weights: lambda: fastscore.instance_norm_plus(x, *w)
         found[f"instance_norm_plus, {size}, graph"] = lambda x=x, w=learnt: lambda: fastscore.instance_norm_plus(x, *w)
-        found[f"instance_norm_plus_dual, {size}"] = lambda x=x, w=weights: lambda: fastscore.instance_norm_plus_dual(x, x, *w)
+        found[f"instance_norm_plus_dual, {size}"] = lambda x=x, w=weights: lambda: fastscore.instance_norm_plus_dual(x, x[None], *w)
         found[f"rademacher_jvp, {size}"] = lambda x=x: lambda: fastscore.rademacher_jvp(torch.sin, x, seed=0)
 
     @row("training_loop, a step of denoising, ScoreMLP 2-64, 128")
@@ -277,8 +270,26 @@ def rows():
             while True:
                 yield batch
 
-        steps = iter(training_loop(net, endless(), optimizer, sigmas, steps=10**7, seed=0))
+        def loss(net, x, step):
+            return losses.noise_conditional(net, x, sigmas, seed=0, step=step)
+
+        steps = training_loop(net, endless(), loss, steps=10**7, optimizer=optimizer)
         return lambda: next(steps)
+
+    def plain_energy_loss(s, x):
+        """Denoising of an energy as it is written by hand."""
+        z = torch.randn_like(x)
+        y = (x + 0.5 * z).requires_grad_()
+        (g,) = torch.autograd.grad(s.f(y).sum(), y, create_graph=True)
+        return 0.5 * (g + z / 0.5).square().sum(1)
+
+    for widths, batch in (((2, 128, 128), 256), ((2, 32, 32), 64), ((2, 128, 128), 4)):
+
+        def by_hand(widths=widths, batch=batch):
+            x = torch.rand(batch, widths[0])
+            return trained(energy(*widths), lambda s: plain_energy_loss(s, x))
+
+        found[f"energy {'-'.join(map(str, widths))}-1, denoising by hand, {batch}, with backward"] = by_hand
 
     @row("EnergyScore of convolutions, sliced, 4, with backward")
     def _():
@@ -287,7 +298,6 @@ def rows():
         x = torch.rand(4, 1, 8, 8)
         return trained(models.EnergyScore(f), lambda s: losses.sliced(s, x, seed=0, variance_reduced=False))
 
-    copy.copy(found)
     return found
 
 
