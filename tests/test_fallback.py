@@ -27,14 +27,15 @@ def test_a_fallback_is_named_with_its_line_once():
             jvp(f, x, x)
 
 
-def test_accumulation_into_fresh_zeros_is_right_and_says_that_it_costs_more():
+def test_a_write_into_memory_that_has_another_alias_is_right_and_says_that_it_costs_more():
     def f(x):
         sums = torch.zeros_like(x.detach())
+        view = sums.t()
         sums += x.sin()
-        return sums * x
+        return view.t() * x
 
     x, v = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3), torch.ones(2, 3, dtype=torch.float64)
-    with pytest.warns(fastscore.FallbackWarning, match=r"write dual numbers into an ordinary tensor|in-place operation"):
+    with pytest.warns(fastscore.FallbackWarning, match="an ordinary tensor that is held elsewhere"):
         y, t = jvp(f, x, v)
     torch.testing.assert_close(t, x.cos() * x + x.sin())
 

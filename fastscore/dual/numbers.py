@@ -14,10 +14,10 @@ from torch._dynamo.decorators import skip
 from torch._functorch.autograd_function import custom_function_call
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastscore import backend as backends
-from fastscore.dual import compositions, fallback, kept, transposed
+from fastscore.dual import carriers, compositions, fallback, kept, transposed
 from fastscore.dual.compiled import as_written, eagerly, undisturbed
 from fastscore.dual.norms import FACTORISED, NATIVE_NORMS, REFUSED, Refuse
 from fastscore.dual.once import Draws, Once
@@ -165,7 +165,9 @@ def _stacked(f, x, v):
     with _inside(torch.is_grad_enabled(), waits=not sharded(f)):
         y = f(Dual(s))
         if isinstance(y, Dual):
-            return y.stack
+            s = y.stack
+            del y   # it need not become an ordinary tensor again
+            return s
     if not isinstance(y, torch.Tensor):
         raise TypeError(f"jvp: f must return a tensor; got {type(y).__name__}.")
     return torch.cat([y[None], y.new_zeros(len(v), *y.shape)])   # no function of x
@@ -252,12 +254,18 @@ def _right(refused):
 class _Call:
     """One jvp that runs: the caller's grad mode, and references to whose stack is not computed yet and to memory not to be written to.
 
+    `shown`: memory that ordinary tensors share, as of a detached value.
     `lock`: what waits is computed by one thread, once; who writes, waits until it is. `waits`: nothing does where weights come and go.
     """
 
     def __init__(self, grad_mode, waits):
         self.grad_mode, self.waits, self.waiting, self.copied, self.made = grad_mode, waits, [], [], []
-        self.lock = threading.RLock()
+        self.lock, self.shown, self.carriers = threading.RLock(), [], carriers.Carriers(grad_mode)
+
+    def numbers(self):
+        """All that are alive."""
+        found = [reference() for reference in self.made + self.carriers.references()]
+        return [n for n in found if n is not None and hasattr(type(n), "stack")]
 
 
 _local = threading.local()
@@ -278,7 +286,13 @@ class _inside:
         _local.call = self.call
         _calls.append(self.call)
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
+        try:
+            self.call.carriers.close(keep=kind is None)
+        finally:
+            self.leave()
+
+    def leave(self):
         del _local.call
         _calls.remove(self.call)
         kept.keep(self.call.made)
@@ -385,20 +399,22 @@ class Dual(torch.Tensor):
     @classmethod
     def carried(cls, func, args, kwargs):
         constant = not torch.is_grad_enabled() and _constant_block()   # or it is a Function's forward, and not even a sign is a constant
-        if func in _VALUES:
+        if func in _VALUES and kwargs.get("out") is None:
             if func in _OUT_OF_TORCH and not constant:
                 raise RuntimeError("fastscore.jvp: numpy cannot carry derivatives; use x.detach().numpy() for a constant.")
             if func == _DATA:
                 func = torch.Tensor.detach   # whose writes are seen
             return _on_values(func, args, kwargs)
-        if constant:
-            _settle()   # it may be written to
-            return _on_values(func, args, kwargs)
+        if constant and not (isinstance(args[0] if args else None, Dual) and _sets(func)):
+            return _constant(func, args, kwargs)
+        if kwargs:
+            if kwargs.get("out") is not None:
+                return _into_out(func, args, kwargs)
+            if kwargs.get("inplace"):
+                return _in_place_of(args[0], func, *args[1:], **{**kwargs, "inplace": False})
         at = _INPLACE_AT.get(func)
         if at is not None and len(args) > at and args[at]:
-            return _write(args[0], func(_copy(args[0]), *args[1:at], False, *args[at + 1 :], **kwargs))
-        if kwargs and kwargs.get("inplace"):
-            return _write(args[0], func(_copy(args[0]), *args[1:], **{**kwargs, "inplace": False}))
+            return _in_place_of(args[0], func, *args[1:at], False, *args[at + 1 :], **kwargs)
         result = cls.ruled(func, args, kwargs)
         if result is NotImplemented:
             result = _special(func, args, kwargs)
@@ -407,7 +423,7 @@ class Dual(torch.Tensor):
     @classmethod
     def ruled(cls, func, args, kwargs):
         rule = cls.rules.get(func)
-        if rule is None or (kwargs and isinstance(kwargs.get("out"), torch.Tensor)):
+        if rule is None:
             return NotImplemented
         if args and isinstance(args[0], Dual) and not args[0].dim() and func not in POINTWISE:
             return NotImplemented   # a dimension counted from the end of a 0-d value would be that of the stack
@@ -481,7 +497,43 @@ def _on_values(func, args, kwargs):
     leaves, spec = tree_flatten((args, kwargs))
     args, kwargs = tree_unflatten([a.stack[0] if isinstance(a, Dual) else a for a in leaves], spec)
     with torch.no_grad() if func in _STEPS else contextlib.nullcontext():
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+    _show(result, leaves)
+    return result
+
+
+def _constant(func, args, kwargs):
+    """In a block without gradients: an operation on the values. What hands back its argument, hands back the number."""
+    _settle()   # it may be written to
+    leaves, spec = tree_flatten((args, kwargs))
+    with torch.enable_grad():   # views that may be written to as the numbers themselves
+        values = [a.stack[0] if isinstance(a, Dual) else a for a in leaves]
+    args, kwargs = tree_unflatten(values, spec)
+    result = func(*args, **kwargs)
+    numbers = {id(value): a for a, value in zip(leaves, values) if isinstance(a, Dual)}
+    result = tree_map(lambda t: numbers.get(id(t), t), result)
+    _show(result, leaves)
+    return result
+
+
+def _show(result, leaves):
+    """Note the memory that f sees from now on in ordinary tensors, or in arrays."""
+    call = _call()
+    if call is None or result is None or isinstance(result, bool | int | float | torch.Size | torch.dtype):
+        return
+    results = [t for t in tree_flatten(result)[0] if not isinstance(t, bool | int | float | Dual)]
+    for a in leaves:
+        if isinstance(a, Dual) and any(not isinstance(t, torch.Tensor) or _same_memory(t, a.stack) for t in results):
+            call.shown.append(weakref.ref(memory(a.stack)))
+
+
+def _same_memory(a, b):
+    return a.layout == torch.strided and memory(a) is memory(b)
+
+
+def _sets(func):
+    """Whether it assigns to an attribute, as t.data = x does."""
+    return getattr(func, "__name__", "") == "__set__"
 
 
 def _special(func, args, kwargs):
@@ -499,9 +551,9 @@ def _special(func, args, kwargs):
         return func(args[0].stack, args[1])
     if type(func).__name__ in ("OpOverload", "OpOverloadPacket", "ScriptFunction", "ScriptMethod"):
         return _unnamed(func, name, args, kwargs)
-    if kwargs.get("out") is not None or func in REFUSED or func in (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward):
+    if func in REFUSED or func in (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward):
         raise NoRule(f"fastscore.jvp: {name} cannot be carried through with its tangents.")
-    if name in _STORAGE:
+    if name in _STORAGE or _sets(func):
         raise NoRule(f"fastscore.jvp: {name} cannot be carried through with its tangents.")
     return _in_place(func, name, args, kwargs)
 
@@ -533,12 +585,78 @@ def _in_place(func, name, args, kwargs):
         return NotImplemented
     if name in _FILLS and isinstance(args[0], Dual):
         return _setitem(args[0], ..., func(torch.empty_like(args[0].stack[0].detach()), *args[1:], **kwargs)) or args[0]
-    if plain is None or not isinstance(args[0], Dual):
-        raise NoRule(f"fastscore.jvp: {name} would write dual numbers into an ordinary tensor.")
-    if name in ("zero_", "fill_", "copy_"):
+    copied = name in ("zero_", "fill_", "copy_")
+    if (plain is None and not copied) or not args or not isinstance(args[0], Dual):
+        return _into_ordinary(func, plain, name, args, kwargs)
+    if copied:
         source = 0 if name == "zero_" else args[1]
         return _setitem(args[0], ..., source) or args[0]
-    return _write(args[0], plain(_copy(args[0]), *args[1:], **kwargs))
+    return _in_place_of(args[0], plain, *args[1:], **kwargs)
+
+
+def _into_ordinary(func, plain, name, args, kwargs):
+    """An in-place operation on an ordinary tensor, which becomes dual numbers."""
+    target = args[0] if args else None
+    copied = name in ("copy_", "fill_")
+    if (plain is None and not copied) or not isinstance(target, torch.Tensor) or not _all_first_order((args, kwargs)):
+        raise NoRule(f"fastscore.jvp: {name} would write dual numbers into an ordinary tensor.")
+    _settle()
+    inexact = target.is_floating_point() or target.is_complex()
+    if name in _FILLS or not inexact:   # what is drawn is a value alone, and integers have no tangents
+        return _on_values(func, args, kwargs)
+    carriers.check(name, target)
+    if copied:
+        return _overwrite(target, Dual(carriers.aligned_copy(args[1].stack, target.shape)), name)
+    result = plain(*args, **kwargs)
+    if not isinstance(result, Dual):
+        return _on_values(func, args, kwargs)
+    if not torch.can_cast(result.dtype, target.dtype):
+        raise NoRule(f"fastscore.jvp: {name} would write {result.dtype} into {target.dtype}.")
+    return _overwrite(target, result, name)
+
+
+def _all_first_order(tree):
+    return all(type(a) in (Dual, ComplexDual) for a in tree_flatten(tree)[0] if isinstance(a, Dual))
+
+
+def _overwrite(target, result, name):
+    """Make an ordinary tensor hold dual numbers, which nobody else holds."""
+    if result.shape != target.shape:
+        raise NoRule(f"fastscore.jvp: {name} would change the shape of an ordinary tensor.")
+    if not carriers.fill(target, _own(result)):
+        carriers.carry(target, len(result.stack), name)
+        _write(target, result)
+    return target
+
+
+def _into_out(func, args, kwargs):
+    """The results of an operation, written into the tensors given as out=."""
+    name, out = getattr(func, "__name__", str(func)), kwargs["out"]
+    if not _all_first_order((args, kwargs)):
+        raise NoRule(f"fastscore.jvp: {name} with out= cannot be carried through with its tangents.")
+    for o in [out] if isinstance(out, torch.Tensor) else out:
+        if not isinstance(o, Dual) and o.is_floating_point():
+            carriers.check(name, o)
+    results = func(*args, **{key: a for key, a in kwargs.items() if key != "out"})
+    if isinstance(out, torch.Tensor):
+        return _written(out, results, name)
+    return type(results)([_written(o, r, name) for o, r in zip(out, results, strict=True)])
+
+
+def _written(out, result, name):
+    if not torch.can_cast(result.dtype, out.dtype):
+        raise NoRule(f"fastscore.jvp: {name} would write {result.dtype} into {out.dtype}.")
+    if isinstance(out, Dual):
+        return _write(out, result)
+    _settle()
+    if not isinstance(result, Dual):
+        return out.copy_(result) if out.shape == result.shape else out.resize_(result.shape).copy_(result)
+    if not (out.is_floating_point() or out.is_complex()):
+        raise NoRule(f"fastscore.jvp: {name} would write dual numbers into {out.dtype}.")
+    fresh = Dual(result.stack.clone())
+    if out.shape != result.shape and not out.numel():
+        return carriers.replace(out, fresh.stack, name)
+    return _overwrite(out, fresh, name)
 
 
 def _copy(x):
@@ -587,15 +705,56 @@ def _write(target, result):
     return target
 
 
+def _in_place_of(target, function, *args, **kwargs):
+    """Let function(target, ...) take the place of its argument."""
+    if type(target) not in (Dual, ComplexDual) or not _alone(target):
+        return _write(target, function(_copy(target), *args, **kwargs))
+    result = function(target, *args, **kwargs)
+    if not isinstance(result, Dual) or result.shape != target.shape:
+        return _write(target, result)
+    _check_alias(target)
+    _settle()
+    target.stack = carriers.fitted(_own(result), target)   # the graph may have saved what was there
+    return target
+
+
+def _alone(x):
+    """Whether no other number and no value that f can see lies in the memory of x: it may take another stack, then."""
+    _settle()
+    return not _seen(x.stack, but=(x,))
+
+
+def _own(result):
+    """The stack of a result, in memory that f cannot see otherwise."""
+    return result.stack.clone() if _seen(result.stack, but=(result,)) else result.stack
+
+
+def _seen(s, but):
+    call = _call()
+    if call is None or torch._C._functorch.is_functorch_wrapped_tensor(s):
+        return True
+    own = memory(s)
+    if any(reference() is own for reference in call.shown):
+        return True
+    return any(memory(n.computed) is own for n in call.numbers() if n.computed is not None and all(n is not b for b in but))
+
+
 def _setitem(target, index, source):
     if not isinstance(target, Dual):
-        raise NoRule("fastscore.jvp: indexed writing of dual numbers into an ordinary tensor.")
+        if not isinstance(source, Dual) or not (target.is_floating_point() or target.is_complex()):
+            return _on_values(torch.Tensor.__setitem__, (target, index, source), {})
+        if not _all_first_order(source):
+            raise NoRule("fastscore.jvp: indexed writing of dual numbers into an ordinary tensor.")
+        _settle()
+        carriers.check("indexed writing", target)
+        carriers.carry(target, len(source.stack), "indexed writing")
     _check_alias(target)
     _settle()
     index = index if isinstance(index, tuple) else (index,)
     if separated(index, more=0):
-        raise NoRule("fastscore.jvp: indexed writing with several index tensors.")
-    if isinstance(source, Dual):
+        for m in range(len(target.stack)):   # the indexed dimensions would move in front of the stack's
+            target.stack[m][index] = source.stack[m] if isinstance(source, Dual) else source if m == 0 else 0
+    elif isinstance(source, Dual):
         target.stack[(slice(None), *index)] = _fitted(source.stack, target.stack[:1][(slice(None), *index)].dim())
     else:
         target.stack[(slice(0, 1), *index)] = source
