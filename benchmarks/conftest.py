@@ -1,12 +1,19 @@
+import contextlib
 import json
+import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+if "emulated" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"   # before triton is imported
+
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import REPLAYED, Row, copy_of, interleave, keep_pages, merged, replays, report, table
+import harness
+from harness import Row, copy_of, interleave, keep_pages, merged, replays, report, table
 
 from fastscore import backend as backends
 
@@ -14,7 +21,8 @@ ROWS = []
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to measure")
+    help = "where to measure; emulated: a dry run of cuda's benchmarks without a GPU"
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda", "emulated"), help=help)
     parser.addoption("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.addoption("--smoke", action="store_true", help="tiny sizes, one round: does every benchmark run and verify?")
     parser.addoption("--results", type=Path, help="write the figures to this JSON file, into the table that it holds")
@@ -22,6 +30,27 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     keep_pages()
+    if config.option.device == "emulated":
+        config.option.smoke = True
+        config.add_cleanup(emulated().close)
+
+
+def emulated():
+    """Tensors on the CPU, torch.cuda and CUDA C++ as build_support/emulate.py has them, Triton's interpreter, and nothing compiled."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "build_support"))
+    import emulate
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(emulate.installed())
+    stack.enter_context(emulate.torch_cuda())
+    stack.enter_context(mock.patch.object(torch, "compile", lambda f=None, **options: f or (lambda g: g)))
+    stack.enter_context(mock.patch.object(harness, "REPLAYED", 2))
+    return stack
+
+
+def clocked(config):
+    """Whose clock the harness reads."""
+    return "cuda" if config.option.device == "emulated" else config.option.device
 
 
 @pytest.fixture(autouse=True)
@@ -42,13 +71,14 @@ def equal_terms():
 
 @pytest.fixture
 def device(request):
-    return request.config.option.device
+    where = request.config.option.device
+    return "cpu" if where == "emulated" else where
 
 
 @pytest.fixture
-def ours(device):
+def ours(request, device):
     """The compiled back ends that serve this device: Triton's interpreter is no competitor."""
-    names = ("cuda", "triton") if device == "cuda" else ("cpp",)
+    names = ("cuda", "triton") if clocked(request.config) == "cuda" else ("cpp",)
     return [name for name in names if backends.why_not(name, device) is None]
 
 
@@ -66,13 +96,14 @@ def compare(request, device):
         smoke = request.config.option.smoke
         calls = calls | {"ceiling": ceiling or copy_of(total_bytes, device)}
         row = Row(op, list(like.shape), str(like.dtype).removeprefix("torch."), like.numel(), total_bytes)
-        row.seconds = interleave(calls, device, rounds=1 if smoke else 15, least=0 if smoke else 0.005)
-        if device == "cuda" and not smoke:
-            graphs = interleave(replays(calls), device, rounds=7, least=0.002)
-            row.replayed = {name: seconds / REPLAYED for name, seconds in graphs.items()}
+        clock = clocked(request.config)
+        row.seconds = interleave(calls, clock, rounds=1 if smoke else 15, least=0 if smoke else 0.005)
+        if clock == "cuda":
+            graphs = interleave(replays(calls), clock, rounds=1 if smoke else 7, least=0 if smoke else 0.002)
+            row.replayed = {name: seconds / harness.REPLAYED for name, seconds in graphs.items()}
         ROWS.append(row)
         if request.config.option.results:   # row by row: a run that is cut off keeps what it has measured
-            write(request.config.option.results, report([row], device))
+            write(request.config.option.results, report([row], clock))
         return row
 
     return run
@@ -81,7 +112,7 @@ def compare(request, device):
 def pytest_terminal_summary(terminalreporter, config):
     if not ROWS:
         return
-    result = report(ROWS, config.option.device)
+    result = report(ROWS, clocked(config))
     terminalreporter.write_line(f"\n{result['device']}, {result['versions']}\n{table(result)}")
     if config.option.results:
         write(config.option.results, result)   # tiny runs may ask one question twice, and keep both rows

@@ -74,7 +74,7 @@ def interleave(calls, device, rounds, least):
     repeats = {}
     for name, call in calls.items():
         call(), call()   # compilation, allocation, caches
-        once = min(clock(call, 1, device) for _ in range(3))
+        once = min(clock(call, 1, device) for _ in range(3)) if least else 1
         repeats[name] = max(1, int(least / once))
     samples = {name: [] for name in calls}
     for _ in range(rounds):

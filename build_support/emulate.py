@@ -309,7 +309,7 @@ class Graph(torch.utils._python_dispatch.TorchDispatchMode):
             return None
         if function._schema.is_mutable:   # happens at a replay
             self.tasks.append(functools.partial(function, *arguments, **options))
-            return arguments[0]
+            return arguments[0] if function._schema.returns else None
         results = function(*arguments, **options)
         self.tasks.append(functools.partial(self.again, function, arguments, options, results))
         return results

@@ -168,11 +168,23 @@ def test_kernels_run_on_the_device_and_the_current_stream_of_their_tensors(devic
     assert device.emulated_current_device() == 0   # as it was before
 
 
-def test_tensors_of_two_devices_are_a_fault(device):
-    x, out = torch.randn(40, 150), torch.empty(40, 150)
-    with emulate.on_device(out), pytest.raises(RuntimeError, match="device 1 accesses memory of device 0"):
-        fastscore.langevin_step(x, x, 0.1, seed=5, out=out)
-    assert device.emulated_current_device() == 0
+def test_an_operator_says_what_its_kernels_did_wrong(device):
+    """Here that a key or a coefficient lies on another device."""
+    x, key, each = torch.randn(4, 1500), torch.tensor([5, 0]), torch.rand(4)
+    out, sums = torch.empty_like(x), torch.empty(4)
+    numbers = (5, 0, 9, 0)   # seed, step, stream, offset
+    calls = {
+        "fill": lambda: torch.ops.fastscore_emulated.fill(out, 2, key, *numbers),
+        "noisy_update": lambda: torch.ops.fastscore_emulated.noisy_update(out, x, None, None, 0.0, each, 0.0, None, *numbers),
+        "noise_reduce": lambda: torch.ops.fastscore_emulated.noise_reduce(sums, x, each, 0.0, None, *numbers, 0),
+    }
+    assert set(calls) == set(emulate.operators())
+    for name, call in calls.items():
+        call()
+        words = f"{name} could not be launched: device 0 accesses memory of device 1"
+        with emulate.on_device(key, each), pytest.raises(RuntimeError, match=words):
+            call()
+        assert device.emulated_current_device() == 0
 
 
 def test_captured_calls_are_those_of_the_step_that_they_find(device):
