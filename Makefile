@@ -38,8 +38,8 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest -q benchmarks --results benchmarks/results/cpu.json
 
 # On a machine with a GPU, its own Python and no network, in parts that go on where they ended: build in place, measure the
-# ceilings, test every GPU back end, then measure. Results in $$OUT, else gpu-results/.
-gpu: gpu-build gpu-ceilings gpu-check gpu-bench-ops gpu-bench-losses gpu-bench-loops
+# ceilings, test every GPU back end, measure, time other tiles, profile. Results in $$OUT, else gpu-results/.
+gpu: gpu-build gpu-ceilings gpu-check gpu-bench-ops gpu-bench-losses gpu-bench-loops gpu-tune gpu-profile
 
 gpu-%:
 	$(PYTHON) build_support/on_gpu.py $*

@@ -156,16 +156,17 @@ def whole_kernels():
 
 def stack_kernels(arch):
     """Activations of a stack with one tangent; SiLU for every dtype and target."""
-    from fastscore.kernels import ACTIVATED, activate_dual, activation
+    from fastscore.kernels import activate_dual, activation, tiles
 
+    block = tiles.TABLE["default"]["activate_dual"]["BLOCK"]
     names = "elu", "relu", "gelu", "softplus", "tanh", "sigmoid"
     variants = [(dtype, "silu") for dtype in DTYPES] + ([("fp32", name) for name in names] if arch == 90 else [])
     for dtype, name in variants:
         pointers = {pointer: f"*{dtype}" for pointer in ("out_ptr", "s_ptr", "g_ptr")}
-        constants = {"M": 1, "KIND": getattr(activation, name.upper()).value, "WIDE": dtype == "fp64", "BLOCK": ACTIVATED}
+        constants = {"M": 1, "KIND": getattr(activation, name.upper()).value, "WIDE": dtype == "fp64", "BLOCK": block}
         for kernel in (activate_dual.activate_dual_kernel, activate_dual.activate_dual_gradient_kernel):
             label = f"{kernel.fn.__name__.removesuffix('_kernel')} {name} {dtype}"
-            yield label, kernel, constants, pointers | {"n": "i32"}, (*pointers, "n"), ACTIVATED, 4
+            yield label, kernel, constants, pointers | {"n": "i32"}, (*pointers, "n"), block, 4
 
 
 def triton_kernels(arch):

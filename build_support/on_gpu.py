@@ -3,10 +3,16 @@
 Each part has a time limit in seconds, never stops the next one, and leaves what it has found in a file as it goes ($OUT, else
 gpu-results/): a part that is called again goes on from there. SIGINT ends the running part and keeps its file.
 Needs torch, triton, pytest, ninja or g++, nvcc; no network.
+
+FASTSCORE_EMULATED=1 is a dry run without a GPU: the same lines, with tiny sizes, on the device of build_support/emulate.py and Triton's
+interpreter. FASTSCORE_GPU_SELECT, as pytest's -k, takes a part of the tests and benchmarks.
 """
 
+import contextlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,19 +20,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(os.environ.get("OUT") or ROOT / "gpu-results")
+EMULATED = os.environ.get("FASTSCORE_EMULATED") == "1"
 BENCHMARKS = {
     "bench-ops": ("random", "langevin_step", "denoising_loss", "normalise", "rademacher_jvp"),
     "bench-losses": ("sliced", "energy"),
     "bench-loops": ("sampling",),
 }
 SECONDS = {"build": 180, "ceilings": 60, "check": 480, "bench-ops": 240, "bench-losses": 240}
-SECONDS |= {"bench-loops": 240}
+SECONDS |= {"bench-loops": 240, "tune": 240, "profile": 180}
+METRICS = (   # of ncu: share of the memory's and the arithmetic's peak, time, registers, occupancy
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "gpu__time_duration.sum",
+    "dram__bytes.sum",
+    "smsp__inst_executed.sum",
+    "launch__registers_per_thread",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+)
 
 
 def environment() -> dict:
     """Ours first on the path; the compiled kernels of Triton and Inductor are kept between parts."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "build_support"), os.environ.get("PYTHONPATH"))))
+    emulated = {"FASTSCORE_GPU_TESTS_ON": "cpu", "TRITON_INTERPRET": "1"} if EMULATED else {}
+    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | emulated
 
 
 def run(command: list[str], seconds: float, log: Path, env: dict | None = None) -> str:
@@ -39,12 +56,20 @@ def run(command: list[str], seconds: float, log: Path, env: dict | None = None) 
             code = process.wait(seconds)
             return "done" if code == 0 else f"exit status {code}"
         except subprocess.TimeoutExpired:
-            process.send_signal(2)
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            end(process)
             return f"cut off after {seconds:.0f} s"
+        except KeyboardInterrupt:   # which may have come to this process alone
+            end(process)
+            raise
+
+
+def end(process: subprocess.Popen) -> None:
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(15)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def build() -> str:
@@ -60,31 +85,21 @@ def build() -> str:
 
     capability = "{}.{}".format(*torch.cuda.get_device_capability())
     env = environment() | {"TORCH_CUDA_ARCH_LIST": capability, "FASTSCORE_BUILD": "cuda"}
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    return run(command, SECONDS["build"], log, env)
+    command = ["build_support/emulate.py"] if EMULATED else ["setup.py", "build_ext", "--inplace"]
+    return run([sys.executable, *command], SECONDS["build"], log, env)
 
 
 def ceilings() -> str:
-    """GB/s of a copy, of reading and of writing 2 GiB."""
-    import torch
+    """Of memory and of the arithmetic units; every figure is written as soon as it is known."""
+    log = RESULTS / "ceilings.log"
+    outcome = run([sys.executable, "build_support/ceilings.py", str(RESULTS / "ceilings.json")], SECONDS["ceilings"], log)
+    found = RESULTS / "ceilings.json"
+    return f"{outcome}: {found.read_text().strip() if found.exists() else 'nothing'}"
 
-    n = 2**29
-    a = torch.randn(n, device="cuda")
-    b = torch.empty_like(a)
-    tasks = {"copy": (8 * n, lambda: b.copy_(a)), "read": (4 * n, lambda: a.sum()), "write": (4 * n, lambda: b.zero_())}
-    figures = {"device": torch.cuda.get_device_name()}
-    for name, (size, task) in tasks.items():
-        times = []
-        for _ in range(12):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            task()
-            stop.record()
-            stop.synchronize()
-            times.append(start.elapsed_time(stop))
-        figures[name] = round(size / sorted(times)[6] / 1e6)
-    (RESULTS / "ceilings.json").write_text(json.dumps(figures) + "\n")
-    return str(figures)
+
+def selected() -> list[str]:
+    choice = os.environ.get("FASTSCORE_GPU_SELECT")
+    return ["-k", choice] if choice else []
 
 
 def check() -> str:
@@ -92,7 +107,7 @@ def check() -> str:
     found = RESULTS / "check.jsonl"
     lines = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
     passed = [line["test"] for line in lines if line["outcome"] == "passed"]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py", "-p", "no:cacheprovider", *selected()]
     workers = max(1, min(14, (os.cpu_count() or 1) - 2))
     try:
         import xdist  # noqa: F401
@@ -118,15 +133,48 @@ def bench(part: str) -> str:
         if left < 5:
             outcomes.append(f"{stem}: no time left")
             continue
-        command = [sys.executable, "-m", "pytest", "-q", f"benchmarks/bench_{stem}.py", "--device", "cuda"]
-        command += ["-p", "no:cacheprovider", "--results", str(RESULTS / "gpu.json")]
-        outcomes.append(f"{stem}: {run(command, left, RESULTS / f'{part}.log')}")
+        command = [sys.executable, "-m", "pytest", "-q", f"benchmarks/bench_{stem}.py", "--device", "emulated" if EMULATED else "cuda"]
+        command += ["-p", "no:cacheprovider", "--results", str(RESULTS / "gpu.json"), *selected()]
+        outcome = run(command, left, RESULTS / f"{part}.log")
+        outcomes.append(f"{stem}: {'nothing selected' if outcome == 'exit status 5' else outcome}")
+    return "; ".join(outcomes)
+
+
+def tune() -> str:
+    """Time every entry of the table of tiles beside its neighbours."""
+    command = [sys.executable, "build_support/tune.py", str(RESULTS / "tune.jsonl"), *selected()]
+    return run(command, SECONDS["tune"], RESULTS / "tune.log")
+
+
+def profile() -> str:
+    """Each workload under ncu, or under PyTorch's profiler where that is not; one file for each, and none twice."""
+    from workloads import WORKLOADS
+
+    end, outcomes, ncu = time.monotonic() + SECONDS["profile"], [], shutil.which("ncu")
+    for name in WORKLOADS:
+        file = RESULTS / f"profile-{name.replace(' ', '-')}.csv"
+        left = end - time.monotonic()
+        if file.exists() or left < 5:
+            outcomes.append(f"{name}: {'there already' if file.exists() else 'no time left'}")
+            continue
+        new = file.with_suffix(".new")   # a file that is there is whole
+        new.unlink(missing_ok=True)
+        outcome = "no ncu"
+        if ncu:
+            command = [ncu, "--csv", "--metrics", ",".join(METRICS), "--target-processes", "all", "--log-file", str(new)]
+            outcome = run([*command, sys.executable, "build_support/workloads.py", name], left, RESULTS / "profile.log")
+        if outcome != "done":   # counters may be forbidden
+            command = [sys.executable, "build_support/profiled.py", name, str(new)]
+            outcome = f"{outcome}, without it: {run(command, end - time.monotonic(), RESULTS / 'profile.log')}"
+        if outcome.endswith("done") and new.exists():
+            new.replace(file)
+        outcomes.append(f"{name}: {outcome}")
     return "; ".join(outcomes)
 
 
 def main(parts: list[str]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
-    own = {"build": build, "ceilings": ceilings, "check": check}
+    own = {"build": build, "ceilings": ceilings, "check": check, "tune": tune, "profile": profile}
     for part in parts:
         part, _, seconds = part.partition("=")
         SECONDS[part] = float(seconds or SECONDS[part])
@@ -144,4 +192,10 @@ def main(parts: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["build", "ceilings", "check", *BENCHMARKS])
+    sys.path[:0] = [str(ROOT), str(ROOT / "build_support")]
+    with contextlib.ExitStack() as stack:
+        if EMULATED:
+            import emulate
+
+            stack.enter_context(emulate.torch_cuda())
+        main(sys.argv[1:] or ["build", "ceilings", "check", *BENCHMARKS, "tune", "profile"])

@@ -8,6 +8,7 @@ from fastscore.kernels.denoising_loss import noise_reduce_kernel
 from fastscore.kernels.langevin_step import noisy_update_kernel
 from fastscore.kernels.launch import cdiv, launch, power_of_two
 from fastscore.kernels.random import fill_kernel
+from fastscore.kernels.tiles import tile
 
 SCHEMAS = {
     "fill": "fill(Tensor(a!) out, int kind, Tensor? key, int seed, int step, int stream, int offset) -> ()",
@@ -23,7 +24,6 @@ SCHEMAS = {
 }
 BLOCK = 512  # Philox blocks per program: 2048 elements, 16 per thread of four warps
 REDUCED = 1024   # of a sum: the tree over a program's threads costs each of them some thirty instructions
-ACTIVATED = 1024   # elements of each part of a stack per program: one 128-bit access per thread of a 16-bit type, two of float32
 _library = None
 
 
@@ -84,7 +84,8 @@ def _noisy_update(out, x, direction, drift_each, drift, diffusion_each, diffusio
     if wide:   # a Python float reaches a kernel as float32
         drift_each = torch.full((1,), drift, dtype=out.dtype, device=out.device) if drift_each is None else drift_each
         diffusion_each = torch.full((1,), diffusion, dtype=out.dtype, device=out.device) if diffusion_each is None else diffusion_each
-    block = BLOCK * (2 if out.dtype.itemsize == 2 else 1)   # four 128-bit accesses per thread and tensor
+    cut = tile("noisy_update", out.device)
+    block = cut["BLOCK"] * (2 if out.dtype.itemsize == 2 else 1)
     with torch.cuda.device_of(out):
         launch(
             noisy_update_kernel, _programs(n + offset % 4, block),
@@ -92,6 +93,7 @@ def _noisy_update(out, x, direction, drift_each, drift, diffusion_each, diffusio
             n, n // out.shape[0] if out.dim() else 1, seed, step, stream, offset // 4, offset % 4,
             HAS_X=x is not None, HAS_D=direction is not None, A_KIND=_kind(drift_each), B_KIND=_kind(diffusion_each),
             HAS_KEY=key is not None, CROSSES=_crosses(offset // 4, n, block), WIDE=wide, BLOCK=block,
+            num_warps=cut["num_warps"],
         )  # fmt: skip
     if target is not out:
         out.copy_(target)
@@ -128,8 +130,8 @@ def _activate_dual(out, s, g, activation):
     if s.numel() == 0:
         return
     n, M = s[0].numel(), len(s) - 1
-    constants = {"M": M, "KIND": activation, "WIDE": s.dtype == torch.float64, "BLOCK": ACTIVATED}
-    grid = ((n + ACTIVATED - 1) // ACTIVATED,)
+    constants = {"M": M, "KIND": activation, "WIDE": s.dtype == torch.float64} | tile("activate_dual", s.device)
+    grid = (cdiv(n, constants["BLOCK"]),)
     with torch.cuda.device_of(out):
         if g is None:
             launch(activate_dual_kernel, grid, out, s, n, **constants)

@@ -7,6 +7,7 @@ import torch
 from fastscore.kernels.launch import cdiv, launch, power_of_two
 from fastscore.kernels.normalise import apply_kernel, cotangent_sums_kernel, gradient_kernel, merge_kernel, moments_kernel
 from fastscore.kernels.normalise_algebra import coefficients_kernel, cotangents_kernel, whole_kernel
+from fastscore.kernels.tiles import tile
 
 FORWARD = (
     "normalise(Tensor(a!)? y, Tensor(b!)? ty, Tensor(c!) stats, Tensor x, Tensor? t, Tensor coef, Tensor? tcoef, Tensor? labels, "
@@ -19,24 +20,21 @@ BACKWARD = (
 )
 
 
-# Elements per program and per thread of a pass over float32: few where more tensors are open, or where more would leave the GPU idle.
-PLAIN, WITH_TANGENTS, SMALL = (4096, 16), (2048, 8), (1024, 4)
-
-
 def tiles_of(x, M, elementwise=False):
     B, C = x.shape[:2]
-    return Tiles(B, C, x.numel() // (B * C), x.element_size(), not x.is_contiguous(), M, elementwise)
+    small = elementwise and x.numel() < 2**21   # sums keep their order at every batch size
+    cut = tile("normalise small" if small else "normalise with tangents" if M else "normalise", x.device)
+    return Tiles(B, C, x.numel() // (B * C), x.element_size(), not x.is_contiguous(), M, cut["tile"], cut["each"])
 
 
 @functools.lru_cache(4096)
 class Tiles:
     """How a pass cuts x up: a tile is whole rows of pixels or a part of one; where channels are last, 128 bytes of them times pixels."""
 
-    def __init__(self, B, C, S, itemsize, last, M, elementwise):
+    def __init__(self, B, C, S, itemsize, last, M, tile, each):
         self.C, self.S, self.M, self.last = C, S, M, last
         self.units = B * C
-        small = elementwise and B * C * S < 2**21   # sums keep their order at every batch size
-        tile, each = (n * 4 // itemsize for n in (SMALL if small else WITH_TANGENTS if M else PLAIN))
+        tile, each = tile * 4 // itemsize, each * 4 // itemsize
         pixels = power_of_two(self.S)
         if self.last:
             self.UNITS = min(power_of_two(self.C), 128 // itemsize)
