@@ -37,6 +37,7 @@ def count(path, per_thread=None, steps=1):
         rows[part.split()[0]] = {
             "instructions": len(lines),
             "per_element": executed / (per_thread * steps) if per_thread else None,
+            "loop": loop(lines),
             "registers": int(registers[1]),
             "local": sum(bool(re.search(r"\b(LDL|STL)", line)) for line in lines),
             "wide": sum(bool(re.search(r"(LDG|STG)\.E\.(128|ENL2\.256)", line)) for line in lines),
@@ -201,8 +202,13 @@ def compile_cuda(source, folder):
     subprocess.run([nvcc, *native.nvcc_flags(includes), *native.gencode(), "-c", source, "-o", target], check=True)
     rows = count(target)
     for name, row in rows.items():
-        if "update_packs" in name:   # four packs per thread, without a loop
-            row["per_element"] = row["instructions"] / (32 if "bfloat16" in name or "half" in name else 16)
+        packs = 32 if "bfloat16" in name or "half" in name else 16   # elements of four packs
+        if "update_packs" in name or "fill_packs" in name:   # that many per thread, without a loop
+            row["per_element"] = row["instructions"] / packs
+        elif "fill_signs" in name:
+            row["per_element"] = row["instructions"] / 128
+        elif "reduce_samples" in name and "ReadingE1E" in name and "reduce_samplesId" not in name:   # that many in each round of its loop
+            row["per_element"] = row["loop"] / packs
     return rows
 
 

@@ -9,72 +9,76 @@ namespace {
 template <class T>
 struct Reduce {
   using A = typename ComputeType<T>::type;
-  double* partial;   // (samples, splits)
+  A* out;            // (samples), written where a sample has one split
+  double* partial;   // (samples, splits) where it has more
   const T* score;
   Coefficient<A> sigma;
   int64_t samples, splits, per_sample, per_split;   // per_split: elements, a multiple of 8
   DeviceKey key;
 };
 
-template <class A>
-__device__ __forceinline__ A term(A s, A sigma, float z, ReduceMode mode) {
-  if (mode == kDot) return s * static_cast<A>(z);
-  const A t = sigma * s + static_cast<A>(z);
-  return A(0.5) * t * t;
+// Of the sum that is halved at its end: (sigma s + z)^2; or s z.
+template <ReduceMode kMode, class A>
+__device__ __forceinline__ A added(A sum, A s, A sigma, float z) {
+  if (kMode == kDot) return fma(s, static_cast<A>(z), sum);
+  const A t = fma(sigma, s, static_cast<A>(z));
+  return fma(t, t, sum);
 }
 
 // The four elements of a block that lie in [begin, end) of the sample.
 template <class T, ReduceMode kMode>
 __device__ __forceinline__ typename Reduce<T>::A strided_block(const Reduce<T>& p, const Nest& nest, const NoiseKey& key, uint64_t block,
-                                                               int64_t sample, int64_t begin, int64_t end, typename Reduce<T>::A sigma) {
-  using A = typename Reduce<T>::A;
+                                                               int64_t sample, int64_t begin, int64_t end, typename Reduce<T>::A sigma,
+                                                               typename Reduce<T>::A sum) {
   float z[4];
   block_normals(block, key, z);
-  A sum = 0;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const int64_t i = static_cast<int64_t>(block * 4 + k - key.offset) - sample * p.per_sample;
     if (i < begin || i >= end) continue;
     const int64_t element = sample * p.per_sample + i;
-    sum += term(widen(p.score[nest.contiguous ? element : position(nest, 0, element)]), sigma, z[k], kMode);
+    sum = added<kMode>(sum, widen(p.score[nest.contiguous ? element : position(nest, 0, element)]), sigma, z[k]);
   }
   return sum;
 }
 
-// kGroup threads share a split: one thread for tiny samples, a warp for small ones, a block for the rest.
-template <class T, ReduceMode kMode, bool kPacked, int kGroup>
-__global__ void __launch_bounds__(kThreads) reduce_samples(const Reduce<T> p, const Nest nest) {
-  using A = typename Reduce<T>::A;
-  const NoiseKey key = p.key.load();
-  const int64_t task = static_cast<int64_t>(blockIdx.x) * (kThreads / kGroup) + threadIdx.x / kGroup;
-  const int lane = threadIdx.x % kGroup;
-  double total = 0;
-  if (task < p.samples * p.splits) {
-    const int64_t sample = task / p.splits, begin = task % p.splits * p.per_split;
-    const int64_t end = begin + p.per_split < p.per_sample ? begin + p.per_split : p.per_sample;
-    const A sigma = p.sigma.at(sample);
-    A sum = 0;
-    if constexpr (kPacked) {
-      constexpr int kSize = Pack<T>::kSize;
-      for (int64_t i = begin + lane * kSize; i < end; i += kGroup * kSize) {
-        const int64_t element = sample * p.per_sample + i;
-        const Pack<T> s = load_pack(p.score + element);
+// How a split is read: element by element; by packs, 64 bytes of a thread in flight; by packs whose blocks may cross 2^32.
+enum Reading : int { kStrided, kPacked, kCrossing };
+template <class T> constexpr int kInFlight = sizeof(T) == 8 ? 2 : 4;
+
+// Packs [begin, end) of a sample, by kGroup threads in turn.
+template <class T, ReduceMode kMode, bool kCrosses, int kGroup>
+__device__ __forceinline__ typename Reduce<T>::A packed_split(const T* score, const NoiseKey& key, uint64_t block, int packs, int lane,
+                                                              typename Reduce<T>::A sigma) {
+  constexpr int kSize = Pack<T>::kSize, kLoads = kInFlight<T>;
+  const PhiloxTile words(static_cast<uint32_t>(block >> 32), key.step, key.stream, round_keys(key.k0, key.k1));
+  typename Reduce<T>::A sum = 0;
+  for (int i = lane; i < packs; i += kLoads * kGroup) {
+    Pack<T> s[kLoads];
 #pragma unroll
-        for (int j = 0; j < kSize; j += 4) {
-          float z[4];
-          block_normals((key.offset + element + j) / 4, key, z);
+    for (int j = 0; j < kLoads; ++j)
+      if (i + j * kGroup < packs) s[j] = load_pack(score + (i + j * kGroup) * kSize);
 #pragma unroll
-          for (int k = 0; k < 4; ++k) sum += term(widen(s.v[j + k]), sigma, z[k], kMode);
+    for (int j = 0; j < kLoads; ++j) {
+      if (i + j * kGroup >= packs) break;
+#pragma unroll
+      for (int k = 0; k < kSize; k += 4) {
+        const uint32_t at = (i + j * kGroup) * (kSize / 4) + k / 4;
+        const Words w = kCrosses ? philox(block + at, key) : words(static_cast<uint32_t>(block) + at);
+#pragma unroll
+        for (int l = 0; l < 4; l += 2) {
+          const float2 z = box_muller(w.w[l], w.w[l + 1]);
+          sum = added<kMode>(added<kMode>(sum, widen(s[j].v[k + l]), sigma, z.x), widen(s[j].v[k + l + 1]), sigma, z.y);
         }
       }
-    } else {
-      const uint64_t origin = key.offset + static_cast<uint64_t>(sample * p.per_sample);
-      const uint64_t last = (origin + end - 1) / 4;
-      for (uint64_t block = (origin + begin) / 4 + lane; block <= last; block += kGroup)
-        sum += strided_block<T, kMode>(p, nest, key, block, sample, begin, end, sigma);
     }
-    total = static_cast<double>(sum);
   }
+  return sum;
+}
+
+// The sum over a group of threads, in its first one.
+template <int kGroup>
+__device__ __forceinline__ double group_sum(double total) {
   if constexpr (kGroup > 1) {
 #pragma unroll
     for (int k = 16; k > 0; k /= 2) total += __shfl_down_sync(0xffffffffu, total, k);
@@ -87,25 +91,67 @@ __global__ void __launch_bounds__(kThreads) reduce_samples(const Reduce<T> p, co
     if (threadIdx.x == 0)
       for (int i = 0; i < kThreads / 32; ++i) total += warps[i];
   }
-  if (lane == 0 && task < p.samples * p.splits) p.partial[task] = total;
+  return total;
 }
 
-// In order, so the result depends on the shape alone.
-template <class A>
-__global__ void __launch_bounds__(kThreads) sum_splits(const double* partial, A* out, int64_t samples, int64_t splits) {
-  const int64_t b = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (b >= samples) return;
+// kGroup threads share a split: one thread for tiny samples, a warp for small ones, a block for the rest.
+template <class T, ReduceMode kMode, Reading kReading, int kGroup>
+__global__ void __launch_bounds__(kThreads) reduce_samples(const Reduce<T> p, const Nest nest) {
+  using A = typename Reduce<T>::A;
+  const NoiseKey key = p.key.load();
+  const int64_t task = static_cast<int64_t>(blockIdx.x) * (kThreads / kGroup) + threadIdx.x / kGroup;
+  const int lane = threadIdx.x % kGroup;
   double total = 0;
-  for (int64_t i = 0; i < splits; ++i) total += partial[b * splits + i];
-  out[b] = static_cast<A>(total);
+  if (task < p.samples * p.splits) {
+    const int64_t sample = p.splits == 1 ? task : task / p.splits, begin = (task - sample * p.splits) * p.per_split;
+    const int64_t end = begin + p.per_split < p.per_sample ? begin + p.per_split : p.per_sample;
+    const A sigma = p.sigma.at(sample);
+    A sum = 0;
+    if constexpr (kReading != kStrided) {
+      const int64_t first = sample * p.per_sample + begin;
+      sum = packed_split<T, kMode, kReading == kCrossing, kGroup>(p.score + first, key, (key.offset + first) / 4,
+                                                                  static_cast<int>((end - begin) / Pack<T>::kSize), lane, sigma);
+    } else {
+      const uint64_t origin = key.offset + static_cast<uint64_t>(sample * p.per_sample);
+      const uint64_t last = (origin + end - 1) / 4;
+      for (uint64_t block = (origin + begin) / 4 + lane; block <= last; block += kGroup)
+        sum = strided_block<T, kMode>(p, nest, key, block, sample, begin, end, sigma, sum);
+    }
+    total = static_cast<double>(sum) * (kMode == kDot ? 1.0 : 0.5);
+  }
+  total = group_sum<kGroup>(total);
+  if (lane != 0 || task >= p.samples * p.splits) return;
+  if (p.splits == 1) p.out[task] = static_cast<A>(total);
+  else p.partial[task] = total;
 }
 
-template <class T, ReduceMode kMode, bool kPacked>
+// kGroup threads per sample, in an order that depends on the number of splits alone.
+template <class A, int kGroup>
+__global__ void __launch_bounds__(kThreads) sum_splits(const double* partial, A* out, int64_t samples, int64_t splits) {
+  const int64_t b = static_cast<int64_t>(blockIdx.x) * (kThreads / kGroup) + threadIdx.x / kGroup;
+  double total = 0;
+  if (b < samples)
+    for (int64_t i = threadIdx.x % kGroup; i < splits; i += kGroup) total += partial[b * splits + i];
+  total = group_sum<kGroup>(total);
+  if (b < samples && threadIdx.x % kGroup == 0) out[b] = static_cast<A>(total);
+}
+
+template <class T, ReduceMode kMode, Reading kReading>
 void launch(const Reduce<T>& p, const Nest& nest, cudaStream_t stream) {
   const int64_t tasks = p.samples * p.splits;
-  if (p.per_sample <= 16) reduce_samples<T, kMode, kPacked, 1><<<blocks_for(tasks, kThreads), kThreads, 0, stream>>>(p, nest);
-  else if (p.per_sample <= 2048) reduce_samples<T, kMode, kPacked, 32><<<blocks_for(tasks, kThreads / 32), kThreads, 0, stream>>>(p, nest);
-  else reduce_samples<T, kMode, kPacked, kThreads><<<blocks_for(tasks, 1), kThreads, 0, stream>>>(p, nest);
+  if (p.per_sample <= 16) reduce_samples<T, kMode, kReading, 1><<<blocks_for(tasks, kThreads), kThreads, 0, stream>>>(p, nest);
+  else if (p.per_sample <= 2048) reduce_samples<T, kMode, kReading, 32><<<blocks_for(tasks, kThreads / 32), kThreads, 0, stream>>>(p, nest);
+  else reduce_samples<T, kMode, kReading, kThreads><<<blocks_for(tasks, 1), kThreads, 0, stream>>>(p, nest);
+  using A = typename Reduce<T>::A;
+  if (p.splits > 256) sum_splits<A, kThreads><<<blocks_for(p.samples, 1), kThreads, 0, stream>>>(p.partial, p.out, p.samples, p.splits);
+  else if (p.splits > 1) sum_splits<A, 32><<<blocks_for(p.samples, kThreads / 32), kThreads, 0, stream>>>(p.partial, p.out, p.samples, p.splits);
+}
+
+template <class T, ReduceMode kMode>
+void launch(const Reduce<T>& p, const Nest& nest, Reading reading, cudaStream_t stream) {
+  if (reading == kPacked) launch<T, kMode, kPacked>(p, nest, stream);
+  else if (reading == kCrossing) launch<T, kMode, kCrossing>(p, nest, stream);
+  else launch<T, kMode, kStrided>(p, nest, stream);
 }
 
 void noise_reduce_cuda(Tensor out, Tensor score, OptionalTensor sigma_each, double sigma, OptionalTensor key, int64_t seed,
@@ -119,21 +165,24 @@ void noise_reduce_cuda(Tensor out, Tensor score, OptionalTensor sigma_each, doub
   }
   const int64_t per_sample = score.numel() / batch;
   const int64_t splits = per_sample <= kChunk ? 1 : (per_sample + kChunk - 1) / kChunk;
-  const Tensor partial = torch::stable::new_empty(out, {batch * splits}, torch::headeronly::ScalarType::Double);
+  const int64_t partials = splits > 1 ? batch * splits : 0;   // nothing is allocated for none
+  const Tensor partial = torch::stable::new_empty(out, {partials}, torch::headeronly::ScalarType::Double);
   const cudaStream_t queue = current_stream(score);
   with_dtype(dtype_of(score), [&](auto element) {
     using T = decltype(element);
     using A = typename Reduce<T>::A;
     const Nest nest = nest_of(score, std::nullopt, std::nullopt);
-    const Reduce<T> p{static_cast<double*>(partial.mutable_data_ptr()),
+    const Reduce<T> p{static_cast<A*>(out.mutable_data_ptr()),
+                      static_cast<double*>(partial.mutable_data_ptr()),
                       static_cast<const T*>(score.const_data_ptr()),
                       device_coefficient<A>(sigma_each, sigma),
                       batch, splits, per_sample, splits == 1 ? per_sample : kChunk,
                       device_key(key, seed, step, stream, offset)};
     const bool packed = nest.contiguous && aligned(p.score) && offset % 4 == 0 && per_sample % Pack<T>::kSize == 0;
-    if (reduction == kDot) packed ? launch<T, kDot, true>(p, nest, queue) : launch<T, kDot, false>(p, nest, queue);
-    else packed ? launch<T, kLoss, true>(p, nest, queue) : launch<T, kLoss, false>(p, nest, queue);
-    sum_splits<A><<<blocks_for(batch, kThreads), kThreads, 0, queue>>>(p.partial, static_cast<A*>(out.mutable_data_ptr()), batch, splits);
+    const uint64_t first = static_cast<uint64_t>(offset) / 4, last = first + static_cast<uint64_t>(score.numel()) / 4;
+    const Reading reading = !packed ? kStrided : first >> 32 == last >> 32 ? kPacked : kCrossing;
+    if (reduction == kDot) launch<T, kDot>(p, nest, reading, queue);
+    else launch<T, kLoss>(p, nest, reading, queue);
   });
   check_launch("noise_reduce");
 }

@@ -12,7 +12,47 @@ struct Update {
   Coefficient<A> drift, diffusion;
   int64_t n, per_sample;
   DeviceKey key;
-  int64_t samples_on = 0, elements_on = 0;   // from one pack of a thread to its next: so many samples and elements
+};
+
+// Division of a number below 2^31 by a divisor in [2, 2^31), as a product: with l = ceil(log2 divisor), multiplier = floor(2^(31 + l) /
+// divisor) + 1 is at most divisor / 2^(31 + l) too large relative to the quotient's own, which a number below 2^31 does not notice.
+struct Divisor {
+  uint32_t multiplier, shift;
+
+  __device__ __forceinline__ uint32_t quotient(uint32_t n) const { return __umulhi(n, multiplier) >> shift; }
+};
+
+inline Divisor divisor_of(uint32_t d) {
+  uint32_t l = 1;
+  while ((uint64_t{1} << l) < d) ++l;
+  return {static_cast<uint32_t>((uint64_t{1} << (31 + l)) / d + 1), l - 1};
+}
+
+// A coefficient of a sample; what is one for all of them is read with a stride of zero.
+template <class A>
+struct EachSample {
+  const char* first;   // null: the number
+  A number;
+  uint32_t stride;
+
+  template <bool kMayBeNumber>
+  __device__ __forceinline__ A at(uint32_t sample) const {
+    if (kMayBeNumber && !first) return number;
+    return *reinterpret_cast<const A*>(first + static_cast<uint64_t>(sample) * stride);
+  }
+};
+
+template <class A>
+EachSample<A> each_sample(const Coefficient<A>& c) {
+  return {reinterpret_cast<const char*>(c.each), c.number, c.per_sample ? static_cast<uint32_t>(sizeof(A)) : 0u};
+}
+
+// What a launch adds to its update: the round keys of a key of numbers; how a pack finds its sample.
+template <class A>
+struct Extra {
+  RoundKeys keys;
+  EachSample<A> drift, diffusion;
+  Divisor per_sample;
 };
 
 // Whole tiles of contiguous tensors on 16-byte addresses whose element 0 opens a Philox block. No tile crosses 2^32 blocks, so that the
@@ -20,7 +60,8 @@ struct Update {
 constexpr int kPackThreads = 128, kPacks = 4;   // four packs per thread: 16 elements, 32 of a 16-bit type
 template <class T> constexpr int kPackTile = kPackThreads * kPacks * Pack<T>::kSize;
 enum Terms : int { kXOnly = 1, kDOnly = 2, kBoth = 3 };
-enum Scalars : int { kNumbers, kTensors, kEach };   // key and coefficients: kernel arguments; on the device; those of one sample per pack
+// Key and coefficients: kernel arguments; on the device; those of one sample per pack, all of them tensors; or one of them a number.
+enum Scalars : int { kNumbers, kTensors, kEach, kMixed };
 
 // x + a d + b z, with b in the radius: one formula for packs and for strided elements, so that no bit depends on how a batch is split.
 // A term that is not there is a zero: fma(a, 0, x) is x, fma(a, d, 0) is a d.
@@ -53,7 +94,7 @@ __device__ __forceinline__ void update_block(const Words& w, A a, A b, const T* 
 }
 
 template <class T, int kTerms, int kScalars>
-__global__ void __launch_bounds__(kPackThreads) update_packs(const Update<T> p, const RoundKeys round_keys_of_numbers) {
+__global__ void __launch_bounds__(kPackThreads) update_packs(const Update<T> p, const Extra<typename Update<T>::A> extra) {
   using A = typename Update<T>::A;
   constexpr int kSize = Pack<T>::kSize, kStride = kPackThreads * kSize;
   const int64_t start = static_cast<int64_t>(blockIdx.x) * kPackTile<T> + threadIdx.x * kSize;
@@ -64,22 +105,20 @@ __global__ void __launch_bounds__(kPackThreads) update_packs(const Update<T> p, 
     if (kTerms & kDOnly) d[j] = load_pack(p.d + start + j * kStride);
   }
   const NoiseKey key = kScalars == kNumbers ? p.key.key : p.key.load();
-  const RoundKeys keys = kScalars == kNumbers ? round_keys_of_numbers : round_keys(key.k0, key.k1);
-  const A a0 = kScalars == kNumbers ? p.drift.number : p.drift.at(0), b0 = kScalars == kNumbers ? p.diffusion.number : p.diffusion.at(0);
+  const RoundKeys keys = kScalars == kNumbers ? extra.keys : round_keys(key.k0, key.k1);
+  const A a0 = kScalars == kTensors ? p.drift.at(0) : p.drift.number, b0 = kScalars == kTensors ? p.diffusion.at(0) : p.diffusion.number;
   const uint64_t tile = key.offset / 4 + static_cast<uint64_t>(blockIdx.x) * (kPackTile<T> / 4);
   const PhiloxTile words(static_cast<uint32_t>(tile >> 32), key.step, key.stream, keys);
   const uint32_t first = static_cast<uint32_t>(tile) + threadIdx.x * (kSize / 4);
-  // One division for a thread: its further packs are reached by adding.
-  int64_t sample = kScalars == kEach ? sample_of(start, p.per_sample) : 0, element = start - sample * p.per_sample;
 #pragma unroll
   for (int j = 0; j < kPacks; ++j) {
     const int64_t at = start + j * kStride;
-    if (kScalars == kEach && j > 0) {
-      sample += p.samples_on, element += p.elements_on;
-      const bool next = element >= p.per_sample;
-      sample += next, element -= next ? p.per_sample : 0;
+    A a = a0, b = b0;
+    if constexpr (kScalars == kEach || kScalars == kMixed) {
+      const uint32_t sample = extra.per_sample.quotient(static_cast<uint32_t>(at));   // n is below 2^31 there
+      if (kTerms & kDOnly) a = extra.drift.template at<kScalars == kMixed>(sample);
+      b = extra.diffusion.template at<kScalars == kMixed>(sample);
     }
-    const A a = kScalars == kEach ? p.drift.at(sample) : a0, b = kScalars == kEach ? p.diffusion.at(sample) : b0;
     Pack<T> out;
 #pragma unroll
     for (int i = 0; i < kSize; i += 4) {
@@ -110,14 +149,15 @@ __global__ void __launch_bounds__(kThreads) update_strided(const Update<T> p, co
 }
 
 template <class T, int kTerms>
-void launch_packs(Update<T> p, int64_t tiles, bool each, cudaStream_t stream) {
-  constexpr int kStride = kPackThreads * Pack<T>::kSize;
-  p.samples_on = kStride / p.per_sample, p.elements_on = kStride % p.per_sample;
+void launch_packs(const Update<T>& p, int64_t tiles, bool each, cudaStream_t stream) {
   const unsigned blocks = blocks_for(tiles, 1);
-  const RoundKeys keys = round_keys(p.key.key.k0, p.key.key.k1);
-  if (each) update_packs<T, kTerms, kEach><<<blocks, kPackThreads, 0, stream>>>(p, keys);
-  else if (p.key.tensor || p.drift.each || p.diffusion.each) update_packs<T, kTerms, kTensors><<<blocks, kPackThreads, 0, stream>>>(p, keys);
-  else update_packs<T, kTerms, kNumbers><<<blocks, kPackThreads, 0, stream>>>(p, keys);
+  const Extra<typename Update<T>::A> extra{round_keys(p.key.key.k0, p.key.key.k1), each_sample(p.drift), each_sample(p.diffusion),
+                                           each ? divisor_of(static_cast<uint32_t>(p.per_sample)) : Divisor{}};
+  const bool tensors = p.diffusion.each && (p.drift.each || !(kTerms & kDOnly));
+  if (each && tensors) update_packs<T, kTerms, kEach><<<blocks, kPackThreads, 0, stream>>>(p, extra);
+  else if (each) update_packs<T, kTerms, kMixed><<<blocks, kPackThreads, 0, stream>>>(p, extra);
+  else if (p.key.tensor || p.drift.each || p.diffusion.each) update_packs<T, kTerms, kTensors><<<blocks, kPackThreads, 0, stream>>>(p, extra);
+  else update_packs<T, kTerms, kNumbers><<<blocks, kPackThreads, 0, stream>>>(p, extra);
 }
 
 // Whether a tile of the Philox blocks of n elements holds a multiple of 2^32 inside.
@@ -127,12 +167,30 @@ bool crosses(uint64_t offset, int64_t n) {
   return first % (kPackTile<T> / 4) != 0 && first >> 32 != (first + static_cast<uint64_t>(n) / 4) >> 32;
 }
 
+constexpr int64_t kFewer = int64_t{1} << 31;
+
+// Samples [begin, end) of contiguous tensors.
+template <class T>
+Update<T> part_of(const Update<T>& p, int64_t begin, int64_t end) {
+  const int64_t first = begin * p.per_sample;
+  Update<T> part = p;
+  part.out += first, part.x += p.x ? first : 0, part.d += p.d ? first : 0;
+  part.drift.each += p.drift.per_sample ? begin : 0, part.diffusion.each += p.diffusion.per_sample ? begin : 0;
+  part.n = (end - begin) * p.per_sample, part.key.key.offset += first;
+  return part;
+}
+
 // Whole tiles by packs where the layout allows, the rest (or all) by the strided kernel.
 template <class T>
 void launch(const Update<T>& p, const Nest& nest, cudaStream_t stream) {
   const bool each = p.drift.per_sample || p.diffusion.per_sample;
   const bool packed = nest.contiguous && (p.x || p.d) && aligned(p.out) && aligned(p.x) && aligned(p.d) && p.key.key.offset % 4 == 0 &&
-                      !crosses<T>(p.key.key.offset, p.n) && (!each || p.per_sample % Pack<T>::kSize == 0);
+                      !crosses<T>(p.key.key.offset, p.n) && (!each || (p.per_sample % Pack<T>::kSize == 0 && p.per_sample < kFewer));
+  if (packed && each && p.n >= kFewer) {   // a pack finds its sample among fewer than 2^31 elements
+    const int64_t samples = p.n / p.per_sample, most = (kFewer - 1) / p.per_sample;
+    for (int64_t begin = 0; begin < samples; begin += most) launch(part_of(p, begin, begin + most < samples ? begin + most : samples), nest, stream);
+    return;
+  }
   const int64_t tiles = packed ? p.n / kPackTile<T> : 0, done = tiles * kPackTile<T>;
   if (tiles > 0) {
     if (p.x && p.d) launch_packs<T, kBoth>(p, tiles, each, stream);

@@ -48,20 +48,110 @@ __global__ void __launch_bounds__(kThreads) fill_elements(T* out, int64_t n, Dev
   }
 }
 
+// Whole tiles on 16-byte addresses whose first element opens a Philox block: four 128-bit stores per thread, of the 8-byte types eight.
+// No tile crosses 2^32 blocks.
+constexpr int kPackThreads = 128, kPacks = 4;
+template <class T> constexpr int kPackTile = kPackThreads * kPacks * Pack<T>::kSize;
+
+template <class T, FillKind kKind>
+__global__ void __launch_bounds__(kPackThreads) fill_packs(T* out, DeviceKey device_key) {
+  constexpr int kSize = Pack<T>::kSize, kStride = kPackThreads * kSize;
+  const NoiseKey key = device_key.load();
+  const int64_t start = static_cast<int64_t>(blockIdx.x) * kPackTile<T> + threadIdx.x * kSize;
+  const uint64_t tile = key.offset / 4 + static_cast<uint64_t>(blockIdx.x) * (kPackTile<T> / 4);
+  const PhiloxTile words(static_cast<uint32_t>(tile >> 32), key.step, key.stream, round_keys(key.k0, key.k1));
+  const uint32_t first = static_cast<uint32_t>(tile) + threadIdx.x * (kSize / 4);
+#pragma unroll
+  for (int j = 0; j < kPacks; ++j) {
+    Pack<T> pack;
+#pragma unroll
+    for (int i = 0; i < kSize; i += 4) {
+      const Words w = words(first + (j * kStride + i) / 4);
+#pragma unroll
+      for (int k = 0; k < 4; k += 2) {
+        if constexpr (kKind == kWords) {
+          pack.v[i + k] = w.w[k], pack.v[i + k + 1] = w.w[k + 1];
+        } else {
+          using A = typename ComputeType<T>::type;
+          const float2 z = kKind == kNormal ? box_muller(w.w[k], w.w[k + 1]) : make_float2(uniform(w.w[k]), uniform(w.w[k + 1]));
+          narrow(static_cast<A>(z.x), pack.v[i + k]), narrow(static_cast<A>(z.y), pack.v[i + k + 1]);
+        }
+      }
+    }
+    store_pack(out + start + j * kStride, pack);
+  }
+}
+
+// Signs: a warp computes 32 Philox blocks, one each, and hands their words to the threads that write 16 bytes of them at a time.
+constexpr int kSignTile = 32 * 128;   // elements of a warp
+
+// 1.0 with the sign of bit `at` of the word: the upper four bytes of an 8-byte type, both halves of two 16-bit elements (bits at, at + 1).
+template <class T>
+__device__ __forceinline__ uint32_t sign_bits(uint32_t word, int at) {
+  constexpr uint32_t kOne = sizeof(T) == 8 ? 0x3ff00000u : sizeof(T) == 4 ? 0x3f800000u : __is_same(T, __half) ? 0x3c003c00u : 0x3f803f80u;
+  if constexpr (sizeof(T) == 2) return kOne | ((word << (15 - at)) & 0x8000u) | ((word << (30 - at)) & 0x80000000u);
+  else return kOne | ((word << (31 - at)) & 0x80000000u);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kPackThreads) fill_signs(T* out, DeviceKey device_key) {
+  constexpr int kSize = 16 / sizeof(T), kRound = 32 * kSize, kRegisters = 4;   // elements of a store, of a warp's store
+  __shared__ uint32_t shared[kPackThreads / 32][4][32];
+  const NoiseKey key = device_key.load();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t tile = (static_cast<int64_t>(blockIdx.x) * (kPackThreads / 32) + warp) * kSignTile;
+  const Words words = philox((key.offset + tile) / 128 + lane, key);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) shared[warp][k][lane] = words.w[k];
+  __syncwarp();
+  out += tile + lane * kSize;
+#pragma unroll
+  for (int j = 0; j < kSignTile / kRound; ++j) {
+    const int element = j * kRound + lane * kSize;   // in the tile; its store lies in one word
+    const uint32_t word = shared[warp][element / 32 % 4][element / 128] >> (lane * kSize % 32);
+    alignas(16) uint32_t v[kRegisters];
+    if constexpr (sizeof(T) == 8) {
+      v[0] = v[2] = 0, v[1] = sign_bits<T>(word, 0), v[3] = sign_bits<T>(word, 1);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRegisters; ++i) v[i] = sign_bits<T>(word, i * (sizeof(T) == 2 ? 2 : 1));
+    }
+    *reinterpret_cast<uint4*>(out + j * kRound) = *reinterpret_cast<uint4*>(v);
+  }
+}
+
+// Whole tiles where the layout allows; how many elements that were.
+template <class T, FillKind kKind>
+int64_t launch_tiles(T* out, int64_t n, const DeviceKey& key, cudaStream_t stream) {
+  constexpr int64_t kTile = kKind == kRademacher ? kPackThreads / 32 * kSignTile : kPackTile<T>, kUnit = kKind == kRademacher ? 128 : 4;
+  const uint64_t offset = key.key.offset, first = offset / 4;
+  const bool crosses = kKind != kRademacher && first % (kTile / 4) != 0 && first >> 32 != (first + static_cast<uint64_t>(n) / 4) >> 32;
+  const int64_t tiles = aligned(out) && offset % kUnit == 0 && !crosses ? n / kTile : 0;
+  if (tiles == 0) return 0;
+  if constexpr (kKind == kRademacher) fill_signs<T><<<blocks_for(tiles, 1), kPackThreads, 0, stream>>>(out, key);
+  else fill_packs<T, kKind><<<blocks_for(tiles, 1), kPackThreads, 0, stream>>>(out, key);
+  return tiles * kTile;
+}
+
+template <class T, FillKind kKind>
+void launch(T* out, int64_t n, DeviceKey key, cudaStream_t stream) {
+  const int64_t done = launch_tiles<T, kKind>(out, n, key, stream);
+  if (done == n) return;
+  out += done, n -= done, key.key.offset += done;
+  const int shift = static_cast<int>(key.key.offset % 8);
+  const bool aligned_out = aligned(out) && shift * sizeof(T) % 16 == 0;
+  fill_elements<T, kKind><<<blocks_for(n + shift, 8 * kThreads), kThreads, 0, stream>>>(out, n, key, shift, aligned_out);
+}
+
 template <class T>
 void launch(const Tensor& out, FillKind kind, const DeviceKey& key) {
-  const int shift = static_cast<int>(key.key.offset % 8);
   T* p = static_cast<T*>(out.mutable_data_ptr());
-  const bool aligned_out = aligned(p) && shift * sizeof(T) % 16 == 0;
-  const unsigned blocks = blocks_for(out.numel() + shift, 8 * kThreads);
+  const int64_t n = out.numel();
   const cudaStream_t stream = current_stream(out);
-  if constexpr (__is_same(T, int64_t)) {
-    fill_elements<T, kWords><<<blocks, kThreads, 0, stream>>>(p, out.numel(), key, shift, aligned_out);
-  } else {
-    if (kind == kUniform) fill_elements<T, kUniform><<<blocks, kThreads, 0, stream>>>(p, out.numel(), key, shift, aligned_out);
-    else if (kind == kNormal) fill_elements<T, kNormal><<<blocks, kThreads, 0, stream>>>(p, out.numel(), key, shift, aligned_out);
-    else fill_elements<T, kRademacher><<<blocks, kThreads, 0, stream>>>(p, out.numel(), key, shift, aligned_out);
-  }
+  if constexpr (__is_same(T, int64_t)) launch<T, kWords>(p, n, key, stream);
+  else if (kind == kUniform) launch<T, kUniform>(p, n, key, stream);
+  else if (kind == kNormal) launch<T, kNormal>(p, n, key, stream);
+  else launch<T, kRademacher>(p, n, key, stream);
 }
 
 void fill_cuda(Tensor out, int64_t kind, OptionalTensor key, int64_t seed, int64_t step, int64_t stream, int64_t offset) {
