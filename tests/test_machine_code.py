@@ -85,7 +85,8 @@ def test_instructions_per_element_do_not_grow(triton_rows, request):
             assert row["per_element"] <= (46 if "fp64" in name else 36), (name, row)
         if name.startswith("noise_reduce") and "fp64" not in name:   # masks cost 3.5, the tree over a program's threads 2
             limit = {"long": 31, "full": 33, "masked": 35.5}[name.split()[1]]
-            assert row["per_element"] <= limit and row["registers"] <= 128, (name, row)
+            registers = 160 if name.endswith("sm_100") else 128   # ptxas takes 156 there for the loop over four tiles
+            assert row["per_element"] <= limit and row["registers"] <= registers, (name, row)
         if name.startswith(("project", "spread")) and "fp64" not in name:   # one Philox for 128 signs
             assert row["per_element"] <= 23 and row["registers"] <= 110, (name, row)
         if name.startswith(("apply elu", "gradient elu")) and "fp64" not in name:
@@ -93,7 +94,7 @@ def test_instructions_per_element_do_not_grow(triton_rows, request):
     for name, row in request.getfixturevalue("cuda_rows").items():
         if "update_packs" in name and "Li0E" in name:   # Li0E: key and coefficients are numbers
             assert row["per_element"] <= 33, (name, row)
-        if "update_packs" in name and "Li2E" in name.split("update_packs")[1][-40:] and "Id" not in name:   # those of one sample per pack
+        if "update_packs" in name and "Li2EEE" in name and "update_packsId" not in name:   # coefficients of one sample per pack
             assert row["per_element"] <= 34, (name, row)
         if "fill_signs" in name:
             assert row["per_element"] <= 6, (name, row)
