@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastscore import guidance, losses, models, sampling
+from fastscore import guidance, jvp, losses, models, sampling
 
 SIGMA = torch.full((4,), 0.7)
 
@@ -72,3 +72,34 @@ def test_values_are_those_of_no_grad(name, made, inside):
         assert torch.is_inference_mode_enabled() == inside   # as it was
 
     torch.testing.assert_close(found.detach(), right, rtol=1e-5, atol=1e-6)
+
+
+class Forward(torch.autograd.Function):
+    """x², with a forward mode alone."""
+
+    @staticmethod
+    def forward(x):
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx, t):
+        (x,) = ctx.saved_tensors
+        return 2 * x * t
+
+
+@pytest.mark.filterwarnings("ignore::fastscore.FallbackWarning")
+@pytest.mark.parametrize("made", [True, False], ids=["inference-tensors", "ordinary-tensors"])
+def test_the_last_fallback_has_tangents(made):
+    """Stock forward mode, which inference mode switches off: they were zero."""
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode(made):
+        given = x.clone()
+    with torch.inference_mode():
+        y, ty = jvp(lambda x: Forward.apply(x.as_strided(x.shape, x.stride())), given, torch.ones(2, 4, 3))
+        assert torch.is_inference_mode_enabled() and not ty.requires_grad
+    torch.testing.assert_close(y, x.square())
+    torch.testing.assert_close(ty, (2 * x).expand(2, 4, 3))

@@ -175,12 +175,15 @@ def _stacked(f, x, v):
 
 def _forward_mode(f, x, v):
     """Stock forward mode, one direction at a time, with PyTorch's norms replaced by compositions."""
-    outputs, once = [], Once(x.device, f)
-    for direction in v:
-        with once, torch.autograd.forward_ad.dual_level(), _right(NATIVE_NORMS | FACTORISED), _constants():
-            y, ty = torch.autograd.forward_ad.unpack_dual(f(torch.autograd.forward_ad.make_dual(x, direction)))
-            outputs.append((y, torch.zeros_like(y) if ty is None else ty))
-    return torch.stack([outputs[0][0], *(ty for _, ty in outputs)])
+    outputs, once, wanted = [], Once(x.device, f), torch.is_grad_enabled()
+    # Outside inference mode, which switches forward mode off: f would look constant.
+    with torch.inference_mode(False), torch.set_grad_enabled(wanted):
+        x, v = (t.clone() if t.is_inference() else t for t in (x, v))
+        for direction in v:
+            with once, torch.autograd.forward_ad.dual_level(), _right(NATIVE_NORMS | FACTORISED), _constants():
+                y, ty = torch.autograd.forward_ad.unpack_dual(f(torch.autograd.forward_ad.make_dual(x, direction)))
+                outputs.append((y, torch.zeros_like(y) if ty is None else ty))
+        return torch.stack([outputs[0][0], *(ty for _, ty in outputs)])
 
 
 def _constants():
