@@ -287,3 +287,105 @@ def test_one_worker_and_the_caller_write_in_turn():
 
     x, v = torch.randn(6, 4, **F64), torch.randn(2, 6, 4, **F64)
     assert all(close(a, b, 1e-9) for a, b in zip(jvp(f, x, v), jvp(lambda x: h(x) * x, x, v)))
+
+
+def kept_graph(write):
+    def f(x):
+        y = x * x
+        with torch.no_grad():
+            z = write(y)
+        return z * x + y
+
+    return f
+
+
+def doubled_in_place(y):
+    y *= 2
+    return y
+
+
+@pytest.mark.parametrize(
+    "write, value",
+    [(doubled_in_place, 2), (lambda y: y.mul_(2), 2), (torch.relu_, 1), (lambda y: F.relu(y, inplace=True), 1),
+     (lambda y: torch.add(y, y, out=y), 2), (lambda y: y.contiguous(), 1)],
+    ids=["+=", "mul_", "relu_", "inplace=True", "out=", "contiguous"],
+)  # fmt: skip
+def test_what_hands_back_its_argument_without_gradients_keeps_its_tangents(write, value):
+    """As autograd's: y is c x² with the derivative 2x, for its graph does not know of c."""
+    x, v = torch.randn(4, 4, **F64), torch.randn(2, 4, 4, **F64)
+    y, jv = jvp(kept_graph(write), x.requires_grad_(), v)
+    torch.testing.assert_close(y, value * x**2 * (x + 1))
+    torch.testing.assert_close(jv, (2 * x * x + value * x**2 + 2 * x) * v)
+
+
+def test_a_write_leaves_what_a_graph_has_saved():
+    """As in a recurrent cell: tanh keeps its input, which is written to afterwards."""
+    def f(x, inplace):
+        state, out = torch.zeros(x.shape, **F64), x
+        for _ in range(3):
+            if inplace:
+                state *= torch.sigmoid(h(out))
+                state += h(out + x)
+            else:
+                state = state * torch.sigmoid(h(out)) + h(out + x)
+            out = torch.tanh(state) * x
+        return out
+
+    x, v = torch.randn(4, 4, **F64).requires_grad_(), torch.randn(2, 4, 4, **F64)
+    found, expected = ([*jvp(lambda x, i=i: f(x, i), x, v)] for i in (True, False))
+    for pair in (found, expected):
+        pair += torch.autograd.grad((pair[1] * v).sum() + pair[0].square().sum(), [x, W, BIAS])
+    assert all(close(a, b, 1e-11) for a, b in zip(found, expected, strict=True))
+
+
+def test_views_see_a_write():
+    def f(x):
+        y = h(x)
+        view, value = y.view(-1), y.detach()
+        y.mul_(x)
+        return view.view(4, 4) * x + value
+
+    x, v = torch.randn(4, 4, **F64), torch.randn(1, 4, 4, **F64)
+    y, jv = jvp(f, x, v)
+    expected, slope = jvp(lambda x: h(x) * x * x, x, v)
+    assert close(y, expected + h(x) * x, 1e-12) and close(jv, slope, 1e-12)
+
+
+class Running(torch.nn.Module):
+    """A mean in a buffer, which is part of the result, as an intermediate that it keeps is."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.ones(4, **F64))
+
+    def forward(self, x):
+        self.mean.mul_(0.9).add_(0.1 * h(x).mean(0))
+        self.sums = torch.zeros(x.shape, **F64)
+        self.sums += x.sin()
+        return x * self.mean + self.sums
+
+
+def test_the_state_of_a_module_moves_once():
+    found, expected = Running(), Running()
+    x = torch.randn(5, 4, **F64)
+    with torch.no_grad():
+        for _ in range(3):
+            jvp(found, x, torch.randn(3, 5, 4, **F64))
+            expected(x)
+    for a, b in ((found.mean, expected.mean), (found.sums, expected.sums)):
+        assert type(a) is torch.Tensor
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("alias", [lambda t: t.numpy(), lambda t: t.__dlpack__(), lambda t: t.untyped_storage(), lambda t: t.detach()])
+def test_a_fallback_takes_memory_that_is_held_elsewhere(alias):
+    def f(x):
+        out = torch.zeros(x.shape, **F64)
+        held = alias(out)   # noqa: F841
+        out += h(x)
+        return out * x
+
+    x, v = torch.randn(4, 4, **F64), torch.randn(1, 4, 4, **F64)
+    with pytest.warns(fastscore.FallbackWarning, match="ordinary tensor|shared with NumPy"):
+        got = jvp(f, x, v)
+    assert all(close(a, b, 1e-9) for a, b in zip(got, jvp(lambda x: h(x) * x, x, v)))

@@ -1,5 +1,6 @@
 """Ordinary tensors that dual numbers are written into: they and their base become dual numbers until f has ended."""
 
+import sys
 import threading
 import weakref
 
@@ -27,6 +28,13 @@ class Carriers:
         """Turn everything back; keep: with the values that it has now, as a buffer of a module has them after an ordinary pass."""
         if not self.loose and not self.families:
             return
+        try:
+            self._close(keep)
+        except BaseException:   # of autograd, where one cannot take its value
+            self._close(keep=False)
+            raise
+
+    def _close(self, keep):
         with torch.set_grad_enabled(self.grad_mode):
             for family in self.families:
                 family.close(keep)
@@ -118,6 +126,15 @@ def holders(t):
     return torch._C._storage_Use_Count(storage._cdata) - 1   # the one that asks
 
 
+def _named(t):
+    """How many references Python has to t's memory itself, as t.untyped_storage() gives one."""
+    storage = _storage(t)
+    return sys.getrefcount(storage)
+
+
+_UNNAMED = _named(torch.zeros(1, device="cpu"))
+
+
 def _refuse(why):
     from fastscore.dual.numbers import NoRule
 
@@ -142,7 +159,8 @@ def check(name, target, views=0):
         _refuse(f"{name} would write dual numbers into an ordinary tensor inside a transform of torch.func.")
     if not _storage(target).resizable() or target.is_shared():
         _refuse(f"{name} would write dual numbers into memory that is shared with NumPy or another process.")
-    if target.__dict__ or target._use_count() > 1 + views:   # of TorchScript, DLPack, a graph that saved it: they would not see the write
+    # TorchScript, DLPack or a graph that saved it would not see the write.
+    if target.__dict__ or _named(target) > _UNNAMED or target._use_count() > 1 + views:
         _refuse(f"{name} would write dual numbers into an ordinary tensor that is held elsewhere or has attributes.")
 
 

@@ -38,9 +38,11 @@ def jvp(f, x, v):
     passes.
 
     Args:
-        f: any function or module of x alone; its result is a tensor. f is called again, once per direction, if it holds an operation that
-            cannot be carried through (autograd.grad or an autograd.Function inside f, TorchScript, an in-place write into a tensor that is
-            no function of x); it then draws the same random numbers each time.
+        f: any function or module of x alone; its result is a tensor. What f writes into ordinary tensors, its own (`sums = zeros(...);
+            sums += h`, slices, `out=`) or its buffers, is carried too, and the tensors are ordinary again afterwards. f is called again,
+            and FallbackWarning says so, if it holds an operation that cannot be carried through: autograd.grad inside f, TorchScript, a
+            write into memory that another tensor or NumPy shares, or into an ordinary tensor inside a checkpoint or another thread. It
+            then draws the same random numbers each time.
         x: (B, *), any float dtype.
         v: directions, (B, *) like x, or (M, B, *).
 
