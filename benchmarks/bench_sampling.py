@@ -7,6 +7,7 @@ reads the score for the norms of the score and of the noise).
 import functools
 import math
 
+import pytest
 import torch
 
 import fastscore
@@ -14,6 +15,11 @@ from fastscore import sampling
 
 SHAPE = (64, 3, 32, 32)
 SIGMAS, EPSILON, MANY = [1.0, 0.99], 1e-5, 10**9   # the first level never ends: each call is one of its steps
+
+
+@pytest.fixture
+def shape(request):
+    return (4, 3, 8, 8) if request.config.option.smoke else SHAPE
 
 
 def norm(t):
@@ -48,8 +54,8 @@ def steps_of(sampler, backend, x, s, **options):
         return functools.partial(next, getattr(sampling, sampler)(lambda *_: s, x, seed=1, **options))
 
 
-def bench_annealed_langevin_step(compare, device, ours):
-    x, s = (torch.randn(SHAPE, device=device) for _ in range(2))
+def bench_annealed_langevin_step(compare, device, ours, shape):
+    x, s = (torch.randn(shape, device=device) for _ in range(2))
     options = {"sigmas": SIGMAS, "steps_per_level": MANY, "step_size": EPSILON, "every_step": True}
     calls = {name: steps_of("annealed_langevin", name, x, s, **options) for name in ours}
     e = EPSILON * (SIGMAS[0] / SIGMAS[1]) ** 2
@@ -63,16 +69,16 @@ def bench_annealed_langevin_step(compare, device, ours):
         compare("annealed_langevin, a step", x, 3 * x.nbytes, calls | {n: functools.partial(f, x, s, *c) for n, (f, *c) in peers.items()})
 
 
-def bench_predictor_corrector_level(compare, device, ours):
+def bench_predictor_corrector_level(compare, device, ours, shape):
     """Norms of each sample, not of the batch: the peers' cheaper question."""
-    x, s = (torch.randn(SHAPE, device=device) for _ in range(2))
+    x, s = (torch.randn(shape, device=device) for _ in range(2))
     r, sigmas = 0.16, [1 - 1e-5 * i for i in range(40000)]
     options = {"sigmas": sigmas, "snr": r, "corrector": "langevin"}
     calls = {name: steps_of("predictor_corrector", name, x, s, **options) for name in ours}
     first, second = torch.tensor(sigmas[:2]).tolist()   # as the ladder stores them, in float32
     g = first**2 - second**2
     for call in calls.values():
-        z, z2 = (fastscore.random.normal(SHAPE, seed=1, stream=k, step=i, device=device).double() for k, i in ((7, 0), (1, 1)))
+        z, z2 = (fastscore.random.normal(shape, seed=1, stream=k, step=i, device=device).double() for k, i in ((7, 0), (1, 1)))
         e = 2 * (r * z.flatten(1).norm(dim=1) / s.double().flatten(1).norm(dim=1)).reshape(-1, 1, 1, 1) ** 2
         exact = x + e * s.double() + (2 * e).sqrt() * z + g * s + math.sqrt(g) * z2
         assert float((call().x - exact).abs().max()) < 1e-5
