@@ -101,6 +101,12 @@ def joined(y, ty):
     return dual(torch.cat([y[None], ty]))
 
 
+def parts(s):
+    """Value and tangents: one split, whose gradient is one copy, where two slices' are written into zeros of the whole size and added."""
+    value, tangents = s.split_with_sizes((1, len(s) - 1))
+    return value.squeeze(0), tangents
+
+
 # ---- maps that are linear in the input and work sample by sample: one call for value and tangents
 
 
@@ -540,8 +546,8 @@ def rsub(a, b, *, alpha=1):
 @rule("mul", "multiply", "__mul__", "__rmul__")
 def mul(a, b):
     if is_dual(a) and is_dual(b):
-        a, b = both(stack(a), stack(b))
-        return joined(a[0] * b[0], a[1:] * b[0] + a[0] * b[1:])
+        (a, da), (b, db) = map(parts, both(stack(a), stack(b)))
+        return joined(a * b, da * b + a * db)
     a, c = (a, b) if is_dual(a) else (b, a)
     s, c = beside(stack(a), c)
     return dual(aligned(s, c.dim() if isinstance(c, torch.Tensor) else 0) * c)
@@ -579,9 +585,9 @@ def _elementwise(slope):
 
     def rule_for(function):
         def apply(x, *args, **kwargs):
-            s = stack(x)
-            y = function(s[0], *args, **kwargs)
-            return joined(y, slope(s[0], y) * s[1:])
+            x, dx = parts(stack(x))
+            y = function(x, *args, **kwargs)
+            return joined(y, slope(x, y) * dx)
 
         return apply
 
@@ -620,7 +626,8 @@ def power(x, exponent):
     s = stack(x)
     if exponent == 0:   # 0 · x⁻¹ is no number at x = 0
         return joined(s[0] ** 0, torch.zeros_like(s[1:]))
-    return joined(s[0] ** exponent, exponent * s[0] ** (exponent - 1) * s[1:])
+    x, dx = parts(s)
+    return joined(x**exponent, exponent * x ** (exponent - 1) * dx)
 
 
 def _activation(name, unless=lambda *args, **kwargs: False):
@@ -653,9 +660,9 @@ def softmax(input, dim=None, _stacklevel=3, dtype=None):
     if dim is None:
         return NotImplemented
     s = stack(input) if dtype is None else stack(input).to(dtype)
-    y = s[0].softmax(dim)
-    d = shift(dim)
-    return joined(y, y * (s[1:] - (y * s[1:]).sum(d, keepdim=True)))
+    x, dx = parts(s)
+    y = x.softmax(dim)
+    return joined(y, y * (dx - (y * dx).sum(shift(dim), keepdim=True)))
 
 
 @rule("log_softmax")
@@ -663,8 +670,9 @@ def log_softmax(input, dim=None, _stacklevel=3, dtype=None):
     if dim is None:
         return NotImplemented
     s = stack(input) if dtype is None else stack(input).to(dtype)
-    y = s[0].log_softmax(dim)
-    return joined(y, s[1:] - (y.exp() * s[1:]).sum(shift(dim), keepdim=True))
+    x, dx = parts(s)
+    y = x.log_softmax(dim)
+    return joined(y, dx - (y.exp() * dx).sum(shift(dim), keepdim=True))
 
 
 @rule("matmul", "__matmul__", "bmm", "mm", "mv", "dot")
@@ -672,8 +680,8 @@ def matmul(a, b):
     if is_dual(a) and is_dual(b):
         if a.dim() < 2 or b.dim() < 2:
             return NotImplemented
-        a, b = both(stack(a), stack(b))
-        return joined(a[0] @ b[0], a[1:] @ b[0] + a[0] @ b[1:])
+        (a, da), (b, db) = map(parts, both(stack(a), stack(b)))
+        return joined(a @ b, da @ b + a @ db)
     if is_dual(a):
         if b.layout != torch.strided:
             return transpose(_sparse_times(b.t(), t(a)), 0, 1) if a.dim() == 2 else NotImplemented
