@@ -257,12 +257,12 @@ def installed():
     def raw_here(name, op):
         return getattr(getattr(torch.ops, NAMESPACE), op).default if name == "cuda" and op in operators() else raw(name, op)
 
-    backend._choose.cache_clear(), backend._symbolic.cache_clear()
+    backend._choose.cache_clear()
     try:
         with mock.patch.multiple(backend, why_not=why_not_here, raw=functools.cache(raw_here)):
             yield driver()
     finally:
-        backend._choose.cache_clear(), backend._symbolic.cache_clear()
+        backend._choose.cache_clear()
 
 
 @contextlib.contextmanager

@@ -241,13 +241,12 @@ _NAMESPACE = "fastscore_symbolic"
 @functools.cache
 def _symbolic(backend: str, op: str):
     """A raw op whose offset a compiled graph may leave open: an `int` would be a constant of the graph."""
-    plain = raw(backend, op)
     name = f"{backend}_{op}"
-    schema = str(plain._schema).replace("int offset", "SymInt offset")
+    schema = str(raw(backend, op)._schema).replace("int offset", "SymInt offset")
 
     library = torch.library.Library(_NAMESPACE, "FRAGMENT")
     library.define(name + schema[schema.index("(") :])
-    library.impl(name, lambda *args: plain(*args), "CompositeExplicitAutograd")
+    library.impl(name, lambda *args: raw(backend, op)(*args), "CompositeExplicitAutograd")
     _guards.append(library)
 
     _finish(f"{_NAMESPACE}::{name}")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastscore
+from fastscore import backend
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "build_support"))
@@ -229,3 +230,13 @@ def test_a_broken_kernel_fails_the_tests_that_run_on_it(tmp_path, text, instead)
     tests = ["tests/test_gpu.py", "tests/test_emulation.py", "-k", "cuda and not compiled and not derivatives or emulation and not broken"]
     result = children.run([sys.executable, "-m", "pytest", "-q", "-x", *tests], cwd=ROOT, env=environment, seconds=800)
     assert result.returncode == 1, result.stdout[-3000:] + result.stderr[-1000:]
+
+
+def test_operators_with_open_offsets_are_defined_once():
+    """Those that a compiled graph calls: a second definition of a name is an error."""
+    cpp = backend._symbolic("cpp", "fill")
+    for _ in range(2):
+        with emulate.installed():
+            assert backend._symbolic("cpp", "fill") is cpp
+            backend._symbolic("cuda", "fill")
+    assert backend._symbolic("cpp", "fill") is cpp

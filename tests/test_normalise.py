@@ -110,8 +110,13 @@ def test_activations_and_their_slopes_over_the_whole_range(backend, activation):
     assert float((gx.double() - expected).abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-@pytest.mark.parametrize("groups, alpha, beta", FORMS)
+EVERY_MODE = [
+    pytest.param(*form, activation, marks=() if activation == "silu" or form == FORMS[4] else pytest.mark.slow)
+    for form in FORMS for activation in ACTIVATIONS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("groups, alpha, beta, activation", EVERY_MODE)   # in every run each form and each activation, not each pair
 def test_derivatives_in_every_mode(backend, groups, alpha, beta, activation):
     fast = backend == "triton"   # the interpreter is slow: a random direction instead of every one, and the forms that differ most
     if fast and (activation != "silu" or (groups, alpha, beta) not in (FORMS[0], FORMS[4])):

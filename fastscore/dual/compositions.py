@@ -191,8 +191,11 @@ def logcumsumexp(input, dim):
 @formula("scatter_reduce")
 def scatter_reduce(input, dim, index, src, reduce, *, include_self=True):
     """Products: the k-th factor of every place in the k-th round."""
-    if reduce != "prod" or not input.dim():
+    if reduce != "prod":
         return NotImplemented
+    if not input.dim():
+        row = scatter_reduce(input.reshape(1), 0, index.reshape(-1), src.reshape(-1), reduce, include_self=include_self)
+        return row.reshape(())
     if not index.numel():
         return input.clone()
     src = src[tuple(slice(n) for n in index.shape)]
@@ -226,8 +229,10 @@ def _ranks(index, dim):
 
 @formula("index_reduce")
 def index_reduce(input, dim, index, source, reduce, *, include_self=True):
-    if reduce != "prod" or not input.dim():
+    if reduce != "prod":
         return NotImplemented
+    if not input.dim():
+        return scatter_reduce(input, 0, index, source, reduce, include_self=include_self)
     index = index.reshape(-1, *(1,) * (source.dim() - 1 - dim % source.dim())).expand(source.shape)
     return scatter_reduce(input, dim, index, source, reduce, include_self=include_self)
 

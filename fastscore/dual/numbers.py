@@ -212,8 +212,13 @@ def _double_backward(f, x, v):
         if not isinstance(y, torch.Tensor) or not y.requires_grad:
             raise NotImplementedError("fastscore.jvp: f holds an operation through which neither forward nor reverse mode leads to x.")
         ((*products,),) = transposed.products("f", [y], [x], [(x, *v)], graph)
-        stack = torch.stack([y, *products])
+        stack = _rows([y, *products])
     return stack if wanted else released(stack)
+
+
+def _rows(values):
+    """Their stack. A gradient that begins at an odd place of the stack's is none that torch.view_as_real takes: memory of its own."""
+    return torch.stack([t * 1 for t in values] if values[0].numel() % 2 else values)
 
 
 def _transformed(f, x, v):
@@ -233,13 +238,13 @@ def _transformed(f, x, v):
         for direction in v:
             with once, _right(NATIVE_NORMS | FACTORISED), _constants():
                 pairs.append(torch.func.jvp(f, (x,), (direction,)))
-        return torch.stack([pairs[0][0], *(ty for _, ty in pairs)])
+        return _rows([pairs[0][0], *(ty for _, ty in pairs)])
     except (NotImplementedError, RuntimeError):
         once.undo()
     with _in_one_sentence(), _right(NATIVE_NORMS):
         y, pull = torch.func.vjp(f, x)
         transpose = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(y))[1]
-        return torch.stack([y, *(transpose(direction)[0] for direction in v)])
+        return _rows([y, *(transpose(direction)[0] for direction in v)])
 
 
 @contextlib.contextmanager
@@ -594,9 +599,15 @@ def _in_place(func, name, args, kwargs):
     if (plain is None and not copied) or not args or not isinstance(args[0], Dual):
         return _into_ordinary(func, plain, name, args, kwargs)
     if copied:
-        source = 0 if name == "zero_" else args[1]
-        return _setitem(args[0], ..., source) or args[0]
+        return _setitem(args[0], ..., _source(name, args, kwargs)) or args[0]
     return _in_place_of(args[0], plain, *args[1:], **kwargs)
+
+
+def _source(name, args, kwargs):
+    """What zero_, fill_ or copy_ writes."""
+    if name == "zero_":
+        return 0
+    return args[1] if len(args) > 1 else kwargs["value" if name == "fill_" else "other"]
 
 
 def _into_ordinary(func, plain, name, args, kwargs):
@@ -611,7 +622,7 @@ def _into_ordinary(func, plain, name, args, kwargs):
         return _on_values(func, args, kwargs)
     carriers.check(name, target)
     if copied:
-        return _overwrite(target, Dual(carriers.aligned_copy(args[1].stack, target.shape)), name)
+        return _overwrite(target, Dual(carriers.aligned_copy(_source(name, args, kwargs).stack, target.shape)), name)
     result = plain(*args, **kwargs)
     if not isinstance(result, Dual):
         return _on_values(func, args, kwargs)
@@ -716,7 +727,7 @@ def _in_place_of(target, function, *args, **kwargs):
         return _write(target, function(_copy(target), *args, **kwargs))
     result = function(target, *args, **kwargs)
     if not isinstance(result, Dual) or result.shape != target.shape:
-        return _write(target, result)
+        return _write(target, function(_copy(target), *args, **kwargs))   # sgn_: its graph has saved what is overwritten
     _check_alias(target)
     _settle()
     target.stack = carriers.fitted(_own(result), target)   # the graph may have saved what was there
