@@ -52,7 +52,7 @@ def _check_subclass(op, name, t):
 
 def fake(t: torch.Tensor) -> bool:
     """Whether t is a FakeTensor, which has a shape and no values."""
-    return type(_inside(t)).__name__ == "FakeTensor"
+    return type(t) not in _PLAIN and type(_inside(t)).__name__ == "FakeTensor"
 
 
 def _inside(t):

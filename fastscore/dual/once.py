@@ -11,6 +11,8 @@ from collections import deque
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import _global_forward_hooks as _global_hooks
+from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hooks
 from torch.nn.modules.dropout import _DropoutNd
 
 from fastscore.ops import checks
@@ -33,14 +35,17 @@ class Once:
     """
 
     def __init__(self, device, *functions):
+        self.times, self.after = 0, None
         tracing = torch._C._len_torch_dispatch_stack() and not checks.readable()   # tensors have no values to keep
-        reached = [] if tracing else _reached(functions)
+        reached, quiet = ([], False) if tracing else _reached(functions)
+        self.quiet = quiet   # neither draws nor remembers, so that nothing has to be brought back
+        if quiet:
+            return
         self.draws = Draws(device, reached)
         self.memory = [Memory(m) for m in reached if not isinstance(m, torch.Generator)] if reached else []
-        self.times, self.after = 0, None
 
     def __enter__(self):
-        if self.times:
+        if self.times and not self.quiet:
             self.after = Draws(self.draws.device, [generator for generator, _ in self.draws.given])
             self.draws.again()
             for memory in self.memory:   # all of them before any is changed, for they may share a list
@@ -49,7 +54,7 @@ class Once:
                 memory.lend()
 
     def __exit__(self, *error):
-        if self.times:
+        if self.times and not self.quiet:
             self.after.again()
             for memory in self.memory:
                 memory.take_back()
@@ -57,10 +62,12 @@ class Once:
 
     def undo(self):
         """Forget the only evaluation so far."""
+        self.times = 0
+        if self.quiet:
+            return
         self.draws.again()
         for memory in self.memory:
             memory.undo()
-        self.times = 0
 
 
 class Draws:
@@ -231,14 +238,27 @@ def _built_in(module):
 
 
 def _reached(functions):
-    """Modules, cells of closures and containers that the functions can reach."""
-    seen, found, waiting = set(), [], list(functions)
+    """Modules, cells of closures and containers that the functions can reach; and whether all is known to neither draw nor remember."""
+    seen, found, waiting, quiet = set(), [], list(functions), not (_global_hooks or _global_pre_hooks)
     while waiting:
         a = waiting.pop()
+        kind = type(a)
+        if kind in _QUIET:   # most of a network, in every call
+            own = vars(a)
+            if not own["_buffers"] and not own["_forward_hooks"] and not own["_forward_pre_hooks"] and "forward" not in own:
+                if children := own["_modules"]:
+                    if id(a) not in seen:
+                        seen.add(id(a))
+                        waiting += children.values()
+                continue
         if id(a) in seen:
             continue
         seen.add(id(a))
-        if _plain(type(a)):   # most of a network, in every call
+        if kind is types.FunctionType and (asked := getattr(a, "asks", None)) is not None:   # one of ours, which only asks
+            waiting.append(asked)
+            continue
+        quiet = quiet and a is None
+        if _plain(kind):
             if a._buffers:
                 found.append(a)
             waiting += a._modules.values()
@@ -260,7 +280,7 @@ def _reached(functions):
                 found.append(a)
         elif isinstance(a, (*_CONTAINERS, torch.Generator)):
             found.append(a)
-    return found
+    return found, quiet
 
 
 @functools.cache
@@ -276,7 +296,7 @@ def _behind(a):
             more += hooks.values()
         return more if _built_in(a) else more + [b for name, b in vars(a).items() if name not in _OWN and _may_lead(b)]
     if isinstance(a, types.FunctionType):
-        if a.__module__.startswith("fastscore."):   # remembers nothing itself
+        if (a.__module__ or "").startswith("fastscore."):   # remembers nothing itself
             return [c.cell_contents for c in a.__closure__ or () if _filled(c) and _may_lead(c.cell_contents)]
         names = [a.__globals__[n] for n in _names(a.__code__) if n in a.__globals__]
         return [*(a.__closure__ or ()), *filter(_may_lead, names), *filter(_may_lead, a.__defaults__ or ())]
@@ -308,6 +328,12 @@ def _names(code):
     return {*code.co_names, *(n for c in code.co_consts if isinstance(c, types.CodeType) for n in _names(c))}
 
 
+_QUIET = {
+    nn.Sequential, nn.ModuleList, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear,
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.ReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.LeakyReLU, nn.GroupNorm, nn.LayerNorm,
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Upsample,
+}  # fmt: skip
 _NOISY = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d, nn.MultiheadAttention, nn.RNNBase, _NormBase)
 
 

@@ -124,6 +124,7 @@ def _checked_score(op, score, x, arguments):
             raise ValueError(f"{op}: score(x) must depend on x through differentiable operations; it is cut off from x.")
         return s
 
+    f.asks = score   # all that may draw or remember, to `dual.once`
     return f
 
 

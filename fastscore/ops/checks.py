@@ -10,8 +10,9 @@ from fastscore.scalars import integer as integer
 from fastscore.scalars import plain_int as plain_int
 from fastscore.scalars import real as real
 from fastscore.scalars import whole as whole
-from fastscore.tensors import check_as_real, check_tensor, fake
+from fastscore.tensors import check_as_real, check_tensor, dense, fake
 
+_STRIDED = torch.strided
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -21,6 +22,8 @@ def compute_dtype(dtype):
 
 
 def check_float(op, name, x):
+    if type(x) is torch.Tensor and x.dtype in FLOATS and x.layout is _STRIDED and not x.is_nested:
+        return
     check_tensor(op, name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16; got {x.dtype}.")
@@ -28,6 +31,9 @@ def check_float(op, name, x):
 
 def check_like(op, name, t, x, of="x"):
     """t must have the shape, dtype and device of x."""
+    if type(t) is type(x) is torch.Tensor and t.dtype == x.dtype and t.dtype in FLOATS and t.shape == x.shape and t.device == x.device:
+        if dense(t):
+            return
     check_float(op, name, t)
     if t.shape != x.shape:
         raise ValueError(f"{op}: {name} must have the shape of {of}, {tuple(x.shape)}; got {tuple(t.shape)}.")
@@ -68,7 +74,8 @@ def coefficient(op, name, value, x, *, minimum=-math.inf):
     check_as_real(op, name, value, x)
     if value.device.type == "cpu" and value.numel() and readable() and not fake(value):
         values = value.detach()
-        low, high = (v.item() for v in torch.aminmax(values))   # NaN comes through
+        low, high = torch.aminmax(values)
+        low, high = low.item(), high.item()   # NaN comes through
         if not (minimum <= low > -math.inf and high < math.inf):
             raise ValueError(f"{op}: {name} must be finite{bound}; got {_first_wrong(values, minimum)}.")
     if type(value) is torch.Tensor and not torch.compiler.is_compiling() and value._is_zerotensor():

@@ -127,4 +127,5 @@ def _column(op, name, c, x):
     if c.device != x.device:
         raise ValueError(f"{op}: {name} must be on the device of x, {x.device}; got {c.device}.")
     checks.check_as_real(op, name, c, x)
-    return c.to(checks.compute_dtype(x.dtype))
+    dtype = checks.compute_dtype(x.dtype)
+    return c if c.dtype == dtype else c.to(dtype)

@@ -372,7 +372,7 @@ def _scatter_by_product(g, labels, count):
 
 def _dense(x):
     """x itself where it is contiguous or channels-last, else a contiguous copy."""
-    return x if _channels_last(x) and not without_memory(x) else contiguous(x)
+    return x if (x.is_contiguous() or _channels_last(x)) and not without_memory(x) else contiguous(x)
 
 
 def _channels_last(x):
@@ -407,10 +407,15 @@ def check_tangents(op, t, x):
     checks.check_as_real(op, "t", t, x)
 
 
+_TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max   # within every compute dtype
+
+
 def check_form(op, x, groups, alpha, beta, eps, activation):
-    if not isinstance(activation, str | None) or activation not in ACTIVATIONS:
+    if not isinstance(activation, (str, type(None))) or activation not in ACTIVATIONS:
         named = ", ".join(repr(a) for a in ACTIVATIONS if a)
         raise ValueError(f"{op}: activation must be one of None, {named}; got {checks.shown(activation)}.")
+    if type(eps) is float and _TINY <= eps <= _HUGE:
+        return Form(groups, alpha, beta, eps, activation)
     if not checks.real(eps) or not 0 < eps <= torch.finfo(torch.float64).max:
         raise ValueError(f"{op}: eps must be positive and finite; got {checks.shown(eps)}.")
     if eps < (least := torch.finfo(checks.compute_dtype(x.dtype)).tiny):   # it would be 0, and a constant channel NaN
