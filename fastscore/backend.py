@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 from fastscore.messages import shown
 
@@ -129,7 +130,7 @@ def _finish(name: str) -> None:
 
     def guard(*args):
         for a in (a for a in args if isinstance(a, torch.Tensor)):
-            if _dual_level() and torch.autograd.forward_ad.unpack_dual(a).tangent is not None:
+            if _dual_level() and forward_ad.unpack_dual(a).tangent is not None:
                 raise NotImplementedError(f"{name} has no forward-mode rule; call the public function of fastscore instead.")
             if a.requires_grad and torch.is_grad_enabled():
                 raise NotImplementedError(
@@ -144,12 +145,12 @@ def _finish(name: str) -> None:
 
 
 def _dual_level() -> bool:
-    return torch.autograd.forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0
 
 
 def levels() -> bool:
     """Whether forward mode or a transform of torch.func stands around this call: it needs plain operations, which nest."""
-    return torch._C._functorch.maybe_current_level() is not None or _dual_level()
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def interpreting() -> bool:
@@ -286,6 +287,10 @@ def _nothing_between(args) -> bool:
 
 def derivative_possible(*tensors) -> bool:
     """Whether anything differentiates or transforms this call; if not, the raw op may run without a Function around it."""
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None or _dual_level():
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False

@@ -33,7 +33,8 @@ def evaluated(f: Callable) -> Callable:
         try:
             return f(*arguments)
         finally:
-            _set(switched, True)
+            if switched:
+                _set(switched, True)
 
     return call
 
@@ -56,20 +57,23 @@ class Evaluation:
 
     def begin(self) -> list[Any]:
         """Switch to evaluation mode; what has to be switched back."""
-        if [d for d in self.leaves if d["_modules"]] or [d for d, c in self.parents if [*d["_modules"].values()] != c]:
-            self._look()
-        elif self.others:   # whose children nobody can see
+        if self.others or [d for d in self.leaves if d["_modules"]] or [d for d, c in self.parents if [*d["_modules"].values()] != c]:
             self._look()
         switched = [d for d in self.attributes if d["training"]]
-        switched += [m for m in self.others if m.training]
-        _set(switched, False)
+        if self.others:
+            switched += [m for m in self.others if m.training]
+        if switched:
+            _set(switched, False)
         return switched
 
     def _look(self):
-        modules = list(_modules(self.held))
-        # A scripted module has no such attributes, and a compiled one the mode of the network inside it.
-        self.others = [m for m in modules if "training" not in vars(m) or not isinstance(vars(m).get("_modules"), dict)]
-        self.attributes = [vars(m) for m in modules if "training" in vars(m) and isinstance(vars(m).get("_modules"), dict)]
+        self.attributes, self.others = [], []
+        for m in _modules(self.held):
+            own = vars(m)
+            if "training" in own and isinstance(own.get("_modules"), dict):
+                self.attributes.append(own)
+            else:   # a scripted module has no such attributes, and a compiled one the mode of the network inside it
+                self.others.append(m)
         self.parents = [(d, [*d["_modules"].values()]) for d in self.attributes if d["_modules"]]
         self.leaves = [d for d in self.attributes if not d["_modules"]]
 
@@ -111,7 +115,9 @@ def _parts(thing) -> Iterator[Any]:
     """What a thing may hold a network in."""
     if isinstance(thing, nn.Module):
         for m in _modules([thing]):   # its modules are its own; functions and lists among its attributes may hide others
-            yield from (v for v in vars(m).values() if isinstance(v, _CARRIERS))
+            attributes = vars(m)
+            if len(attributes) > len(_OWN):
+                yield from [v for name, v in attributes.items() if name not in _OWN and isinstance(v, _CARRIERS)]
     elif isinstance(thing, types.FunctionType):
         yield from _of_function(thing)
     elif isinstance(thing, types.MethodType):
@@ -126,6 +132,7 @@ def _parts(thing) -> Iterator[Any]:
         yield from list(vars(thing).values())[:_FEW]
 
 
+_OWN = frozenset(vars(nn.Module()))   # what every module has
 _CARRIERS = (types.FunctionType, types.MethodType, functools.partial, list, tuple)
 
 

@@ -11,13 +11,14 @@ from collections import deque
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import _global_forward_hooks as _global_hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hooks
-from torch.nn.modules.dropout import _DropoutNd
 
 from fastscore.ops import checks
 
 _CONTAINERS = list, dict, set, deque
+_KEEPING = (*_CONTAINERS, torch.Generator)
 _OWN = frozenset(vars(nn.Module()))   # what every module holds
 _LARGE = 2**20   # elements that are not copied on suspicion
 
@@ -251,6 +252,9 @@ def _reached(functions):
                         seen.add(id(a))
                         waiting += children.values()
                 continue
+        if kind is types.BuiltinFunctionType:   # as torch.sin, or torch.bernoulli
+            quiet = False
+            continue
         if id(a) in seen:
             continue
         seen.add(id(a))
@@ -266,6 +270,8 @@ def _reached(functions):
                 waiting += [*a._forward_hooks.values(), *a._forward_pre_hooks.values()]
             continue
         waiting += _behind(a)
+        if kind is types.FunctionType:
+            continue
         if isinstance(a, nn.Module):
             if isinstance(a, nn.parallel.DistributedDataParallel) and a.static_graph:
                 # PyTorch's double backprop through it does the same; without static_graph the gradients are those of all ranks.
@@ -278,7 +284,7 @@ def _reached(functions):
         elif isinstance(a, types.CellType):
             if _filled(a) and not isinstance(a.cell_contents, _LEADING[:2]):
                 found.append(a)
-        elif isinstance(a, (*_CONTAINERS, torch.Generator)):
+        elif isinstance(a, _KEEPING):
             found.append(a)
     return found, quiet
 
@@ -290,16 +296,17 @@ def _plain(cls):
 
 
 def _behind(a):
+    if isinstance(a, types.FunctionType):
+        if (a.__module__ or "").startswith("fastscore."):   # remembers nothing itself
+            return [c.cell_contents for c in a.__closure__ or () if _filled(c) and _may_lead(c.cell_contents)]
+        reachable = a.__globals__
+        named = [b for n in _names(a.__code__) if _may_lead(b := reachable.get(n))]
+        return [*(a.__closure__ or ()), *named, *filter(_may_lead, a.__defaults__ or ())]
     if isinstance(a, nn.Module):
         more = [*a._modules.values()]
         for hooks in (a._forward_hooks, a._forward_pre_hooks):
             more += hooks.values()
         return more if _built_in(a) else more + [b for name, b in vars(a).items() if name not in _OWN and _may_lead(b)]
-    if isinstance(a, types.FunctionType):
-        if (a.__module__ or "").startswith("fastscore."):   # remembers nothing itself
-            return [c.cell_contents for c in a.__closure__ or () if _filled(c) and _may_lead(c.cell_contents)]
-        names = [a.__globals__[n] for n in _names(a.__code__) if n in a.__globals__]
-        return [*(a.__closure__ or ()), *filter(_may_lead, names), *filter(_may_lead, a.__defaults__ or ())]
     if isinstance(a, types.MethodType):
         return [a.__func__, a.__self__] if _may_lead(a.__self__) else [a.__func__]
     if isinstance(a, functools.partial):
@@ -319,6 +326,8 @@ _SILENT = (type, types.BuiltinFunctionType, torch.Tensor, types.ModuleType, str,
 
 def _may_lead(a):
     """Whether it may be, or hold, something that remembers."""
+    if a is None:
+        return False
     return isinstance(a, _LEADING) or (not isinstance(a, _SILENT) and callable(a) and hasattr(a, "__dict__"))
 
 

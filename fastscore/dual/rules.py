@@ -143,6 +143,8 @@ def _without_instructions(s, weight):
 
     PyTorch's own loops then add up the weight's gradient in that precision, sample by sample: the longer the stack, the more is lost.
     """
+    if s.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):   # the usual case
+        return None
     if s.device.type != "cpu" or torch.float64 in (s.dtype, weight.dtype):
         return None
     if torch.is_autocast_enabled("cpu"):

@@ -40,7 +40,12 @@ def single(x: torch.Tensor) -> str:
 
 def _half(score, x):
     """The half precision of a network that x does not have; None for other scores."""
-    found = _dtypes([score]) if isinstance(score, nn.Module) else set()
+    if not isinstance(score, nn.Module):
+        return None
+    first = next((p.dtype for p in score.parameters() if p.is_floating_point()), None)
+    if first not in _HALF:   # as nearly always: no need to ask the others
+        return None
+    found = _dtypes([score])
     if len(found) == 1 and found <= {*_HALF} - {x.dtype}:
         return found.pop()
     return None

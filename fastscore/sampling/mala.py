@@ -11,7 +11,7 @@ from fastscore import random
 from fastscore.models.energy import EnergyScore
 from fastscore.modes import Evaluation, networks
 from fastscore.ops import checks
-from fastscore.ops.functions import ordinary
+from fastscore.ops.functions import outside_inference
 from fastscore.sampling.asking import single
 from fastscore.sampling.state import State, begin, check_count, check_updates, epsilon
 
@@ -138,10 +138,11 @@ def _log_ratio(run, x, f, s, y, f2, s2, half):
     return (f2 - f - 0.5 * inner) / run.root_temperature**2
 
 
+@outside_inference
 def _value_and_score(run, x):
     """f(x) (B,) in the compute dtype, and ∇f like x."""
-    with torch.inference_mode(False), torch.enable_grad():
-        x = ordinary(x).detach().requires_grad_()
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
         value = run.score(x)
         if not isinstance(value, torch.Tensor) or value.shape not in ((len(x),), (len(x), 1)) or not value.requires_grad:
             got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
