@@ -146,3 +146,57 @@ def test_denoising_loss_and_its_gradient(by_hand):
 
     found, expected = (torch.autograd.grad(losses.denoising(s, x, 0.3, seed=1).mean(), parameters) for s in (EnergyScore(f), score))
     assert by_hand and all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(found, expected, strict=True))
+
+
+def sequence(*activations, bias=True):
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 5), activations[0], nn.Linear(5, 4, bias=bias), *activations[1:], nn.Linear(4, 1)]
+    return nn.Sequential(*layers).to(D)
+
+
+@pytest.mark.parametrize("activations", [(nn.SiLU(), nn.Tanh()), (nn.GELU(), nn.Softplus()), (nn.Sigmoid(), nn.SiLU(), nn.Tanh()),
+                                         (nn.SiLU(),)])  # fmt: skip
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_sequence_is_read_from_its_modules(by_hand, activations, bias):
+    f, x = sequence(*activations, bias=bias), torch.randn(6, 3, dtype=D, requires_grad=True)
+    assert energy_chain.sequence(f) is not None
+    inputs = [x, *f.parameters()]
+    s, expected = EnergyScore(f)(x), plain(f, x)
+    assert not by_hand and torch.allclose(s, expected, rtol=1e-12)   # not even called
+    for result, truth in ((s, expected), (s.sin() * x, expected.sin() * x)):
+        found, right = (torch.autograd.grad(t.square().sum(), inputs, retain_graph=True, allow_unused=True) for t in (result, truth))
+        for a, b in zip(found, right, strict=True):
+            assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-9, atol=1e-12))
+
+
+def test_a_frozen_sequence_has_a_score_and_one_in_another_dtype_fails_as_ever():
+    f, x = sequence(nn.SiLU(), nn.Tanh()), torch.randn(6, 3, dtype=D)
+    expected = plain(f, x.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match="dtype"):
+        EnergyScore(f)(x.float())
+    f.requires_grad_(False)
+    s = EnergyScore(f)(x)
+    assert torch.allclose(s, expected, rtol=1e-12) and not s.requires_grad
+
+
+LISTENERS = {
+    "hook": lambda f, seen: f[2].register_forward_hook(lambda m, given, result: seen.append(result.shape)),
+    "hook of the whole": lambda f, seen: f.register_forward_pre_hook(lambda m, given: seen.append(given[0].shape)),
+    "another forward": lambda f, seen: vars(f[2]).update(forward=lambda h: seen.append(h.shape) or nn.Linear.forward(f[2], h)),
+    "hook of all": lambda f, seen: nn.modules.module.register_module_forward_pre_hook(lambda m, given: seen.append(m)),
+    "compiled": lambda f, seen: f.compile(backend=lambda graph, given: seen.append(graph) or graph),
+}
+
+
+@pytest.mark.parametrize("listener", LISTENERS)
+def test_a_sequence_on_which_somebody_listens_is_called(listener):
+    f, x, seen = sequence(nn.SiLU(), nn.Tanh()), torch.randn(6, 3, dtype=D), []
+    expected = plain(f, x.clone().requires_grad_())
+    handle = LISTENERS[listener](f, seen)
+    try:
+        assert energy_chain.sequence(f) is None
+        assert torch.allclose(EnergyScore(f)(x), expected, rtol=1e-12)
+        assert seen or listener == "compiled"   # which runs as it was written
+    finally:
+        if hasattr(handle, "remove"):
+            handle.remove()

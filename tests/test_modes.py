@@ -269,3 +269,20 @@ def test_a_batch_norm_without_running_statistics_is_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fastscore.sample(nn.Sequential(nn.BatchNorm1d(3)), **key)
+
+
+@pytest.mark.parametrize("change", ["replaced", "added", "inside a part"])
+def test_a_part_that_comes_between_two_states_is_in_evaluation_mode(change):
+    net = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3)), nn.Identity())
+    states = sampling.langevin(net, X, steps=2, step_size=0.1, seed=0)
+    next(states)
+    late = Noisy()
+    if change == "replaced":
+        net[2] = late
+    elif change == "added":
+        net.append(late)
+    else:
+        net[1][0].child = late
+        net[1][0].register_forward_hook(lambda module, given, result: late(result))
+    next(states)
+    assert late.modes == {False} and late.training and net.training and net[1].training

@@ -252,3 +252,40 @@ def test_containers_that_may_not_be_written_to_are_left_alone():
     x = torch.ones(2, 5)
     torch.testing.assert_close(losses.exact(score, x, chunk=2), torch.full((2,), -5 + 2.5))
     assert len(past) == 3
+
+
+def noise_on(h):
+    return h * (torch.rand(h.shape, dtype=h.dtype) + 0.5)
+
+
+class Drawing(nn.Linear):
+    def forward(self, h):
+        return noise_on(super().forward(h))
+
+
+WAYS_TO_DRAW = {
+    "hook": lambda f: f[0].register_forward_hook(lambda m, given, result: noise_on(result)),
+    "hook before": lambda f: f[1].register_forward_pre_hook(lambda m, given: noise_on(given[0])),
+    "another forward": lambda f: vars(f[0]).update(forward=lambda h: noise_on(F.linear(h, f[0].weight))),
+    "another class": lambda f: setattr(f[0], "__class__", Drawing),
+    "hook of all": lambda f: nn.modules.module.register_module_forward_hook(lambda m, given, r: noise_on(r) if m is f[0] else r),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_DRAW)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_known_layers_to_which_a_draw_was_added_see_one_draw(way, seed):
+    """Of x -> x * mask the exact trace is the sum of one mask, whatever the chunk."""
+    f, x = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Identity()).double(), torch.ones(1, 5, dtype=torch.float64)
+    nn.init.eye_(f[0].weight)
+    handle = WAYS_TO_DRAW[way](f)
+    try:
+        results = []
+        for loss in (lambda: losses.exact(f, x), lambda: losses.exact(f, x, chunk=1),
+                     lambda: losses.finite_difference_sliced(f, x, v=torch.ones_like(x), epsilon=1e-3)):  # fmt: skip
+            torch.manual_seed(seed)
+            results.append(loss().item())
+    finally:
+        if hasattr(handle, "remove"):
+            handle.remove()
+    assert abs(results[1] - results[0]) < 1e-10 and abs(results[2] - results[0]) < 1e-8

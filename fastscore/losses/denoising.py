@@ -28,24 +28,27 @@ def denoising(score, x, sigma, *, seed, step=0, offset=0):
     Source: Vincent 2011, equation 11.
     """
     check_data("denoising", x, score)
+    sigma = checks.coefficient("denoising", "sigma", sigma, x, minimum=0)
+    if type(sigma) is float and sigma > 1e-18 and not torch.compiler.is_compiling():   # σ² is a number of every compute dtype
+        each = torch.full((x.shape[0],), sigma, dtype=checks.compute_dtype(x.dtype), device=x.device)
+        return weighted("denoising", score, x, each, seed, step, offset, sigma) / sigma**2
     each = _each(x, sigma)
     return weighted("denoising", score, x, each, seed, step, offset) / each**2
 
 
 def _each(x, sigma):
-    sigma = checks.coefficient("denoising", "sigma", sigma, x, minimum=0)
     each = sigma.expand(x.shape[0]) if isinstance(sigma, torch.Tensor) else checks.as_tensor(sigma, x).repeat(x.shape[0])
     if checks.readable() and each.device.type == "cpu" and bool((each <= 0).any()):
         raise ValueError("denoising: sigma must be > 0; got 0.")
     return each
 
 
-def weighted(op, score, x, each, seed, step, offset):
-    """½ ‖σ s + z‖², σ² times the loss, with z made twice and stored never."""
+def weighted(op, score, x, each, seed, step, offset, sigma=None):
+    """½ ‖σ s + z‖², σ² times the loss, with z made twice and stored never; sigma: the number that each of them is, if it is one."""
     # perturb and denoising_loss without their doors, which cost as much as a small network: all that they check has been checked here.
     chosen = backends.choose(x.device)
     key, *numbers = random.noise_key(op, seed, step, random.PERTURB, 0, offset, x.device)
     numbers = tuple(numbers)
-    s = score(update(x, None, 0.0, each.to(checks.compute_dtype(x.dtype)), key, numbers, chosen), each)
+    s = score(update(x, None, 0.0, each.to(checks.compute_dtype(x.dtype)) if sigma is None else sigma, key, numbers, chosen), each)
     check_score(op, s, x, "score(x, sigma)")
-    return regenerated_loss(s, each.to(checks.compute_dtype(s.dtype)), key, numbers, chosen)
+    return regenerated_loss(s, each.to(checks.compute_dtype(s.dtype)) if sigma is None else sigma, key, numbers, chosen)

@@ -180,6 +180,10 @@ class EnergyScore(nn.Module):
             return None
         if forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled(x.device.type):
             return None
+        if not arguments and (steps := energy_chain.sequence(self.f)):
+            with contextlib.suppress(RuntimeError):   # f's own error comes again
+                if (s := energy_chain.score_of_sequence(steps, x)) is not None:
+                    return s
         if not energy_chain.plain(self.f) or not (x.requires_grad or any(p.requires_grad for p in self.f.parameters())):
             return None
         once = Once(x.device, self.f) if self._chain is None else None

@@ -14,10 +14,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from fastscore import backend as _backend
-from fastscore.ops.activate_dual import _SLOPES, activate_dual
+from fastscore.ops.activate_dual import _SLOPES, activated
 from fastscore.ops.activate_dual import gradient as activation_gradient
+from fastscore.ops.functions import Direct
 
 _ACTIVATIONS = {
     F.silu: "silu", F.gelu: "gelu", F.softplus: "softplus", F.elu: "elu", torch.tanh: "tanh", torch.Tensor.tanh: "tanh",
@@ -110,6 +117,67 @@ def plain(f):
     return True
 
 
+def sequence(f):
+    """[(weight, bias, name)] of a Sequential of nothing but linear layers and activations, on which nobody listens; None of another f.
+
+    Such a chain can be read from its modules, without calling them one by one.
+    """
+    if type(f) is not nn.Sequential or any(_OF_ALL) or _listened_to(vars(f)):
+        return None
+    steps = []
+    for m in f._modules.values():
+        kind, own = type(m), vars(m)
+        if _listened_to(own):
+            return None
+        if kind is nn.Linear:
+            parameters = own["_parameters"]
+            weight, bias = parameters.get("weight"), parameters.get("bias")
+            if type(weight) is not nn.Parameter or type(bias) not in (nn.Parameter, type(None)) or "bias" not in parameters:
+                return None
+            steps.append((weight, bias, None))
+        elif kind in _NAMED and all([own.get(name) == usual for name, usual in _NAMED[kind][1].items()]):
+            steps.append((None, None, _NAMED[kind][0]))
+        else:
+            return None
+    return steps or None
+
+
+_OF_ALL = _global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks   # of all modules
+_NAMED = {
+    nn.SiLU: ("silu", {"inplace": False}), nn.Tanh: ("tanh", {}), nn.Sigmoid: ("sigmoid", {}),
+    nn.GELU: ("gelu", {"approximate": "none"}), nn.Softplus: ("softplus", {"beta": 1.0, "threshold": 20.0}),
+}  # fmt: skip
+_VALUE_OF = {"silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "gelu": F.gelu, "softplus": F.softplus}
+_LISTENERS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_compiled_call_impl", "forward")
+
+
+def _listened_to(own):
+    """Whether a module with these attributes has hooks, is compiled or has got another forward."""
+    return bool([name for name in _LISTENERS if own.get(name)])
+
+
+def score_of_sequence(steps, x):
+    """∇f(x), differentiable; None for what is no chain after all, or where nothing wants a gradient.
+
+    Raises:
+        RuntimeError: layers do not fit.
+    """
+    wanted, h, values = x.requires_grad, x.detach(), []
+    with torch.no_grad():
+        for weight, bias, name in steps:
+            if weight is None:
+                h = _VALUE_OF[name](h)
+            else:
+                wanted = wanted or weight.requires_grad or (bias is not None and bias.requires_grad)
+                if weight.dtype != h.dtype or (bias is not None and bias.dtype != h.dtype):
+                    return None
+                h = F.linear(h, weight, bias)
+            values.append(h)
+    if not wanted or h.shape != (len(x), 1):
+        return None
+    return _Score.apply(x, [step[2] for step in steps], values, *[t for step in steps for t in step[:2]])
+
+
 def score(f, x, arguments):
     """∇f(x) of a chain, differentiable; f is called once.
 
@@ -124,7 +192,7 @@ def score(f, x, arguments):
     return _Score.apply(x, [step.name for step in y.steps], [step.value for step in y.steps], *parameters)
 
 
-class _Score(torch.autograd.Function):
+class _Score(Direct):
     @staticmethod
     def forward(ctx, x, names, values, *parameters):
         weights = parameters[::2]
@@ -155,10 +223,12 @@ def _gradient(needs, names, backend, inputs, cotangents, parameters, u):
         if name is None:
             if needs[3 + 2 * k]:
                 grads[2 * k] = cotangents[k].t() @ t
-            t = t @ weights[k].t()
+            if k < len(names) - 1:
+                t = t @ weights[k].t()
         else:
             stacks[k] = torch.stack([inputs[k], t])
-            t = activate_dual(stacks[k], name, backend)[1]
+            if k < len(names) - 1:
+                t = activated(stacks[k], name, backend)[1]
     g = None   # down: the cotangents of the values, zero above the last activation
     for k in range(len(names) - 1, -1, -1):
         if names[k] is not None:
@@ -166,7 +236,7 @@ def _gradient(needs, names, backend, inputs, cotangents, parameters, u):
             g = activation_gradient(stacks[k], torch.stack([g, cotangents[k]]), names[k], backend, overwrite=True)[0]
         elif g is not None:
             if needs[3 + 2 * k]:
-                grads[2 * k] += g.t() @ inputs[k]
+                grads[2 * k].addmm_(g.t(), inputs[k])
             if parameters[2 * k + 1] is not None and needs[4 + 2 * k]:
                 grads[2 * k + 1] = g.sum(0)
             g = g @ weights[k] if any(needs[: 3 + 2 * k]) else None

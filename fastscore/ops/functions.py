@@ -10,9 +10,19 @@ from torch.autograd.function import _SingleLevelFunction
 
 
 def quick(cls):
-    """Keep the signature of `forward` that torch binds at every call: making it anew costs more than most kernels on small tensors."""
+    """Apply it without binding arguments to the signature of `forward`, which costs more than most kernels on small tensors.
+
+    All of them are given by position. Inside a transform torch binds them; the signature is kept for that.
+    """
     cls.forward.__signature__ = inspect.signature(cls.forward)
+    cls.apply = classmethod(_apply)
     return cls
+
+
+def _apply(cls, *args):
+    if torch._C._are_functorch_transforms_active():
+        return torch.autograd.Function.apply.__func__(cls, *args)
+    return super(torch.autograd.Function, cls).apply(*[unwrap_if_dead(a) if isinstance(a, torch.Tensor) else a for a in args])
 
 
 class Direct(torch.autograd.Function):
