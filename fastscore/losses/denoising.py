@@ -29,7 +29,7 @@ def denoising(score, x, sigma, *, seed, step=0, offset=0):
     """
     check_data("denoising", x, score)
     sigma = checks.coefficient("denoising", "sigma", sigma, x, minimum=0)
-    if type(sigma) is float and sigma > 1e-18 and not torch.compiler.is_compiling():   # σ² is a number of every compute dtype
+    if type(sigma) is float and 1e-18 < sigma < 1e18 and not torch.compiler.is_compiling():   # σ² is of every compute dtype
         each = torch.full((x.shape[0],), sigma, dtype=checks.compute_dtype(x.dtype), device=x.device)
         return weighted("denoising", score, x, each, seed, step, offset, sigma) / sigma**2
     each = _each(x, sigma)
