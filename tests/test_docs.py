@@ -30,7 +30,8 @@ def test_the_programs_of_the_readme_run_one_after_the_other(monkeypatch, capsys)
     names = {"my_network": torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.InstanceNorm2d(4))}
 
     for program in blocks("python"):
-        quick = program.replace("steps=2000", "steps=20").replace("steps_per_level=20", "steps_per_level=2").replace("width=256", "width=32")
+        quick = program.replace("steps=2000", "steps=20").replace("steps_per_level=20", "steps_per_level=2")
+        quick = quick.replace("width=256", "width=32")
         exec(compile(quick.replace("budget=300", "budget=40"), "README.md", "exec"), names)
     assert names["x"].shape == (64, 3, 32, 32) and bool(names["x"].isfinite().all())
     assert "InstanceNorm2d" in capsys.readouterr().out

@@ -1,6 +1,5 @@
 """Bayes' rule for scores against posteriors in closed form: Gaussian priors with linear observations, mixtures with their component."""
 
-import importlib
 import math
 
 import pytest
