@@ -25,8 +25,9 @@ UNINITIALISED = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty
 OPEN = ("as_strided.partial_views", "nn.functional.max_unpool1d", "nn.functional.max_unpool2d", "nn.functional.max_unpool3d")
 
 # Right as PyTorch's reverse mode has it, by conventions that differences do not know: rows of padding and what brings a row back into its
-# norm have no derivative, counts only scale gradients, singular values of a least-squares driver are not differentiable.
-CONVENTIONS = ("nn.functional.embedding", "nn.functional.embedding_bag", "linalg.lstsq")
+# norm have no derivative, counts only scale gradients, singular values of a least-squares driver are not differentiable, and of the
+# slopes that a norm has at zero one is taken.
+CONVENTIONS = ("nn.functional.embedding", "nn.functional.embedding_bag", "linalg.lstsq", "linalg.norm.subgradients_at_zero")
 
 
 COARSE = {

@@ -74,6 +74,6 @@ def documented(path):
 def test_examples_in_docstrings(path):
     module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     for name, text in documented(path):
-        example = doctest.DocTestParser().get_doctest(text, dict(vars(module)), name, str(path), 0)
+        example = doctest.DocTestParser().get_doctest(text, {"torch": torch, **vars(module)}, name, str(path), 0)
         found = doctest.DocTestRunner().run(example)
         assert found.attempted and not found.failed, name
