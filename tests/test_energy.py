@@ -124,6 +124,13 @@ def test_a_forward_mode_tangent_passes_through_the_score(graph):
     torch.testing.assert_close(tangent, score.jvp(x, v)[1][0], rtol=1e-12, atol=1e-12)
 
 
+def test_products_take_their_arguments_by_name():
+    score = EnergyScore(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)))
+    x, v = torch.randn(3, 2), torch.randn(1, 3, 2)
+    for named, given in ((score.jvp(x=x, v=v), score.jvp(x, v)), (score.along(x, v=v), score.along(x, v))):
+        assert all(map(torch.equal, named, given))
+
+
 def test_linear_and_quadratic_f():
     x, v = torch.rand(3, 2), torch.ones(1, 3, 2)
     w = torch.tensor([1.0, 2.0])

@@ -47,10 +47,10 @@ def eagerly(reason):
 
         @skip
         @functools.wraps(disabled)
-        def call(*args):
+        def call(*args, **named):
             if get_eval_frame_callback() is None:
-                return function(*args)
-            return disabled(*args)
+                return function(*args, **named)
+            return disabled(*args, **named)
 
         return call
 

@@ -84,18 +84,20 @@ def released(t):
 
 
 def outside_inference(method):
-    """method(self, x, ...), which differentiates, outside inference mode, where nothing can be: called inside, it returns values.
+    """method(self, ...), which differentiates, outside inference mode, where nothing can be: called inside, it returns values.
 
     Tensors that were made there are cloned, for no graph may hold them.
     """
 
     @functools.wraps(method)
-    def call(self, x, *arguments):
-        if torch.compiler.is_compiling() or not (torch.is_inference_mode_enabled() or any(map(_made_in_inference, (x, *arguments)))):
-            return method(self, x, *arguments)
+    def call(self, *arguments, **named):
+        if torch.compiler.is_compiling():
+            return method(self, *arguments, **named)
+        if not (torch.is_inference_mode_enabled() or any(map(_made_in_inference, (*arguments, *named.values())))):
+            return method(self, *arguments, **named)
         wanted = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(wanted):
-            return method(self, *map(ordinary, (x, *arguments)))
+            return method(self, *map(ordinary, arguments), **{name: ordinary(t) for name, t in named.items()})
 
     return call
 
