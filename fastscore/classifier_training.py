@@ -1,7 +1,6 @@
 """`fastscore train --task classifier`: a classifier of noisy images, in a run folder like the others."""
 
 import json
-import signal
 import time
 from pathlib import Path
 
@@ -126,9 +125,8 @@ def command(config):
     from tqdm import tqdm
 
     loop = train(config)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))   # a job that is ended saves like Ctrl-C
     try:
-        with tqdm(total=config.steps, unit="step", desc="train", disable=None) as bar:
+        with runs.ended_like_interrupted(), tqdm(total=config.steps, unit="step", desc="train", disable=None) as bar:
             for step, loss in loop:
                 bar.n = step + 1
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import signal
 import sys
 import time
 from pathlib import Path
@@ -35,9 +34,8 @@ def train(config) -> None:
 
         return classifier_training.command(config)
     loop = runs.train(config)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))   # a job that is ended saves like Ctrl-C
     try:
-        with tqdm(total=config.steps, unit="step", desc="train", disable=None) as bar:
+        with runs.ended_like_interrupted(), tqdm(total=config.steps, unit="step", desc="train", disable=None) as bar:
             start, begin = time.perf_counter(), None
             for step, loss in loop:
                 begin = step if begin is None else begin

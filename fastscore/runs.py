@@ -1,6 +1,8 @@
 """A run folder: config.toml, metrics.jsonl, weights.safetensors (averaged), state.safetensors (to resume)."""
 
+import contextlib
 import json
+import signal
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -112,6 +114,16 @@ def batches(images, config, first_step):
     for step in range(first_step, config.steps):
         w = random.words(config.batch_size, seed=config.seed, step=step, stream=BATCHES)
         yield images[(w * len(images)) >> 32]
+
+
+@contextlib.contextmanager
+def ended_like_interrupted():
+    """Within: SIGTERM raises KeyboardInterrupt, so that a job that is ended saves like Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def train(config: TrainConfig):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import signal
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastscore import checkpoint, cli, conditions, datasets, drawing, runs, sampling
+from fastscore import checkpoint, classifier_training, cli, conditions, datasets, drawing, runs, sampling
 
 
 def run(*arguments):
@@ -48,6 +49,31 @@ def test_train_sample_evaluate(tmp_path):
     assert "nearest training image" in run_here("evaluate", out, "-n", "50").stdout
     again = run_here("train", "--data", "digits", "--out", out, *SMALL)
     assert again.returncode == 2 and "exists already" in again.stderr
+
+
+@pytest.mark.parametrize("module, task", [(runs, "score"), (classifier_training, "classifier")], ids=["score", "classifier"])
+def test_sigterm_saves_like_ctrl_c(tmp_path, monkeypatch, capsys, module, task):
+    """Where it came, and its handler is gone afterwards."""
+    options = {"width": 16, "depth": 1, "levels": 2, "batch_size": 8, "held_out": 0}
+    config, train = runs.TrainConfig(out=tmp_path / "run", task=task, steps=50, **options), module.train
+
+    def terminated(config):
+        with contextlib.closing(train(config)) as loop:
+            for step, loss in loop:
+                if step == 4:
+                    signal.raise_signal(signal.SIGTERM)
+                yield step, loss
+
+    monkeypatch.setattr(module, "train", terminated)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)   # without the handler the run would go on to its end
+    try:
+        cli.train(config)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "interrupted; the run is saved" in capsys.readouterr().out
+    with contextlib.closing(train(runs.TrainConfig(out=tmp_path / "run", task=task, resume=True))) as loop:
+        assert next(loop)[0] == 5
 
 
 def test_a_resumed_run_ends_where_the_whole_run_ends(tmp_path):
