@@ -229,7 +229,9 @@ def test_a_broken_kernel_fails_the_tests_that_run_on_it(tmp_path, text, instead)
     environment = os.environ | {"FASTSCORE_EMULATED_CSRC": str(csrc)}
     tests = ["tests/test_gpu.py", "tests/test_emulation.py", "-k", "cuda and not compiled and not derivatives or emulation and not broken"]
     result = children.run([sys.executable, "-m", "pytest", "-q", "-x", *tests], cwd=ROOT, env=environment, seconds=800)
-    assert result.returncode == 1, result.stdout[-3000:] + result.stderr[-1000:]
+    said = result.stdout[-3000:] + result.stderr[-1000:]
+    assert result.returncode == 1 and "1 failed" in result.stdout, said
+    assert "BuildError" not in result.stdout and "Untranslatable" not in result.stdout, said   # it ran
 
 
 def test_operators_with_open_offsets_are_defined_once():
