@@ -3,6 +3,7 @@
 `python build_support/workloads.py NAME` makes a few calls of one, for a profiler to look at.
 """
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -19,7 +20,6 @@ EMULATED = os.environ.get("FASTSCORE_EMULATED") == "1"   # a dry run: build_supp
 DEVICE = "cpu" if EMULATED else "cuda"
 SIZE = 2**13 if EMULATED else 2**26
 IMAGES = (2, 8, 8, 8) if EMULATED else (128, 128, 32, 32)
-RANDOM = torch.Generator(DEVICE).manual_seed(0)   # one that no graph knows: the default one is of no use after a capture that failed
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -32,6 +32,12 @@ class Workload(NamedTuple):
     cuda: bool   # whether CUDA C++ has it, too
 
 
+@functools.cache
+def generator():
+    """One that no graph knows: the default one is of no use after a capture that failed."""
+    return torch.Generator(DEVICE).manual_seed(0)
+
+
 def _fill(kind):
     def make(dtype, backend):
         return lambda: getattr(random, kind)(SIZE, seed=1, stream=1024, device=DEVICE, dtype=dtype, backend=backend)
@@ -41,7 +47,7 @@ def _fill(kind):
 
 def _langevin(per_sample):
     def make(dtype, backend):
-        x, s = (torch.randn(SIZE // 64, 64, device=DEVICE, generator=RANDOM).to(dtype) for _ in range(2))
+        x, s = (torch.randn(SIZE // 64, 64, device=DEVICE, generator=generator()).to(dtype) for _ in range(2))
         e = torch.full((len(x),), 1e-3, device=DEVICE) if per_sample else 1e-3
         return lambda: fastscore.langevin_step(x, s, e, seed=1, backend=backend)
 
@@ -49,13 +55,13 @@ def _langevin(per_sample):
 
 
 def _loss(dtype, backend):
-    s = torch.randn(64, SIZE // 64, device=DEVICE, generator=RANDOM).to(dtype)
+    s = torch.randn(64, SIZE // 64, device=DEVICE, generator=generator()).to(dtype)
     return lambda: fastscore.denoising_loss(s, 0.5, seed=1, backend=backend)
 
 
 def _images(dtype):
-    x = torch.randn(IMAGES, device=DEVICE, generator=RANDOM).to(dtype)
-    return x, [torch.rand(IMAGES[1], device=DEVICE, generator=RANDOM).add(0.5) for _ in range(3)]
+    x = torch.randn(IMAGES, device=DEVICE, generator=generator()).to(dtype)
+    return x, [torch.rand(IMAGES[1], device=DEVICE, generator=generator()).add(0.5) for _ in range(3)]
 
 
 def _norm(dtype, backend):
@@ -73,18 +79,18 @@ def _norm_backward(dtype, backend):
 
 def _norm_dual(dtype, backend):
     x, c = _images(dtype)
-    t = torch.randn(1, *IMAGES, device=DEVICE, generator=RANDOM).to(dtype)
+    t = torch.randn(1, *IMAGES, device=DEVICE, generator=generator()).to(dtype)
     return lambda: fastscore.instance_norm_plus_dual(x, t, *(k.to(dtype) for k in c), activation="elu", backend=backend)
 
 
 def _project(dtype, backend):
-    s = torch.randn(64, SIZE // 64, device=DEVICE, generator=RANDOM).to(dtype)
-    js = torch.randn(1, *s.shape, device=DEVICE, generator=RANDOM).to(dtype)
+    s = torch.randn(64, SIZE // 64, device=DEVICE, generator=generator()).to(dtype)
+    js = torch.randn(1, *s.shape, device=DEVICE, generator=generator()).to(dtype)
     return lambda: project(s, js, None, (1, 0, random.PROJECTION, 0), backend)
 
 
 def _stack(dtype, backend):
-    s = torch.randn(2, SIZE // 2, device=DEVICE, generator=RANDOM).to(dtype)
+    s = torch.randn(2, SIZE // 2, device=DEVICE, generator=generator()).to(dtype)
     return lambda: activate_dual(s, "silu", backend)
 
 
