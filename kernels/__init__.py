@@ -63,6 +63,13 @@ def _dense(t):
     return t.clone() if t._is_zerotensor() else t.contiguous()
 
 
+def _in_memory(number, like):
+    """A coefficient as a tensor (1,) where a launch would not bring it: a Python float travels as a normal float32."""
+    if like.dtype == torch.float64:
+        return torch.full((1,), number, dtype=torch.float64, device=like.device)
+    return torch.full((1,), number, device=like.device) if 0 < abs(number) < 2**-126 else None
+
+
 def _fill(out, kind, key, seed, step, stream, offset):
     if out.numel() == 0:
         return
@@ -81,9 +88,8 @@ def _noisy_update(out, x, direction, drift_each, drift, diffusion_each, diffusio
     if n == 0:
         return
     wide, target = out.dtype == torch.float64, out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    if wide:   # a Python float reaches a kernel as float32
-        drift_each = torch.full((1,), drift, dtype=out.dtype, device=out.device) if drift_each is None else drift_each
-        diffusion_each = torch.full((1,), diffusion, dtype=out.dtype, device=out.device) if diffusion_each is None else diffusion_each
+    drift_each = _in_memory(drift, out) if drift_each is None else drift_each
+    diffusion_each = _in_memory(diffusion, out) if diffusion_each is None else diffusion_each
     cut = tile("noisy_update", out.device)
     block = cut["BLOCK"] * (2 if out.dtype.itemsize == 2 else 1)
     with torch.cuda.device_of(out):
@@ -104,8 +110,7 @@ def _noise_reduce(out, score, sigma_each, sigma, key, seed, step, stream, offset
         out.zero_()
         return
     per_sample, wide = score.numel() // out.numel(), score.dtype == torch.float64
-    if wide and sigma_each is None:
-        sigma_each = torch.full((1,), sigma, dtype=score.dtype, device=score.device)
+    sigma_each = _in_memory(sigma, score) if sigma_each is None else sigma_each
     vector = 16 // score.element_size()   # elements of a 128-bit access
     score, aligned = _dense(score), offset % 4 == 0 and per_sample % max(vector, 4) == 0
     aligned = aligned and score.data_ptr() % 16 == 0

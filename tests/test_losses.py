@@ -419,6 +419,7 @@ X = torch.zeros(2, 3)
         (lambda: losses.sliced(lambda x: x[:, :2], X), r"sliced: score\(x\) must have the shape of x, \(2, 3\); got \(2, 2\)"),
         (lambda: losses.finite_difference_sliced(lambda x: x[:1], X), r"score\(x\) must have the shape of x"),
         (lambda: losses.finite_difference_sliced(torch.sin, X, epsilon=0), "epsilon must be a number > 0"),
+        (lambda: losses.finite_difference_sliced(torch.sin, X, epsilon=1e-30), "epsilon must be at least .*, the rounding of torch.float"),
         (lambda: losses.finite_difference_sliced(torch.sin, X, epsilon=-1.0), "epsilon must be finite and >= 0"),
         (lambda: losses.exact(torch.sin, X, chunk=0), "chunk must be an int of at least 1"),
         (lambda: losses.exact(torch.sin, X, target=X[:1]), "target must have the shape of x"),

@@ -479,6 +479,7 @@ X = torch.zeros(2, 4, 3, 3)
         (lambda: fastscore.conditional_instance_norm_plus(X, torch.tensor([0]), torch.ones(5, 12)), r"labels must be int64 \(2,\)"),
         (lambda: fastscore.conditional_instance_norm_plus(X, torch.tensor([0, 1]), torch.ones(5, 8)), r"weight must be \(L, 12\)"),
         (lambda: fastscore.instance_norm_plus(X, None, torch.ones(4)), "gamma must be a tensor; got NoneType"),
+        (lambda: fastscore.instance_norm_plus(X, torch.ones(4), eps=1e-30), "eps must be at least 2.05e-26, or derivatives of constant ch"),
         (lambda: fastscore.instance_norm_plus(X, torch.ones(4), eps="a"), "eps must be positive and finite; got 'a'"),
         (lambda: fastscore.instance_norm_plus(X, torch.ones(4), activation=["elu"]), "activation must be one of"),
         (lambda: fastscore.group_norm_modulate(X, 3), "num_groups must be an int that divides 4 channels; got 3"),

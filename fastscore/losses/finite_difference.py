@@ -35,7 +35,7 @@ def finite_difference_sliced(
     instead of one that shrinks with d. Rounding grows as 1/h: below ε ~ 1e-2 float32 loses more than the smaller step gains.
 
     Args:
-        epsilon: ε > 0, the length of h v (exactly for signs and the sphere, on average for normals).
+        epsilon: ε, the length of h v (exactly for signs and the sphere, on average for normals); at least the rounding of x's dtype.
         Everything else as in `sliced`; 2M evaluations of the score, which draw the same random numbers, and of which the first moves its
             state (running statistics, buffers, counters). Its hooks run each time.
 
@@ -58,6 +58,8 @@ def finite_difference_sliced(
     epsilon = checks.coefficient(op, "epsilon", epsilon, x, minimum=0)
     if not isinstance(epsilon, float) or epsilon == 0:
         raise ValueError(f"{op}: epsilon must be a number > 0; got {checks.shown(epsilon)}.")
+    if epsilon < (least := torch.finfo(x.dtype).eps):   # x ± h v would be x
+        raise ValueError(f"{op}: epsilon must be at least {least:.3g}, the rounding of {x.dtype}; got {epsilon}.")
     h = epsilon / math.sqrt(max(1, x[:1].numel()))
     if not torch.compiler.is_compiling():
         return _mean(op, score, x, v, mask, h, variance_reduced, Once(x.device, score))

@@ -92,7 +92,7 @@ def check_score(op, s, x, name="score(x)"):
         with torch._C.DisableTorchFunctionSubclass():
             if s.dtype in checks.FLOATS and s.shape == x.shape and s.device == x.device:
                 return
-    elif type(s) is type(x) is torch.Tensor and s.dtype == x.dtype and s.shape == x.shape and s.device == x.device and dense(s):
+    elif type(s) is type(x) is torch.Tensor and s.dtype == x.dtype and dense(s) and s.shape == x.shape and s.device == x.device:
         return   # as every step of a sampler has it
     checks.check_float(op, name, s)
     if s.shape != x.shape:

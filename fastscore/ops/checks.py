@@ -31,9 +31,9 @@ def check_float(op, name, x):
 
 def check_like(op, name, t, x, of="x"):
     """t must have the shape, dtype and device of x."""
-    if type(t) is type(x) is torch.Tensor and t.dtype == x.dtype and t.dtype in FLOATS and t.shape == x.shape and t.device == x.device:
-        if dense(t):
-            return
+    plain = type(t) is type(x) is torch.Tensor and t.dtype == x.dtype and t.dtype in FLOATS and dense(t)   # a nested one has no shape
+    if plain and t.shape == x.shape and t.device == x.device:
+        return
     check_float(op, name, t)
     if t.shape != x.shape:
         raise ValueError(f"{op}: {name} must have the shape of {of}, {tuple(x.shape)}; got {tuple(t.shape)}.")

@@ -53,9 +53,11 @@ def without_memory(t):
 
 
 def save(ctx, *tensors):
-    """Save tensors, some of them None, for both modes."""
+    """Save tensors, some of them None, for both modes; copies of those that were made in inference mode, which no graph may hold."""
     ctx.present = [t is not None for t in tensors]
     kept = [t for t in tensors if t is not None]
+    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+        kept = [ordinary(t) for t in kept]
     ctx.save_for_backward(*kept)
     ctx.save_for_forward(*kept)
 

@@ -407,17 +407,22 @@ def check_tangents(op, t, x):
     checks.check_as_real(op, "t", t, x)
 
 
-_TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max   # within every compute dtype
+def _least_eps(dtype):
+    """Below it a derivative of a constant channel overflows: that of (σ² + ε)^(-1/2) is of the size of ε^(-3/2)."""
+    return torch.finfo(dtype).max ** (-2 / 3)
+
+
+_LEAST, _LARGEST = _least_eps(torch.float32), torch.finfo(torch.float32).max   # within every compute dtype
 
 
 def check_form(op, x, groups, alpha, beta, eps, activation):
     if not isinstance(activation, (str, type(None))) or activation not in ACTIVATIONS:
         named = ", ".join(repr(a) for a in ACTIVATIONS if a)
         raise ValueError(f"{op}: activation must be one of None, {named}; got {checks.shown(activation)}.")
-    if type(eps) is float and _TINY <= eps <= _HUGE:
+    if type(eps) is float and _LEAST <= eps <= _LARGEST:
         return Form(groups, alpha, beta, eps, activation)
     if not checks.real(eps) or not 0 < eps <= torch.finfo(torch.float64).max:
         raise ValueError(f"{op}: eps must be positive and finite; got {checks.shown(eps)}.")
-    if eps < (least := torch.finfo(checks.compute_dtype(x.dtype)).tiny):   # it would be 0, and a constant channel NaN
-        raise ValueError(f"{op}: eps must be at least {least:.3g}, the smallest of its dtype; got {eps}.")
+    if eps < (least := _least_eps(checks.compute_dtype(x.dtype))):
+        raise ValueError(f"{op}: eps must be at least {least:.3g}, or derivatives of constant channels overflow; got {eps}.")
     return Form(groups, alpha, beta, float(eps), activation)
