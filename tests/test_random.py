@@ -124,7 +124,7 @@ def test_radius_and_uniform_of_every_word(isa, stride, tmp_path):
     flags = [*native.COMMON, *native.ISA_FLAGS[isa], "-std=c++20", f"-I{ROOT / 'csrc'}"]
     program = tmp_path / "normal_error"
     children.run([*compiler, *flags, ROOT / "tests/normal_error.cpp", "-o", program], check=True)
-    found = json.loads(children.run([program, stride], check=True).stdout)
+    found = json.loads(children.run([program, stride], check=True, seconds=1500).stdout)
     print(f"{isa}: {found}")
     assert found["words"] == (2**32 - 1) // stride + 1
     assert found["radius_error"] <= 1e-6 and found["least"] > 0 and found["most"] > 6.66
