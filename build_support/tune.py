@@ -20,6 +20,7 @@ USED_BY = {
     "normalise": ("instance_norm_plus", "instance_norm_plus backward"),
     "normalise with tangents": ("instance_norm_plus dual",),
     "activate_dual": ("activate_dual",),
+    "activate_jet": ("activate_jet", "activate_jet backward"),
 }
 WORTH = 0.02   # a gain that a second run would show again
 CALLS = 1 if EMULATED else 20

@@ -14,6 +14,7 @@ import torch
 import fastscore
 from fastscore import random
 from fastscore.ops.activate_dual import activate_dual
+from fastscore.ops.activate_jet import activate_jet
 from fastscore.ops.rademacher_jvp import project
 
 EMULATED = os.environ.get("FASTSCORE_EMULATED") == "1"   # a dry run: build_support/emulate.py, tiny sizes
@@ -94,6 +95,22 @@ def _stack(dtype, backend):
     return lambda: activate_dual(s, "silu", backend)
 
 
+def _curve(dtype):
+    return torch.randn(3, SIZE // 4, device=DEVICE, generator=generator()).to(dtype)
+
+
+def _jet(dtype, backend):
+    s = _curve(dtype)
+    return lambda: activate_jet(s, 1, "silu", backend)
+
+
+def _jet_backward(dtype, backend):
+    s, g = _curve(dtype).requires_grad_(), _curve(dtype)
+    with torch.enable_grad():
+        y = activate_jet(s, 1, "silu", backend)
+    return lambda: torch.autograd.grad(y, s, g, retain_graph=True)
+
+
 NORM = ("moments", "apply")
 WORKLOADS = {
     "normal": Workload(_fill("normal"), ("fill",), 1, True),
@@ -106,14 +123,17 @@ WORKLOADS = {
     "instance_norm_plus dual": Workload(_norm_dual, NORM, 4, False),
     "project": Workload(_project, ("project",), 2, False),
     "activate_dual": Workload(_stack, ("activate_dual",), 2, False),
+    "activate_jet": Workload(_jet, ("activate_jet",), 6, False),   # three parts of a curve in and out
+    "activate_jet backward": Workload(_jet_backward, ("activate_jet",), 9, False),
 }
+PARTS = {"activate_dual": 2, "activate_jet": 4, "activate_jet backward": 4}   # of SIZE, in values
 
 
 def elements(name: str) -> int:
     numbers = 1
     for n in IMAGES:
         numbers *= n
-    return numbers if "norm" in name else SIZE // 2 if name == "activate_dual" else SIZE
+    return numbers if "norm" in name else SIZE // PARTS.get(name, 1)
 
 
 def least_bytes(name: str, dtype: torch.dtype) -> int:

@@ -23,12 +23,12 @@ CUDA_OPS = ("words", "uniform", "normal", "rademacher", "noisy_update", "langevi
 OPS = (
     *CUDA_OPS,
     "instance_norm_plus", "conditional_instance_norm_plus", "group_norm_modulate",
-    "rademacher_jvp", "activate_dual",
+    "rademacher_jvp", "activate_dual", "activate_jet",
 )  # fmt: skip
 RAW_OPS = (
     "fill", "noisy_update", "noise_reduce", "normalise", "normalise_backward", "rademacher_project", "rademacher_spread", "activate_dual",
+    "activate_jet",
 )  # fmt: skip
-CPU_OPS = ("activate_jet",)   # in C++ alone; elsewhere plain PyTorch
 _requested: ContextVar[str | None] = ContextVar("fastscore_backend", default=None)
 
 
@@ -98,7 +98,7 @@ def load_extension() -> str | None:
         torch.ops.load_library(str(files[0]))
     except OSError as error:
         return f"the extension does not load ({str(error).splitlines()[0]}). Reinstall fastscore"
-    for name in RAW_OPS + CPU_OPS:
+    for name in RAW_OPS:
         _finish(f"fastscore::{name}")
     return None
 

@@ -17,6 +17,7 @@ from fastscore.ops import (
     rademacher_jvp,
 )
 from fastscore.ops.activate_dual import activate_dual
+from fastscore.ops.activate_jet import activate_jet
 
 
 def _version(package):
@@ -48,6 +49,7 @@ def _calls(device):
         "group_norm_modulate": lambda: group_norm_modulate(image, 2, gamma, beta, activation="silu"),
         "rademacher_jvp": lambda: rademacher_jvp(torch.sin, x, projections=2, **key)[1],
         "activate_dual": lambda: activate_dual(torch.stack([4 * x, x, -x]), "silu"),
+        "activate_jet": lambda: activate_jet(torch.stack([4 * x, x, -x]), 1, "silu"),
     }
 
 

@@ -4,6 +4,7 @@ import torch
 
 from fastscore.kernels import launch_normalise, launch_rademacher_jvp
 from fastscore.kernels.activate_dual import activate_dual_gradient_kernel, activate_dual_kernel
+from fastscore.kernels.activate_jet import activate_jet_gradient_kernel, activate_jet_kernel
 from fastscore.kernels.denoising_loss import noise_reduce_kernel
 from fastscore.kernels.langevin_step import noisy_update_kernel
 from fastscore.kernels.launch import cdiv, launch, power_of_two
@@ -21,6 +22,7 @@ SCHEMAS = {
     "rademacher_project": launch_rademacher_jvp.PROJECT,
     "rademacher_spread": launch_rademacher_jvp.SPREAD,
     "activate_dual": "activate_dual(Tensor(a!) out, Tensor s, Tensor? g, int activation) -> ()",
+    "activate_jet": "activate_jet(Tensor(a!) out, Tensor s, Tensor? g, int directions, int activation) -> ()",
 }
 BLOCK = 512  # Philox blocks per program: 2048 elements, 16 per thread of four warps
 REDUCED = 1024   # of a sum: the tree over a program's threads costs each of them some thirty instructions
@@ -144,6 +146,20 @@ def _activate_dual(out, s, g, activation):
             launch(activate_dual_gradient_kernel, grid, out, s, g, n, **constants)
 
 
+def _activate_jet(out, s, g, directions, activation):
+    if s.numel() == 0:
+        return
+    n = s.numel() // len(s)
+    constants = {"M": directions, "STRAIGHT": len(s) == 1 + directions, "KIND": activation, "WIDE": s.dtype == torch.float64}
+    constants |= tile("activate_jet", s.device)
+    grid = (cdiv(n, constants["BLOCK"]),)
+    with torch.cuda.device_of(out):
+        if g is None:
+            launch(activate_jet_kernel, grid, out, s, n, **constants)
+        else:
+            launch(activate_jet_gradient_kernel, grid, out, s, g, n, **constants)
+
+
 LAUNCHERS = {
     "fill": _fill,
     "noisy_update": _noisy_update,
@@ -153,4 +169,5 @@ LAUNCHERS = {
     "rademacher_project": launch_rademacher_jvp.project,
     "rademacher_spread": launch_rademacher_jvp.spread,
     "activate_dual": _activate_dual,
+    "activate_jet": _activate_jet,
 }

@@ -1,4 +1,4 @@
-"""Activations f with f' and f'' for Triton, numbered as in csrc/activation_cpu.h; float32 uses the fits found there."""
+"""Activations f with f', f'' and f''' for Triton, numbered as in csrc/activation_cpu.h; float32 uses the fits found there."""
 
 import triton
 import triton.language as tl
@@ -151,3 +151,25 @@ def curvature(u, KIND: tl.constexpr):
         tl.static_assert(KIND == SOFTPLUS)
         s = sigmoid(u)
         return s * (1.0 - s)
+
+
+@triton.jit
+def third(u, KIND: tl.constexpr):
+    """f'''(u) of those that bend."""
+    if KIND == ELU:
+        return curvature(u, KIND)
+    elif KIND == SILU:
+        s = sigmoid(u)
+        return s * (1.0 - s) * (3.0 * (1.0 - s - s) + u * (1.0 - 6.0 * s * (1.0 - s)))
+    elif KIND == GELU:
+        return normal_density(u) * u * (u * u - 4.0)
+    elif KIND == TANH:
+        t = hyperbolic_tangent(u)
+        return (1.0 - t * t) * (6.0 * t * t - 2.0)
+    elif KIND == SIGMOID:
+        s = sigmoid(u)
+        return s * (1.0 - s) * (1.0 - 6.0 * s * (1.0 - s))
+    else:
+        tl.static_assert(KIND == SOFTPLUS)
+        s = sigmoid(u)
+        return s * (1.0 - s) * (1.0 - s - s)

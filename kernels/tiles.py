@@ -16,6 +16,7 @@ TABLE: dict[str, dict[str, dict[str, int]]] = {
         "noisy_update": {"BLOCK": 512, "num_warps": 4},
         # Elements of each part of a stack: one 128-bit access per thread of a 16-bit type, two of float32.
         "activate_dual": {"BLOCK": 1024, "num_warps": 4},
+        "activate_jet": {"BLOCK": 1024, "num_warps": 4},
         # Elements of a tile and of each thread, for float32: fewer where more tensors are open, or where more would leave the GPU idle.
         "normalise": {"tile": 4096, "each": 16},
         "normalise with tangents": {"tile": 2048, "each": 8},
@@ -26,6 +27,7 @@ TABLE: dict[str, dict[str, dict[str, int]]] = {
 CANDIDATES: dict[str, list[dict[str, int]]] = {
     "noisy_update": [{"BLOCK": b, "num_warps": w} for b in (256, 512, 1024) for w in (2, 4, 8)],
     "activate_dual": [{"BLOCK": b, "num_warps": w} for b in (512, 1024, 2048, 4096) for w in (4, 8)],
+    "activate_jet": [{"BLOCK": b, "num_warps": w} for b in (512, 1024, 2048) for w in (4, 8)],
     "normalise": [{"tile": t, "each": e} for t in (2048, 4096, 8192) for e in (8, 16, 32)],
     "normalise with tangents": [{"tile": t, "each": e} for t in (1024, 2048, 4096) for e in (4, 8, 16)],
 }

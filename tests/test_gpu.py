@@ -21,6 +21,7 @@ from fastscore import backend as backends
 from fastscore import losses, random
 from fastscore.models import EnergyMLP, EnergyScore, ScoreMLP
 from fastscore.ops.activate_dual import _SLOPES, activate_dual
+from fastscore.ops.activate_jet import activate_jet, activate_jet_ref
 from fastscore.ops.normalise import ACTIVATIONS, Form, _dual_ref, _gradient_ref, _normalise, normalise, normalise_ref
 from fastscore.ops.rademacher_jvp import project, project_ref
 
@@ -386,6 +387,32 @@ def test_activation_of_a_stack_and_its_gradient(norm_backend, dtype, name):
         y = activate_dual(s, name)
         assert y.dtype == dtype and near(y.detach().cpu(), exact(name, s_), dtype)
         assert near(torch.autograd.grad(y, s, g.to(DEVICE))[0].cpu(), exact_gradient(name, s_, g_), dtype, 60)
+
+
+@pytest.mark.parametrize("straight", [True, False], ids=["straight", "bent"])
+@pytest.mark.parametrize("name", _SLOPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activation_of_curves_and_its_gradient(norm_backend, dtype, name, straight):
+    """Against the equations in float64: slopes are within a few ulp of 1, which u'^2 and u'' multiply, and g in reverse."""
+    generator = torch.Generator().manual_seed(0)
+    for shape, M in (((3, 5, 7), 1), ((8, 1024), 3), ((1024,), 2), ((2, 0), 1)):
+        s, g = (torch.randn(1 + k * M, *shape, generator=generator).to(dtype) for k in (1 if straight else 2, 2))
+        s[0] = 4 * s[0] + 0.125 * s[0].sign()   # away from the kink of relu
+        wide, leaf = s.double().requires_grad_(), s.to(DEVICE).requires_grad_()
+        room = 1 + wide[1:].detach().square().sum(0) + wide[1:].detach().abs().sum(0)
+        y, got = activate_jet_ref(wide, M, name), activate_jet(leaf, M, name)
+        (right,), (found,) = torch.autograd.grad(y, wide, g.double()), torch.autograd.grad(got, leaf, g.to(DEVICE))
+        assert got.dtype == dtype and found.dtype == dtype
+        eps, least = torch.finfo(dtype).eps, torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        for a, b, scale in ((got, y, room), (found, right, room * (1 + g.double().abs().sum(0)))):
+            assert bool(((a.cpu().double() - b).abs() <= eps * b.abs() + 20 * least * scale).all())
+
+
+def test_curves_of_more_than_two_to_the_31_elements(norm_backend):
+    large = DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory >= 24 * 2**30
+    s = torch.zeros((2, 2**30 + 2**16 if large else 5000), dtype=torch.float16, device=DEVICE)
+    s[:, -3000:] = torch.randn(2, 3000)
+    assert torch.equal(activate_jet(s, 1, "silu")[:, -3000:], activate_jet(s[:, -3000:].contiguous(), 1, "silu"))
 
 
 def test_stack_of_more_than_two_to_the_31_elements(norm_backend):

@@ -40,8 +40,8 @@ def cuda_rows():
 
 def test_every_triton_kernel_compiles_for_every_dtype_and_target_without_spills(triton_rows):
     noise = 4 + 4 * 3 + 1 + 3 * 4 + 2 * 4   # on every target; and on sm_90 more variants
-    pixels, algebra, whole, stack = 4 * 4, 2 * 3, 4, 2 * 4
-    assert len(triton_rows) == 3 * (noise + pixels + algebra + whole + stack) + 2 * 3 * 4 + 2 * 2 + 2 * 6
+    pixels, algebra, whole, stack = 4 * 4, 2 * 3, 4, 4 * 4
+    assert len(triton_rows) == 3 * (noise + pixels + algebra + whole + stack) + 2 * 3 * 4 + 2 * 2 + 4 * 6
     for name, row in triton_rows.items():
         assert row["local"] == 0, (name, row)
         assert row["wide"] >= 1 or name.startswith(ALGEBRA), (name, row)
@@ -60,14 +60,19 @@ def test_normalisation_reads_and_writes_what_its_docstrings_say(triton_rows):
 
 
 def test_activations_of_a_stack_move_every_tensor_once(triton_rows):
-    """By 128-bit accesses: value and tangent in and out, and in the gradient their cotangents in; bound by memory below 50 instructions."""
+    """By 128-bit accesses: the stack in and out, and in the gradient its cotangents in, of relu's derivatives nothing but those.
+
+    Bound by memory below 50 instructions for value and tangent; below 75 for a curve, which moves half as much again.
+    """
     for name, row in triton_rows.items():
-        if name.startswith("activate_dual"):
+        if name.startswith(("activate_dual", "activate_jet")):
             kernel, activation, dtype, _ = name.split()
-            moved = 2 * {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}[dtype] * row["instructions"] / row["per_element"]
-            gradient = kernel.endswith("gradient")
-            assert row["read"] == moved * (1 + gradient * (0.5 if activation == "relu" else 1)) and row["written"] == moved, (name, row)
-            assert row["per_element"] <= (110 if dtype == "fp64" else 50), (name, row)
+            parts = 3 if "jet" in kernel else 2
+            part = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}[dtype] * row["instructions"] / row["per_element"]
+            others = kernel.endswith("gradient") * (1 if activation == "relu" else parts)   # besides those that are as many as are written
+            assert row["read"] == part * (parts + others) and row["written"] == part * parts, (name, row)
+            assert row["per_element"] <= {2: 50, 3: 60}[parts] * (1 + 1.2 * (dtype == "fp64")), (name, row)
+            assert row["registers"] <= (128 if dtype == "fp64" else 64), (name, row)   # half of an SM's threads at least
 
 
 def test_every_cuda_kernel_compiles_without_spills(cuda_rows):

@@ -3,7 +3,7 @@
 import torch
 
 from fastscore import backend as _backend
-from fastscore.ops.activate_dual import _CODES, _SLOPES, times_slope
+from fastscore.ops.activate_dual import _CODES, _SLOPES, _plain, times_slope
 from fastscore.ops.functions import contiguous, quick
 
 
@@ -20,11 +20,11 @@ def activate_jet(s, directions, name, backend=None):
     Returns:
         (1 + 2M, *): y, y' and y''. Differentiable, at every order.
     """
-    chosen = _backend.choose(s.device, backend)
-    if chosen != "cpp" or s.dtype == torch.float64:
+    chosen = _backend.choose(s.device, backend, cuda=False)   # a GPU runs the Triton kernels
+    if _plain(s, chosen) or _backend.levels():   # the Function has neither forward mode nor vmap
         return activate_jet_ref(s, directions, name)
     if _backend.derivative_possible(s):
-        return _ActivateJet.apply(s, directions, name, chosen)
+        return _function(s, directions, name, chosen)
     return _run(s, directions, name, chosen)
 
 
@@ -66,6 +66,11 @@ class _ActivateJet(torch.autograd.Function):
         gs = torch.empty_like(s)
         _backend.call(ctx.backend, "activate_jet", gs, s, g, ctx.directions, _CODES[ctx.name])
         return gs, None, None, None
+
+
+@torch.compiler.allow_in_graph
+def _function(s, directions, name, backend):
+    return _ActivateJet.apply(s, directions, name, backend)
 
 
 def _run(s, directions, name, backend):
