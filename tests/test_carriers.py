@@ -137,6 +137,10 @@ FUNCTIONS = {
     "into-integers": integers,
     "foreign-to-dual": lambda x: (lambda out: out.copy_(torch.zeros(x.shape, **F64).add_(h(x))) * x)(torch.zeros_like(x)),
     "list": lambda x: torch.stack([h(x)[:, i] * i for i in range(4)], 1) + torch.cat([*h(x).unbind(1)]).view(4, -1).t(),
+    "resized": into(lambda out, x: out.resize_as_(h(x)).copy_(h(x)), make=lambda x: torch.empty(0, **F64)),
+    "bits": lambda x: h(x).view(torch.int64).bitwise_and(-(2**52)).view(torch.float64) * x,
+    "bits-of-another-width": lambda x: h(x).view(dtype=torch.float32).double()[:, :4] * x,
+    "bits-as-complex": lambda x: torch.view_as_real(h(x).view(torch.complex128)).flatten(1) * x,
     "no-dimensions": lambda x: (lambda total: [total.add_(row.sum()) for row in h(x)][-1] * x)(torch.zeros((), **F64)),
 }  # fmt: skip
 
@@ -159,6 +163,48 @@ def read_from_a_parameter(x):
     return weight * x
 
 
+def of_other_memory(x):
+    out = torch.zeros(x.shape, **F64)
+    out.data = h(x)
+    return out * x
+
+
+def seen_by_numpy(x):
+    out = torch.zeros(x.shape, **F64)
+    out.data = h(x)
+    return torch.from_numpy(2 * out.numpy()) * x
+
+
+def parameter_of_other_memory(x):
+    weight = torch.nn.Parameter(torch.zeros(x.shape, **F64))
+    weight.data = h(x)
+    return weight * x
+
+
+def weight_of_other_memory(x):
+    layer = torch.nn.Linear(4, 4, bias=False, **F64)
+    layer.weight.data = h(x)
+    return layer(x)
+
+
+def swapped(x):
+    out, y = torch.zeros(x.shape, **F64), h(x)
+    torch.utils.swap_tensors(out, y)
+    return out * x + y
+
+
+def made_a_parameter(x):
+    layer = torch.nn.Linear(4, 4, bias=False, **F64)
+    layer.weight = torch.nn.Parameter(h(x))
+    return layer(x) * x
+
+
+def assigned_to_a_module(x):
+    layer = torch.nn.Linear(4, 4, bias=False, **F64)
+    layer.load_state_dict({"weight": h(x)}, assign=True)
+    return layer(x) * x
+
+
 def checkpointed(x):
     return torch.utils.checkpoint.checkpoint(FUNCTIONS["accumulated"], x, use_reentrant=False) * x
 
@@ -171,6 +217,13 @@ UNSEEN = {
     "script": read_by_torchscript,
     "parameter": read_from_a_parameter,
     "checkpoint": checkpointed,
+    "data": of_other_memory,
+    "data-seen-by-numpy": seen_by_numpy,
+    "data-of-a-parameter": parameter_of_other_memory,
+    "data-of-a-layer": weight_of_other_memory,
+    "swapped": swapped,
+    "made-a-parameter": made_a_parameter,
+    "assigned-to-a-module": assigned_to_a_module,
 }
 
 
@@ -389,3 +442,16 @@ def test_a_fallback_takes_memory_that_is_held_elsewhere(alias):
     with pytest.warns(fastscore.FallbackWarning, match="ordinary tensor|shared with NumPy"):
         got = jvp(f, x, v)
     assert all(close(a, b, 1e-9) for a, b in zip(got, jvp(lambda x: h(x) * x, x, v)))
+
+
+def test_what_f_is_told_of_a_number_is_that_of_a_dense_tensor():
+    """Its shell, which no .data can be set to, is another layout's to C++."""
+    def f(x):
+        y = h(x).sin()
+        assert y.layout is torch.strided and not y.is_sparse and y.nbytes == 8 * y.numel()
+        assert y.is_contiguous() and not y.t().is_contiguous() and torch.is_tensor(y)
+        image = y.reshape(2, 2, 2, 2).contiguous(memory_format=torch.channels_last)
+        assert image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
+        return y
+
+    jvp(f, torch.randn(4, 4, **F64), torch.randn(1, 4, 4, **F64))

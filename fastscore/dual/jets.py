@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fastscore.dual import kept
 from fastscore.dual.compiled import undisturbed
 from fastscore.dual.jet_rules import RULES, VALUES, bent, is_jet
-from fastscore.dual.numbers import _BASE, _GRAPH, _LIKE, _METADATA, Dual, NoRule, _copy, _in_place, _on_values, _place, _write
+from fastscore.dual.numbers import _BASE, _GRAPH, _LIKE, _METADATA, Dual, NoRule, _copy, _in_place, _metadata, _on_values, _place, _write
 from fastscore.dual.sharded import of_fsdp
 
 
@@ -110,8 +110,7 @@ class Jet(Dual):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+            return _metadata(func, args, kwargs)
         if get_eval_frame_callback() is not None:   # a checkpoint in f calls a compiled part again during the backward pass
             return undisturbed(cls.__torch_function__, func, types, args, kwargs)
         if getattr(_local, "made", None) is None:

@@ -111,6 +111,24 @@ def _forward_gradients():
     return torch.autograd.forward_ad._set_fwd_grad_enabled(True)
 
 
+# PyTorch's messages to who takes dual numbers for ordinary tensors, and what is to be called again on the slower path.
+_UNSEEN = {
+    "TorchScript interpreter": "a TorchScript function",
+    "`variable.set_data(tensor)`": "t.data = ..., for an ordinary tensor t,",
+    "Cannot swap t": "torch.utils.swap_tensors",
+    "from an instance of type Dual": "nn.Parameter(...)",
+    "has data of a different type": "t.grad = ..., for an ordinary tensor t,",
+}
+
+
+def _unseen(error):
+    """The NoRule that PyTorch's message stands for, or None."""
+    what = next((what for message, what in _UNSEEN.items() if message in str(error)), None)
+    if what is None:
+        return None
+    return NoRule(f"fastscore.jvp: {what} cannot be carried through with its tangents.").with_traceback(error.__traceback__)
+
+
 def _carried(f, x, v):
     once = Once(x.device, f)
     try:
@@ -118,13 +136,13 @@ def _carried(f, x, v):
     except NoRule as error:
         once.undo()
         fallback.warn(error)
-    except RuntimeError as error:   # a TorchScript function runs where nobody sees that its argument is a dual number
-        if "TorchScript interpreter" not in str(error):
+    except (RuntimeError, TypeError) as error:   # what runs where nobody sees that its argument is a dual number
+        rule = _unseen(error)
+        if rule is None:
             raise
         once.undo()
-        script = NoRule("fastscore.jvp: a TorchScript function cannot be carried through with its tangents.")
-        fallback.warn(script.with_traceback(error.__traceback__))
-        del script   # and with it the frames
+        fallback.warn(rule)
+        del rule   # and with it the frames
     if _linearized():
         raise NotImplementedError("fastscore.jvp: torch.func.linearize takes f only where the rules of fastscore do; take torch.func.jvp.")
     # f as a whole, and first by what calls it once.
@@ -347,6 +365,11 @@ class NoRule(NotImplementedError):
     """An operation that dual numbers cannot be carried through."""
 
 
+_shell = torch.Tensor._make_wrapper_subclass
+# What PyTorch takes for sparse no ordinary tensor's .data or .grad can be set to: C++ asks nobody, and would find no memory.
+_UNLIKE_DENSE = torch.sparse_coo
+
+
 class Dual(torch.Tensor):
     """A value with M tangents: looks like the value, holds `stack` (1 + M, *shape), which may be computed when it is asked for."""
 
@@ -356,7 +379,7 @@ class Dual(torch.Tensor):
     @staticmethod
     def __new__(cls, stack):
         cls = ComplexDual if stack.is_complex() else cls
-        return torch.Tensor._make_wrapper_subclass(cls, stack.shape[1:], strides=stack.stride()[1:], dtype=stack.dtype, device=stack.device)
+        return _shell(cls, stack.shape[1:], stack.stride()[1:], None, None, stack.dtype, _UNLIKE_DENSE, stack.device)
 
     def __init__(self, stack):
         self.computed, self.pending = stack, None
@@ -381,7 +404,7 @@ class Dual(torch.Tensor):
         call = _call()
         if call is None or not call.waits:
             return cls(pending.stack())
-        result = torch.Tensor._make_wrapper_subclass(cls, pending.shape[1:], dtype=pending.dtype, device=pending.device)
+        result = _shell(cls, pending.shape[1:], None, None, None, pending.dtype, _UNLIKE_DENSE, pending.device)
         result.computed, result.pending, result.call = None, pending, call
         pending.holder = weakref.ref(result)
         with call.lock:   # no list that another thread has just taken away
@@ -398,8 +421,7 @@ class Dual(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+            return _metadata(func, args, kwargs)
         if get_eval_frame_callback() is not None:   # a checkpoint in f calls a compiled part again during the backward pass
             return undisturbed(cls.__torch_function__, func, types, args, kwargs)
         if (len(_calls) != 1 or not hasattr(_local, "call")) and of_several():
@@ -468,6 +490,20 @@ _METADATA |= {getattr(torch.Tensor, name) for name in ("size", "dim", "ndimensio
               "is_neg", "is_inference")}  # fmt: skip
 _METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel}
 _GRAPH = _getters("requires_grad", "grad_fn", "is_leaf")
+# Where a shell tells that it is sparse.
+_OF_DENSE = {
+    torch.Tensor.layout.__get__: lambda x: torch.strided,
+    torch.Tensor.is_sparse.__get__: lambda x: False,
+    torch.Tensor.nbytes.__get__: lambda x: x.numel() * x.element_size(),
+    torch.Tensor.is_contiguous: lambda x, **how: torch.empty_strided(x.shape, x.stride(), device="meta").is_contiguous(**how),
+}
+
+
+def _metadata(func, args, kwargs):
+    with torch._C.DisableTorchFunctionSubclass():
+        return _OF_DENSE.get(func, func)(*args, **kwargs)
+
+
 _BASE = torch.Tensor._base.__get__
 # Values without tangents: comparisons, integers, numbers, what stops a gradient.
 _VALUES = """
@@ -557,6 +593,8 @@ def _special(func, args, kwargs):
         return func(args[0].stack)
     if func == _BASE:
         return None   # the stack may be a view, but never one that f has made
+    if name in ("view", "view_copy") and any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
+        return _on_values(func, args, kwargs)   # other bits of the same memory: a constant to autograd
     if name == "register_hook" and of_fsdp(args[1]):
         return func(args[0].stack, args[1])
     if type(func).__name__ in ("OpOverload", "OpOverloadPacket", "ScriptFunction", "ScriptMethod"):
@@ -618,7 +656,7 @@ def _into_ordinary(func, plain, name, args, kwargs):
         raise NoRule(f"fastscore.jvp: {name} would write dual numbers into an ordinary tensor.")
     _settle()
     inexact = target.is_floating_point() or target.is_complex()
-    if name in _FILLS or not inexact:   # what is drawn is a value alone, and integers have no tangents
+    if name in _FILLS or name == "resize_as_" or not inexact:   # what is drawn is a value alone, and integers have no tangents
         return _on_values(func, args, kwargs)
     carriers.check(name, target)
     if copied:
