@@ -132,7 +132,8 @@ def _unseen(error):
 def _carried(f, x, v):
     once = Once(x.device, f)
     try:
-        return _stacked(f, x, v)
+        with once.watched(), _as_dispatched():
+            return _stacked(f, x, v)
     except NoRule as error:
         once.undo()
         fallback.warn(error)
@@ -148,7 +149,7 @@ def _carried(f, x, v):
     # f as a whole, and first by what calls it once.
     try:
         check_once("f, for the operation that the FallbackWarning names,", f)
-        with _in_one_sentence():
+        with _in_one_sentence(), once.watched():
             return _double_backward(f, x, v)
     except (NotImplementedError, RuntimeError) as error:   # of torch: an operation without a second derivative
         if backends._dual_level():   # forward mode does not nest
@@ -244,7 +245,8 @@ def _transformed(f, x, v):
     once = Once(x.device, f)
     if not hasattr(_local, "call"):
         try:
-            return _stacked(f, x, v)
+            with once.watched():
+                return _stacked(f, x, v)
         except RuntimeError as error:   # what the transform does not take comes again
             if not isinstance(error, NoRule) and str(error).startswith("fastscore"):
                 raise
@@ -840,7 +842,7 @@ def _generic(func, args, kwargs):
     narrow = _narrow_dtype(leaves)
     places = [i for i, a in enumerate(leaves) if isinstance(a, Dual)]
     stacks = [leaves[i].stack for i in places]
-    again, form = Draws(stacks[0].device, leaves).again, []
+    draws, form = Draws(stacks[0].device, leaves), []
 
     def plain(*duals):
         filled = list(leaves)
@@ -854,8 +856,9 @@ def _generic(func, args, kwargs):
         return tuple(o for o in outputs if o is not None)
 
     def along(m):
-        again()
-        return torch.func.jvp(plain, tuple(s[0] for s in stacks), tuple(s[m] for s in stacks))
+        draws.again()
+        with draws.watched():
+            return torch.func.jvp(plain, tuple(s[0] for s in stacks), tuple(s[m] for s in stacks))
 
     with torch._C.DisableTorchFunctionSubclass(), _differentiable(name):
         try:
@@ -863,7 +866,7 @@ def _generic(func, args, kwargs):
         except RuntimeError:   # it has no forward mode, or one with a fault; what f itself has done wrong comes again
             outputs = None
         if outputs is None:
-            again()
+            draws.again()
             return transposed.transposed(name, func, tree_unflatten(leaves, spec)[0], kwargs)
         if narrow is not None:
             outputs = [[[_narrowed(t, narrow) for t in part] for part in output] for output in outputs]

@@ -4,6 +4,7 @@ What the function remembers (running statistics, the iterations of a spectral no
 lists) is afterwards what the first evaluation made of it.
 """
 
+import contextlib
 import functools
 import types
 from collections import deque
@@ -14,6 +15,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import _global_forward_hooks as _global_hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastscore.ops import checks
 
@@ -45,6 +48,10 @@ class Once:
         self.draws = Draws(device, reached)
         self.memory = [Memory(m) for m in reached if not isinstance(m, torch.Generator)] if reached else []
 
+    def watched(self):
+        """Around an evaluation that is not made inside this: what it draws cannot be drawn again while a CUDA graph is captured."""
+        return contextlib.nullcontext() if self.quiet else self.draws.watched()
+
     def __enter__(self):
         if self.times and not self.quiet:
             self.after = Draws(self.draws.device, [generator for generator, _ in self.draws.given])
@@ -53,8 +60,11 @@ class Once:
                 memory.note()
             for memory in self.memory:
                 memory.lend()
+        self.watch = self.watched()
+        self.watch.__enter__()
 
     def __exit__(self, *error):
+        self.watch.__exit__(*error)
         if self.times and not self.quiet:
             self.after.again()
             for memory in self.memory:
@@ -72,21 +82,66 @@ class Once:
 
 
 class Draws:
-    """Where the generators stand, those among the arguments too."""
+    """Where the generators stand, those among the arguments too.
+
+    While a CUDA graph is captured, PyTorch neither says where a generator of the GPU stands nor sets it back. Then what is evaluated
+    stands inside `watched()`, and `again` refuses once something was drawn there.
+    """
 
     def __init__(self, device, arguments=()):
-        self.device, self.cuda = device, None
+        self.device, self.cuda, self.watch = device, None, None
         self.cpu = torch.default_generator.get_state()
-        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            self.cuda = torch.cuda.get_rng_state(device)
-        self.given = [(a, a.get_state()) for a in arguments if isinstance(a, torch.Generator)] if arguments else []
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                self.watch = _Watch()
+            else:
+                self.cuda = torch.cuda.get_rng_state(device)   # of the host: nothing waits
+        generators = [a for a in arguments if isinstance(a, torch.Generator)] if arguments else []
+        self.given = [(a, a.get_state()) for a in generators if self.watch is None or a.device.type == "cpu"]
+
+    def watched(self):
+        return contextlib.nullcontext() if self.watch is None else self.watch
 
     def again(self):
+        if self.watch is not None and self.watch.met is not None:
+            raise RuntimeError(
+                f"fastscore: f draws random numbers ({self.watch.met}) and has to be evaluated more than once, which cannot draw the same "
+                "ones while a CUDA graph is captured: draw with fastscore.random, or before the capture, or leave the loss out of it."
+            )
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
         for generator, state in self.given:
             generator.set_state(state)
+
+
+_KEPT = "cpu"   # the device whose generator can be set back at any time
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the first operation that draws from a generator which is not the CPU's."""
+
+    met = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if self.met is None and _may_draw(func) and not _draws_none(func, args, kwargs or {}):
+            if any(isinstance(a, torch.Tensor) and a.device.type != _KEPT for a in tree_leaves(result)):
+                self.met = str(func)
+        return result
+
+
+@functools.cache
+def _may_draw(func):
+    # random_ lacks the tag.
+    return torch.Tag.nondeterministic_seeded in func.tags or any(a.name == "generator" for a in func._schema.arguments)
+
+
+def _draws_none(func, args, kwargs):
+    """Whether it is attention without dropout, or a layer that is not in training: tagged all the same."""
+    parameters = func._schema.arguments
+    values = {a.name: a.default_value for a in parameters} | dict(zip((a.name for a in parameters), args)) | kwargs
+    return any(name in values and not values[name] for name in ("dropout_p", "dropout", "train", "training"))
 
 
 class Memory:

@@ -97,7 +97,7 @@ def transposed(name, function, args, kwargs, has_jvp=False):
         raise numbers.NoRule(f"fastscore.jvp: {name} cannot be carried inside a transform of torch.func.")
     leaves, spec = tree_flatten((list(args), kwargs))
     places = [i for i, a in enumerate(leaves) if _is_dual(a)]
-    again = Draws(leaves[places[0]].device).again
+    draws = Draws(leaves[places[0]].device)
     # Parameters that are not among the arguments are those of TorchScript.
     tensors = [a.stack if _is_dual(a) else a for a in leaves if isinstance(a, torch.Tensor)]
     wanted = any(t.requires_grad for t in tensors) or type(function).__name__.startswith("Script")
@@ -115,12 +115,13 @@ def transposed(name, function, args, kwargs, has_jvp=False):
     with torch.inference_mode(False), torch.enable_grad(), saved_as_they_are(), numbers._right(numbers.NATIVE_NORMS):
         stacks = [_usable(leaves[i].stack, wanted) for i in places]
         try:
-            outputs, tree, found = _by_reverse_mode(name, of_values, stacks, wanted or backends._dual_level())
+            with draws.watched():
+                outputs, tree, found = _by_reverse_mode(name, of_values, stacks, wanted or backends._dual_level())
         except NotLinear:
             if not has_jvp or backends._dual_level():
                 raise
-            again()
-            outputs, tree, found = _by_forward_mode(of_values, stacks, again)
+            draws.again()
+            outputs, tree, found = _by_forward_mode(of_values, stacks, draws)
     for k, (tangents, written) in found.items():
         if outputs[k].layout != torch.strided:
             raise numbers.NoRule(f"fastscore.jvp: the sparse result of {name} cannot be carried with its tangents.")
@@ -154,11 +155,11 @@ def _by_reverse_mode(name, function, stacks, keep):
     return outputs, tree, {k: (tangents, written.get(k)) for k, tangents in zip(bent, along)}
 
 
-def _by_forward_mode(function, stacks, again):
+def _by_forward_mode(function, stacks, draws):
     outputs, tangents = None, {}
     for m in range(1, len(stacks[0])):
-        again()
-        with forward_ad.dual_level():
+        draws.again()
+        with draws.watched(), forward_ad.dual_level():
             found, tree = function(*(forward_ad.make_dual(s[0], s[m]) for s in stacks))
             found = [forward_ad.unpack_dual(o) if isinstance(o, torch.Tensor) else (o, None) for o in found]
         outputs = [value for value, _ in found] if outputs is None else outputs

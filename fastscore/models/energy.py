@@ -155,7 +155,7 @@ class EnergyScore(nn.Module):
             return self._along_by_jvp(x, v, arguments)
         once = Once(x.device, self.f)
         try:
-            with torch.enable_grad():
+            with once.watched(), torch.enable_grad():
                 _, slope, curvature = second_order(lambda x: self.f(x, *arguments), x, v, straight=not _writes_in_place(self.f))
         except Exception:   # whatever it was: on the other path it comes again, or it came of ours
             self._whole = True
@@ -188,7 +188,8 @@ class EnergyScore(nn.Module):
             return None
         once = Once(x.device, self.f) if self._chain is None else None
         try:
-            s = energy_chain.score(self.f, x, arguments)
+            with once.watched() if once else contextlib.nullcontext():
+                s = energy_chain.score(self.f, x, arguments)
         except Exception as error:   # on the other path an error of f's own comes again
             self._chain = False if isinstance(error, energy_chain.NoChain) else self._chain
             if once:
