@@ -11,6 +11,7 @@ import torch
 
 from fastscore import checkpoint, random, sampling
 from fastscore.ops import checks
+from fastscore.sampling.run import default_law
 
 NAMES = ("annealed_langevin", "consistent_annealed", "predictor_corrector", "probability_flow")
 STRIP = 64   # states of the path that are kept, at most twice as many
@@ -32,6 +33,8 @@ class SamplerOptions:
         corrector_steps: corrections at each level.
         snr: signal-to-noise ratio of a correction.
         method: of probability_flow, heun, euler or adaptive.
+        initial_law: of the starts, uniform in [0, 1] or gaussian, N(0, σ_1²); unless given, gaussian where σ_1 > 1.146, and for
+            predictor_corrector and probability_flow, else uniform.
     """
 
     sampler: str = "annealed_langevin"
@@ -45,6 +48,7 @@ class SamplerOptions:
     corrector_steps: int | None = None
     snr: float | None = None
     method: str | None = None
+    initial_law: str | None = None
 
 
 def arguments(sampler, sigmas, options):
@@ -52,7 +56,7 @@ def arguments(sampler, sigmas, options):
     if sampler not in NAMES:
         raise ValueError(f"sample: sampler must be one of {', '.join(NAMES)}; got {sampler!r}.")
     options = {name: value for name, value in options.items() if value is not None}
-    foreign = options.keys() - inspect.signature(sampling.SAMPLERS[sampler]).parameters.keys()
+    foreign = options.keys() - inspect.signature(sampling.SAMPLERS[sampler]).parameters.keys() - {"initial_law"}
     if foreign:
         raise ValueError(f"sample: {', '.join(sorted(foreign))} cannot be chosen for {sampler}.")
     if sampler == "annealed_langevin":
@@ -61,6 +65,8 @@ def arguments(sampler, sigmas, options):
             raise ValueError(f"sample: steps_per_level must be at least 1; got {options['steps_per_level']}.")
         if "step_lr" not in options:
             options.setdefault("step_size", 0.2 * float(sigmas[-1]) ** 2)
+    # By name, because it belongs to the job that goes on.
+    options.setdefault("initial_law", default_law(sampler, float(sigmas[0])))
     return {"sampler": sampler, "sigmas": sigmas, **options}
 
 

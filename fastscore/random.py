@@ -18,6 +18,7 @@ from fastscore.tensors import check_device, check_tensor
 
 LANGEVIN, PERTURB, PROJECTION, INIT, LEVEL, DEQUANTIZE, CORRECTOR = 1, 2, 3, 4, 5, 6, 7
 WORDS, UNIFORM, NORMAL, RADEMACHER = 0, 1, 2, 3  # what the raw op `fill` writes
+LARGEST = 6.77   # no normal is larger: the radius of the least u, 2^-33, is 6.764
 _M32 = 0xFFFFFFFF
 
 
@@ -35,12 +36,12 @@ def words(n, *, seed, step=0, stream, substream=0, offset=0, device=None, backen
     Raises:
         ValueError: n, stream, substream or offset out of range.
     """
-    return _fill("words", WORDS, (n,), seed, step, stream, substream, offset, torch.int64, device, backend)
+    return draw("words", WORDS, (n,), seed, step, stream, substream, offset, torch.int64, device, backend)
 
 
 def uniform(shape, *, seed, step=0, stream, substream=0, offset=0, dtype=None, device=None, backend=None):
     """Draw uniforms in (0, 1], ((w >> 8) + 1/2) 2^-24 rounded to float32 (1 comes once in 2^24 draws). Arguments as for `normal`."""
-    return _fill("uniform", UNIFORM, shape, seed, step, stream, substream, offset, dtype, device, backend)
+    return draw("uniform", UNIFORM, shape, seed, step, stream, substream, offset, dtype, device, backend)
 
 
 def normal(shape, *, seed, step=0, stream, substream=0, offset=0, dtype=None, device=None, backend=None):
@@ -60,12 +61,12 @@ def normal(shape, *, seed, step=0, stream, substream=0, offset=0, dtype=None, de
     >>> normal((2,), seed=0, stream=1024).shape
     torch.Size([2])
     """
-    return _fill("normal", NORMAL, shape, seed, step, stream, substream, offset, dtype, device, backend)
+    return draw("normal", NORMAL, shape, seed, step, stream, substream, offset, dtype, device, backend)
 
 
 def rademacher(shape, *, seed, step=0, stream, substream=0, offset=0, dtype=None, device=None, backend=None):
     """Draw signs: element i is bit i % 32 of word (i % 128) // 32 of block i // 128; 0 is +1 and 1 is -1. Arguments as for `normal`."""
-    return _fill("rademacher", RADEMACHER, shape, seed, step, stream, substream, offset, dtype, device, backend)
+    return draw("rademacher", RADEMACHER, shape, seed, step, stream, substream, offset, dtype, device, backend)
 
 
 def draw_seed() -> int:
@@ -114,16 +115,10 @@ def _signed(value, name):
     return value - 2**64 if value >= 2**63 else value
 
 
-def _fill(op, kind, shape, seed, step, stream, substream, offset, dtype, device, backend):
-    shape = _sizes(op, shape)
-    if any(not whole(n) or n < 0 for n in shape):
-        raise ValueError(f"{op}: shape must be non-negative ints; got {shown(shape)}.")
-    shape = tuple(map(plain_int, shape))
-    if math.prod(shape) > 2**40:
-        raise ValueError(f"{op}: at most 2^40 numbers can be drawn at once; got shape {shown(shape)}.")
-    dtype = torch.get_default_dtype() if dtype is None else dtype
-    if not isinstance(dtype, torch.dtype) or (kind != WORDS and dtype not in _FLOATS):
-        raise TypeError(f"{op}: dtype must be float32, float64, bfloat16 or float16; got {shown(dtype)}.")
+def draw(op, kind, shape, seed, step=0, stream=0, substream=0, offset=0, dtype=None, device=None, backend=None):
+    """What `normal` and its kin return, for the op in whose name it is drawn: errors speak of that one."""
+    shape = sizes(op, shape)
+    dtype = torch.int64 if kind == WORDS else check_dtype(op, dtype)
     device = check_device(op, device)
     return _filled(kind, shape, noise_key(op, seed, step, stream, substream, offset, device), dtype, device, backend)
 
@@ -131,11 +126,24 @@ def _fill(op, kind, shape, seed, step, stream, substream, offset, dtype, device,
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _sizes(op, shape):
-    """The shape as a tuple; what is no sequence counts as the one size."""
-    if isinstance(shape, str | bytes | dict) or not isinstance(shape, Iterable):
-        return (shape,)
-    return tuple(shape)
+def check_dtype(op, dtype):
+    """The dtype that noise is drawn in, the default one for None."""
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or dtype not in _FLOATS:
+        raise TypeError(f"{op}: dtype must be float32, float64, bfloat16 or float16; got {shown(dtype)}.")
+    return dtype
+
+
+def sizes(op, shape):
+    """The shape as a tuple of ints, checked; what is no sequence counts as the one size."""
+    single = isinstance(shape, str | bytes | dict) or not isinstance(shape, Iterable)
+    shape = (shape,) if single else tuple(shape)
+    if any(not whole(n) or n < 0 for n in shape):
+        raise ValueError(f"{op}: shape must be non-negative ints; got {shown(shape)}.")
+    shape = tuple(map(plain_int, shape))
+    if math.prod(shape) > 2**40:
+        raise ValueError(f"{op}: at most 2^40 numbers can be drawn at once; got shape {shown(shape)}.")
+    return shape
 
 
 def _filled(kind, shape, key, dtype, device, backend):

@@ -183,6 +183,21 @@ def test_an_interrupted_job_goes_on_and_ends_where_the_whole_one_ends(tmp_path, 
     assert torch.equal(rest, whole) and torch.equal(path2, path) and seen == [states] + [1] * 2 * states
     with pytest.raises(ValueError, match=r"holds batches of another job \(seed differ\); remove it or write elsewhere"):
         runs.draw(trained, 10, parts=tmp_path / "parts", **{**options, "seed": 4})
+    other = {"gaussian": "uniform", "uniform": "gaussian"}[json.loads((tmp_path / "parts" / "job.json").read_text())["initial_law"]]
+    with pytest.raises(ValueError, match=r"holds batches of another job \(initial_law differ\)"):
+        runs.draw(trained, 10, parts=tmp_path / "parts", **options, initial_law=other)
+
+
+def test_the_start_can_be_chosen_on_the_command_line(tmp_path, trained):
+    options = ("-n", "3", "--sampler", "annealed_langevin", "--steps-per-level", "1", "--out", tmp_path / "x.npz")
+    done = run("sample", trained, *options, "--initial-law", "gaussian")
+    assert done.returncode == 0, done.stderr
+    drawn, _ = runs.draw(trained, 3, steps_per_level=1, initial_law="gaussian", seed=0)
+    unlike, _ = runs.draw(trained, 3, steps_per_level=1, seed=0)
+    found = torch.from_numpy(np.load(tmp_path / "x.npz")["images"])
+    assert torch.equal(found, drawn.clamp(0, 1)) and not torch.equal(found, unlike.clamp(0, 1))
+    done = run("sample", trained, *options, "--initial-law", "normal")
+    assert done.returncode == 2 and done.stderr == "error: sample: initial_law must be one of uniform, gaussian; got 'normal'.\n"
 
 
 def test_sample_takes_a_sampler_and_leaves_nothing_but_its_files(tmp_path, trained):

@@ -129,7 +129,7 @@ def test_sampling_through_a_vp_unet_draws_the_data_law(ddpm):
     score, n = interop.VpUNet(GaussianUNet(ddpm.alphas_cumprod), ddpm.alphas_cumprod), 20_000
     ladder, T, epsilon = schedules.geometric(10.0, 0.1, 10), 5, 2e-3
     x = sample(score, shape=(n, 1), sigmas=ladder, steps_per_level=T, step_size=epsilon, denoise=False, seed=4)
-    mean, variance = 0.5, 1 / 12   # uniform start; then a ← a m + (1 - a) μ, V ← a² V + ε_i per step
+    mean, variance = 0.0, 100.0   # N(0, σ_1²); then m ← a m + (1 - a) μ, V ← a² V + ε_i per step
     for sigma in ladder.tolist():
         e = epsilon * (sigma / 0.1) ** 2
         a = 1 - e / 2 / (0.25 + sigma**2)

@@ -412,4 +412,4 @@ def test_a_ladder_beyond_that_of_the_network_is_warned_about():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fastscore.sample(net, sigmas=[1.0, 0.3, 0.1], **options)
-        fastscore.sample(lambda x, sigma: -x, sigmas=[4.0, 0.1], **options)
+        fastscore.sample(lambda x, sigma: -x / (1 + sigma[:, None] ** 2), sigmas=[4.0, 0.1], **options)

@@ -105,3 +105,75 @@ def test_digits_from_the_unit_cube_are_silent(strict):
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=f"start_like: {message}"):
         call()
+
+
+def distance(quantiles, mean, sigma):
+    """W₂ of two laws of numbers, one given by its quantiles at (k + ½)/n, the other N(mean, σ²)."""
+    z = torch.special.ndtri((torch.arange(len(quantiles), dtype=torch.float64) + 0.5) / len(quantiles))
+    return float((quantiles - mean - sigma * z).square().mean().sqrt())
+
+
+def test_beyond_the_bound_and_only_there_the_normal_start_is_the_nearer_one_at_worst():
+    """Whatever the data in [0, 1]: the worst are points at an end, W₂ being convex in the law of the data."""
+    unit = (torch.arange(10**6, dtype=torch.float64) + 0.5) / 10**6
+    for sigma, law in ((0.5, "uniform"), (1.0, "uniform"), (1.145, "uniform"), (1.147, "gaussian"), (3.0, "gaussian")):
+        uniform = max(distance(unit, point, sigma) for point in (0.0, 0.3, 0.5, 1.0))
+        gaussian = max(distance(sigma * torch.special.ndtri(unit), point, sigma) for point in (0.0, 0.3, 0.5, 1.0))
+        assert uniform == pytest.approx(math.sqrt(1 / 3 + sigma**2 - sigma / math.sqrt(math.pi)), abs=1e-4)
+        assert gaussian == pytest.approx(1, abs=1e-4)
+        assert sampling.start_law(sigma) == law == min((uniform, "uniform"), (gaussian, "gaussian"))[1]
+    assert sampling.start_law(None) == "uniform"   # of log p itself, for one
+
+
+@every_sampler
+@pytest.mark.parametrize("sigma, law", [(1.0, "uniform"), (1.14, "uniform"), (1.15, "gaussian"), (50.0, "gaussian")])
+def test_the_start_follows_from_the_ladder(sampler, sigma, law):
+    name = sampler.split(",")[0]
+    options = dict(SAMPLERS[sampler])
+    if "sigmas" in options:
+        options["sigmas"] = schedules.geometric(sigma, 0.9 * sigma, len(options["sigmas"]))
+    else:
+        options["sigma"] = sigma
+    if "step_size" in options:
+        options["step_size"] = 0.1 * sigma**2
+    law = "gaussian" if name in ("predictor_corrector", "probability_flow") else law
+    first, seen = sampling.initial((4, 3), law=law, sigma=sigma, seed=7), []
+
+    def watched(x, each):
+        seen.append(x.clone())
+        return -x / (1 + each[:, None] ** 2)
+
+    fastscore.sample(watched, sampler=name, shape=(4, 3), seed=7, **options)
+    assert torch.equal(seen[0], first)
+    if name not in ("predictor_corrector", "probability_flow"):
+        assert torch.equal(sampling.initial((4, 3), sigma=sigma, seed=7), first)
+    asked = {"uniform": sampling.initial((4, 3), seed=7), "gaussian": sigma * random.normal((4, 3), seed=7, stream=random.INIT)}
+    for other in asked:   # what is asked for is what is done
+        seen.clear()
+        fastscore.sample(watched, sampler=name, shape=(4, 3), seed=7, initial_law=other, **options)
+        assert torch.equal(seen[0], asked[other])
+
+
+@pytest.mark.parametrize("law", [None, "uniform"])
+def test_the_law_after_the_first_level_is_that_of_the_start(law):
+    """A point of data at 0.3, NCSNv2's ladder for CIFAR-10: the first level takes the variance V to a²ⁿ V + (1 - a²ⁿ) σ² / (1 - ε/(4σ²)).
+
+    From N(0, σ_1²) it is the stationary one at once, from the unit interval half of it; 5 standard errors of 2^16 normal values.
+    """
+    preset = sampling.PRESETS["ncsnv2-cifar10"]
+    n, steps, sigma = 2**16, preset.steps_per_level, preset.ladder[0]
+    options = {"shape": (n, 1), "initial_law": law, "sigmas": schedules.geometric(*preset.ladder)}
+    states = sampling.states(
+        lambda x, each: (0.3 - x) / each[:, None] ** 2, step_lr=preset.step_lr, steps_per_level=steps, seed=11, **options
+    )
+    x = next(states).x
+    a = 1 - preset.step_lr / 0.01**2
+    mean, variance = (0.5, 1 / 12) if law else (0.0, sigma**2)
+    mean, variance = 0.3 + a**steps * (mean - 0.3), a ** (2 * steps) * variance + (1 - a ** (2 * steps)) * 2 * sigma**2 / (1 + a)
+    assert abs(float(x.mean()) - mean) < 5 * math.sqrt(variance / n)
+    assert abs(float(x.var()) / variance - 1) < 5 * math.sqrt(2 / n)
+    assert (variance / sigma**2 > 1) is (law is None)
+
+
+def test_published_configurations_start_as_published():
+    assert all(preset.options["initial_law"] == "uniform" for preset in sampling.PRESETS.values())

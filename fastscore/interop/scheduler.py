@@ -33,8 +33,10 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
     `step` takes them in order. States are x = x₀ + σ z.
 
     With a VE network (UNet2DModel with Fourier embedding) `timesteps` are the σ of the calls, prediction_type "score" fits, and the input
-    is not scaled: any loop will do, e.g. DDPMPipeline(unet, scheduler). With a VP network give its alphas_cumprod and prediction_type:
-    `timesteps` are then its own, fractional ones, and the loop must pass inputs through `scale_model_input`, as pipelines for
+    is not scaled: any loop will do, e.g. DDPMPipeline(unet, scheduler). Loops that multiply their first draw by `init_noise_sigma` = σ_1
+    start from N(0, σ_1² I), others, DDPMPipeline among them, from N(0, I): where σ_1 is large the missing variance takes some levels to
+    come. With a VP network give its alphas_cumprod and prediction_type: `timesteps` are then its own, fractional ones, and the loop must
+    pass inputs through `scale_model_input`, as pipelines for
     EulerDiscreteScheduler do.
 
     It is saved and loaded as diffusers' schedulers are (import this module before a pipeline with it is loaded). `from_config` takes the

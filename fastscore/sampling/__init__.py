@@ -11,8 +11,8 @@ from fastscore.sampling.mala import mala
 from fastscore.sampling.predictor_corrector import predictor_corrector
 from fastscore.sampling.presets import PRESETS, Preset
 from fastscore.sampling.probability_flow import probability_flow
-from fastscore.sampling.run import SAMPLERS, initial, sample, states
-from fastscore.sampling.start import start_like
+from fastscore.sampling.run import SAMPLERS, sample, states
+from fastscore.sampling.start import initial, start_law, start_like
 from fastscore.sampling.state import State
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "predictor_corrector",
     "probability_flow",
     "sample",
+    "start_law",
     "start_like",
     "states",
 ]

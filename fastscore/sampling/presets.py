@@ -29,7 +29,9 @@ class Preset:
     def options(self):
         """Arguments of `fastscore.sample`: sample(net, shape=(64, *preset.shape), **preset.options)."""
         steps = {} if self.steps_per_level is None else {"steps_per_level": self.steps_per_level}
-        return {"sampler": self.sampler, "sigmas": geometric(*self.ladder), "step_lr": self.step_lr, "denoise": self.denoise, **steps}
+        # All of them began with uniform noise, whatever the ladder.
+        start = {"sampler": self.sampler, "initial_law": "uniform"}
+        return {**start, "sigmas": geometric(*self.ladder), "step_lr": self.step_lr, "denoise": self.denoise, **steps}
 
     @property
     def calls(self):

@@ -2,47 +2,25 @@
 
 import contextlib
 import itertools
-import math
 import warnings
 
 import torch
 
 from fastscore import random
 from fastscore.modes import networks
-from fastscore.ops import checks
 from fastscore.sampling.consistent import consistent_annealed
 from fastscore.sampling.langevin import annealed_langevin, langevin
 from fastscore.sampling.mala import mala
 from fastscore.sampling.predictor_corrector import predictor_corrector
 from fastscore.sampling.probability_flow import probability_flow
-from fastscore.sampling.start import First
+from fastscore.sampling.start import First, draw_start, start_law
 from fastscore.sampling.state import check_count, choice
 from fastscore.schedules import check_ladder
 from fastscore.tensors import home, valued
 
 SAMPLERS = {f.__name__: f for f in (annealed_langevin, consistent_annealed, predictor_corrector, probability_flow, langevin, mala)}
-GAUSSIAN = ("predictor_corrector", "probability_flow")   # these start from N(0, σ_1² I) unless told otherwise
+GAUSSIAN = ("predictor_corrector", "probability_flow")   # these start from N(0, σ_1² I) on any ladder
 CHECK_EVERY = 100   # steps between two looks at the state of a sampler without levels
-
-
-def initial(shape, *, law="uniform", sigma=None, seed, first_sample=0, dtype=None, device=None):
-    """The initial draw of a sampler, stream INIT: sample n is the same in every batch that holds it.
-
-    Args:
-        shape: (B, *). law: "uniform" in [0, 1], or "gaussian", N(0, σ² I), with sigma σ.
-
-    Raises:
-        ValueError: the law is unknown, or gaussian without a sigma.
-    """
-    choice("initial", "law", law, ("uniform", "gaussian"))
-    offset = first_sample * math.prod(shape[1:])
-    key = {"seed": seed, "stream": random.INIT, "offset": offset, "device": device}
-    if law == "uniform":
-        return random.uniform(shape, dtype=dtype, **key)
-    if sigma is None:
-        raise ValueError("initial: the law gaussian needs sigma.")
-    dtype = dtype or torch.get_default_dtype()
-    return (sigma * random.normal(shape, dtype=checks.compute_dtype(dtype), **key)).to(dtype)
 
 
 def states(
@@ -51,6 +29,11 @@ def states(
 ):  # fmt: skip
     """The states of a sampler, from the initial draw on. Arguments and errors as in `sample`."""
     return _begun(score, sampler, x, shape, initial_law, seed, first_sample, dtype, device, check_finite, options)[1]
+
+
+def default_law(sampler: str, sigma: float | None) -> str:
+    """The law that a sampler starts from unless told otherwise, σ_1 or None being sigma."""
+    return "gaussian" if sampler in GAUSSIAN else start_law(sigma)
 
 
 def _begun(score, sampler, x, shape, initial_law, seed, first_sample, dtype, device, check_finite, options):
@@ -63,9 +46,9 @@ def _begun(score, sampler, x, shape, initial_law, seed, first_sample, dtype, dev
     if x is None:
         ladder = options.get("sigmas")
         sigma = options.get("sigma") if ladder is None else check_ladder("sample", ladder)[0].item()
-        law = initial_law or ("gaussian" if sampler in GAUSSIAN else "uniform")
+        law = default_law(sampler, sigma) if initial_law is None else initial_law
         device = _device_of(score) if device is None else device
-        x = initial(tuple(shape), law=law, sigma=sigma, seed=seed, first_sample=first_sample, dtype=dtype, device=device)
+        x = draw_start("sample", "initial_law", shape, law, sigma, seed, first_sample, dtype, device)
     first = First()
     # A run that goes on stands where its earlier part brought it.
     with first.watching() if check_finite and not options.get("start") else contextlib.nullcontext():
@@ -134,9 +117,10 @@ def sample(
     Args:
         score: as the sampler calls it; networks in it run in evaluation mode (see `fastscore.sampling`).
         sampler: "annealed_langevin" (default) or another name of `fastscore.sampling`.
-        x: start, (B, *); or shape: its shape, then x is drawn from initial_law, "uniform" in [0, 1] or "gaussian", N(0, σ_1² I) (the
-            default of predictor_corrector and probability_flow), in dtype, on device (the network's
-            unless given). `start_like` draws an x from the mean and the variance of data.
+        x: start, (B, *); or shape: its shape, then x is drawn from initial_law, "uniform" in [0, 1] or "gaussian", N(0, σ_1² I), in dtype,
+            on device (the network's unless given). Unless given, the law is gaussian for predictor_corrector and probability_flow, and
+            `start_law` of σ_1 for the others: gaussian where σ_1 > 1.146, else uniform; of `langevin` at a sigma that σ is σ_1, without
+            one, and for `mala`, the law is uniform. `start_like` draws an x from the mean and the variance of data.
         seed, first_sample: sample(n=64) equals two calls of 32 with first_sample 0 and 32, noise bit for bit.
         check_finite: look at the state after each level (every 100 steps where there are none), which waits for the device; and warn where
             the first score at a σ says that the start lies far outside: σ² ‖s‖²/d, on average over the batch, is above 4 (a little more

@@ -1,4 +1,4 @@
-"""Where samplers start: a law from data, and what the first score says of a start."""
+"""Where samplers start: a law from the ladder or from data, and what the first score says of a start."""
 
 import contextlib
 import math
@@ -9,10 +9,76 @@ import torch
 
 from fastscore import random
 from fastscore.ops import checks
-from fastscore.sampling.state import WATCH, number
+from fastscore.sampling.state import WATCH, choice, number
 from fastscore.scalars import integer
 
 FALSE_ALARM = 1e-6
+LAWS = ("uniform", "gaussian")
+
+# √(1/3 + σ² - σ/√π) = 1, see `start_law`.
+LONG = (math.sqrt(1 / math.pi) + math.sqrt(1 / math.pi + 8 / 3)) / 2
+
+
+def start_law(sigma: float | None) -> str:
+    """The law of a start x (B, *) of which only σ_1 is known: "gaussian", N(0, σ_1² I), where
+    σ_1 > 1.146, else "uniform" in [0, 1].
+
+    It is the law whose largest distance from that of x₀ + σ_1 z, over all data x₀ in [0, 1], is the
+    smaller one. Distances are W₂ per element, which a Langevin step multiplies by 1 - ε/(2σ_1²)
+    where x₀ is a point: what is nearer at the start is nearer after every step. W₂² is convex in
+    the law of x₀, so the worst x₀ are all 0 or all 1:
+
+        gaussian: 1,    uniform: √(1/3 + σ_1² - σ_1/√π),
+        equal at σ_1 = (√(1/π) + √(1/π + 8/3))/2 = 1.146
+
+    At NCSN's σ_1 = 1 the start is NCSN's. At NCSNv2's σ_1 = 50 a uniform start lacks all of the
+    variance σ_1², which a run of many levels makes up for. Without a σ_1 (None) the start is
+    uniform. For data elsewhere draw x by `start_like`, or choose the law.
+
+    Source: Song & Ermon 2019 (uniform), Song et al. 2021 (gaussian); the bound is ours.
+    """
+    return "gaussian" if sigma is not None and number("start_law", "sigma", sigma) > LONG else "uniform"
+
+
+def initial(
+    shape: tuple[int, ...],
+    *,
+    law: str | None = None,
+    sigma: float | None = None,
+    seed: int | torch.Tensor | None,
+    first_sample: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """The initial draw of a sampler, stream INIT: sample n is the same in every batch that holds it.
+
+    Args:
+        shape: (B, *). law: "uniform" in [0, 1], or "gaussian", N(0, σ² I), with sigma σ; unless given, `start_law` of sigma.
+
+    Raises:
+        ValueError: the law is unknown, gaussian without a sigma, or such that dtype cannot hold it.
+    """
+    return draw_start("initial", "law", shape, law, sigma, seed, first_sample, dtype, device)
+
+
+def draw_start(op, name, shape, law, sigma, seed, first_sample, dtype, device):
+    """`initial` for the op that draws it, and calls the law by its name."""
+    sigma = None if sigma is None else number(op, "sigma", sigma)
+    law = start_law(sigma) if law is None else law
+    choice(op, name, law, LAWS)
+    shape = random.sizes(op, shape)
+    if not shape:
+        raise ValueError(f"{op}: shape must be (B, *); got ().")
+    offset = integer(op, "first_sample", first_sample, 0) * math.prod(shape[1:])
+    key = {"seed": seed, "stream": random.INIT, "offset": offset, "device": device}
+    if law == "uniform":
+        return random.draw(op, random.UNIFORM, shape, dtype=dtype, **key)
+    if sigma is None:
+        raise ValueError(f"{op}: {name} gaussian needs a sigma.")
+    dtype = random.check_dtype(op, dtype)
+    if sigma * random.LARGEST > torch.finfo(dtype).max:
+        raise ValueError(f"{op}: dtype must hold what is drawn from N(0, σ² I); σ = {sigma:g} is too large for {dtype}.")
+    return (sigma * random.draw(op, random.NORMAL, shape, dtype=checks.compute_dtype(dtype), **key)).to(dtype)
 
 
 def start_like(data: torch.Tensor, n: int, *, sigma: float, seed: int | torch.Tensor, first_sample: int = 0) -> torch.Tensor:
@@ -34,7 +100,8 @@ def start_like(data: torch.Tensor, n: int, *, sigma: float, seed: int | torch.Te
     values = data.detach().to(checks.compute_dtype(data.dtype))
     variance, mean = torch.var_mean(values, 0, correction=0)
     offset = first_sample * mean.numel()
-    z = random.normal((n, *mean.shape), seed=seed, stream=random.INIT, offset=offset, dtype=values.dtype, device=data.device)
+    key = {"seed": seed, "stream": random.INIT, "offset": offset, "dtype": values.dtype, "device": data.device}
+    z = random.draw(op, random.NORMAL, (n, *mean.shape), **key)
     return (mean + (variance + number(op, "sigma", sigma) ** 2).sqrt() * z).to(data.dtype)
 
 
