@@ -175,9 +175,19 @@ def stack_kernels(arch):
             yield label, kernel, constants, pointers | {"n": "i32"}, (*pointers, "n"), cut["BLOCK"], cut["num_warps"]
 
 
+def sum_kernels():
+    """The last sums of a long sample's partial ones."""
+    from fastscore.kernels import sum_splits
+
+    for dtype in ("fp32", "fp64"):
+        types = {f"{name}{i}_ptr": f"*{dtype}" for name in ("out", "partial") for i in range(3)}
+        constants = {"ROWS": 1, "BLOCK": sum_splits.SIZE}
+        yield f"sum_splits {dtype}", sum_splits.sum_splits_kernel, constants, types, tuple(types), sum_splits.SIZE, 4
+
+
 def triton_kernels(arch):
     noise = ((*entry, 128 * entry[2]["BLOCKS"] if "BLOCKS" in entry[2] else 4 * entry[2]["BLOCK"], 4) for entry in noise_kernels())
-    return itertools.chain(noise, pixel_kernels(arch), algebra_kernels(arch), whole_kernels(), stack_kernels(arch))
+    return itertools.chain(noise, pixel_kernels(arch), algebra_kernels(arch), whole_kernels(), stack_kernels(arch), sum_kernels())
 
 
 def compile_triton(entry, arch):

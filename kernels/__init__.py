@@ -2,7 +2,7 @@
 
 import torch
 
-from fastscore.kernels import launch_normalise, launch_rademacher_jvp
+from fastscore.kernels import launch_normalise, launch_rademacher_jvp, sum_splits
 from fastscore.kernels.activate_dual import activate_dual_gradient_kernel, activate_dual_kernel
 from fastscore.kernels.activate_jet import activate_jet_gradient_kernel, activate_jet_kernel
 from fastscore.kernels.denoising_loss import noise_reduce_kernel
@@ -129,8 +129,8 @@ def _noise_reduce(out, score, sigma_each, sigma, key, seed, step, stream, offset
             ALIGNED=aligned, FULL=aligned and rows == 1 and per_sample % (4 * block * steps) == 0,
             WIDE=wide, ROWS=rows, BLOCK=block, STEPS=steps,
         )  # fmt: skip
-    if splits > 1:
-        torch.sum(partial, 1, out=out)
+        if splits > 1:
+            sum_splits.sum_splits([out], [partial], splits)
 
 
 def _activate_dual(out, s, g, activation):

@@ -4,6 +4,7 @@ import torch
 
 from fastscore.kernels.launch import cdiv, launch, power_of_two
 from fastscore.kernels.rademacher_jvp import project_kernel, spread_kernel
+from fastscore.kernels.sum_splits import sum_splits
 
 PROJECT = (
     "rademacher_project(Tensor(a!)? vjv, Tensor(b!)? vs, Tensor(c!)? ss, Tensor? js, Tensor? s, int projections, Tensor? key, "
@@ -53,9 +54,8 @@ def project(vjv, vs, ss, js, s, projections, key, seed, step, stream, offset):
             *partial, js, s, key, projections, *sizes, seed, step, stream, offset // 128, offset % 128,
             HAS_J=js is not None, HAS_S=s is not None, HAS_KEY=key is not None, **constants,
         )  # fmt: skip
-    if splits > 1:
-        for o, p in zip(outputs, (p for p in partial if p is not None)):
-            torch.sum(p, -1, out=o)
+        if splits > 1:
+            sum_splits(outputs, [p for p in partial if p is not None], splits)
 
 
 def spread(gjs, gs, g_vjv, g_vs, g_ss, s, projections, key, seed, step, stream, offset):

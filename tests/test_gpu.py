@@ -15,6 +15,7 @@ import pytest
 import torch
 from test_activate_dual import close as near
 from test_activate_dual import exact, exact_gradient, problem
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastscore
 from fastscore import backend as backends
@@ -161,6 +162,50 @@ def test_loss_at_every_group_size(shape):
     assert torch.allclose(loss.cpu(), cpu(fastscore.denoising_loss, s.detach(), 0.5, seed=5), rtol=1e-5)
     z = random.normal(shape, seed=5, stream=random.PERTURB, device=DEVICE)
     assert torch.allclose(torch.autograd.grad(loss.sum(), s)[0], 0.5 * (0.5 * s + z).detach(), atol=3e-6)
+
+
+@pytest.mark.parametrize("splits", [2, 37, 1024, 2500])
+def test_partial_sums_are_summed_whatever_their_number(norm_backend, splits):
+    """Of one call up to three results, each sum in an order that does not depend on how many there are."""
+    if norm_backend != "triton":
+        pytest.skip("a kernel of Triton's")
+    from fastscore.kernels.sum_splits import sum_splits
+
+    for shapes in ([(70,)], [(3, 5), (5,)], [(2, 3), (2, 3), (3,)]):
+        partials = [torch.randn(*shape, splits, device=DEVICE) for shape in shapes]
+        outputs = [torch.empty(shape, device=DEVICE) for shape in shapes]
+        sum_splits(outputs, partials, splits)
+        for total, partial in zip(outputs, partials):   # of terms of size 1, at random: the rounding of log2(2500) + 3 sums
+            assert torch.allclose(total.double(), partial.double().sum(-1), rtol=1e-6, atol=1e-7 * splits)
+            alone = torch.empty_like(total.flatten()[-1:])
+            sum_splits([alone], [partial.flatten(0, -2)[-1:].clone()], splits)
+            assert torch.equal(alone, total.flatten()[-1:])
+
+
+def test_sums_over_long_samples_take_two_launches(norm_backend, monkeypatch):
+    if norm_backend != "triton":
+        pytest.skip("a matter of Triton's launchers")
+    from fastscore import kernels
+
+    launched, operations = [], []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operations.append(str(function))
+            return function(*args, **kwargs or {})
+
+    for module in (kernels, kernels.launch_rademacher_jvp, kernels.sum_splits):
+        real = module.launch
+        monkeypatch.setattr(module, "launch", lambda *args, real=real, **named: (launched.append(args[0]), real(*args, **named)))
+    s, js = torch.randn(2, 20_000, device=DEVICE), torch.randn(2, 2, 20_000, device=DEVICE)
+    vjv, vs = (torch.empty(2, 2, device=DEVICE) for _ in range(2))
+    with Recorded():
+        kernels.LAUNCHERS["noise_reduce"](vs[0], s, None, 0.3, None, 5, 0, 1, 0, 0)
+        assert len(launched) == 2
+        kernels.LAUNCHERS["rademacher_project"](vjv, vs, vs[0].clone(), js, s, 2, None, 5, 0, 1, 0)
+        assert len(launched) == 4
+    made = {"empty", "select", "clone"} | ({"new_empty", "copy_", "set_"} if DEVICE == "cpu" else set())   # by the interpreter
+    assert {name.split(".")[1] for name in operations} <= made, operations
 
 
 def test_derivatives_in_every_mode():

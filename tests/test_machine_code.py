@@ -9,7 +9,7 @@ from pathlib import Path
 import children
 import pytest
 
-ALGEBRA = ("merge", "coefficients", "cotangents ")
+ALGEBRA = ("merge", "coefficients", "cotangents ", "sum_splits")   # a few numbers
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]   # every kernel, for three targets
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "build_support"))
@@ -40,8 +40,8 @@ def cuda_rows():
 
 def test_every_triton_kernel_compiles_for_every_dtype_and_target_without_spills(triton_rows):
     noise = 4 + 4 * 3 + 1 + 3 * 4 + 2 * 4   # on every target; and on sm_90 more variants
-    pixels, algebra, whole, stack = 4 * 4, 2 * 3, 4, 4 * 4
-    assert len(triton_rows) == 3 * (noise + pixels + algebra + whole + stack) + 2 * 3 * 4 + 2 * 2 + 4 * 6
+    pixels, algebra, whole, stack, sums = 4 * 4, 2 * 3, 4, 4 * 4, 2
+    assert len(triton_rows) == 3 * (noise + pixels + algebra + whole + stack + sums) + 2 * 3 * 4 + 2 * 2 + 4 * 6
     for name, row in triton_rows.items():
         assert row["local"] == 0, (name, row)
         assert row["wide"] >= 1 or name.startswith(ALGEBRA), (name, row)
