@@ -1,8 +1,12 @@
 """One call of jvp or of a loss draws and remembers as one call of f, whatever way it takes and however often f is evaluated."""
 
 import copy
+import functools
+import random
+import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -289,3 +293,107 @@ def test_known_layers_to_which_a_draw_was_added_see_one_draw(way, seed):
         if hasattr(handle, "remove"):
             handle.remove()
     assert abs(results[1] - results[0]) < 1e-10 and abs(results[2] - results[0]) < 1e-8
+
+
+class Tally:
+    """An object of the user's: a counter, a list and a tensor, by its attributes, a nested object and a method."""
+
+    def __init__(self):
+        self.calls, self.notes, self.total = 0, [], torch.zeros(2)
+        self.inner = types.SimpleNamespace(calls=0)
+
+    def __call__(self, *_):
+        self.note()
+
+    def note(self, *_):
+        self.calls += 1
+        self.notes.append(self.calls)
+        self.total += 1
+        self.inner.calls += 1
+
+    def seen(self):
+        return self.calls, len(self.notes), self.total.tolist(), self.inner.calls
+
+
+TALLY, CALLS = Tally(), 0
+
+
+def count_globally(*_):
+    global CALLS
+    CALLS += 1
+    TALLY.note()
+
+
+class Holder(nn.Module):
+    def __init__(self, tally):
+        super().__init__()
+        self.tally = tally
+
+    def forward(self, x):
+        global CALLS
+        CALLS += 1
+        self.tally.note()
+        return x
+
+
+NOTED = {
+    "object": lambda net, tally: net[0].register_forward_hook(tally),
+    "method": lambda net, tally: net[0].register_forward_hook(tally.note),
+    "pre-hook": lambda net, tally: net[1].register_forward_pre_hook(functools.partial(Tally.note, tally)),
+    "lambda": lambda net, tally: net[1].register_forward_hook(lambda m, args, kwargs, y: tally.note(), with_kwargs=True),
+    "on-the-module": lambda net, tally: net[1].register_forward_hook(lambda m, *_: setattr(m, "count", getattr(m, "count", 0) + 1)),
+    "global": lambda net, tally: net[1].register_forward_hook(count_globally),
+    "held-by-a-module": lambda net, tally: net.append(Holder(tally)),
+    "of-all-modules": lambda net, tally: nn.modules.module.register_module_forward_hook(
+        lambda m, *_: tally.note() if isinstance(m, nn.Tanh) else None
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", ["jvp", "exact", "finite-difference"])
+@pytest.mark.parametrize("way", NOTED)
+def test_what_hooks_and_objects_note_moves_once(way, loss, monkeypatch):
+    def noted(call):
+        monkeypatch.setitem(globals(), "CALLS", 0)
+        TALLY.__init__()
+        tally, net = Tally(), nn.Sequential(nn.Linear(4, 4), nn.Tanh()).double()
+        handle = NOTED[way](net, tally)
+        call(lambda x: through_gradient(lambda x: x.sin().sum(), net(x)) * x)
+        handle.remove() if hasattr(handle, "remove") else None
+        return CALLS, TALLY.seen(), tally.seen(), getattr(net[1], "count", None)
+
+    x = torch.randn(3, 4).double()
+    assert noted(lambda f: LOSSES[loss](f, x)) == noted(lambda f: f(x)) != noted(lambda f: None)
+
+
+class RandomScale(nn.Module):
+    def forward(self, x):
+        return self.scale() * x
+
+    def scale(self):
+        return random.random() * np.random.rand()   # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    "draw", [random.random, np.random.default_rng(0).random, random.Random(0).random, np.random.RandomState(0).rand],
+    ids=["python", "generator", "own-python", "random-state"],
+)  # fmt: skip
+def test_draws_of_python_and_numpy_are_one_draw(draw):
+    """f(x) = c x, c in (0, 1): the loss is vᵀ c v + c² ‖x‖² / 2 = 2c + c²; with a draw for each side it would have (c₊ - c₋) / ε in it."""
+    x, v = torch.ones(1, 2, dtype=torch.float64), torch.ones(1, 1, 2, dtype=torch.float64)
+    for f in (lambda x: draw() * x, lambda x: random.random() * x, RandomScale()):
+        for _ in range(10):
+            assert 0 < float(losses.finite_difference_sliced(f, x, v=v)) < 3
+    found = jvp(lambda x: through_gradient(lambda x: x.square().sum(), x) * draw(), x, torch.eye(2, dtype=torch.float64)[:, None])
+    torch.testing.assert_close(found[1][0, 0, 0], found[0][0, 0])
+    torch.testing.assert_close(found[1][1, 0, 1], found[0][0, 0])
+
+
+def test_of_an_object_only_what_f_names_is_looked_at():
+    """A trainer's other networks and lists cost nothing, and are left alone."""
+    from fastscore.dual.once import Once
+
+    trainer = types.SimpleNamespace(net=network(), average=network(), history=[1])
+    once = Once(torch.device("cpu"), lambda x: trainer.net(x))
+    owners = [id(memory.owner) for memory in once.memory]
+    assert id(trainer.net[1]) in owners and id(trainer.average[1]) not in owners

@@ -1,13 +1,19 @@
 """Several evaluations of one function that count as one: each draws the same random numbers and starts from the same memory.
 
 What the function remembers (running statistics, the iterations of a spectral norm, averages in buffers, counters, what hooks note in
-lists) is afterwards what the first evaluation made of it.
+lists, attributes of the user's own objects, global numbers) is afterwards what the first evaluation made of it. Not seen are attributes of
+classes, iterators, NumPy arrays and files.
 """
 
 import contextlib
+import dis
 import functools
+import random
+import sys
+import sysconfig
 import types
 from collections import deque
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,7 +27,13 @@ from torch.utils._pytree import tree_leaves
 from fastscore.ops import checks
 
 _CONTAINERS = list, dict, set, deque
-_KEEPING = (*_CONTAINERS, torch.Generator)
+_NUMPY = sys.modules.get("numpy")
+_FOREIGN = (random.Random,) if _NUMPY is None else (random.Random, _NUMPY.random.Generator, _NUMPY.random.RandomState)
+_GENERATORS = (torch.Generator, *_FOREIGN)
+# Of Python and of NumPy, those that serve who names none.
+_COMMON = (random._inst,) if _NUMPY is None else (random._inst, _NUMPY.random.mtrand._rand)
+_KEEPING = (*_CONTAINERS, *_GENERATORS)
+_FUNCTIONS = types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial, types.ModuleType, types.CellType
 _OWN = frozenset(vars(nn.Module()))   # what every module holds
 _LARGE = 2**20   # elements that are not copied on suspicion
 
@@ -46,7 +58,7 @@ class Once:
         if quiet:
             return
         self.draws = Draws(device, reached)
-        self.memory = [Memory(m) for m in reached if not isinstance(m, torch.Generator)] if reached else []
+        self.memory = [Memory(m) for m in reached if not isinstance(m, _GENERATORS)] if reached else []
 
     def watched(self):
         """Around an evaluation that is not made inside this: what it draws cannot be drawn again while a CUDA graph is captured."""
@@ -96,8 +108,8 @@ class Draws:
                 self.watch = _Watch()
             else:
                 self.cuda = torch.cuda.get_rng_state(device)   # of the host: nothing waits
-        generators = [a for a in arguments if isinstance(a, torch.Generator)] if arguments else []
-        self.given = [(a, a.get_state()) for a in generators if self.watch is None or a.device.type == "cpu"]
+        generators = [a for a in arguments if isinstance(a, _GENERATORS)] if arguments else []
+        self.given = [(a, _state(a)) for a in generators if self.watch is None or isinstance(a, _FOREIGN) or a.device.type == "cpu"]
 
     def watched(self):
         return contextlib.nullcontext() if self.watch is None else self.watch
@@ -112,7 +124,29 @@ class Draws:
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
         for generator, state in self.given:
-            generator.set_state(state)
+            _set_state(generator, state)
+
+
+def _state(generator):
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return generator.get_state() if hasattr(generator, "get_state") else generator.bit_generator.state
+
+
+def _set_state(generator, state):
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif hasattr(generator, "set_state"):
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = state
+
+
+class Part:
+    """What some functions use of an object of the user's, or of the globals of a file: the names in `held`, which their code mentions."""
+
+    def __init__(self, held, names):
+        self.held, self.names = held, names
 
 
 _KEPT = "cpu"   # the device whose generator can be set back at any time
@@ -250,9 +284,11 @@ def _same(a, b):
 
 def _contents(owner):
     """{key: value} of what may change."""
+    if isinstance(owner, Part):
+        return {("attribute", name): a for name, a in owner.held.items() if name in owner.names}
     if isinstance(owner, nn.Module):
         values = {("buffer", name): b for name, b in owner._buffers.items() if b is not None}
-        if not _built_in(owner):
+        if not _built_in(owner) or owner._forward_hooks or owner._forward_pre_hooks:
             values |= {("attribute", name): a for name, a in vars(owner).items() if name not in _OWN}
         return values
     if isinstance(owner, types.CellType):
@@ -276,10 +312,11 @@ def _set(owner, key, a, gone=False):
         else:
             owner._buffers[name] = a
     elif kind == "attribute":
+        held = owner.held if isinstance(owner, Part) else vars(owner)
         if gone:
-            vars(owner).pop(name, None)
+            held.pop(name, None)
         else:
-            vars(owner)[name] = a
+            held[name] = a
     elif kind == "cell" and not gone:
         owner.cell_contents = a
 
@@ -295,7 +332,10 @@ def _built_in(module):
 
 def _reached(functions):
     """Modules, cells of closures and containers that the functions can reach; and whether all is known to neither draw nor remember."""
-    seen, found, waiting, quiet = set(), [], list(functions), not (_global_hooks or _global_pre_hooks)
+    seen, found, waiting, quiet = set(), [], list(functions), True
+    if _global_hooks or _global_pre_hooks:
+        waiting += [*_global_hooks.values(), *_global_pre_hooks.values()]
+        quiet = False
     while waiting:
         a = waiting.pop()
         kind = type(a)
@@ -309,6 +349,15 @@ def _reached(functions):
                 continue
         if kind is types.BuiltinFunctionType:   # as torch.sin, or torch.bernoulli
             quiet = False
+            if isinstance(a.__self__, _GENERATORS):   # as random.random
+                waiting.append(a.__self__)
+            continue
+        if kind is Part:
+            key = id(a.held), a.names
+            if key not in seen:
+                seen.add(key)
+                found.append(a)
+                waiting += _behind_part(a)
             continue
         if id(a) in seen:
             continue
@@ -318,10 +367,11 @@ def _reached(functions):
             continue
         quiet = quiet and a is None
         if _plain(kind):
-            if a._buffers:
+            hooked = a._forward_hooks or a._forward_pre_hooks
+            if a._buffers or hooked:
                 found.append(a)
             waiting += a._modules.values()
-            if a._forward_hooks or a._forward_pre_hooks:
+            if hooked:
                 waiting += [*a._forward_hooks.values(), *a._forward_pre_hooks.values()]
             continue
         waiting += _behind(a)
@@ -354,28 +404,100 @@ def _behind(a):
     if isinstance(a, types.FunctionType):
         if (a.__module__ or "").startswith("fastscore."):   # remembers nothing itself
             return [c.cell_contents for c in a.__closure__ or () if _filled(c) and _may_lead(c.cell_contents)]
-        reachable = a.__globals__
-        named = [b for n in _names(a.__code__) if _may_lead(b := reachable.get(n))]
-        return [*(a.__closure__ or ()), *named, *filter(_may_lead, a.__defaults__ or ())]
+        reachable, names = a.__globals__, _names(a.__code__)
+        values = [reachable.get(n) for n in names] + [c.cell_contents for c in a.__closure__ or () if _filled(c)]
+        parts = [Part(vars(b), _all_names(type(b), names)) for b in values if _own(type(b))]
+        parts += _elsewhere(a)
+        named = [b for b in values if _may_lead(b) and not _own(type(b))]
+        return [*(a.__closure__ or ()), *named, *parts, *filter(_may_lead, a.__defaults__ or ())]
     if isinstance(a, nn.Module):
         more = [*a._modules.values()]
         for hooks in (a._forward_hooks, a._forward_pre_hooks):
             more += hooks.values()
-        return more if _built_in(a) else more + [b for name, b in vars(a).items() if name not in _OWN and _may_lead(b)]
+        if _built_in(a):
+            return more
+        return more + [b for name, b in vars(a).items() if name not in _OWN and _may_lead(b)] + _of_class(type(a))
     if isinstance(a, types.MethodType):
+        if _own(type(a.__self__)) and isinstance(a.__func__, types.FunctionType):
+            return [a.__func__, Part(vars(a.__self__), _all_names(type(a.__self__), _names(a.__func__.__code__)))]
         return [a.__func__, a.__self__] if _may_lead(a.__self__) else [a.__func__]
     if isinstance(a, functools.partial):
         return [a.func, *filter(_may_lead, a.args), *filter(_may_lead, a.keywords.values())]
-    if isinstance(a, types.CellType):
-        return [a.cell_contents] if _filled(a) and _may_lead(a.cell_contents) else []
+    if isinstance(a, types.CellType):   # of an object of the user's, what the function names
+        return [a.cell_contents] if _filled(a) and _may_lead(a.cell_contents) and not _own(type(a.cell_contents)) else []
     if isinstance(a, _CONTAINERS):
         return [b for b in (a.values() if isinstance(a, dict) else a) if _may_lead(b)] if len(a) <= 1000 else []
     call = vars(type(a)).get("__call__")
+    if _own(type(a)):
+        return [Part(vars(a), _all_names(type(a), frozenset(vars(a)))), *([call] if isinstance(call, types.FunctionType) else [])]
     attributes = [b for b in vars(a).values() if _may_lead(b)] if hasattr(a, "__dict__") else []
     return [*attributes, *([call] if isinstance(call, types.FunctionType) else [])]
 
 
-_LEADING = (nn.Module, types.FunctionType, types.MethodType, functools.partial, torch.Generator, *_CONTAINERS)
+def _behind_part(part):
+    """What the attributes hold: of an object among them, what has one of the same names."""
+    leading = []
+    for name in part.names:
+        b = part.held.get(name)
+        if _own(type(b)):
+            leading.append(Part(vars(b), _all_names(type(b), part.names)))
+        elif _may_lead(b):
+            leading.append(b)
+    return leading
+
+
+@functools.cache
+def _own(cls):
+    """Whether its objects are the user's and hold attributes: it is neither Python's nor of an installed package, and no module."""
+    if issubclass(cls, (nn.Module, torch.Tensor, type, *_KEEPING, *_FUNCTIONS)):
+        return False
+    if cls is types.SimpleNamespace:
+        return True
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    own = cls.__module__ == "__main__" or (file is not None and not file.startswith(_INSTALLED))
+    return own and getattr(cls, "__dictoffset__", 0) != 0
+
+
+_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {str(Path(__file__).parents[1])})
+
+
+@functools.cache
+def _all_names(cls, names):
+    """The names, and those in the code of the methods of cls among them."""
+    found, waiting = set(names), list(names)
+    while waiting:
+        method = getattr(cls, waiting.pop(), None)
+        method = method.fget if isinstance(method, property) else method
+        if isinstance(method, types.FunctionType):
+            new = _names(method.__code__) - found
+            found |= new
+            waiting += new
+    return frozenset(found)
+
+
+@functools.cache
+def _stored_globals(code):
+    """The names of the module level that it assigns to, by `global`."""
+    own = {i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
+    return frozenset(own.union(*(_stored_globals(c) for c in code.co_consts if isinstance(c, types.CodeType))))
+
+
+def _elsewhere(function):
+    """What its code names beside its arguments: the globals that it assigns to, the generators of Python and NumPy."""
+    stored = _stored_globals(function.__code__)
+    parts = [Part(function.__globals__, stored)] if stored else []
+    return [*parts, *_COMMON] if "random" in _names(function.__code__) else parts
+
+
+@functools.cache
+def _of_class(cls):
+    """The same of a module's methods."""
+    methods = (getattr(cls, name, None) for name in _all_names(cls, frozenset({"forward"})))
+    methods = [m for m in methods if isinstance(m, types.FunctionType) and not m.__module__.startswith(("torch.", "fastscore."))]
+    return [b for m in methods for b in _elsewhere(m)]
+
+
+_LEADING = (nn.Module, types.FunctionType, types.MethodType, functools.partial, *_GENERATORS, *_CONTAINERS)
 _SILENT = (type, types.BuiltinFunctionType, torch.Tensor, types.ModuleType, str, int, float, type(None))
 
 
@@ -383,13 +505,15 @@ def _may_lead(a):
     """Whether it may be, or hold, something that remembers."""
     if a is None:
         return False
-    return isinstance(a, _LEADING) or (not isinstance(a, _SILENT) and callable(a) and hasattr(a, "__dict__"))
+    if isinstance(a, types.BuiltinFunctionType):
+        return isinstance(a.__self__, _GENERATORS)
+    return isinstance(a, _LEADING) or _own(type(a)) or (not isinstance(a, _SILENT) and callable(a) and hasattr(a, "__dict__"))
 
 
 @functools.cache
 def _names(code):
-    """Of the module level, those of the functions inside it too."""
-    return {*code.co_names, *(n for c in code.co_consts if isinstance(c, types.CodeType) for n in _names(c))}
+    """Of the module level and of attributes, those of the functions inside it too."""
+    return frozenset({*code.co_names, *(n for c in code.co_consts if isinstance(c, types.CodeType) for n in _names(c))})
 
 
 _QUIET = {

@@ -37,7 +37,7 @@ def finite_difference_sliced(
     Args:
         epsilon: ε, the length of h v (exactly for signs and the sphere, on average for normals); at least the rounding of x's dtype.
         Everything else as in `sliced`; 2M evaluations of the score, which draw the same random numbers, and of which the first moves its
-            state (running statistics, buffers, counters). Its hooks run each time.
+            state (running statistics, buffers, counters, what hooks note). Hooks run each time.
 
     Returns:
         (B,), float32 (float64 for float64), differentiable in x and the parameters of score.
