@@ -3,6 +3,7 @@
 `python benchmarks/harness.py results/*.json` prints the tables of benchmarks/README.md.
 """
 
+import contextlib
 import ctypes
 import json
 import platform
@@ -53,6 +54,11 @@ def versions(device):
     return found
 
 
+def l2_of(device):
+    """Bytes of a GPU's L2; None on a CPU."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size if device == "cuda" else None
+
+
 def clock(call, repeats, device):
     """Seconds per call."""
     if device == "cuda":
@@ -86,24 +92,46 @@ def interleave(calls, device, rounds, least):
 REPLAYED = 20   # calls in a graph
 
 
+def captured(call, times):
+    """A CUDA graph of so many calls, after some outside it, which compile and load."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(times):
+                call()
+    except Exception:
+        release_generator()
+        raise
+    return graph
+
+
+def release_generator():
+    """After a capture that failed, whose end PyTorch did not reach: its default generator takes itself for captured, and every later
+    draw, and every replay, ends in "Offset increment outside graph capture". A capture that succeeds releases it.
+    """
+    with contextlib.suppress(Exception):
+        torch.cuda.synchronize()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device="cuda")
+        torch.cuda.synchronize()
+
+
 def replays(calls):
     """Calls whose every run is REPLAYED of theirs in a CUDA graph; those that cannot be captured are left out."""
     graphs = {}
     for name, call in calls.items():
         try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    call()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for _ in range(REPLAYED):
-                    call()
+            graph = captured(call, REPLAYED)
             graph.replay()
             torch.cuda.synchronize()
-        except RuntimeError:
+        except Exception as error:   # of a competitor: the others are measured all the same
+            print(f"{name} is not captured: {type(error).__name__}: {error}"[:300], file=sys.stderr)
             torch.cuda.synchronize()
             continue
         graphs[name] = graph.replay
@@ -122,7 +150,10 @@ def keep_pages():
 
 
 def copy_of(total_bytes, device):
-    """The ceiling: read half of the bytes and write half of them."""
+    """The ceiling: read half of the bytes and write half of them.
+
+    Every call of a competitor takes the same tensors, and so does this: what fits in a GPU's L2 stays there for both of them.
+    """
     source = torch.empty(max(1, total_bytes // 8), device=device).normal_()
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
@@ -136,8 +167,11 @@ def number(value):
 
 
 def table(report):
-    """Markdown: a line per row, the best of ours, each peer as a multiple of its time; those of few rows in one column."""
-    rows = [Row(**row) for row in report["rows"]]
+    """Markdown: a line per row, the best of ours, each peer as a multiple of its time; those of few rows in one column.
+
+    "(L2)": what must move fits in the GPU's L2, where it stays from call to call: the ceiling is a copy of as much in the L2.
+    """
+    rows, l2 = [Row(**row) for row in report["rows"]], report.get("l2") or 0
     head = ["op", "shape", "dtype", "back end", "time", "G elements/s", "GB/s", "% of ceiling"]
     head += [*(f"vs {peer}" for peer in PEERS), "vs others"]
     graphs = any(row.replayed for row in rows)
@@ -149,23 +183,27 @@ def table(report):
             ratio = {peer: number(seconds / t) + "×" for peer, seconds in row.seconds.items() if peer not in ("ceiling", *OURS)}
             others = ", ".join(f"{peer} {ratio[peer]}" for peer in sorted(ratio.keys() - set(PEERS)))
             cells = [row.op, "×".join(map(str, row.shape)), row.dtype, name, f"{t * 1e6:.0f} µs", f"{row.elements / t / 1e9:.2f}"]
-            cells += [f"{row.bytes / t / 1e9:.0f}", f"{100 * row.seconds['ceiling'] / t:.0f}", *(ratio.get(p, "") for p in PEERS), others]
-            cells += in_a_graph(row, name) if graphs else []
+            cached = " (L2)" if row.bytes <= l2 else ""
+            cells += [f"{row.bytes / t / 1e9:.0f}", f"{100 * row.seconds['ceiling'] / t:.0f}{cached}"]
+            cells += [*(ratio.get(p, "") for p in PEERS), others]
+            cells += in_a_graph(row, name, cached) if graphs else []
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def in_a_graph(row, name):
+def in_a_graph(row, name, cached):
     """Time by replay, percent of the ceiling's and the multiple that eager takes."""
     t = row.replayed.get(name)
     if t is None:
         return ["", "", ""]
     ceiling, eager = (row.replayed.get(other) for other in ("ceiling", "eager"))
-    return [f"{t * 1e6:.1f} µs", f"{100 * ceiling / t:.0f}" if ceiling else "", number(eager / t) + "×" if eager else ""]
+    return [f"{t * 1e6:.1f} µs", f"{100 * ceiling / t:.0f}{cached}" if ceiling else "", number(eager / t) + "×" if eager else ""]
 
 
 def report(rows, device):
-    return {"device": describe_device(device), "versions": versions(device), "rows": [asdict(row) for row in rows]}
+    found = {"device": describe_device(device), "versions": versions(device)}
+    found |= {"l2": l2_of(device)} if device == "cuda" else {}
+    return found | {"rows": [asdict(row) for row in rows]}
 
 
 def merged(path, new):

@@ -352,6 +352,7 @@ class Stream:
 
 class Properties:
     total_memory = 2**30
+    L2_cache_size = 2**15
     multi_processor_count = 2
     name = "emulated"
 
@@ -363,6 +364,7 @@ def torch_cuda():
         "CUDAGraph": Graph,
         "Event": Event,
         "Stream": Stream,
+        "current_device": lambda: 0,
         "current_stream": lambda *device: Stream(),
         "get_device_capability": lambda *device: (9, 0),
         "get_device_name": lambda *device: "emulated",

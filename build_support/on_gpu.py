@@ -1,4 +1,4 @@
-"""Everything that only a GPU can tell, in parts: `python build_support/on_gpu.py build check=200 bench-ops ...`.
+"""Everything that only a GPU can tell, in parts: `python build_support/on_gpu.py build check=200 bench-ops bench-losses/energy ...`.
 
 Each part has a time limit in seconds, never stops the next one, and leaves what it has found in a file as it goes ($OUT, else
 gpu-results/): a part that is called again goes on from there. SIGINT ends the running part and keeps its file.
@@ -41,7 +41,8 @@ METRICS = (   # of ncu: share of the memory's and the arithmetic's peak, time, r
 
 def environment() -> dict:
     """Ours first on the path; the compiled kernels of Triton and Inductor are kept between parts."""
-    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "build_support"), os.environ.get("PYTHONPATH"))))
+    ours = (str(ROOT / folder) for folder in ("", "build_support", "benchmarks"))
+    path = os.pathsep.join(filter(None, (*ours, os.environ.get("PYTHONPATH"))))
     emulated = {"FASTSCORE_GPU_TESTS_ON": "cpu", "TRITON_INTERPRET": "1"} if EMULATED else {}
     return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | emulated
 
@@ -126,16 +127,17 @@ def check() -> str:
 
 
 def bench(part: str) -> str:
-    """Each file of benchmarks in a process of its own; a row is written as soon as it is measured."""
+    """Each file of benchmarks, or the one behind a slash, in a process of its own; a row is written as soon as it is measured."""
     end, outcomes = time.monotonic() + SECONDS[part], []
-    for stem in BENCHMARKS[part]:
+    name, _, chosen = part.partition("/")
+    for stem in [chosen] if chosen else BENCHMARKS[name]:
         left = end - time.monotonic()
         if left < 5:
             outcomes.append(f"{stem}: no time left")
             continue
         command = [sys.executable, "-m", "pytest", "-q", f"benchmarks/bench_{stem}.py", "--device", "emulated" if EMULATED else "cuda"]
         command += ["-p", "no:cacheprovider", "--results", str(RESULTS / "gpu.json"), *selected()]
-        outcome = run(command, left, RESULTS / f"{part}.log")
+        outcome = run(command, left, RESULTS / f"{name}.log")
         outcomes.append(f"{stem}: {'nothing selected' if outcome == 'exit status 5' else outcome}")
     return "; ".join(outcomes)
 
@@ -163,9 +165,10 @@ def profile() -> str:
         if ncu:
             command = [ncu, "--csv", "--metrics", ",".join(METRICS), "--target-processes", "all", "--log-file", str(new)]
             outcome = run([*command, sys.executable, "build_support/workloads.py", name], left, RESULTS / "profile.log")
-        if outcome != "done":   # counters may be forbidden
+        left = end - time.monotonic()
+        if outcome != "done" and left >= 5:   # counters may be forbidden
             command = [sys.executable, "build_support/profiled.py", name, str(new)]
-            outcome = f"{outcome}, without it: {run(command, end - time.monotonic(), RESULTS / 'profile.log')}"
+            outcome = f"{outcome}, without it: {run(command, left, RESULTS / 'profile.log')}"
         if outcome.endswith("done") and new.exists():
             new.replace(file)
         outcomes.append(f"{name}: {outcome}")
@@ -177,7 +180,7 @@ def main(parts: list[str]) -> None:
     own = {"build": build, "ceilings": ceilings, "check": check, "tune": tune, "profile": profile}
     for part in parts:
         part, _, seconds = part.partition("=")
-        SECONDS[part] = float(seconds or SECONDS[part])
+        SECONDS[part] = float(seconds or SECONDS[part.split("/")[0]])
         start = time.monotonic()
         try:
             outcome = own[part]() if part in own else bench(part)

@@ -8,9 +8,13 @@ import argparse
 import contextlib
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from harness import captured
 from workloads import EMULATED, WORKLOADS, calls, least_bytes
 
 from fastscore.kernels import tiles
@@ -28,15 +32,7 @@ CALLS = 1 if EMULATED else 20
 
 def seconds(call) -> float:
     """Of one call in a graph of CALLS, the least of several replays."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
+    graph = captured(call, CALLS)
     times = []
     for _ in range(1 if EMULATED else 7):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -1,13 +1,17 @@
 """Every benchmark runs, verifies its competitors and writes a row that a table can be made of."""
 
+import contextlib
 import json
 import os
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import children
 import pytest
+import torch
 
 from fastscore import backend
 
@@ -48,3 +52,69 @@ def test_results_keep_the_rows_of_other_runs_of_the_same_machine(tmp_path):
     assert harness.merged(path, new)["rows"] == [row("b", 1.0), row("a", 2.0), row("c", 3.0)]
     for other in ({"device": "e"}, {"versions": {"torch": "2"}}):
         assert harness.merged(path, new | other) == new | other
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """A mocked one whose default generator takes itself for captured until a capture ends well, as PyTorch's does."""
+
+    class Driver:
+        inside = taken = False
+
+        def draw(self):
+            if self.taken and not self.inside:
+                raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+        def __enter__(self):
+            self.inside = self.taken = True
+
+        def __exit__(self, error, *rest):
+            self.inside = False
+            self.taken = error is not None
+
+        def replay(self):
+            self.draw()
+
+        def wait_stream(self, other):
+            pass
+
+    driver, zeros = Driver(), torch.zeros
+    for name in ("CUDAGraph", "Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: driver)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: zeros(*shape))
+    return driver
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError])
+def test_a_capture_that_fails_leaves_the_others_and_the_generator_as_they_were(driver, error):
+    def not_to_be_captured():
+        if driver.inside:
+            raise error("operation not permitted when stream is capturing")
+
+    calls = {"cuda": driver.draw, "torch.compile": not_to_be_captured, "eager": driver.draw, "ceiling": lambda: None}
+    found = harness.replays(calls)
+    assert list(found) == ["cuda", "eager", "ceiling"]
+    driver.draw()   # the next benchmark's inputs
+    for replay in found.values():
+        replay()
+
+
+def test_rows_say_what_stays_in_the_l2():
+    def row(op, total):
+        return harness.Row(op, [total // 8], "float32", total // 8, total, {"cuda": 2.0, "ceiling": 1.0}, {"cuda": 1.0, "ceiling": 0.75})
+
+    report = {"device": "a GPU", "versions": {}, "l2": 2**20, "rows": [asdict(row("small", 2**20)), asdict(row("large", 2**20 + 8))]}
+    head, _, small, large = ([cell.strip() for cell in line.split("|")] for line in harness.table(report).splitlines())
+    ceilings = [i for i, name in enumerate(head) if name == "% of ceiling"]
+    assert [[line[i] for i in ceilings] for line in (small, large)] == [["50 (L2)", "75 (L2)"], ["50", "75"]]
+
+
+def test_a_report_of_a_gpu_holds_the_size_of_its_l2(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=5))
+    pytest.importorskip("triton")
+    assert harness.report([], "cuda")["l2"] == 5 and "l2" not in harness.report([], "cpu")

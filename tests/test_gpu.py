@@ -41,6 +41,12 @@ def on_gpu_or(few, many):
     return many if DEVICE == "cuda" else few
 
 
+def pairs(a, b):
+    """All of them; without a GPU, where Triton's interpreter would take minutes, each of both at least once."""
+    every = list(itertools.product(a, b))
+    return every if DEVICE == "cuda" else list(itertools.islice(zip(itertools.cycle(a), itertools.cycle(b)), max(len(a), len(b))))
+
+
 @pytest.fixture(params=["triton", "cuda"] + ["cpp"] * (DEVICE == "cpu"), autouse=True)
 def gpu_backend(request):
     with contextlib.ExitStack() as stack:
@@ -251,7 +257,7 @@ IMAGES = [
     pytest.param((5, 6, 7, 9), id="scalar-loads"),
     pytest.param((3, 48, 16, 16), id="vector-loads"),
     pytest.param((on_gpu_or(40, 700), 6, 1, 1), id="one-pixel"),
-    pytest.param((2, 6, 300, 301), id="rows-in-splits"),
+    pytest.param(on_gpu_or((1, 6, 95, 96), (2, 6, 300, 301)), id="rows-in-splits"),
     pytest.param((3, 6, 2, 3, 5), id="three-dimensions"),
 ]
 
@@ -289,7 +295,7 @@ def _last(a, channel):
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_normalisation_and_its_gradient_equal_those_of_the_cpu(norm_backend, dtype, channels_last, shape):
-    for activation, (groups, alpha, beta) in itertools.product(ACTIVATIONS, FORMS):
+    for activation, (groups, alpha, beta) in pairs(ACTIVATIONS, FORMS):
         form = Form(groups, alpha, beta, 1e-5, activation)
         (x, _, coef, _, gy, _), (x_, _, coef_, _, gy_, _) = norm_problem(form, shape, dtype, channels_last=channels_last)
         exact = normalise_ref(x_.requires_grad_(), coef_.requires_grad_(), None, form)
@@ -323,8 +329,8 @@ def relative(a, b, least=0):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tangents_and_their_gradient_equal_those_of_the_cpu(norm_backend, dtype, channels_last, M):
     bound = max(4 * torch.finfo(dtype).eps, 2e-5 if dtype != torch.float64 else 1e-9)
-    for (groups, alpha, beta), activation in itertools.product(FORMS, (None, "silu", "gelu")):
-        for shape in ((3, 6, 7, 9), (2, 6, 90, 91)):
+    for (groups, alpha, beta), activation in pairs(FORMS, (None, "silu", "gelu")):
+        for shape in ((3, 6, 7, 9), on_gpu_or((1, 6, 48, 49), (2, 6, 90, 91))):
             form = Form(groups, alpha, beta, 1e-5, activation)
             on_gpu, on_cpu = norm_problem(form, shape, dtype, M, channels_last)
             x, t, coef, tcoef = (a.requires_grad_() for a in on_gpu[:4])

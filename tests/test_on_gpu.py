@@ -54,6 +54,25 @@ def test_build_and_ceilings(parts):
     assert len((parts.results / "parts.log").read_text().splitlines()) == 2
 
 
+SHORT = {
+    "check": "group_size and cuda and 300",
+    "bench-ops/langevin_step": "langevin_step and 12 and float32",
+    "bench-losses/energy": "energy_mlp and 2-128-1024-1",
+    "bench-loops": "annealed",
+    "tune": "activate",
+}
+
+
+@pytest.mark.parametrize("part", SHORT)
+def test_a_part_runs_to_its_end(parts, part):
+    """A little of each; the whole of them in test_every_part_runs_to_its_end."""
+    (line,) = parts(part, select=SHORT[part])
+    assert re.search(r": done|[1-9] passed", line) and "exit status" not in line and "cut off" not in line, line
+    kept = {"check": "check.jsonl", "tune": "tune.jsonl"}.get(part, "gpu.json")
+    text = (parts.results / kept).read_text()
+    assert text and '"error"' not in text and '"failed"' not in text
+
+
 @pytest.mark.slow
 def test_check_runs_no_test_twice_that_has_passed(parts):
     (first,) = parts("check", select="group_size and cuda and (4 or 300)")
