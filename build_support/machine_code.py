@@ -88,13 +88,17 @@ def noise_kernels():
             more = {"FULL": full, "STEPS": steps}
             yield f"noise_reduce {label} {dtype}", noise_reduce_kernel, constants | more, types, ("partial_ptr", "s_ptr", "per_sample")
         constants = {"HAS_KEY": False, "key_ptr": None, "WIDE": wide, "ALIGNED": True, "ROWS": 1, "BLOCKS": 16 if wide else 32}
+        several = 4 if dtype in ("bf16", "fp16") else 2
+        forms = ("long", True, several), ("full", True, 1), ("masked", False, 1)
         pointers |= {name: f"*{dtype}" for name in ("js_ptr", "gjs_ptr", "gs_ptr")}
         pointers |= {f"{name}_ptr": "*fp64" if wide else "*fp32" for name in ("vjv", "vs", "ss", "gvjv", "gvs", "gss")}
         aligned = ("js_ptr", "s_ptr", "gjs_ptr", "gs_ptr", "samples")
         scalars |= dict.fromkeys(("samples", "projections"), "i32")
         flags = {"HAS_J": True, "HAS_S": True}, {"HAS_GJS": True, "HAS_GVS": True, "HAS_GSS": True}
-        yield f"project {dtype}", project_kernel, constants | flags[0], pointers | scalars, aligned
-        yield f"spread {dtype}", spread_kernel, constants | flags[1], pointers | scalars, aligned
+        for label, full, steps in forms:
+            form = {"FULL": full, "STEPS": steps}
+            yield f"project {label} {dtype}", project_kernel, constants | flags[0] | form, pointers | scalars, aligned
+            yield f"spread {label} {dtype}", spread_kernel, constants | flags[1] | form, pointers | scalars, aligned
 
 
 def pixel_kernels(arch):
@@ -205,7 +209,7 @@ def compile_triton(entry, arch):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        (row,) = count(file.name, elements / (32 * warps), constants.get("STEPS", 1) if "noise_reduce" in name else 1).values()
+        (row,) = count(file.name, elements / (32 * warps), constants.get("STEPS", 1)).values()
     return f"{name} sm_{arch}", row
 
 

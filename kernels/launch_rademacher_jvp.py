@@ -14,18 +14,28 @@ SPREAD = (
     "rademacher_spread(Tensor(a!)? gjs, Tensor(b!)? gs, Tensor? g_vjv, Tensor? g_vs, Tensor? g_ss, Tensor? s, int projections, "
     "Tensor? key, int seed, int step, int stream, int offset) -> ()"
 )
+LONG = 16   # programs that a sample must fill for them to take several tiles each: two, or four of a 16-bit type
 BLOCKS = 32   # of 128 signs per program: one for each lane of a warp, 4096 elements; half of them in float64, which would spill
 
 
-def _grid(like, samples, offset, *tensors):
-    """(grid, numbers of the kernel, its constants, programs per sample): a program takes several short samples or a part of a long one."""
+def _grid(like, samples, offset, projections, *tensors):
+    """(grid, numbers of the kernel, its constants, programs per sample): a program takes several short samples or a part of a long one.
+
+    Nothing here depends on how many samples there are, for the order of their sums may not.
+    """
     per_sample = like.numel() // samples
-    needed = (per_sample + 254) // 128   # blocks that a sample may lie in
+    opened = per_sample % 128 == 0 and offset % 128 == 0   # every sample opens a block
+    needed = per_sample // 128 if opened else (per_sample + 254) // 128   # blocks that a sample may lie in
     most = BLOCKS // 2 if like.dtype == torch.float64 else BLOCKS
     blocks = min(most, power_of_two(needed))
-    rows, splits = most // blocks, cdiv(needed, blocks)
+    rows = most // blocks
     aligned = per_sample % 16 == 0 and offset % 16 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
-    constants = {"WIDE": like.dtype == torch.float64, "ALIGNED": aligned, "ROWS": rows, "BLOCKS": blocks}
+    several = 4 if like.dtype.itemsize == 2 else 2
+    long = needed % (several * blocks) == 0 and needed >= LONG * several * blocks
+    steps = several if long and aligned and opened and projections == 1 else 1
+    full = aligned and opened and rows == 1 and needed % blocks == 0
+    splits = cdiv(needed, blocks * steps)
+    constants = {"WIDE": like.dtype == torch.float64, "ALIGNED": aligned, "FULL": full, "ROWS": rows, "BLOCKS": blocks, "STEPS": steps}
     return (cdiv(samples, rows), splits), (samples, per_sample), constants, splits
 
 
@@ -44,7 +54,7 @@ def project(vjv, vs, ss, js, s, projections, key, seed, step, stream, offset):
             o.zero_()
         return
     js, s = _dense(js), _dense(s)
-    grid, sizes, constants, splits = _grid(like, samples, offset, js, s)
+    grid, sizes, constants, splits = _grid(like, samples, offset, projections, js, s)
     partial = [vjv, vs, ss]   # of one split: the sums themselves
     if splits > 1:
         partial = [None if o is None else torch.empty((*o.shape, splits), dtype=o.dtype, device=o.device) for o in partial]
@@ -64,7 +74,7 @@ def spread(gjs, gs, g_vjv, g_vs, g_ss, s, projections, key, seed, step, stream, 
         return
     targets = [g if g is None or g.is_contiguous() else torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in (gjs, gs)]
     s = _dense(s)
-    grid, sizes, constants, _ = _grid(like, samples, offset, *targets, s)
+    grid, sizes, constants, _ = _grid(like, samples, offset, projections, *targets, s)
     with torch.cuda.device_of(like):
         launch(
             spread_kernel, grid,

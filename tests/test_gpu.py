@@ -134,7 +134,7 @@ def test_samples_do_not_depend_on_how_the_batch_is_split(dtype, B, d):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("B, d", [(10, 150), (6, 640), (13, 24), (3, 4100)])
+@pytest.mark.parametrize("B, d", [(10, 150), (6, 640), (13, 24), (3, 4100), (3, 8192)])
 def test_sums_over_a_sample_do_not_depend_on_how_the_batch_is_split(gpu_backend, dtype, B, d):
     """Bit for bit: neither the order of a sum nor its formula may depend on where a part of a batch lies in memory."""
     s, js = torch.randn(B, d).to(DEVICE, dtype), torch.randn(2, B, d).to(DEVICE, dtype)
@@ -474,16 +474,26 @@ def test_stack_of_more_than_two_to_the_31_elements(norm_backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(5, 7), (3, 4, 33, 5), (2, 20_000), (700, 2)], ids=str)
-def test_projections_and_their_gradient_equal_those_of_the_cpu(norm_backend, dtype, shape):
-    M, numbers = 3, (2**40 + 7, 3, random.PROJECTION, 2**33 + 5)
+@pytest.mark.parametrize(
+    "shape, M, offset",
+    [
+        pytest.param((5, 7), 3, 2**33 + 5, id="short"),
+        pytest.param((3, 4, 33, 5), 3, 2**33 + 5, id="unaligned"),
+        pytest.param((2, 20_000), 3, 2**33 + 5, id="splits"),
+        pytest.param((700, 2), 3, 2**33 + 5, id="many-rows-per-program"),
+        pytest.param((3, 8192), 2, 2**33 + 128, id="whole-tiles"),
+        pytest.param((2, 2**18), 1, 2**39 - 2**18, id="several-tiles-per-program"),   # and blocks on both sides of 2^32
+    ],
+)
+def test_projections_and_their_gradient_equal_those_of_the_cpu(norm_backend, dtype, shape, M, offset):
+    numbers = 2**40 + 7, 3, random.PROJECTION, offset
     js, s = torch.randn(M, *shape).to(DEVICE, dtype).requires_grad_(), torch.randn(shape).to(DEVICE, dtype).requires_grad_()
     key = {"seed": numbers[0], "step": numbers[1], "stream": numbers[2], "offset": numbers[3], "dtype": torch.float64}
     v = torch.stack([random.rademacher(shape, substream=m, backend="reference", **key) for m in range(M)])
     got = project(s, js, None, numbers, norm_backend)
     wide = [t.detach().cpu().double().requires_grad_() for t in (s, js)]
     expected = project_ref(*wide, v)
-    for a, b in zip(got, expected):   # sums of up to 20000 terms of size 1, at random
+    for a, b in zip(got, expected):   # sums of up to 2^18 terms of size 1, at random
         assert torch.allclose(a.detach().cpu().double(), b.detach(), rtol=1e-5, atol=1e-3 if dtype != torch.float64 else 1e-9)
     weights = [torch.randn(a.shape) for a in got]
     gradients = torch.autograd.grad([(a * w.to(a)).sum() for a, w in zip(got, weights)], (s, js))

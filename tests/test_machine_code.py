@@ -39,7 +39,7 @@ def cuda_rows():
 
 
 def test_every_triton_kernel_compiles_for_every_dtype_and_target_without_spills(triton_rows):
-    noise = 4 + 4 * 3 + 1 + 3 * 4 + 2 * 4   # on every target; and on sm_90 more variants
+    noise = 4 + 4 * 3 + 1 + 3 * 4 + 2 * 3 * 4   # on every target; and on sm_90 more variants
     pixels, algebra, whole, stack, sums = 4 * 4, 2 * 3, 4, 4 * 4, 2
     assert len(triton_rows) == 3 * (noise + pixels + algebra + whole + stack + sums) + 2 * 3 * 4 + 2 * 2 + 4 * 6
     for name, row in triton_rows.items():
@@ -92,8 +92,11 @@ def test_instructions_per_element_do_not_grow(triton_rows, request):
             limit = {"long": 31, "full": 33, "masked": 35.5}[name.split()[1]]
             registers = 160 if name.endswith("sm_100") else 128   # ptxas takes 156 there for the loop over four tiles
             assert row["per_element"] <= limit and row["registers"] <= registers, (name, row)
-        if name.startswith(("project", "spread")) and "fp64" not in name:   # one Philox for 128 signs
-            assert row["per_element"] <= 23 and row["registers"] <= 110, (name, row)
+        if name.startswith(("project", "spread")) and "fp64" not in name:
+            # Each warp computes the 32 Philox blocks of a tile, 2 instructions an element; a sign flip is 2, a sum 1, of bfloat16 a
+            # conversion 1 for each tensor; three sums over a program's threads take 3, of several tiles a part of that.
+            limits = {"long": 15, "full": 19, "masked": 20.5} if name.startswith("project") else {"long": 15, "full": 15.5, "masked": 17}
+            assert row["per_element"] <= limits[name.split()[1]] and row["registers"] <= 110, (name, row)
         if name.startswith(("apply elu", "gradient elu")) and "fp64" not in name:
             assert row["per_element"] <= 25, (name, row)
     for name, row in request.getfixturevalue("cuda_rows").items():
