@@ -9,6 +9,10 @@ import fastscore
 from fastscore import losses, random
 
 KEY = {"seed": 1}
+SHIFT = torch.linspace(-1, 1, 5)
+GAMMA = nn.Parameter(torch.tensor([0.5, 1.0, 2.0]))
+LABELS, TABLE = torch.tensor([0, 1, 1, 0]), nn.Parameter(torch.linspace(-1, 1, 18).reshape(2, 9))
+LAYER = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
 NETWORK = fastscore.models.ScoreMLP(3, width=8, depth=1, sigmas=[2.0, 0.1])
 FLOATS = {
     "step_size": lambda x, a: fastscore.langevin_step(x, -x, a, **KEY),
@@ -19,7 +23,23 @@ FLOATS = {
     "sigma of denoising_loss": lambda x, a: fastscore.denoising_loss(-x, a, **KEY),
     "sigma of denoising": lambda x, a: losses.denoising(lambda x, sigma: -x, x, a, **KEY),
     "sigma of a network": lambda x, a: NETWORK(x, a),
+    "eps of instance_norm_plus": lambda x, a: fastscore.instance_norm_plus(x[:, :, None] + SHIFT, x.mean(0), eps=a),
+    "eps with a gradient": lambda x, a: fastscore.instance_norm_plus(x[:, :, None] + SHIFT, GAMMA, GAMMA, GAMMA, eps=a, activation="elu"),
+    "eps of conditional_instance_norm_plus": lambda x, a: fastscore.conditional_instance_norm_plus(
+        x[:, :, None] + SHIFT, LABELS, TABLE, eps=a
+    ),
+    "eps of group_norm_modulate": lambda x, a: fastscore.group_norm_modulate(x[:, :, None] + SHIFT, 3, GAMMA, GAMMA, eps=a),
+    "eps of instance_norm_plus_dual": lambda x, a: torch.cat(
+        fastscore.instance_norm_plus_dual(x[:, :, None] + SHIFT, (x[:, :, None] * SHIFT)[None], GAMMA, GAMMA, eps=a)[1:]
+    ),
+    "power": lambda x, a: losses.noise_conditional(lambda x, sigma: -x, x, [2.0, 0.1], power=a, **KEY),
+    "epsilon": lambda x, a: losses.finite_difference_sliced(LAYER, x, epsilon=a, **KEY),
     "step_size with noise": lambda x, a: fastscore.langevin_step(x, -x, a, noise=x),
+}
+BROKEN = {   # by graph breaks
+    "power of sliced": lambda x, a: losses.noise_conditional(lambda x, s: -x * x, x, [2.0, 0.1], method="sliced", power=a, **KEY),
+    "power of exact": lambda x, a: losses.noise_conditional(lambda x, s: -x * x, x, [2.0, 0.1], method="exact", power=a, **KEY),
+    "epsilon of a function": lambda x, a: losses.finite_difference_sliced(lambda x: -x * x, x, epsilon=a, **KEY),
 }
 INTEGERS = {
     "langevin_step": lambda x, k: fastscore.langevin_step(x, -x, 0.1, offset=k, **KEY),
@@ -76,6 +96,34 @@ def test_no_graph_after_the_second_value(function, values):
 def test_no_graph_after_the_second_value_on_the_reference(function, values):
     with fastscore.use_backend("reference"):
         _count(function, values)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_no_graph_after_the_second_value_where_a_loss_breaks_its_graph(name):
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    compiled, graphs = counted(BROKEN[name])
+
+    counts = []
+    for value in VALUES["float"]:
+        torch.testing.assert_close(compiled(x, value), BROKEN[name](x, value), rtol=1e-5, atol=1e-5)
+        counts.append(len(graphs))
+    assert counts[1:] == counts[1:2] * (len(counts) - 1)
+
+
+def test_gradients_follow_an_eps_that_changes():
+    x = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def gradients(f, eps):
+        return torch.autograd.grad(f(x, eps).square().sum(), [x, GAMMA])
+
+    def f(x, eps):
+        return fastscore.instance_norm_plus(x, GAMMA, GAMMA, GAMMA, eps=eps, activation="silu")
+
+    compiled, graphs = counted(f)
+    for eps in VALUES["float"]:
+        for a, b in zip(gradients(compiled, eps), gradients(f, eps), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 2
 
 
 def _count(function, values):

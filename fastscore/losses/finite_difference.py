@@ -63,6 +63,7 @@ def finite_difference_sliced(
     h = epsilon / math.sqrt(max(1, x[:1].numel()))
     if not torch.compiler.is_compiling():
         return _mean(op, score, x, v, mask, h, variance_reduced, Once(x.device, score))
+    h = checks.in_graph(h, x)
     if moves(score):   # a graph cannot set the generators back
         return _eagerly(op, score, x, v, mask, h, variance_reduced)
     return _mean(op, score, x, v, mask, h, variance_reduced, contextlib.nullcontext())

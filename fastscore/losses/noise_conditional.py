@@ -63,6 +63,7 @@ def noise_conditional(
     check_key(op, seed, step, offset, x)
     power = _finite(op, power)
     sigmas = check_ladder(op, sigmas, wait=False).to(x.device)
+    power = checks.in_graph(power, sigmas if sigmas.dtype == torch.float64 else x)
     if labels is None:
         first = offset // max(1, x[:1].numel())   # a sample's level, like its noise, is the same in any split of the batch
         labels = draw_labels(len(sigmas), x.shape[0], seed=seed, step=step, first_sample=first, device=x.device)
@@ -70,15 +71,18 @@ def noise_conditional(
         raise ValueError(f"{op}: labels must be int64 ({x.shape[0]},) in 0..{len(sigmas) - 1}.")
     each = sigmas[labels]
     if method == "denoising":
-        loss = weighted(op, score, x, each, seed, step, offset)
-        return loss if power == 2 else loss * each ** (power - 2)
+        return _weighted(weighted(op, score, x, each, seed, step, offset), each, power - 2)
     key = {"seed": random.draw_seed() if seed is None else seed, "step": step, "offset": offset}
     noisy = perturb(x, each, **key)
     if method == "exact":
         loss = implicit(score, noisy, arguments=(each,))
     else:
         loss = sliced_estimate(op, score, noisy, projections, method == "sliced-vr", distribution, arguments=(each,), **key)
-    return loss * each.to(checks.compute_dtype(x.dtype)) ** power
+    return _weighted(loss, each.to(checks.compute_dtype(x.dtype)), power)
+
+
+def _weighted(loss, sigmas, power):
+    return loss if isinstance(power, float) and power == 0 else loss * sigmas**power
 
 
 def _finite(op, power):

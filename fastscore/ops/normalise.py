@@ -276,12 +276,16 @@ class _Fold:
 
 @torch.compiler.allow_in_graph
 def _normalise_function(x, t, coef, tcoef, labels, groups, alpha, beta, eps, activation, backend, primal):
+    if isinstance(eps, torch.SymFloat):   # of a graph that is kept when eps changes, to which the kernels' eps is a constant
+        form = Form(groups, alpha, beta, checks.as_tensor(eps, x), activation)
+        dual = () if t is None else (_dual_ref(x, t, coef, tcoef, labels, form),)
+        return *((normalise_ref(x, coef, labels, form),) if primal else ()), *dual, None
     return _Normalise.apply(x, t, coef, tcoef, labels, Form(groups, alpha, beta, eps, activation), backend, primal)
 
 
 def _normalise(x, t, coef, tcoef, labels, form, backend, primal):
     """(y if primal, ẏ if t is given, statistics), differentiable where anything asks for it."""
-    if _backend.derivative_possible(x, t, coef, tcoef):
+    if _backend.derivative_possible(x, t, coef, tcoef) or torch.compiler.is_compiling():
         return _normalise_function(x, t, coef, tcoef, labels, *form, backend, primal)
     return run_forward(x, t, coef, tcoef, labels, form, backend, primal)
 
