@@ -29,7 +29,7 @@ KINDS = ("score", "noise", "denoiser", "v")
 
 def score_to_noise(score, x, sigma, alpha=1.0):
     """ẑ = -σ s"""
-    return _convert("score_to_noise", lambda s, x, σ, α: -σ * s, score, x, sigma, alpha)
+    return _convert("score_to_noise", score, x, sigma, alpha)
 
 
 def score_to_denoiser(score, x, sigma, alpha=1.0):
@@ -38,78 +38,87 @@ def score_to_denoiser(score, x, sigma, alpha=1.0):
     >>> score_to_denoiser(torch.tensor([-2.0]), torch.tensor([3.0]), 1.0)
     tensor([1.])
     """
-    return _convert("score_to_denoiser", lambda s, x, σ, α: (x + σ * σ * s) / α, score, x, sigma, alpha)
+    return _convert("score_to_denoiser", score, x, sigma, alpha)
 
 
 def score_to_v(score, x, sigma, alpha=1.0):
     """v = -(σ x/ρ + ρ σ s)/α,    ρ² = α² + σ²"""
-    return _convert("score_to_v", lambda s, x, σ, α: -σ * (x + _square(α, σ) * s) / (α * _square(α, σ) ** 0.5), score, x, sigma, alpha)
+    return _convert("score_to_v", score, x, sigma, alpha)
 
 
 def noise_to_score(noise, x, sigma, alpha=1.0):
     """s = -ẑ/σ"""
-    return _convert("noise_to_score", lambda z, x, σ, α: -z / σ, noise, x, sigma, alpha)
+    return _convert("noise_to_score", noise, x, sigma, alpha)
 
 
 def noise_to_denoiser(noise, x, sigma, alpha=1.0):
     """D = (x - σ ẑ)/α"""
-    return _convert("noise_to_denoiser", lambda z, x, σ, α: (x - σ * z) / α, noise, x, sigma, alpha)
+    return _convert("noise_to_denoiser", noise, x, sigma, alpha)
 
 
 def noise_to_v(noise, x, sigma, alpha=1.0):
     """v = (ρ ẑ - σ x/ρ)/α,    ρ² = α² + σ²"""
-    return _convert("noise_to_v", lambda z, x, σ, α: (_square(α, σ) * z - σ * x) / (α * _square(α, σ) ** 0.5), noise, x, sigma, alpha)
+    return _convert("noise_to_v", noise, x, sigma, alpha)
 
 
 def denoiser_to_score(denoised, x, sigma, alpha=1.0):
     """s = (α D - x)/σ²"""
-    return _convert("denoiser_to_score", lambda d, x, σ, α: (α * d - x) / σ / σ, denoised, x, sigma, alpha)
+    return _convert("denoiser_to_score", denoised, x, sigma, alpha)
 
 
 def denoiser_to_noise(denoised, x, sigma, alpha=1.0):
     """ẑ = (x - α D)/σ"""
-    return _convert("denoiser_to_noise", lambda d, x, σ, α: (x - α * d) / σ, denoised, x, sigma, alpha)
+    return _convert("denoiser_to_noise", denoised, x, sigma, alpha)
 
 
 def denoiser_to_v(denoised, x, sigma, alpha=1.0):
     """v = (α x - ρ² D)/(ρ σ),    ρ² = α² + σ²"""
-    return _convert("denoiser_to_v", lambda d, x, σ, α: (α * x - _square(α, σ) * d) / (σ * _square(α, σ) ** 0.5), denoised, x, sigma, alpha)
+    return _convert("denoiser_to_v", denoised, x, sigma, alpha)
 
 
 def v_to_score(v, x, sigma, alpha=1.0):
     """s = -x/ρ² - α v/(ρ σ),    ρ² = α² + σ²"""
-    return _convert("v_to_score", lambda v, x, σ, α: -x / _square(α, σ) - α * v / (σ * _square(α, σ) ** 0.5), v, x, sigma, alpha)
+    return _convert("v_to_score", v, x, sigma, alpha)
 
 
 def v_to_noise(v, x, sigma, alpha=1.0):
     """ẑ = σ x/ρ² + α v/ρ,    ρ² = α² + σ²"""
-    return _convert("v_to_noise", lambda v, x, σ, α: σ * x / _square(α, σ) + α * v / _square(α, σ) ** 0.5, v, x, sigma, alpha)
+    return _convert("v_to_noise", v, x, sigma, alpha)
 
 
 def v_to_denoiser(v, x, sigma, alpha=1.0):
     """D = α x/ρ² - σ v/ρ,    ρ² = α² + σ²"""
-    return _convert("v_to_denoiser", lambda v, x, σ, α: α * x / _square(α, σ) - σ * v / _square(α, σ) ** 0.5, v, x, sigma, alpha)
+    return _convert("v_to_denoiser", v, x, sigma, alpha)
 
 
 def _square(α, σ):
     return α * α + σ * σ
 
 
-def _convert(op, formula, prediction, x, sigma, alpha):
-    """The checks, and the formula in the compute dtype."""
+_FORMULAS = {
+    "score_to_noise": lambda s, x, σ, α: -σ * s,
+    "score_to_denoiser": lambda s, x, σ, α: (x + σ * σ * s) / α,
+    "score_to_v": lambda s, x, σ, α: -σ * (x + _square(α, σ) * s) / (α * _square(α, σ) ** 0.5),
+    "noise_to_score": lambda z, x, σ, α: -z / σ,
+    "noise_to_denoiser": lambda z, x, σ, α: (x - σ * z) / α,
+    "noise_to_v": lambda z, x, σ, α: (_square(α, σ) * z - σ * x) / (α * _square(α, σ) ** 0.5),
+    "denoiser_to_score": lambda d, x, σ, α: (α * d - x) / σ / σ,
+    "denoiser_to_noise": lambda d, x, σ, α: (x - α * d) / σ,
+    "denoiser_to_v": lambda d, x, σ, α: (α * x - _square(α, σ) * d) / (σ * _square(α, σ) ** 0.5),
+    "v_to_score": lambda v, x, σ, α: -x / _square(α, σ) - α * v / (σ * _square(α, σ) ** 0.5),
+    "v_to_noise": lambda v, x, σ, α: σ * x / _square(α, σ) + α * v / _square(α, σ) ** 0.5,
+    "v_to_denoiser": lambda v, x, σ, α: α * x / _square(α, σ) - σ * v / _square(α, σ) ** 0.5,
+}
+
+
+def _convert(name, prediction, x, sigma, alpha, op=None):
+    """The checks, in the name of op, and the formula in the compute dtype."""
+    op, formula = op or name, _FORMULAS[name]
     checks.check_float(op, "x", x)
     checks.check_like(op, "the prediction", prediction, x)
     wide = checks.compute_dtype(x.dtype)
     σ, α = (checks.expand(checks.coefficient(op, n, c, x, minimum=_SMALLEST), x) for n, c in (("sigma", sigma), ("alpha", alpha)))
     return formula(prediction.to(wide), x.to(wide), σ, α).to(x.dtype)
-
-
-_TABLE = {
-    ("score", "noise"): score_to_noise, ("score", "denoiser"): score_to_denoiser, ("score", "v"): score_to_v,
-    ("noise", "score"): noise_to_score, ("noise", "denoiser"): noise_to_denoiser, ("noise", "v"): noise_to_v,
-    ("denoiser", "score"): denoiser_to_score, ("denoiser", "noise"): denoiser_to_noise, ("denoiser", "v"): denoiser_to_v,
-    ("v", "score"): v_to_score, ("v", "noise"): v_to_noise, ("v", "denoiser"): v_to_denoiser,
-}  # fmt: skip
 
 
 def convert(prediction, x, sigma, alpha=1.0, *, kind, to):
@@ -120,7 +129,7 @@ def convert(prediction, x, sigma, alpha=1.0, *, kind, to):
     """
     check_kind("convert", kind)
     check_kind("convert", to)
-    return prediction if kind == to else _TABLE[kind, to](prediction, x, sigma, alpha)
+    return prediction if kind == to else _convert(f"{kind}_to_{to}", prediction, x, sigma, alpha, "convert")
 
 
 def check_kind(op, kind):
@@ -184,6 +193,7 @@ class Rescaled(nn.Module):
 
     def __init__(self, score, scale, shift=0.0):
         super().__init__()
+        scale, shift = checks.number("Rescaled", "scale", scale), checks.number("Rescaled", "shift", shift)
         if not scale:
             raise ValueError("Rescaled: scale must not be 0.")
         self.score, self.scale, self.shift = score, scale, shift

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fastscore import images
+from fastscore.scalars import integer
 
 FASHION = ("/usr/share/datasets/fashion-mnist", "/usr/local/share/datasets/fashion-mnist")
 
@@ -45,8 +46,8 @@ def load(source: str | os.PathLike) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def split(n, held_out, *, seed=0):
     """Fixed disjoint indices (training, held out) of n samples; 0 <= held_out < n."""
-    if not 0 <= held_out < n:
-        raise ValueError(f"split: held_out must be in 0..{n - 1}; got {held_out}.")
+    n, seed = integer("split", "n", n, 1, limit=2**32), integer("split", "seed", seed, 0)
+    held_out = integer("split", "held_out", held_out, 0, n - 1)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(n))
     return order[held_out:], order[:held_out]
 

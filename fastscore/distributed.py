@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 
 from fastscore import drawing
+from fastscore.messages import shown
 from fastscore.ops import checks
 
 PATIENCE = timedelta(days=7)   # of a rank that is done, for the others; where one dies torchrun ends them all
@@ -46,7 +47,7 @@ def share(n, rank=None, world_size=None):
     >>> [share(10, rank, 4) for rank in range(4)]
     [(0, 3), (3, 3), (6, 2), (8, 2)]
     """
-    n = checks.integer("share", "n", n, 0)
+    n = checks.integer("share", "n", n, 0, limit=2**53)
     if (rank is None) != (world_size is None):
         raise ValueError("share: give rank and world_size together, or neither.")
     rank, world_size = environment() if rank is None else (rank, world_size)
@@ -66,6 +67,7 @@ def gather(samples, n):
     Raises:
         ValueError: the share has another count, or there is no torchrun environment to meet in.
     """
+    n = checks.integer("gather", "n", n, 0, limit=2**53)
     rank, world_size = environment()
     count = share(n, rank, world_size)[1]
     if len(samples) != count:
@@ -126,5 +128,5 @@ def one_process(op):
 def _check_rank(op, rank, world_size):
     ints = checks.whole(rank) and checks.whole(world_size)
     if not ints or not 0 <= rank < world_size:
-        raise ValueError(f"{op}: 0 <= rank < world_size must hold; got {rank!r} and {world_size!r}.")
+        raise ValueError(f"{op}: 0 <= rank < world_size must hold; got {shown(rank)} and {shown(world_size)}.")
     return checks.plain_int(rank), checks.plain_int(world_size)

@@ -126,6 +126,12 @@ def draw(op, kind, shape, seed, step=0, stream=0, substream=0, offset=0, dtype=N
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def check_seed(op, seed, device):
+    """A seed as keys of noise take it: refused before anything is computed."""
+    noise_key(op, 0 if seed is None else seed, 0, LANGEVIN, 0, 0, device)
+    return seed
+
+
 def check_dtype(op, dtype):
     """The dtype that noise is drawn in, the default one for None."""
     dtype = torch.get_default_dtype() if dtype is None else dtype

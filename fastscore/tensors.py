@@ -110,6 +110,24 @@ def home() -> torch.device:
     return torch.device("cpu") if default.type == "meta" else default
 
 
+def numbers(op: str, name: str, value: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`valued` of real numbers, as floats: in dtype, or in their own or the default one."""
+    try:
+        found = valued(op, name, value)
+        strange = found.dtype == torch.bool or found.is_complex()
+    except (TypeError, RuntimeError, OverflowError):
+        strange = True
+    except ValueError:
+        if isinstance(value, torch.Tensor):   # of the meta device
+            raise
+        strange = True
+    if strange or isinstance(value, str | bytes):
+        raise TypeError(f"{op}: {name} must be real numbers; got {shown(value)}.")
+    if dtype is None and found.is_floating_point():
+        return found
+    return torch.as_tensor(value, dtype=dtype or torch.get_default_dtype(), device=found.device)
+
+
 def valued(op: str, name: str, value: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A tensor where it is, numbers at `home`; torch.as_tensor would take both to the default device, meta or another.
 

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastscore.averages import averaged as averaged
 from fastscore.ops import checks
+from fastscore.scalars import RUN, SQUARE
 
 
 class Step(NamedTuple):
@@ -33,11 +34,15 @@ def training_loop(model, loader, loss, *, steps, optimizer=None, lr=1e-3, ema_de
         FloatingPointError: the loss is not finite; the message says whether the batch or the weights are.
         TypeError: the loss is no tensor.
     """
-    if not 0 <= ema_decay < 1:
-        raise ValueError(f"training_loop: ema_decay must be in [0, 1); got {ema_decay}.")
-    steps = checks.integer("training_loop", "steps", steps, 0)
-    first_step = checks.integer("training_loop", "first_step", first_step, 0)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr) if optimizer is None else optimizer
+    op = "training_loop"
+    ema_decay = checks.number(op, "ema_decay", ema_decay, 0, below=1)
+    steps = checks.integer(op, "steps", steps, 0, limit=RUN)
+    first_step = checks.integer(op, "first_step", first_step, 0, limit=RUN)
+    if grad_clip is not None and not (type(grad_clip) is float and grad_clip == math.inf):
+        grad_clip = checks.number(op, "grad_clip", grad_clip, above=0)
+    if optimizer is None:
+        rate = checks.number(op, "lr", lr, 0, SQUARE)
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr if isinstance(lr, torch.Tensor) else rate)
     ema = averaged(model, ema_decay) if ema is None else ema
     return _loop(model, loader, loss, range(first_step, steps), optimizer, ema, grad_clip)
 

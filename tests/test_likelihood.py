@@ -309,7 +309,7 @@ def zero(x, sigma=None):
         (lambda: log_density(zero, X, method="dopri5", steps=9, **RANGE), "with steps, method must be one of heun, rk4; got 'dopri5'"),
         (lambda: log_density(zero, X, steps=0, **RANGE), "steps must be at least 1; got 0"),
         (lambda: log_density(zero, X, steps=[20.0, 0.2], **RANGE), "must go from sigma_max to sigma_min, 20 to 0.1"),
-        (lambda: log_density(zero, X, atol=0.0, **RANGE), "atol must be a positive number; got 0.0"),
+        (lambda: log_density(zero, X, atol=0.0, **RANGE), "atol must be a finite number > 0; got 0.0"),
         (lambda: log_density(zero, X[:0], **RANGE), r"x must hold samples; got \(0, 3\)"),
         (lambda: log_density(zero, X, prior=GAUSSIAN, **RANGE), "the prior must be of 3 dimensions like x; got 4"),
         (lambda: log_density(zero, X, prior=lambda x: x, steps=1, **RANGE), r"prior\(x\) must be one value per sample, .2,.; got .2, 3."),
@@ -325,7 +325,7 @@ def zero(x, sigma=None):
         (lambda: dequantize(X - 1, 2), "x must hold multiples of 1/1 in .0, 1., 2 levels"),
         (lambda: dequantize(X, 1), "levels must be an int of at least 2; got 1"),
         (lambda: bits_per_dim(X[0], 0), "dim must be an int of at least 1; got 0"),
-        (lambda: bits_per_dim(X[0], 3, width=0.0), "width must be positive and finite; got 0.0"),
+        (lambda: bits_per_dim(X[0], 3, width=0.0), "width must be a finite number > 0; got 0.0"),
     ],
 )
 def test_bad_arguments(call, message):

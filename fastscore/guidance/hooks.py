@@ -9,6 +9,7 @@ from fastscore import random
 from fastscore.guidance.linear import LinearOperator, check_operator, range_of, solve
 from fastscore.guidance.operators import check_mask, fitted_mask
 from fastscore.ops import checks
+from fastscore.scalars import SQUARE, offset
 
 _STEP, _LEVEL = 0, 1  # substreams of PERTURB
 
@@ -39,7 +40,8 @@ def inpainting(observation, mask, *, noise=0.0, redraw="level", seed=0, first_sa
     checks.check_float(op, "the observation", observation)
     mask, noise = check_mask(op, mask), check_noise(op, noise)
     seed = random.draw_seed() if seed is None else seed   # one for all calls
-    first_sample = checks.integer(op, "first_sample", first_sample, 0)
+    random.check_seed(op, seed, seed.device if isinstance(seed, torch.Tensor) else observation.device)
+    first_sample = checks.integer(op, "first_sample", first_sample, 0, limit=2**62)
     if redraw not in ("level", "step"):
         raise ValueError(f"{op}: redraw must be level or step; got {redraw!r}.")
     if not bool(observation.isfinite()[fitted_mask(op, mask, observation[None]).expand_as(observation)].all()):
@@ -70,8 +72,9 @@ class _Inpainting:
     def _draw(self, x, sigma, step):
         each_step = self.redraw == "step"
         key = {"step": step, "substream": _STEP} if each_step else {"step": level_key(sigma), "substream": _LEVEL}
-        key |= {"seed": self.seed, "stream": random.PERTURB, "offset": self.first_sample * math.prod(x.shape[1:])}
-        return random.normal(x.shape, dtype=x.dtype, device=x.device, **key)
+        begin = offset("inpainting", self.first_sample, math.prod(x.shape[1:]))
+        key |= {"seed": self.seed, "stream": random.PERTURB, "offset": begin}
+        return random.draw("inpainting", random.NORMAL, x.shape, dtype=x.dtype, device=x.device, **key)
 
 
 def data_consistency(operator, observation):
@@ -128,7 +131,7 @@ def level_key(sigma):
 
 def check_noise(op, noise):
     """σ_y as a float."""
-    return float(checks.coefficient(op, "noise", noise, torch.zeros(1), minimum=0))
+    return checks.number(op, "noise", noise, 0, SQUARE)
 
 
 def fitted_observation(op, y, like, of="x"):

@@ -1,6 +1,5 @@
 """Linear inverse problems: the likelihood of y = A x₀ + σ_y n at noise σ, and its score."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,10 +58,9 @@ def linear_inverse(score, operator, observation, noise=0.0, *, method="denoiser"
     if method not in METHODS:
         raise ValueError(f"{op}: method must be one of {', '.join(METHODS)}; got {method!r}.")
     noise = check_noise(op, noise)
-    if not 0 < prior_variance < math.inf:
-        raise ValueError(f"{op}: prior_variance must be positive and finite; got {prior_variance}.")
+    prior_variance = checks.number(op, "prior_variance", prior_variance, above=0)
     check_scale(op, scale)
-    iterations = checks.integer(op, "iterations", iterations, 1)
+    iterations = checks.integer(op, "iterations", iterations, 1, limit=2**31)
     likelihood, setting = {"flat": (_flat, None), "denoiser": (_denoiser, prior_variance), "moments": (_moments, iterations)}[method]
     return _LinearInverse(score, operator, observation, noise, scale, likelihood, setting)
 

@@ -102,9 +102,9 @@ def adjoint_gap(operator, shape, *, seed=0, dtype=None, device=None):
     True
     """
     key = {"seed": seed, "stream": _CHECKS, "dtype": dtype, "device": device}
-    x = random.normal((1, *shape), step=2, **key)
+    x = random.draw("adjoint_gap", random.NORMAL, (1, *shape), step=2, **key)
     ax = operator.forward(x)
-    y = random.normal(ax.shape, step=3, **key)
+    y = random.draw("adjoint_gap", random.NORMAL, ax.shape, step=3, **key)
     left, right = (ax * y).sum(), (x * operator.adjoint(y)).sum()
     return float((left - right).abs() / (ax.norm() * y.norm()).clamp(min=torch.finfo(ax.dtype).tiny))
 

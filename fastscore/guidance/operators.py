@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from fastscore.guidance.linear import LinearOperator, pseudo_inverse
 from fastscore.messages import shown
 from fastscore.ops import checks
+from fastscore.scalars import SQUARE
 from fastscore.tensors import home, valued
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -49,7 +50,7 @@ class Downsample(_OrthogonalRows):
     """
 
     def __init__(self, factor):
-        factor = checks.integer("Downsample", "factor", factor, 1)
+        factor = checks.integer("Downsample", "factor", factor, 1, limit=2**31)
         self.factor, self.gram = factor, 1 / factor**2
 
     def forward(self, x):
@@ -193,9 +194,9 @@ def gaussian_kernel(sigma, radius=None):
     >>> gaussian_kernel(1.0).shape
     torch.Size([7, 7])
     """
-    if not 0 < sigma < math.inf:
-        raise ValueError(f"gaussian_kernel: sigma must be positive and finite; got {sigma}.")
-    radius = max(1, math.ceil(3 * sigma)) if radius is None else radius
+    op = "gaussian_kernel"
+    sigma = checks.number(op, "sigma", sigma, above=0, most=4096 if radius is None else SQUARE)
+    radius = max(1, math.ceil(3 * sigma)) if radius is None else checks.integer(op, "radius", radius, 0, limit=2**13)
     line = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=home()).double() / sigma) ** 2)
     return torch.outer(line, line) / line.sum() ** 2
 

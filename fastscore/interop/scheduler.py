@@ -1,7 +1,6 @@
 """Annealed Langevin dynamics as a diffusers scheduler."""
 
 import inspect
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +12,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 
 from fastscore import conversions, random, schedules
 from fastscore.interop.networks import prediction_kind
+from fastscore.messages import shown
 from fastscore.ops import checks, langevin_step
 from fastscore.sampling.state import shifted
+from fastscore.scalars import LEVELS, RUN
+from fastscore.schedules.ladders import check_ends
 from fastscore.tensors import valued
 
 _MARK = "_annealed_langevin"   # stays in the config of a scheduler that was made from ours
@@ -83,12 +85,12 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             "sigmas": None if sigmas is None else ladder.tolist(),
             "sigma_max": ladder[0].item() if sigmas is not None else float(sigma_max),
             "sigma_min": ladder[-1].item() if sigmas is not None else float(sigma_min),
-            "steps_per_level": checks.integer(op, "steps_per_level", steps_per_level, 1),
+            "steps_per_level": checks.integer(op, "steps_per_level", steps_per_level, 1, limit=RUN),
             "step_size": None if step_size is None else _positive(op, "step_size", step_size),
             "denoise": bool(denoise),
             "alphas_cumprod": None if table is None else table.tolist(),
             "seed": None if seed is None else _whole(op, "seed", seed),
-            "first_sample": checks.integer(op, "first_sample", first_sample, 0),
+            "first_sample": checks.integer(op, "first_sample", first_sample, 0, limit=2**62),
             _MARK: True,
         })  # fmt: skip
         if table is not None:
@@ -140,7 +142,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         if c.denoise:
             levels = torch.cat([levels, levels[-1:]])
         if num_inference_steps not in (None, len(levels)):
-            raise ValueError(f"set_timesteps: num_inference_steps must be {len(levels)} for this ladder; got {num_inference_steps!r}.")
+            raise ValueError(f"set_timesteps: num_inference_steps must be {len(levels)} for this ladder; got {shown(num_inference_steps)}.")
         step_size = schedules.technique4_step_size(self.sigmas, c.steps_per_level) if c.step_size is None else float(c.step_size)
         self._ladder, self._levels = self.sigmas.tolist(), levels.tolist()
         self._step_sizes = [step_size * (sigma / self._ladder[-1]) ** 2 for sigma in self._ladder]
@@ -152,9 +154,11 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
     def _fit(self, calls):
         c = self.config
         levels, rest = divmod(calls - c.denoise, c.steps_per_level) if checks.whole(calls) else (0, 0)
-        if rest or levels < 2:
+        if rest or not 2 <= levels <= LEVELS:
             form = f"{c.steps_per_level} L" + " + 1" * c.denoise
-            raise ValueError(f"set_timesteps: num_inference_steps must be {form} with at least 2 levels L; got {calls!r}.")
+            raise ValueError(
+                f"set_timesteps: num_inference_steps must be {form} with at least 2 levels L, at most {LEVELS}; got {shown(calls)}."
+            )
         return schedules.geometric(c.sigma_max, c.sigma_min, levels)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
@@ -271,16 +275,13 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
 
 
 def _positive(op, name, value):
-    number = value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
-    if not checks.real(number) or not 0 < number < math.inf:
-        raise ValueError(f"{op}: {name} must be a positive number; got {value!r}.")
-    return float(number)
+    return checks.number(op, name, value, above=0, most=torch.finfo(torch.float32).max)
 
 
 def _whole(op, name, value):
     number = value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
     if not checks.whole(number):
-        raise ValueError(f"{op}: {name} must be an int; got {value!r}.")
+        raise ValueError(f"{op}: {name} must be an int; got {shown(value)}.")
     return checks.plain_int(number)
 
 
@@ -290,6 +291,7 @@ def _ladder(op, sigmas, sigma_max, sigma_min):
     if (sigmas is None and None in ends) or (None in ends and ends != (None, None)):
         raise ValueError(f"{op}: give either sigmas, or sigma_max and sigma_min.")
     if sigmas is None:
+        sigma_max, sigma_min, _ = check_ends(op, sigma_max, sigma_min, 2)
         return schedules.geometric(sigma_max, sigma_min, 2)
     ladder = schedules.check_ladder(op, sigmas)
     if ends not in ((None, None), (ladder[0].item(), ladder[-1].item())):

@@ -2,8 +2,11 @@
 
 import math
 
+import torch
+
 from fastscore import random
 from fastscore.ops import checks
+from fastscore.scalars import offset
 
 
 def dequantize(x, levels=256, *, seed=None, step=0, first_sample=0):
@@ -32,15 +35,17 @@ def dequantize(x, levels=256, *, seed=None, step=0, first_sample=0):
     """
     op = "dequantize"
     checks.check_float(op, "x", x)
-    _check_levels(op, levels)
-    if not checks.whole(first_sample) or first_sample < 0 or not x.dim():
-        raise ValueError(f"{op}: x must be (B, *) and first_sample a non-negative int; got {tuple(x.shape)} and {first_sample!r}.")
+    # u keeps 8 bits at least
+    levels = checks.integer(op, "levels", levels, 2, limit=2**32 if x.dtype == torch.float64 else 2**16)
+    if not x.dim():
+        raise ValueError(f"{op}: x must be (B, *); got shape ().")
+    begin = offset(op, first_sample, math.prod(x.shape[1:]))
     scaled = x.to(checks.compute_dtype(x.dtype)) * (levels - 1)
     k = scaled.round()
     if x.device.type == "cpu" and checks.readable() and not bool((((scaled - k).abs() < 1e-2) & (k >= 0) & (k < levels)).all()):
         raise ValueError(f"{op}: x must hold multiples of 1/{levels - 1} in [0, 1], {levels} levels.")
-    key = {"seed": seed, "step": step, "stream": random.DEQUANTIZE, "offset": first_sample * math.prod(x.shape[1:])}
-    return (k + random.uniform(x.shape, dtype=k.dtype, device=x.device, **key)) / levels
+    key = {"seed": seed, "step": step, "stream": random.DEQUANTIZE, "offset": begin}
+    return (k + random.draw(op, random.UNIFORM, x.shape, dtype=k.dtype, device=x.device, **key)) / levels
 
 
 def bits_per_dim(log_density, dim, *, levels=256, width=1.0):
@@ -70,14 +75,9 @@ def bits_per_dim(log_density, dim, *, levels=256, width=1.0):
     """
     op = "bits_per_dim"
     checks.check_float(op, "log_density", log_density)
-    dim = checks.integer(op, "dim", dim, 1)
-    if not 0 < width < math.inf:
-        raise ValueError(f"{op}: width must be positive and finite; got {width!r}.")
+    dim = checks.integer(op, "dim", dim, 1, limit=2**53)
+    width = checks.number(op, "width", width, above=0)
     if levels is None:
         return log_density / (-dim * math.log(2))
-    _check_levels(op, levels)
+    levels = checks.integer(op, "levels", levels, 2, limit=2**53)
     return log_density / (-dim * math.log(2)) + math.log2(levels / width)
-
-
-def _check_levels(op, levels):
-    checks.integer(op, "levels", levels, 2)

@@ -11,9 +11,11 @@ from fastscore.messages import shown
 from fastscore.models.analytic import GaussianMixture
 from fastscore.modes import evaluated
 from fastscore.ops import checks
+from fastscore.scalars import SQUARE, offset
 from fastscore.schedules import check_ladder
 
 _OP = "log_density"
+STEPS = 2**20   # of a grid
 TRACES = ("exact", "rademacher")
 
 
@@ -75,7 +77,7 @@ def log_density(score, x, *, sigma_min, sigma_max, trace="exact", projections=1,
     log_prior = evaluated(_prior(prior, high, x))
     rhs = _right_hand_side(jacobian_trace, x)
     if steps is None:
-        _check_tolerances(atol, rtol)
+        atol, rtol = (checks.number(_OP, name, value, above=0) for name, value in (("atol", atol), ("rtol", rtol)))
         end, change = solvers.adaptive(_OP, rhs, x.double(), low, high, method, atol, rtol)
     else:
         end, change = solvers.fixed(rhs, x.double(), _grid(steps, low, high), method)
@@ -103,12 +105,12 @@ def _trace(score, x, trace, projections, chunk, seed, first_sample):
         raise ValueError(f"{_OP}: trace must be one of {', '.join(TRACES)}; got {trace!r}.")
     check_projections(_OP, projections, "rademacher")
     chunk = checks.integer(_OP, "chunk", chunk, 1)
-    first_sample = checks.integer(_OP, "first_sample", first_sample, 0)
+    begin = offset(_OP, first_sample, x[0].numel())
     if trace == "exact":
         if projections != 1:
             raise ValueError(f"{_OP}: projections belong to trace='rademacher'; got {projections} with the exact trace.")
         return lambda x, sigma: divergence(_OP, score, x, chunk, (sigma,))
-    v = directions(_OP, x, projections, seed=seed, offset=first_sample * x[0].numel())   # once: the integrand stays a smooth function
+    v = directions(_OP, x, projections, seed=seed, offset=begin)   # once: the integrand stays a smooth function
 
     def estimate(x, sigma):
         s, js = derivatives(_OP, score, x, v, (sigma,))
@@ -119,11 +121,8 @@ def _trace(score, x, trace, projections, chunk, seed, first_sample):
 
 
 def _range(sigma_min, sigma_max):
-    try:
-        low, high = float(sigma_min), float(sigma_max)
-    except (TypeError, ValueError):
-        raise TypeError(f"{_OP}: sigma_min and sigma_max must be numbers; got {sigma_min!r} and {sigma_max!r}.") from None
-    if not 0 < low < high < math.inf:
+    low, high = (checks.number(_OP, n, v, most=SQUARE) for n, v in (("sigma_min", sigma_min), ("sigma_max", sigma_max)))
+    if not 0 < low < high:
         raise ValueError(f"{_OP}: 0 < sigma_min < sigma_max must hold; got {low:g} and {high:g}.")
     return low, high
 
@@ -140,19 +139,17 @@ def _method(method, steps):
 def _grid(steps, low, high):
     """Ascending σ, as floats; the ends are those of the ladder itself, so that a network of fixed levels knows them."""
     if checks.whole(steps):
-        if steps < 1:
-            raise ValueError(f"{_OP}: steps must be at least 1; got {steps}.")
+        if not 1 <= steps <= STEPS:
+            bound = "at least 1" if steps < 1 else f"at most {STEPS}"
+            raise ValueError(f"{_OP}: steps must be {bound}; got {shown(steps)}.")
         return [low * (high / low) ** (k / steps) for k in range(steps)] + [high]
-    sigmas = check_ladder(_OP, steps).tolist()[::-1]
+    try:
+        sigmas = check_ladder(_OP, steps).tolist()[::-1]
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{_OP}: steps must be an int or a ladder; {str(error).removeprefix(f'{_OP}: ')}") from None
     if len(sigmas) < 2 or abs(sigmas[0] / low - 1) > 1e-6 or abs(sigmas[-1] / high - 1) > 1e-6:
         raise ValueError(f"{_OP}: a ladder of steps must go from sigma_max to sigma_min, {high:g} to {low:g}; got {shown(sigmas[::-1])}.")
     return sigmas
-
-
-def _check_tolerances(atol, rtol):
-    for name, value in (("atol", atol), ("rtol", rtol)):
-        if not checks.real(value) or not 0 < value < math.inf:
-            raise ValueError(f"{_OP}: {name} must be a positive number; got {value!r}.")
 
 
 def _prior(prior, sigma, x):

@@ -12,6 +12,7 @@ from fastscore.sampling.state import number
 from fastscore.tensors import fake
 
 _OP = "log_ratio"
+NODES = 4096   # of a rule, which numpy builds in seconds
 FIRST, CAP = 16, 256   # nodes of the first rule and of the last one, where their number is not given
 
 
@@ -64,7 +65,7 @@ def log_ratio(score, x0, x1, *, sigma=None, nodes=None, chunk=16, atol=0.01, ret
     if nodes is None:
         value, error = _adaptive(score, x0, x1, sigma, chunk, atol, told=return_error)
     else:
-        value, error, _ = _quadrature(score, x0, x1, sigma, checks.integer(_OP, "nodes", nodes, least), chunk)
+        value, error, _ = _quadrature(score, x0, x1, sigma, checks.integer(_OP, "nodes", nodes, least, limit=NODES), chunk)
     return (value, error) if return_error else value
 
 

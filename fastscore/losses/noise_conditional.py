@@ -1,11 +1,9 @@
 """Score matching over a ladder of noise levels."""
 
-import numbers
-import sys
 
 import torch
 
-from fastscore import random
+from fastscore import random, scalars
 from fastscore.losses.denoising import weighted
 from fastscore.losses.exact import implicit
 from fastscore.losses.projections import check_data, check_key, check_projections, sliced_estimate
@@ -61,7 +59,7 @@ def noise_conditional(
     check_projections(op, projections, distribution)
     check_data(op, x, score)
     check_key(op, seed, step, offset, x)
-    power = _finite(op, power)
+    power = checks.number(op, "power", power)
     sigmas = check_ladder(op, sigmas, wait=False).to(x.device)
     power = checks.in_graph(power, sigmas if sigmas.dtype == torch.float64 else x)
     if labels is None:
@@ -85,12 +83,6 @@ def _weighted(loss, sigmas, power):
     return loss if isinstance(power, float) and power == 0 else loss * sigmas**power
 
 
-def _finite(op, power):
-    if isinstance(power, bool) or not isinstance(power, numbers.Real) or not abs(power) <= sys.float_info.max:
-        raise ValueError(f"{op}: power must be a finite number; got {checks.shown(power)}.")
-    return float(power)
-
-
 def _fit(op, labels, x, levels):
     checks.check_tensor(op, "labels", labels)
     if labels.device.type not in (x.device.type, "cpu") or labels.shape != x.shape[:1] or labels.dtype != torch.int64:
@@ -102,4 +94,7 @@ def _fit(op, labels, x, levels):
 
 def draw_labels(levels, n, *, seed, step=0, first_sample=0, device=None):
     """Uniform level numbers, int64 (n,), from stream LEVEL."""
-    return (random.words(n, seed=seed, step=step, stream=random.LEVEL, offset=first_sample, device=device) * levels) >> 32
+    op = "draw_labels"
+    levels, n = checks.integer(op, "levels", levels, 1, limit=2**31), checks.integer(op, "n", n, 0, limit=2**40)
+    first_sample = scalars.offset(op, first_sample, 1)
+    return (random.draw(op, random.WORDS, (n,), seed, step, random.LEVEL, offset=first_sample, device=device) * levels) >> 32

@@ -8,7 +8,8 @@ from fastscore import random
 from fastscore.deferred import KeepsBuffers
 from fastscore.messages import shown
 from fastscore.ops import checks
-from fastscore.tensors import valued
+from fastscore.scalars import offset
+from fastscore.tensors import numbers
 
 
 class GaussianMixture(KeepsBuffers):
@@ -89,15 +90,17 @@ class GaussianMixture(KeepsBuffers):
         Returns:
             (n, d), on the device of the buffers.
         """
-        device, d = self.means.device, self.dim
+        device, d, op = self.means.device, self.dim, type(self).__name__
+        n, begin = checks.integer(op, "n", n, 0, limit=2**40), offset(op, first_sample, d)
+        dtype = random.check_dtype(op, dtype)
         key = {"seed": random.draw_seed() if seed is None else seed, "step": step, "device": device}
-        u = random.uniform((n,), stream=random.LEVEL, offset=first_sample, dtype=torch.float64, **key)
-        z = random.normal((n, d), stream=random.INIT, offset=first_sample * d, dtype=torch.float64, **key)
+        u = random.draw(op, random.UNIFORM, (n,), stream=random.LEVEL, offset=begin // d, dtype=torch.float64, **key)
+        z = random.draw(op, random.NORMAL, (n, d), stream=random.INIT, offset=begin, dtype=torch.float64, **key)
         cdf = self.log_weights.double().exp().cumsum(0)
         k = torch.searchsorted(cdf / cdf[-1], u)  # u > 0 never meets a weight of 0
-        variance = _squared("sample", checks.coefficient(type(self).__name__, "sigma", sigma, z, minimum=0))
+        variance = _squared("sample", checks.coefficient(op, "sigma", sigma, z, minimum=0))
         z = z * (self.variances.double()[k] + (variance if isinstance(variance, float) else variance.reshape(-1, 1))).sqrt()
-        return (self.means.double()[k] + self._rotated(z, k)).to(dtype or torch.get_default_dtype())
+        return (self.means.double()[k] + self._rotated(z, k)).to(dtype)
 
     def _rotated(self, z, k):
         if self.axes is None:
@@ -148,7 +151,7 @@ class Gaussian(GaussianMixture):
 
 
 def _float64(op, name, t, device=None):
-    t = valued(op, name, t, torch.float64).detach().clone()
+    t = numbers(op, name, t, torch.float64).detach().clone()
     return t if device is None else t.to(device)
 
 

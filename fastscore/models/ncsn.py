@@ -46,7 +46,7 @@ class NCSN(RefineNet):
     ):
         sigmas = geometric(*self.published) if sigmas is None else ladder("NCSN", sigmas)
         super().__init__(channels, ngf, STAGES, REFINES, len(sigmas), nonlinearity, rescaled, logit_transform)
-        image_size = checks.integer("NCSN", "image_size", image_size, 1)
+        image_size = checks.integer("NCSN", "image_size", image_size, 1, limit=2**31)
         self.sample_shape = (self.channels, image_size, image_size)
         self.register_buffer("sigmas", sigmas, persistent=False)
 

@@ -62,7 +62,8 @@ class NCSNv2(RefineNet):
         stages = self._stages if dilated else [(name, width, 1) for name, width, _ in self._stages]
         super().__init__(channels, ngf, stages, self._refines, None, nonlinearity, rescaled, logit_transform)
         self.std, self.target = bool(std), target
-        image_size = checks.integer(type(self).__name__, "image_size", self.image_size if image_size is None else image_size, 1)
+        image_size = self.image_size if image_size is None else image_size
+        image_size = checks.integer(type(self).__name__, "image_size", image_size, 1, limit=2**31)
         self.sample_shape, self.scale_by_sigma = (self.channels, image_size, image_size), scale_by_sigma
         self.register_buffer("sigmas", sigmas, persistent=scale_by_sigma)
 

@@ -1,6 +1,8 @@
 """NoiseClassifier: the class of a noisy vector or small image."""
 
 from fastscore.models.score_mlp import Trunk
+from fastscore.ops import checks
+from fastscore.scalars import SIZE
 
 
 class NoiseClassifier(Trunk):
@@ -24,6 +26,7 @@ class NoiseClassifier(Trunk):
     """
 
     def __init__(self, dim, num_classes, width=256, depth=2, activation="silu", *, sigmas):
+        num_classes = checks.integer(self._name, "num_classes", num_classes, 1, limit=SIZE)
         super().__init__(dim, num_classes, width, depth, activation, sigmas)
         self.num_classes = num_classes
 

@@ -14,6 +14,7 @@ from fastscore.deferred import KeepsBuffers
 from fastscore.messages import shown_ladder
 from fastscore.nn import ConditionalInstanceNorm2dPlus, InstanceNorm2dPlus
 from fastscore.ops import checks
+from fastscore.scalars import SIZE
 from fastscore.tensors import valued
 
 _leaky = partial(F.leaky_relu, negative_slope=0.2)
@@ -48,8 +49,8 @@ class RefineNet(KeepsBuffers):
             raise ValueError(f"{type(self).__name__}: at most one of rescaled and logit_transform can be true.")
         act = nonlinearity
         self.nonlinearity, self.rescaled, self.logit_transform = nonlinearity, bool(rescaled), bool(logit_transform)
-        channels = checks.integer(type(self).__name__, "channels", channels, 1)
-        ngf = checks.integer(type(self).__name__, "ngf", ngf, 1)
+        channels = checks.integer(type(self).__name__, "channels", channels, 1, limit=SIZE)
+        ngf = checks.integer(type(self).__name__, "ngf", ngf, 1, limit=SIZE)
         self.channels = channels
         self.stages, self.refines = [name for name, *_ in stages], [name for name, _ in refines]
         self.side = 2 ** sum(dilation == 1 for _, _, dilation in stages[1:])  # both sides are multiples of it

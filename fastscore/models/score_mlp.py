@@ -8,6 +8,7 @@ from torch import nn
 
 from fastscore.messages import shown
 from fastscore.ops import checks
+from fastscore.scalars import DEPTH, SIZE
 from fastscore.tensors import valued
 
 _ACTIVATIONS = {"silu": F.silu, "elu": F.elu, "gelu": F.gelu, "relu": F.relu, "softplus": F.softplus, "tanh": torch.tanh}
@@ -22,9 +23,9 @@ class Trunk(nn.Module):
         super().__init__()
         if activation not in _ACTIVATIONS:
             raise ValueError(f"{self._name}: activation must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}.")
-        dim = checks.integer(self._name, "dim", dim, 1)
-        width = checks.integer(self._name, "width", width, 1)
-        depth = checks.integer(self._name, "depth", depth, 0)
+        dim = checks.integer(self._name, "dim", dim, 1, limit=2**31)
+        width = checks.integer(self._name, "width", width, 1, limit=SIZE)
+        depth = checks.integer(self._name, "depth", depth, 0, limit=DEPTH)
         self.dim, self.activation = dim, _ACTIVATIONS[activation]
         self.log_range = None if sigmas is None else _log_range(self._name, sigmas)
         self.sigma_range = None if sigmas is None else tuple(v.item() for v in valued(self._name, "sigmas", sigmas).aminmax())

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fastscore.nn.tables import check_channels, rows, table
+from fastscore.nn.tables import check_channels, rows, size, table
 from fastscore.ops import checks
 
 
@@ -32,6 +32,8 @@ class ConditionalBatchNorm2d(nn.Module):
 
     def __init__(self, num_features, num_classes, bias=True):
         super().__init__()
+        num_features = size(self, "num_features", num_features)
+        num_classes = size(self, "num_classes", num_classes)
         self.num_features, self.num_classes, self.bias = num_features, num_classes, bool(bias)
         self.bn = nn.BatchNorm2d(num_features, affine=False)  # holds the running statistics
         self.embed = table(num_classes, num_features, 1, bias, nn.init.uniform_)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastscore.nn.tables import check_channels
+from fastscore.nn.tables import check_channels, size, small
 from fastscore.ops import group_norm_modulate
 
 _EMBEDDING_ACTIVATIONS = {None: lambda e: e, "silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
@@ -34,6 +34,8 @@ class GroupNormAct(nn.Module):
 
     def __init__(self, num_groups, num_channels, eps=1e-5, affine=True, *, activation=None):
         super().__init__()
+        num_groups, num_channels = size(self, "num_groups", num_groups), size(self, "num_channels", num_channels)
+        eps = small(self, eps)
         _check_groups("GroupNormAct", num_groups, num_channels)
         self.num_groups, self.num_features, self.eps, self.activation = num_groups, num_channels, eps, activation
         self.register_parameter("weight", nn.Parameter(torch.ones(num_channels)) if affine else None)
@@ -70,6 +72,8 @@ class AdaGroupNorm(nn.Module):
 
     def __init__(self, embedding_dim, out_dim, num_groups, act_fn=None, eps=1e-5, *, activation=None):
         super().__init__()
+        embedding_dim, out_dim = size(self, "embedding_dim", embedding_dim), size(self, "out_dim", out_dim)
+        num_groups, eps = size(self, "num_groups", num_groups), small(self, eps)
         _check_groups("AdaGroupNorm", num_groups, out_dim)
         if act_fn not in _EMBEDDING_ACTIVATIONS:
             raise ValueError(f"AdaGroupNorm: act_fn must be None, silu, swish, mish, gelu or relu; got {act_fn!r}.")
@@ -87,5 +91,5 @@ class AdaGroupNorm(nn.Module):
 
 
 def _check_groups(op, groups, channels):
-    if groups < 1 or channels % groups:
+    if channels % groups:
         raise ValueError(f"{op}: num_groups must divide the number of channels, {channels}; got {groups}.")

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fastscore.nn.tables import check_channels, near_one_, table
+from fastscore.nn.tables import check_channels, near_one_, size, small, table
 from fastscore.ops import conditional_instance_norm_plus, instance_norm_plus
 
 
@@ -33,6 +33,7 @@ class InstanceNorm2dPlus(nn.Module):
 
     def __init__(self, num_features, bias=True, *, activation=None):
         super().__init__()
+        num_features = size(self, "num_features", num_features)
         self.num_features, self.bias, self.activation = num_features, bool(bias), activation
         self.alpha = nn.Parameter(near_one_(torch.empty(num_features)))
         self.gamma = nn.Parameter(near_one_(torch.empty(num_features)))
@@ -68,6 +69,8 @@ class ConditionalInstanceNorm2dPlus(nn.Module):
 
     def __init__(self, num_features, num_classes, bias=True, *, activation=None):
         super().__init__()
+        num_features = size(self, "num_features", num_features)
+        num_classes = size(self, "num_classes", num_classes)
         self.num_features, self.num_classes, self.bias = num_features, num_classes, bool(bias)
         self.activation = activation
         self.embed = table(num_classes, num_features, 2, bias, near_one_)
@@ -98,6 +101,8 @@ class ConditionalInstanceNorm2d(nn.Module):
 
     def __init__(self, num_features, num_classes, bias=True, *, activation=None):
         super().__init__()
+        num_features = size(self, "num_features", num_features)
+        num_classes = size(self, "num_classes", num_classes)
         self.num_features, self.num_classes, self.bias = num_features, num_classes, bool(bias)
         self.activation = activation
         self.embed = table(num_classes, num_features, 1, bias, nn.init.uniform_)
@@ -129,6 +134,8 @@ class InstanceNorm2d(nn.Module):
 
     def __init__(self, num_features, eps=1e-5, *, affine=False, activation=None):
         super().__init__()
+        num_features = size(self, "num_features", num_features)
+        eps = small(self, eps)
         self.num_features, self.eps, self.affine, self.activation = num_features, eps, affine, activation
         self.register_parameter("weight", nn.Parameter(torch.ones(num_features)) if affine else None)
         self.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if affine else None)

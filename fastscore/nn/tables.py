@@ -3,6 +3,19 @@
 import torch
 from torch import nn
 
+from fastscore.ops import checks
+from fastscore.scalars import SIZE
+
+
+def size(layer, name, value):
+    """A number of channels, classes or features."""
+    return checks.integer(type(layer).__name__, name, value, 1, limit=SIZE)
+
+
+def small(layer, eps):
+    """What is added to a variance."""
+    return checks.number(type(layer).__name__, "eps", eps, above=0)
+
 
 def table(num_classes, num_features, blocks, bias, init_):
     """An embedding (L, blocks C), filled by `init_`, with C more columns of zeros if `bias`."""

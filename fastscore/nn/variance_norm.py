@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fastscore.nn.tables import check_channels, near_one_, rows, table
+from fastscore.nn.tables import check_channels, near_one_, rows, size, table
 from fastscore.ops import checks
 
 
@@ -36,6 +36,7 @@ class VarianceNorm2d(nn.Module):
 
     def __init__(self, num_features, bias=False):
         super().__init__()
+        num_features = size(self, "num_features", num_features)
         self.num_features = num_features
         self.alpha = nn.Parameter(near_one_(torch.empty(num_features)))
 
@@ -64,6 +65,8 @@ class ConditionalVarianceNorm2d(nn.Module):
 
     def __init__(self, num_features, num_classes, bias=False):
         super().__init__()
+        num_features = size(self, "num_features", num_features)
+        num_classes = size(self, "num_classes", num_classes)
         self.num_features, self.num_classes = num_features, num_classes
         self.embed = table(num_classes, num_features, 1, False, near_one_)
 
@@ -93,6 +96,8 @@ class ConditionalNoneNorm2d(nn.Module):
 
     def __init__(self, num_features, num_classes, bias=True):
         super().__init__()
+        num_features = size(self, "num_features", num_features)
+        num_classes = size(self, "num_classes", num_classes)
         self.num_features, self.num_classes, self.bias = num_features, num_classes, bool(bias)
         self.embed = table(num_classes, num_features, 1, bias, nn.init.uniform_)
 

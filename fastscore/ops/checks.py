@@ -7,6 +7,7 @@ import torch
 
 from fastscore.messages import shown
 from fastscore.scalars import integer as integer
+from fastscore.scalars import number as number
 from fastscore.scalars import plain_int as plain_int
 from fastscore.scalars import real as real
 from fastscore.scalars import whole as whole
@@ -82,6 +83,17 @@ def coefficient(op, name, value, x, *, minimum=-math.inf):
         value = value.clone()   # products of zeros without memory lose their dtype
     value = value.to(device=x.device, dtype=compute_dtype(x.dtype))
     return value.reshape(x.shape) if x.dim() == 0 else value   # one sample without a dimension
+
+
+def values(op, name, value, least=-math.inf, most=math.inf, *, above=-math.inf):
+    """A number, or a float tensor of them; those on the CPU are looked at."""
+    if not isinstance(value, torch.Tensor):
+        return number(op, name, value, least, most, above=above)
+    check_float(op, name, value)
+    if value.device.type == "cpu" and value.numel() and readable() and not fake(value):
+        for end in torch.aminmax(value.detach()):   # NaN comes through
+            number(op, name, end.item(), least, most, above=above)
+    return value
 
 
 def in_graph(c, x):

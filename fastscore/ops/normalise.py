@@ -425,8 +425,7 @@ def check_form(op, x, groups, alpha, beta, eps, activation):
         raise ValueError(f"{op}: activation must be one of None, {named}; got {checks.shown(activation)}.")
     if type(eps) is float and _LEAST <= eps <= _LARGEST:
         return Form(groups, alpha, beta, eps, activation)
-    if not checks.real(eps) or not 0 < eps <= torch.finfo(torch.float64).max:
-        raise ValueError(f"{op}: eps must be positive and finite; got {checks.shown(eps)}.")
+    eps = checks.number(op, "eps", eps, above=0)
     if eps < (least := _least_eps(checks.compute_dtype(x.dtype))):
         raise ValueError(f"{op}: eps must be at least {least:.3g}, or derivatives of constant channels overflow; got {eps}.")
     return Form(groups, alpha, beta, float(eps), activation)

@@ -50,9 +50,10 @@ def _eta(op, sigmas, step_size, step_lr, x):
     e = epsilon(op, step_size, step_lr, x)
     for value in (e.min().item(), e.max().item()) if isinstance(e, torch.Tensor) and e.numel() else (e,):
         if len(sigmas) > 1 and not 1 - gamma < value / scale < 1 + gamma:
-            low, high = scale * (1 - gamma), scale * (1 + gamma)
+            name, unit = ("step_size", 1) if step_lr is None else ("step_lr", 2)
+            low, high, value = scale * (1 - gamma) / unit, scale * (1 + gamma) / unit, value / unit
             raise ValueError(
-                f"{op}: step_size must lie between {low:.4g} and {high:.4g} on this ladder, whose smallest ratio of levels is {gamma:.4g}; "
+                f"{op}: {name} must lie between {low:.4g} and {high:.4g} on this ladder, whose smallest ratio of levels is {gamma:.4g}; "
                 f"got {value:.4g}. Take more levels for a smaller step."
             )
     return e / scale

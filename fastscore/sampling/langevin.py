@@ -2,7 +2,7 @@
 
 import torch
 
-from fastscore.sampling.state import State, begin, check_count, check_updates, epsilon, number, shifted, spread
+from fastscore.sampling.state import LARGEST, State, begin, check_count, check_updates, epsilon, number, shifted, spread
 from fastscore.schedules import check_ladder
 
 
@@ -33,7 +33,7 @@ def langevin(
     run = begin(op, score, x, temperature=temperature, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample)
     steps = check_updates(op, "steps", steps)
     start = check_count(op, "start", start, steps)
-    each = None if sigma is None else spread(number(op, "sigma", sigma), x)
+    each = None if sigma is None else spread(number(op, "sigma", sigma, LARGEST), x)
     return _langevin(run, x, start, steps, epsilon(op, step_size, step_lr, x), sigma or 0.0, each)
 
 

@@ -13,6 +13,7 @@ from fastscore.schedules import check_ladder
 PREDICTORS = ("reverse_diffusion", "ancestral", "euler", "none")
 CORRECTORS = ("langevin", "annealed", "none")
 NORMS = ("sample", "batch", "dimension")
+LARGEST_SNR = 1e9   # whose ε float32 holds on every ladder of the field
 
 
 def predictor_corrector(
@@ -59,9 +60,9 @@ def predictor_corrector(
     norms = _checked_norms(op, corrector, norms)
     sigmas = check_ladder(op, sigmas).tolist()
     corrector_steps = check_updates(op, "corrector_steps", corrector_steps, len(sigmas))
-    plan = _plan(len(sigmas), predictor, 0 if corrector == "none" else corrector_steps, denoise)
+    plan = _Plan(len(sigmas), predictor, 0 if corrector == "none" else corrector_steps, denoise)
     start = check_count(op, "start", start, len(plan))
-    return _run(run, x, sigmas, plan, predictor, corrector, number(op, "snr", snr), norms, every_step, start)
+    return _run(run, x, sigmas, plan, predictor, corrector, number(op, "snr", snr, LARGEST_SNR), norms, every_step, start)
 
 
 def _checked_norms(op, corrector, norms):
@@ -77,14 +78,23 @@ def _checked_norms(op, corrector, norms):
     return norms or "sample"
 
 
-def _plan(levels, predictor, corrections, denoise):
-    """(level, what) of each update."""
-    plan = []
-    for level in range(levels):
-        plan += [(level, "correct")] * corrections
-        if level + 1 < levels and predictor != "none":
-            plan.append((level, "predict"))
-    return plan + [(levels - 1, "denoise")] * bool(denoise)
+class _Plan:
+    """(level, what) of each update, as a sequence that holds none of them: there may be 2^32."""
+
+    def __init__(self, levels, predictor, corrections, denoise):
+        predicts = predictor != "none"
+        self.levels, self.corrections, self.per_level = levels, corrections, corrections + predicts
+        self.before_denoising = levels * corrections + (levels - 1) * predicts
+        self.length = self.before_denoising + bool(denoise)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, step):
+        if step >= self.before_denoising:
+            return self.levels - 1, "denoise"
+        level, within = divmod(step, self.per_level)
+        return level, "correct" if within < self.corrections else "predict"
 
 
 @torch.no_grad()

@@ -39,7 +39,10 @@ def probability_flow(
     Source: Song et al. 2021, equation 13 (arXiv:2011.13456); Heun's method in σ: Karras et al. 2022 (arXiv:2206.00364).
     """
     op = "probability_flow"
-    run = begin(op, score, x, temperature=1.0, project=project, diagnostics=diagnostics, seed=0, first_sample=first_sample)
+    seed = 0 if seed is None else seed   # of nothing that is drawn
+    run = begin(
+        op, score, x, temperature=1.0, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample
+    )
     choice(op, "method", method, METHODS)
     if method == "adaptive" and importlib.util.find_spec("torchdiffeq") is None:
         raise ValueError(f"{op}: method adaptive needs torchdiffeq: pip install 'fastscore[ode]'.")

@@ -14,7 +14,7 @@ from fastscore.sampling.mala import mala
 from fastscore.sampling.predictor_corrector import predictor_corrector
 from fastscore.sampling.probability_flow import probability_flow
 from fastscore.sampling.start import First, draw_start, start_law
-from fastscore.sampling.state import check_count, choice
+from fastscore.sampling.state import check_count, choice, number
 from fastscore.schedules import check_ladder
 from fastscore.tensors import home, valued
 
@@ -46,6 +46,7 @@ def _begun(score, sampler, x, shape, initial_law, seed, first_sample, dtype, dev
     if x is None:
         ladder = options.get("sigmas")
         sigma = options.get("sigma") if ladder is None else check_ladder("sample", ladder)[0].item()
+        sigma = None if sigma is None else number("sample", "sigma", sigma)
         law = default_law(sampler, sigma) if initial_law is None else initial_law
         device = _device_of(score) if device is None else device
         x = draw_start("sample", "initial_law", shape, law, sigma, seed, first_sample, dtype, device)

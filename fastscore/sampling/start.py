@@ -10,7 +10,7 @@ import torch
 from fastscore import random
 from fastscore.ops import checks
 from fastscore.sampling.state import WATCH, choice, number
-from fastscore.scalars import integer
+from fastscore.scalars import SQUARE, integer, offset
 
 FALSE_ALARM = 1e-6
 LAWS = ("uniform", "gaussian")
@@ -69,15 +69,15 @@ def draw_start(op, name, shape, law, sigma, seed, first_sample, dtype, device):
     shape = random.sizes(op, shape)
     if not shape:
         raise ValueError(f"{op}: shape must be (B, *); got ().")
-    offset = integer(op, "first_sample", first_sample, 0) * math.prod(shape[1:])
-    key = {"seed": seed, "stream": random.INIT, "offset": offset, "device": device}
+    begin = offset(op, first_sample, math.prod(shape[1:]))
+    key = {"seed": seed, "stream": random.INIT, "offset": begin, "device": device}
     if law == "uniform":
         return random.draw(op, random.UNIFORM, shape, dtype=dtype, **key)
     if sigma is None:
         raise ValueError(f"{op}: {name} gaussian needs a sigma.")
     dtype = random.check_dtype(op, dtype)
     if sigma * random.LARGEST > torch.finfo(dtype).max:
-        raise ValueError(f"{op}: dtype must hold what is drawn from N(0, σ² I); σ = {sigma:g} is too large for {dtype}.")
+        raise ValueError(f"{op}: sigma must leave what is drawn from N(0, σ² I) finite in {dtype}; got {sigma:g}.")
     return (sigma * random.draw(op, random.NORMAL, shape, dtype=checks.compute_dtype(dtype), **key)).to(dtype)
 
 
@@ -96,13 +96,13 @@ def start_like(data: torch.Tensor, n: int, *, sigma: float, seed: int | torch.Te
     checks.check_float(op, "data", data)
     if data.dim() == 0 or not len(data):
         raise ValueError(f"{op}: data must hold samples, (N, *); got shape {tuple(data.shape)}.")
-    n, first_sample = integer(op, "n", n, 0), integer(op, "first_sample", first_sample, 0)
+    n, sigma = integer(op, "n", n, 0, limit=2**40), number(op, "sigma", sigma, SQUARE)
+    begin = offset(op, first_sample, data[0].numel())
     values = data.detach().to(checks.compute_dtype(data.dtype))
     variance, mean = torch.var_mean(values, 0, correction=0)
-    offset = first_sample * mean.numel()
-    key = {"seed": seed, "stream": random.INIT, "offset": offset, "dtype": values.dtype, "device": data.device}
+    key = {"seed": seed, "stream": random.INIT, "offset": begin, "dtype": values.dtype, "device": data.device}
     z = random.draw(op, random.NORMAL, (n, *mean.shape), **key)
-    return (mean + (variance + number(op, "sigma", sigma) ** 2).sqrt() * z).to(data.dtype)
+    return (mean + (variance + sigma**2).sqrt() * z).to(data.dtype)
 
 
 class First:

@@ -15,7 +15,10 @@ from fastscore.modes import evaluated
 from fastscore.ops import checks
 from fastscore.ops.langevin_step import update
 from fastscore.sampling.asking import asked, single
+from fastscore.scalars import offset
 from fastscore.schedules import to_epsilon
+
+LARGEST = torch.finfo(torch.float32).max
 
 # Who is shown the first score of the run that begins: `sample` and `states`, which may read on the host.
 WATCH = contextvars.ContextVar("watch", default=None)
@@ -113,10 +116,10 @@ def begin(op, score, x, *, temperature, project, diagnostics, seed, first_sample
     checks.check_float(op, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must be (B, *); got shape ().")
-    first_sample = check_count(op, "first_sample", first_sample)
-    temperature = number(op, "temperature", temperature)
+    first_sample, size = check_count(op, "first_sample", first_sample), math.prod(x.shape[1:])
+    offset(op, first_sample, size)
+    temperature = number(op, "temperature", temperature, LARGEST)
     seed = random.draw_seed() if seed is None else seed
-    size = math.prod(x.shape[1:])
     random.noise_key(op, seed, 0, random.LANGEVIN, 0, first_sample * size, x.device)   # refused here, not after a call of the score
     score = asked(op, score, x)
     project = None if project is None else evaluated(project)
@@ -135,7 +138,7 @@ def check_count(op, name, value, maximum=None):
     if not checks.whole(value) or value < 0:
         raise ValueError(f"{op}: {name} must be a non-negative int; got {shown(value)}.")
     if maximum is not None and value > maximum:
-        raise ValueError(f"{op}: {name} must be at most {maximum}, the updates of the whole run; got {value}.")
+        raise ValueError(f"{op}: {name} must be at most {maximum}, the updates of the whole run; got {shown(value)}.")
     return checks.plain_int(value)
 
 
@@ -148,11 +151,9 @@ def check_updates(op, name, value, levels=1):
     return value
 
 
-def number(op, name, value):
+def number(op, name, value, most=math.inf):
     """A finite float >= 0."""
-    if not checks.real(value) or not 0 <= value < math.inf:
-        raise ValueError(f"{op}: {name} must be a finite number >= 0; got {shown(value)}.")
-    return float(value)
+    return checks.number(op, name, value, 0, most)
 
 
 def choice(op, name, value, known):

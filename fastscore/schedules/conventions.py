@@ -9,15 +9,18 @@
 
 import math
 
+from fastscore.ops import checks
+from fastscore.scalars import SQUARE
+
 
 def to_epsilon(step_lr):
     """ε = 2 η: from the step size of NCSN's code, x + η s + √(2η) z, to ours, x + ε/2 s + √ε z."""
-    return 2 * step_lr
+    return 2 * checks.values("to_epsilon", "step_lr", step_lr, 0, most=1e300)
 
 
 def to_step_lr(epsilon):
     """η = ε / 2: the inverse of `to_epsilon`."""
-    return epsilon / 2
+    return checks.values("to_step_lr", "epsilon", epsilon, 0) / 2
 
 
 def snr_to_epsilon(snr, sigma):
@@ -36,9 +39,12 @@ def snr_to_epsilon(snr, sigma):
     >>> round(to_step_lr(snr_to_epsilon(0.176, 0.01)), 8)   # NCSNv2's step_lr 6.2e-6
     6.2e-06
     """
+    snr = checks.values("snr_to_epsilon", "snr", snr, 0, 1e9)
+    sigma = checks.values("snr_to_epsilon", "sigma", sigma, 0, SQUARE)
     return 4 * snr**2 * sigma**2
 
 
 def epsilon_to_snr(epsilon, sigma):
     """r = √ε / (2 σ): the inverse of `snr_to_epsilon`, for floats."""
-    return math.sqrt(epsilon) / (2 * sigma)
+    epsilon = checks.number("epsilon_to_snr", "epsilon", epsilon, 0)
+    return math.sqrt(epsilon) / (2 * checks.number("epsilon_to_snr", "sigma", sigma, above=0, most=SQUARE))

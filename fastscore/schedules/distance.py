@@ -83,7 +83,7 @@ def distance_bounds(data, *, samples=1024, seed=None, chunk=None):
     x, centre, chunk = _prepare(op, data, chunk)
     radii = _distances_to(x, centre, chunk)
     r1, r2 = radii.topk(2).values.tolist()
-    subset = random.words(len(x), seed=seed, stream=_SUBSET, device=x.device).argsort(stable=True)[:samples]
+    subset = random.draw(op, random.WORDS, (len(x),), seed, stream=_SUBSET, device=x.device).argsort(stable=True)[:samples]
     sweep = radii.argmax().item()
     lower = [max_pairwise_distance(x[subset], chunk=chunk)]
     for _ in range(2):

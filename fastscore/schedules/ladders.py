@@ -7,6 +7,7 @@ import torch
 
 from fastscore.messages import shown, shown_ladder
 from fastscore.ops import checks
+from fastscore.scalars import LEVELS
 from fastscore.tensors import check_tensor, fake, home, valued
 
 
@@ -29,9 +30,9 @@ def geometric(sigma_max, sigma_min, n):
     >>> geometric(1.0, 0.01, 3)
     tensor([1.0000, 0.1000, 0.0100])
     """
-    check_ends("geometric", sigma_max, sigma_min, n)
+    sigma_max, sigma_min, n = check_ends("geometric", sigma_max, sigma_min, n)
     high, low = math.log10(sigma_max), math.log10(sigma_min)
-    return _with_ends(torch.logspace(high, low, n, dtype=torch.float64, device=home()), sigma_max, sigma_min)
+    return _with_ends("geometric", torch.logspace(high, low, n, dtype=torch.float64, device=home()), sigma_max, sigma_min)
 
 
 def karras(sigma_max, sigma_min, n, rho=7.0):
@@ -46,13 +47,12 @@ def karras(sigma_max, sigma_min, n, rho=7.0):
     >>> karras(80.0, 0.002, 3)
     tensor([8.0000e+01, 2.5152e+00, 2.0000e-03])
     """
-    check_ends("karras", sigma_max, sigma_min, n)
-    if not (math.isfinite(rho) and rho > 0):
-        raise ValueError(f"karras: rho must be positive and finite; got {rho}.")
+    sigma_max, sigma_min, n = check_ends("karras", sigma_max, sigma_min, n)
+    rho = checks.number("karras", "rho", rho, above=0)
     high, low = math.log(sigma_max) / rho, math.log(sigma_min) / rho
     # log of a sum of two exponentials: σ^(1/ρ) itself is 1 - 1e-16 for a large ρ.
     t = torch.linspace(0, 1, n, dtype=torch.float64, device=home())
-    return _with_ends((rho * (high + torch.log1p(t * math.expm1(low - high)))).exp(), sigma_max, sigma_min)
+    return _with_ends("karras", (rho * (high + torch.log1p(t * math.expm1(low - high)))).exp(), sigma_max, sigma_min)
 
 
 def linear(sigma_max, sigma_min, n):
@@ -61,20 +61,28 @@ def linear(sigma_max, sigma_min, n):
     >>> linear(1.0, 0.5, 3)
     tensor([1.0000, 0.7500, 0.5000])
     """
-    check_ends("linear", sigma_max, sigma_min, n)
-    return _with_ends(torch.linspace(sigma_max, sigma_min, n, dtype=torch.float64, device=home()), sigma_max, sigma_min)
+    sigma_max, sigma_min, n = check_ends("linear", sigma_max, sigma_min, n)
+    return _with_ends("linear", torch.linspace(sigma_max, sigma_min, n, dtype=torch.float64, device=home()), sigma_max, sigma_min)
 
 
 def check_ends(op, sigma_max, sigma_min, n):
-    if not (math.isfinite(sigma_max) and 0 < sigma_min < sigma_max) and not (n == 1 and sigma_min == sigma_max > 0):
-        raise ValueError(f"{op}: sigma_max > sigma_min > 0 must hold; got {sigma_max} and {sigma_min}.")
-    checks.integer(op, "n", n, 1 if sigma_min == sigma_max else 2)
+    """The ends as floats that float32 holds, and the number of levels."""
+    single = torch.finfo(torch.float32)
+    high = checks.number(op, "sigma_max", sigma_max, most=single.max)
+    low = checks.number(op, "sigma_min", sigma_min, most=single.max)
+    if not single.tiny <= low < high and not (type(n) is int and n == 1 and low == high >= single.tiny):
+        least = f", and sigma_min >= {single.tiny:.3g}" if 0 < low < single.tiny else ""
+        raise ValueError(f"{op}: sigma_max > sigma_min > 0 must hold{least}; got {high} and {low}.")
+    return high, low, checks.integer(op, "n", n, 1 if low == high else 2, limit=LEVELS)
 
 
-def _with_ends(ladder, sigma_max, sigma_min):
+def _with_ends(op, ladder, sigma_max, sigma_min):
     """Both ends exact, then float32."""
     ladder[0], ladder[-1] = sigma_max, sigma_min
-    return ladder.float()
+    rounded = ladder.float()
+    if bool((rounded.diff() >= 0).any()):
+        raise ValueError(f"{op}: n = {len(ladder)} levels from {sigma_max:g} to {sigma_min:g} are not apart in float32.")
+    return rounded
 
 
 def check_ladder(op, sigmas, wait=True):

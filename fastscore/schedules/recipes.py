@@ -5,10 +5,20 @@ import math
 
 import torch
 
+from fastscore.messages import shown
 from fastscore.ops import checks
+from fastscore.random import check_seed
+from fastscore.scalars import RUN
 from fastscore.schedules.distance import distance_bounds, max_pairwise_distance
 from fastscore.schedules.ladders import check_ends, geometric
-from fastscore.schedules.techniques import level_overlap, number_of_levels, technique4_step_size, variance_ratio, variance_ratios
+from fastscore.schedules.techniques import (
+    check_overlap,
+    level_overlap,
+    number_of_levels,
+    technique4_step_size,
+    variance_ratio,
+    variance_ratios,
+)
 
 _EXACT = 1e12   # n²d up to which the largest distance is computed and not bounded
 _SPARSEST = 100 ** (1 / 9)   # NCSN's γ: in a few dimensions technique 2 asks for less (γ = 17 for D = 5) or is silent
@@ -67,8 +77,10 @@ def recipe(data, budget, *, sigma_max=None, sigma_min=0.01, overlap=0.5, denoise
     """
     checks.check_float("recipe", "data", data)
     least = 2 + bool(denoise)
-    if not checks.whole(budget) or budget < least:
-        raise ValueError(f"recipe: budget must be an int of at least {least} network calls; got {budget!r}.")
+    if not checks.whole(budget) or not least <= budget <= RUN:
+        bound = f"at least {least}" if not checks.whole(budget) or budget < least else f"at most {RUN}"
+        raise ValueError(f"recipe: budget must be an int of {bound} network calls; got {shown(budget)}.")
+    seed, sigma_min = check_seed("recipe", seed, data.device), checks.number("recipe", "sigma_min", sigma_min)
     if sigma_max is None:
         sigma_max = _largest_noise(data, seed)
         if sigma_max <= sigma_min:
@@ -86,12 +98,13 @@ def _largest_noise(data, seed):
 
 
 def _wanted_levels(dim, sigma_max, sigma_min, overlap):
-    check_ends("recipe", sigma_max, sigma_min, 2)
-    least = max(2, round(1 + math.log(sigma_max / sigma_min) / math.log(_SPARSEST)))
+    sigma_max, sigma_min, _ = check_ends("recipe", sigma_max, sigma_min, 2)
+    overlap = check_overlap("recipe", dim, overlap)
+    least = max(2, round(1 + (math.log(sigma_max) - math.log(sigma_min)) / math.log(_SPARSEST)))
     try:
         return max(least, number_of_levels(dim, sigma_max, sigma_min, overlap))
     except ValueError:
-        if dim >= 5 or not 0 < overlap < level_overlap(dim, 1.0):
+        if dim >= 5:
             raise
         return least
 
@@ -125,6 +138,6 @@ def _table(r):
     ]
     width = max(len(value) for _, value, _ in rows)
     lines = [f"{name:<16} {value:>{width}}   {note}" for name, value, note in rows]
-    shown = sorted({round(i * (len(r.sigmas) - 1) / 5) for i in range(6)})
+    rows_shown = sorted({round(i * (len(r.sigmas) - 1) / 5) for i in range(6)})
     lines += ["", "  level       σ   predicted noise variance / σ²"]
-    return "\n".join(lines + [f"{i + 1:7d} {r.sigmas[i]:7.4g}   {r.ratios[i]:.4f}" for i in shown])
+    return "\n".join(lines + [f"{i + 1:7d} {r.sigmas[i]:7.4g}   {r.ratios[i]:.4f}" for i in rows_shown])

@@ -9,11 +9,13 @@ import torch
 
 from fastscore.messages import shown
 from fastscore.ops import checks
+from fastscore.scalars import LEVELS, SQUARE
 from fastscore.schedules.ladders import check_ladder
-from fastscore.tensors import home, valued
+from fastscore.tensors import home, numbers, valued
 
 # ln σ. A float32 table that starts at ᾱ = 0.9999 knows its smallest σ to a relative 2^-25/(2·10^-4) = 1.5e-4.
 _SLACK = 1e-3
+_BETA = 170.0   # σ_1 = e^((β_min + β_max)/4), which float32 holds
 
 
 def sigmas_of(alphas_cumprod):
@@ -22,12 +24,13 @@ def sigmas_of(alphas_cumprod):
     >>> sigmas_of(torch.tensor([0.5, 0.2]))
     tensor([1., 2.])
     """
+    alphas_cumprod = checks.values("sigmas_of", "alphas_cumprod", alphas_cumprod, most=1, above=0)
     return ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
 
 
 def alphas_cumprod(sigmas):
     """ᾱ = 1/(1 + σ²), elementwise: the inverse of `sigmas_of`."""
-    return 1 / (1 + sigmas**2)
+    return 1 / (1 + checks.values("alphas_cumprod", "sigmas", sigmas, 0, SQUARE) ** 2)
 
 
 def vp(n, *, beta_min=0.1, beta_max=20.0, t_min=1e-3):
@@ -43,8 +46,10 @@ def vp(n, *, beta_min=0.1, beta_max=20.0, t_min=1e-3):
 
     Source: Song et al. 2021, appendix C (arXiv:2011.13456).
     """
-    n = checks.integer("vp", "n", n, 2)
-    if not (0 < t_min < 1 and 0 <= beta_min <= beta_max < math.inf and beta_max > 0):
+    n = checks.integer("vp", "n", n, 2, limit=LEVELS)
+    beta_min, beta_max = (checks.number("vp", name, b, 0, _BETA) for name, b in (("beta_min", beta_min), ("beta_max", beta_max)))
+    t_min = checks.number("vp", "t_min", t_min)
+    if not (0 < t_min < 1 and beta_min <= beta_max and beta_max > 0):
         raise ValueError(
             f"vp: 0 < t_min < 1 and 0 <= beta_min <= beta_max, beta_max > 0, must hold; got t_min {t_min}, betas {beta_min} and {beta_max}."
         )
@@ -65,7 +70,7 @@ def timesteps_of(sigma, alphas_cumprod):
         ValueError: σ lies outside the table (on the CPU; elsewhere, where looking would wait for the device, such a timestep is NaN),
             or the table does not descend within (0, 1).
     """
-    sigma = valued("timesteps_of", "sigma", sigma)
+    sigma = numbers("timesteps_of", "sigma", sigma)
     return interpolate(sigma, check_table("timesteps_of", alphas_cumprod).to(sigma.device))
 
 

@@ -8,6 +8,7 @@ import math
 import torch
 
 from fastscore.ops import checks
+from fastscore.scalars import RUN, SQUARE
 from fastscore.schedules.ladders import check_ends, check_ladder
 from fastscore.tensors import home
 
@@ -25,6 +26,11 @@ def level_overlap(dim, gamma):
     >>> round(level_overlap(3072, (50 / 0.01) ** (1 / 231)), 3)   # NCSNv2's ladder for CIFAR-10
     0.567
     """
+    dim = checks.integer("level_overlap", "dim", dim, 1, limit=2**53)
+    return _overlap(dim, checks.number("level_overlap", "gamma", gamma, 1, SQUARE))
+
+
+def _overlap(dim, gamma):
     shift = math.sqrt(2 * dim) * (gamma - 1)
     # As tails: Φ(b) - Φ(a) = (erfc(a/√2) - erfc(b/√2)) / 2 keeps its digits where both are near 1.
     return 0.5 * (math.erfc((shift - 3 * gamma) / math.sqrt(2)) - math.erfc((shift + 3 * gamma) / math.sqrt(2)))
@@ -50,19 +56,27 @@ def number_of_levels(dim, sigma_max, sigma_min, overlap=0.5):
     >>> number_of_levels(3072, 50, 0.01), number_of_levels(3072, 50, 0.01, overlap=0.567)
     (219, 232)
     """
-    check_ends("number_of_levels", sigma_max, sigma_min, 2)
-    checks.integer("number_of_levels", "dim", dim, 1)
-    most = level_overlap(dim, 1.0)
+    op = "number_of_levels"
+    sigma_max, sigma_min, _ = check_ends(op, sigma_max, sigma_min, 2)
+    dim = checks.integer(op, "dim", dim, 1, limit=2**53)
+    overlap = check_overlap(op, dim, overlap)
+    log_gamma = _bisect(lambda u: _overlap(dim, math.exp(u)) - overlap, 0.0, _upper(dim, overlap))
+    return max(2, round(1 + (math.log(sigma_max) - math.log(sigma_min)) / log_gamma))
+
+
+def check_overlap(op, dim, overlap):
+    """An overlap that some ratio of levels has in so many dimensions."""
+    most = _overlap(dim, 1.0)
+    overlap = checks.number(op, "overlap", overlap)
     if not 0 < overlap < most:
-        raise ValueError(f"number_of_levels: overlap must lie strictly between 0 and {most:.4f}; got {overlap}.")
-    log_gamma = _bisect(lambda u: level_overlap(dim, math.exp(u)) - overlap, 0.0, _upper(dim, overlap))
-    return max(2, round(1 + math.log(sigma_max / sigma_min) / log_gamma))
+        raise ValueError(f"{op}: overlap must lie strictly between 0 and {most:.4f}; got {overlap}.")
+    return overlap
 
 
 def _upper(dim, overlap):
     """A ln γ with less than `overlap`: the shift √(2D)(γ - 1) outgrows 3γ only if √(2D) > 3."""
     u = 1e-3
-    while level_overlap(dim, math.exp(u)) > overlap:
+    while _overlap(dim, math.exp(u)) > overlap:
         u *= 2
         if u > 300:
             raise ValueError(f"number_of_levels: in {dim} dimensions neighbouring levels overlap more than {overlap} whatever the ladder.")
@@ -92,8 +106,10 @@ def variance_ratio(gamma, steps_per_level, eta, start=1.0):
 
     Source: section 3.4, proposition 3.
     """
-    a = 1 - eta
-    keep = a ** (2 * steps_per_level)
+    op = "variance_ratio"
+    gamma, start = checks.number(op, "gamma", gamma, most=1e100, above=0), checks.number(op, "start", start, 0, 1e100)
+    a = 1 - checks.number(op, "eta", eta, 0, below=2)
+    keep = a ** (2 * checks.integer(op, "steps_per_level", steps_per_level, 0, limit=RUN))
     return keep * gamma**2 * start + 2 * (1 - keep) / (1 + a)
 
 
@@ -123,7 +139,7 @@ def technique4_step_size(sigmas, steps_per_level):
     """
     op = "technique4_step_size"
     sigmas = check_ladder(op, sigmas).double()
-    _check_steps(op, steps_per_level)
+    steps_per_level = _check_steps(op, steps_per_level)
     if len(sigmas) < 2:
         raise ValueError(f"{op}: sigmas must hold at least 2 levels; got 1.")
     gaps = -sigmas.log().diff()
@@ -152,7 +168,8 @@ def variance_ratios(sigmas, steps_per_level, step_size):
     """
     op = "variance_ratios"
     sigmas = check_ladder(op, sigmas).tolist()
-    _check_steps(op, steps_per_level)
+    steps_per_level = _check_steps(op, steps_per_level)
+    step_size = checks.number(op, "step_size", step_size)
     eta, ratios, v = step_size / 2 / sigmas[-1] ** 2, [], 1.0
     if not 0 <= eta < 2:
         raise ValueError(f"{op}: step_size must lie in [0, 4 σ_L²), {4 * sigmas[-1] ** 2:.4g}, or the chain diverges; got {step_size}.")
@@ -163,4 +180,4 @@ def variance_ratios(sigmas, steps_per_level, step_size):
 
 
 def _check_steps(op, steps):
-    checks.integer(op, "steps_per_level", steps, 1)
+    return checks.integer(op, "steps_per_level", steps, 1, limit=RUN)
