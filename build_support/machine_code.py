@@ -77,10 +77,11 @@ def noise_kernels():
         constants |= {"CROSSES": False, "BLOCK": BLOCK * (2 if dtype in ("bf16", "fp16") else 1)}
         constants |= {} if wide else {"a_ptr": None, "b_ptr": None}
         yield f"noisy_update {dtype}", noisy_update_kernel, constants, pointers | scalars, ("out_ptr", "x_ptr", "d_ptr", "n")
-        for kind, label in enumerate(("words", "uniform", "normal", "rademacher")):
+        for kind, label in enumerate(("words", "uniform", "normal")):
             types = pointers | scalars | ({"out_ptr": "*i64"} if kind == 0 else {})
             if kind or dtype == "fp32":
-                yield f"{label} {dtype}", fill_kernel, common | {"KIND": kind, "shift": 0}, types, ("out_ptr", "n")
+                constants = common | {"KIND": kind, "shift": 0, "CROSSES": False}
+                yield f"{label} {dtype}", fill_kernel, constants, types, ("out_ptr", "n")
         constants = common | {"DOT": False, "SIGMA_KIND": int(wide), "WIDE": wide, "ROWS": 1, "BLOCK": REDUCED}
         constants |= {"CROSSES": False, "ALIGNED": True} | ({} if wide else {"sigma_ptr": None})
         types = pointers | scalars | dict.fromkeys(("samples", "per_sample"), "i32")
@@ -179,6 +180,17 @@ def stack_kernels(arch):
             yield label, kernel, constants, pointers | {"n": "i32"}, (*pointers, "n"), cut["BLOCK"], cut["num_warps"]
 
 
+def sign_kernels():
+    """Signs written to a large tensor."""
+    from fastscore.kernels import SIGNED
+    from fastscore.kernels.random import sign_kernel
+
+    blocks, warps = SIGNED[True]
+    for dtype in DTYPES:
+        constants = {"HAS_KEY": False, "key_ptr": None, "BLOCKS": blocks, "shift": 0}
+        yield f"rademacher {dtype}", sign_kernel, constants, {"out_ptr": f"*{dtype}"}, ("out_ptr", "n"), 128 * blocks, warps
+
+
 def sum_kernels():
     """The last sums of a long sample's partial ones."""
     from fastscore.kernels import sum_splits
@@ -191,7 +203,8 @@ def sum_kernels():
 
 def triton_kernels(arch):
     noise = ((*entry, 128 * entry[2]["BLOCKS"] if "BLOCKS" in entry[2] else 4 * entry[2]["BLOCK"], 4) for entry in noise_kernels())
-    return itertools.chain(noise, pixel_kernels(arch), algebra_kernels(arch), whole_kernels(), stack_kernels(arch), sum_kernels())
+    fixed = whole_kernels(), sign_kernels(), sum_kernels()
+    return itertools.chain(noise, pixel_kernels(arch), algebra_kernels(arch), stack_kernels(arch), *fixed)
 
 
 def compile_triton(entry, arch):

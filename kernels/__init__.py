@@ -8,7 +8,7 @@ from fastscore.kernels.activate_jet import activate_jet_gradient_kernel, activat
 from fastscore.kernels.denoising_loss import noise_reduce_kernel
 from fastscore.kernels.langevin_step import noisy_update_kernel
 from fastscore.kernels.launch import cdiv, launch, power_of_two
-from fastscore.kernels.random import fill_kernel
+from fastscore.kernels.random import fill_kernel, sign_kernel
 from fastscore.kernels.tiles import tile
 
 SCHEMAS = {
@@ -26,6 +26,10 @@ SCHEMAS = {
 }
 BLOCK = 512  # Philox blocks per program: 2048 elements, 16 per thread of four warps
 REDUCED = 1024   # of a sum: the tree over a program's threads costs each of them some thirty instructions
+# Philox blocks of 128 signs per program, and its warps: a block for each thread, for another warp would compute the same ones again;
+# of a tensor that would not fill the GPU so, fewer and more.
+SIGNED = {True: (64, 2), False: (16, 4)}
+MANY_SIGNS = 2**22
 _library = None
 
 
@@ -75,13 +79,25 @@ def _in_memory(number, like):
 def _fill(out, kind, key, seed, step, stream, offset):
     if out.numel() == 0:
         return
-    unit = 128 if kind == 3 else 4
-    shift = offset % unit
+    if kind == 3:
+        return _fill_signs(out, key, seed, step, stream, offset)
+    shift = offset % 4
     with torch.cuda.device_of(out):
         launch(
             fill_kernel, _programs(out.numel() + shift),
-            out, key, out.numel(), seed, step, stream, offset // unit, shift,
-            KIND=kind, HAS_KEY=key is not None, BLOCK=BLOCK,
+            out, key, out.numel(), seed, step, stream, offset // 4, shift,
+            KIND=kind, HAS_KEY=key is not None, CROSSES=_crosses(offset // 4, out.numel(), BLOCK), BLOCK=BLOCK,
+        )  # fmt: skip
+
+
+def _fill_signs(out, key, seed, step, stream, offset):
+    shift = offset % 128
+    blocks, warps = SIGNED[out.numel() >= MANY_SIGNS]
+    with torch.cuda.device_of(out):
+        launch(
+            sign_kernel, (cdiv(out.numel() + shift, 128 * blocks),),
+            out, key, out.numel(), seed, step, stream, offset // 128, shift,
+            HAS_KEY=key is not None, BLOCKS=blocks, num_warps=warps,
         )  # fmt: skip
 
 

@@ -74,12 +74,6 @@ def polar(even, odd, scale):
 
 
 @triton.jit
-def box_muller(even, odd, scale):
-    r, c, s = polar(even, odd, scale)
-    return r * c, r * s
-
-
-@triton.jit
 def int64(value):
     """A launcher's int arrives as int32, int64 or (the number 1) a constant."""
     return tl.full([], 0, tl.int64) + value
@@ -102,29 +96,36 @@ def in_order(a, b, c, d):
 
 
 @triton.jit
-def four_normals(w0, w1, w2, w3, scale):
-    """scale times the normals of the lanes' words: (z0, z1, z2, z3)."""
-    z0, z1 = box_muller(w0, w1, scale)
-    z2, z3 = box_muller(w2, w3, scale)
-    return z0, z1, z2, z3
+def words_of_lanes(block, lane, counter, stream, k0, k1, CROSSES: tl.constexpr):
+    """The four words of each lane's block, `block` (int64) + lane."""
+    if CROSSES:
+        w0, w1, w2, w3 = philox(block + lane, counter, stream, k0, k1)
+    else:   # the upper half of the counter is one number
+        w0, w1, w2, w3 = rounds(block.to(tl.uint32) + lane.to(tl.uint32), (block >> 32).to(tl.uint32), counter, stream, k0, k1, True)
+    return w0, w1, w2, w3
 
 
 @triton.jit
-def normals(block, key_ptr, seed, step, stream, HAS_KEY: tl.constexpr):
-    """Standard normals of the lanes' blocks, in element order."""
+def words_of_tile(
+    block, key_ptr, seed, step, stream, HAS_KEY: tl.constexpr, CROSSES: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The words of BLOCK blocks from `block` on, in element order; CROSSES and PAIRS as in polar_of_tile."""
     counter, k0, k1 = load_key(key_ptr, seed, step, HAS_KEY)
-    w0, w1, w2, w3 = philox(block, counter, int64(stream).to(tl.uint32), k0, k1)
-    z0, z1, z2, z3 = four_normals(w0, w1, w2, w3, 1.0)
-    return in_order(z0, z1, z2, z3)
+    stream = int64(stream).to(tl.uint32)
+    if PAIRS:
+        lane = tl.arange(0, BLOCK // 2) * 2
+        w0, w1, w2, w3 = words_of_lanes(block, lane, counter, stream, k0, k1, CROSSES)
+        v0, v1, v2, v3 = words_of_lanes(block, lane + 1, counter, stream, k0, k1, CROSSES)
+        return tl.interleave(in_order(w0, w2, v0, v2), in_order(w1, w3, v1, v3))
+    else:
+        w0, w1, w2, w3 = words_of_lanes(block, tl.arange(0, BLOCK), counter, stream, k0, k1, CROSSES)
+        return in_order(w0, w1, w2, w3)
 
 
 @triton.jit
 def polar_of_lanes(block, lane, scale, counter, stream, k0, k1, CROSSES: tl.constexpr):
     """(radius of the first pair, of the second, then cosine and sine of each)."""
-    if CROSSES:
-        w0, w1, w2, w3 = philox(block + lane, counter, stream, k0, k1)
-    else:   # the upper half of the counter is one number
-        w0, w1, w2, w3 = rounds(block.to(tl.uint32) + lane.to(tl.uint32), (block >> 32).to(tl.uint32), counter, stream, k0, k1, True)
+    w0, w1, w2, w3 = words_of_lanes(block, lane, counter, stream, k0, k1, CROSSES)
     r0, c0, s0 = polar(w0, w1, scale)
     r1, c1, s1 = polar(w2, w3, scale)
     return r0, r1, c0, s0, c1, s1

@@ -73,12 +73,25 @@ def close(got, expected, dtype):
     return bool(((got - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + 5e-6).all())
 
 
-@pytest.mark.parametrize("offset", [0, 3, 2**31 - 2, 2**32 + 5])
+@pytest.mark.parametrize("offset", [0, 3, 2**31 - 2, 2**32 + 5, 2**34 - 4002, 2**39 - 3000])   # the last two: of blocks across 2^32
 @pytest.mark.parametrize("kind", ["words", "uniform", "normal", "rademacher"])
 def test_noise_equals_that_of_the_cpu(kind, offset):
     key = {"seed": -(2**40) - 1, "step": 3, "stream": 9, "substream": 2, "offset": offset}
     got, expected = getattr(random, kind)(10_007, device=DEVICE, **key).cpu(), cpu(getattr(random, kind), 10_007, **key)
     assert torch.equal(got, expected) if kind != "normal" else torch.allclose(got, expected, atol=1e-6, rtol=5e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset, n", [(0, 16_384), (16, 20_000), (5, 9_001)])
+def test_noise_of_every_type_and_size_equals_that_of_the_cpu(gpu_backend, monkeypatch, dtype, offset, n):
+    """Signs as of a large tensor, too."""
+    for large in (False, True) if gpu_backend == "triton" else (False,):
+        if large:
+            monkeypatch.setattr("fastscore.kernels.MANY_SIGNS", 0)
+        for kind in ("uniform", "normal", "rademacher"):
+            key = {"seed": 7, "stream": 9, "offset": offset, "dtype": dtype}
+            got, expected = getattr(random, kind)(n, device=DEVICE, **key).cpu(), cpu(getattr(random, kind), n, **key)
+            assert close(got, expected, dtype) if kind == "normal" else torch.equal(got, expected)
 
 
 def test_normals_are_within_a_millionth_or_four_ulp():
