@@ -169,6 +169,28 @@ def test_kernels_run_on_the_device_and_the_current_stream_of_their_tensors(devic
     assert device.emulated_current_device() == 0   # as it was before
 
 
+def test_every_operator_launches_on_the_device_and_the_current_stream_of_its_tensors(device):
+    x, each = torch.randn(4, 20_000), torch.rand(4)
+    out, sums = torch.empty_like(x), torch.empty(4)
+    numbers = (None, 5, 0, 9, 0)   # key, seed, step, stream, offset
+    calls = {
+        "fill": lambda: torch.ops.fastscore_emulated.fill(out, 2, *numbers),
+        "noisy_update": lambda: torch.ops.fastscore_emulated.noisy_update(out, x, x, None, 0.1, each, 0.0, *numbers),
+        "noise_reduce": lambda: torch.ops.fastscore_emulated.noise_reduce(sums, x, each, 0.0, *numbers, 0),   # with its partial sums
+    }
+    assert set(calls) == set(emulate.operators())
+    with emulate.on_device(x, each, out, sums):
+        device.emulated_use_stream(1, 1)
+        try:
+            for name, call in calls.items():
+                call()
+                launches = emulate.launched()
+                assert launches and {launch[-2:] for launch in launches} == {(1, 1)}, name
+                assert device.emulated_current_device() == 0
+        finally:
+            device.emulated_use_stream(1, 0)
+
+
 def test_an_operator_says_what_its_kernels_did_wrong(device):
     """Here that a key or a coefficient lies on another device."""
     x, key, each = torch.randn(4, 1500), torch.tensor([5, 0]), torch.rand(4)
