@@ -282,7 +282,17 @@ def _nothing_between(args) -> bool:
     """Whether torch's dispatcher would do nothing with these arguments but call the launcher (in some 25 µs)."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
         return False
-    return not any(type(a) not in (torch.Tensor, torch.nn.Parameter) or a.is_neg() for a in args if isinstance(a, torch.Tensor))
+    for a in args:
+        kind = type(a)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            if a.is_neg():
+                return False
+        elif kind not in _PLAIN and isinstance(a, torch.Tensor):
+            return False
+    return True
+
+
+_PLAIN = frozenset((int, float, bool, type(None)))   # most of what is no tensor
 
 
 def derivative_possible(*tensors) -> bool:

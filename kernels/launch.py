@@ -20,8 +20,9 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
         kernel[grid](*args, **constants)
         return
 
-    device = triton.runtime.driver.active.get_current_device()
-    signature = (id(kernel), device, *constants.items(), *_kinds(kernel, args))
+    driver = triton.runtime.driver.active
+    device = driver.get_current_device()
+    signature = (id(kernel), device, *constants, *constants.values(), *_kinds(kernel, args))
     found = _compiled.get(signature)
     if found is None:
         compiled = kernel[grid](*args, **constants)
@@ -31,7 +32,7 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     compiled, rest = found
     args += rest
     grid += (1,) * (3 - len(grid))
-    stream = triton.runtime.driver.active.get_current_stream(device)
+    stream = driver.get_current_stream(device)
     metadata = compiled.launch_metadata(grid, stream, *args)
     hooks = triton.knobs.runtime
     compiled.run(
@@ -56,17 +57,22 @@ def _kinds(kernel, args) -> list:
         modes = _modes[id(kernel)] = tuple(_mode(p) for p in kernel.params)
 
     kinds = []
+    note = kinds.append
     for mode, a in zip(modes, args):
         if a is None:
-            kinds.append(None)
+            note(None)
         elif mode is not None:
-            kinds.append(mode or a)
+            note(mode or a)
+        elif type(a) is int:
+            # One number for the three answers.
+            note((a & 15 == 0) + 2 * (a == 1) + 4 * (-(2**31) <= a < 2**31))
         elif isinstance(a, torch.Tensor):
-            kinds.append((a.dtype, a.data_ptr() & 15 == 0))
+            note(a.dtype)
+            note(a.data_ptr() & 15 == 0)
         elif isinstance(a, int):
-            kinds.append((a & 15 == 0, a == 1, -(2**31) <= a < 2**31))
+            note((a & 15 == 0, a == 1, -(2**31) <= a < 2**31))
         else:
-            kinds.append(float)
+            note(float)
     return kinds
 
 

@@ -35,10 +35,24 @@ def test_every_benchmark_runs_and_times_ours_a_ceiling_and_a_peer(tmp_path):
     assert found["device"] and found["versions"]["torch"] and len(rows) == int(re.search(r"(\d+) passed", result.stdout)[1])
     for row in rows:
         peers = set(row.seconds) - {"ceiling", *harness.OURS}
-        assert row.ours == "cpp" and "ceiling" in row.seconds and any(peer.startswith("eager") for peer in peers), row
+        assert row.ours in (("triton", "cuda") if row.op.startswith("host") else ("cpp",)), row
+        assert "ceiling" in row.seconds and any(peer.startswith("eager") for peer in peers), row
         assert all(0 < seconds < 60 for seconds in row.seconds.values()) and row.bytes >= row.elements > 0, row
     lines = harness.table(found).splitlines()
     assert len(lines) == 2 + len(rows) and all(line.count("|") == lines[0].count("|") for line in lines)
+
+
+def test_what_a_call_costs_the_host_is_measured(tmp_path):
+    """With Triton's launches mocked, for which its interpreter must be off."""
+    pytest.importorskip("triton")
+    path = tmp_path / "host.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_host.py"]
+    command += ["--smoke", "--results", str(path)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "0"}
+    result = children.run(command, cwd=ROOT, env=environment, seconds=200)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = [harness.Row(**row) for row in json.loads(path.read_text())["rows"]]
+    assert len(rows) == 5 and all({"triton", "eager", "ceiling"} <= set(row.seconds) for row in rows)
 
 
 def test_results_keep_the_rows_of_other_runs_of_the_same_machine(tmp_path):

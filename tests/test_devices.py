@@ -148,3 +148,21 @@ def test_a_launch_takes_the_stream_and_the_module_of_the_device_that_is_current(
         with torch.cuda.device(device):
             launching.launch(kernel, (1,), torch.ones(4))
     assert gpus.launches == [("first", 0, None), ("first", 1, None), ("again", 0, "stream of 0"), ("again", 1, "stream of 1")]
+
+
+def test_launches_share_a_kernel_only_where_triton_would_compile_the_same_one():
+    """What its dispatch specialises on: dtypes, alignment, None, whether a number is 1, a multiple of 16 or wide, and constants."""
+    free, fixed = (SimpleNamespace(is_constexpr=False, do_not_specialize=d) for d in (False, True))
+    kernel = SimpleNamespace(params=[free, free, fixed, SimpleNamespace(is_constexpr=True, do_not_specialize=False)])
+    x = torch.ones(8)
+    alike = [(x, 5, 1, True), (torch.zeros(3), 7, 2, True), (x[4:], 2**31 - 1, 2**40, True)]
+    unlike = [
+        *((x, n, 1, True) for n in (5, 1, 16, 2**31 + 1, 2**31, 2.0, None)),
+        (x[1:], 5, 1, True),
+        (x.double(), 5, 1, True),
+        (None, 5, 1, True),
+        (x, 5, 1, False),
+        (x, 5, 1, 3),
+    ]
+    kinds = [tuple(launching._kinds(kernel, arguments)) for arguments in (*alike, *unlike)]
+    assert len(set(kinds[: len(alike)])) == 1 and len(set(kinds)) == len(unlike)

@@ -378,7 +378,10 @@ void fail(int error, const char* format, ...) {
   fault(error, "%s", text);
 }
 
+bool stubbed = false;
+
 void launch(const Launch& l) {
+  if (stubbed) return;
   if (pending) return;
   const uint64_t threads_of_block = static_cast<uint64_t>(l.block.x) * l.block.y * l.block.z;
   if (l.grid.x == 0 || l.grid.x > 0x7fffffffu || l.grid.y == 0 || l.grid.y > 65535 || l.grid.z == 0 || l.grid.z > 65535)
@@ -539,6 +542,7 @@ EXPORT int emulated_current_device() { return current_device; }
 EXPORT const char* emulated_log() { return log.c_str(); }
 EXPORT void emulated_clear_log() { log.clear(); }
 EXPORT long emulated_accesses() { return accesses; }
+EXPORT void emulated_stub(int on) { stubbed = on != 0; }   // launches that run nothing, to time what the host does around them
 EXPORT void emulated_capture(int on) { capturing = on != 0; }
 EXPORT long emulated_captured() { return static_cast<long>(captured.size()); }
 EXPORT const char* emulated_replay(long begin, long end) {
