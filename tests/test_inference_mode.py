@@ -1,5 +1,7 @@
 """What differentiates inside works in inference mode and on its tensors, with the values that it has elsewhere."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -103,3 +105,29 @@ def test_the_last_fallback_has_tangents(made):
         assert torch.is_inference_mode_enabled() and not ty.requires_grad
     torch.testing.assert_close(y, x.square())
     torch.testing.assert_close(ty, (2 * x).expand(2, 4, 3))
+
+
+with torch.inference_mode():
+    MADE_INSIDE = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.SiLU(), nn.Linear(8, 3))
+    ENERGY_MADE_INSIDE = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 1))
+MADE = {
+    "jvp": lambda f, e, x: jvp(f, x, torch.ones_like(x)),
+    "sliced": lambda f, e, x: losses.sliced(f, x, seed=0),
+    "exact": lambda f, e, x: losses.exact(f, x),
+    "explicit": lambda f, e, x: losses.exact(f, x, target=-x),
+    "denoising": lambda f, e, x: losses.denoising(lambda x, sigma: f(x), x, 0.1, seed=0),
+    "noise-conditional": lambda f, e, x: losses.noise_conditional(lambda x, sigma: f(x), x, [1.0, 0.1], method="sliced", seed=0),
+    "finite-difference": lambda f, e, x: losses.finite_difference_sliced(f, x, seed=0),
+    "energy": lambda f, e, x: models.EnergyScore(e)(x),
+    "energy-sliced": lambda f, e, x: losses.sliced(models.EnergyScore(e), x, seed=0),
+    "posterior": lambda f, e, x: guidance.posterior(_prior, lambda x, s: e(x)[:, 0])(x, SIGMA),
+    "linear-inverse": lambda f, e, x: guidance.linear_inverse(lambda x, s: f(x), guidance.Matrix(torch.eye(2, 3)), x[:, :2], 0.1)(x, SIGMA),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_network_made_in_inference_mode_is_refused_with_the_way_out(name):
+    x = torch.randn(4, 3)
+    with pytest.raises(RuntimeError, match="fastscore: the network .* copy.deepcopy"):
+        MADE[name](MADE_INSIDE, ENERGY_MADE_INSIDE, x)
+    MADE[name](copy.deepcopy(MADE_INSIDE), copy.deepcopy(ENERGY_MADE_INSIDE), x)   # the way out

@@ -24,7 +24,7 @@ from fastscore.dual.once import Draws, Once
 from fastscore.dual.rules import POINTWISE, RULES, NoDual, aligned, memory, separated
 from fastscore.dual.sharded import check_once, of_fsdp, sharded
 from fastscore.ops import checks
-from fastscore.ops.functions import released
+from fastscore.ops.functions import explained, released
 
 
 def jvp(f, x, v):
@@ -80,7 +80,7 @@ def _jvp(f, x, v):
 def stack(f, x, v):
     """f(x) and J v_m for v (M, *x.shape), side by side: (1 + M, *f(x).shape)."""
     with as_written:
-        return _routed(f, x, v)
+        return explained(_routed, f, x, v)
 
 
 def _routed(f, x, v):

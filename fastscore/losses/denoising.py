@@ -7,6 +7,7 @@ from fastscore import random
 from fastscore.losses.projections import check_data, check_score
 from fastscore.ops import checks
 from fastscore.ops.denoising_loss import regenerated_loss
+from fastscore.ops.functions import explained
 from fastscore.ops.langevin_step import update
 
 
@@ -49,6 +50,7 @@ def weighted(op, score, x, each, seed, step, offset, sigma=None):
     chosen = backends.choose(x.device)
     key, *numbers = random.noise_key(op, seed, step, random.PERTURB, 0, offset, x.device)
     numbers = tuple(numbers)
-    s = score(update(x, None, 0.0, each.to(checks.compute_dtype(x.dtype)) if sigma is None else sigma, key, numbers, chosen), each)
+    noisy = update(x, None, 0.0, each.to(checks.compute_dtype(x.dtype)) if sigma is None else sigma, key, numbers, chosen)
+    s = explained(score, noisy, each)
     check_score(op, s, x, "score(x, sigma)")
     return regenerated_loss(s, each.to(checks.compute_dtype(s.dtype)) if sigma is None else sigma, key, numbers, chosen)

@@ -5,6 +5,7 @@ import torch
 from fastscore.dual.once import Once
 from fastscore.losses.projections import check_data, check_score, derivatives
 from fastscore.ops import checks
+from fastscore.ops.functions import explained
 
 
 def exact(score, x, *, target=None, chunk=16):
@@ -39,7 +40,7 @@ def exact(score, x, *, target=None, chunk=16):
 
 
 def _explicit(score, x, target):
-    s, t = score(x), target(x) if callable(target) else target
+    s, t = explained(score, x), target(x) if callable(target) else target
     check_score("exact", s, x)
     checks.check_like("exact", "target", t, x)
     dtype = checks.compute_dtype(x.dtype)

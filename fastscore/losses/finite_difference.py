@@ -8,6 +8,7 @@ import torch
 from fastscore.dual.once import Once, moves
 from fastscore.losses.projections import check_data, check_score, directions, dot
 from fastscore.ops import checks
+from fastscore.ops.functions import explained
 
 
 def finite_difference_sliced(
@@ -81,9 +82,9 @@ def _mean(op, score, x, v, mask, h, variance_reduced, once):
 def _one(op, score, x, v, mask, h, variance_reduced, once):
     # The two differ in x alone: one draw, one state.
     with once:
-        plus = score((x + h * v).to(x.dtype))
+        plus = explained(score, (x + h * v).to(x.dtype))
     with once:
-        minus = score((x - h * v).to(x.dtype))
+        minus = explained(score, (x - h * v).to(x.dtype))
     check_score(op, plus, x)
     dtype = checks.compute_dtype(x.dtype)
     plus, minus, v = (t.to(dtype) for t in (plus, minus, v))

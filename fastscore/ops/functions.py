@@ -85,6 +85,28 @@ def released(t):
     return primal.detach() if tangent is None else forward_ad.make_dual(primal.detach(), tangent.detach())
 
 
+def in_words(error):
+    """PyTorch's refusal of tensors of inference mode as one sentence of ours; None for any other error."""
+    message = str(error)
+    if not message.startswith(("Inference tensors cannot be saved", "Inplace update to inference tensor")):
+        return None
+    return RuntimeError(
+        "fastscore: the network (or what it closes over) has tensors made inside torch.inference_mode(), which nothing can be differentiated "
+        "through or written to outside it; build or load it outside, or take copy.deepcopy(network), made outside."
+    )
+
+
+def explained(function, *arguments):
+    """function(*arguments), with PyTorch's refusal of tensors of inference mode as one sentence of ours."""
+    try:
+        return function(*arguments)
+    except RuntimeError as error:
+        told = in_words(error)
+        if told is None:
+            raise
+        raise told from error
+
+
 def outside_inference(method):
     """method(self, ...), which differentiates, outside inference mode, where nothing can be: called inside, it returns values.
 
@@ -95,11 +117,17 @@ def outside_inference(method):
     def call(self, *arguments, **named):
         if torch.compiler.is_compiling():
             return method(self, *arguments, **named)
-        if not (torch.is_inference_mode_enabled() or any(map(_made_in_inference, (*arguments, *named.values())))):
-            return method(self, *arguments, **named)
-        wanted = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.set_grad_enabled(wanted):
-            return method(self, *map(ordinary, arguments), **{name: ordinary(t) for name, t in named.items()})
+        try:
+            if not (torch.is_inference_mode_enabled() or any(map(_made_in_inference, (*arguments, *named.values())))):
+                return method(self, *arguments, **named)
+            wanted = torch.is_grad_enabled()
+            with torch.inference_mode(False), torch.set_grad_enabled(wanted):
+                return method(self, *map(ordinary, arguments), **{name: ordinary(t) for name, t in named.items()})
+        except RuntimeError as error:
+            told = in_words(error)
+            if told is None:
+                raise
+            raise told from error
 
     return call
 
