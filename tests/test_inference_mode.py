@@ -128,6 +128,6 @@ MADE = {
 @pytest.mark.parametrize("name", MADE)
 def test_a_network_made_in_inference_mode_is_refused_with_the_way_out(name):
     x = torch.randn(4, 3)
-    with pytest.raises(RuntimeError, match="fastscore: the network .* copy.deepcopy"):
+    with pytest.raises(RuntimeError, match=r"fastscore: the network .* copy\.deepcopy"):
         MADE[name](MADE_INSIDE, ENERGY_MADE_INSIDE, x)
     MADE[name](copy.deepcopy(MADE_INSIDE), copy.deepcopy(ENERGY_MADE_INSIDE), x)   # the way out

@@ -443,3 +443,32 @@ def test_exact_of_no_samples_or_no_coordinates_is_zero(shape):
     for loss in (losses.exact(torch.sin, x), losses.noise_conditional(lambda x, sigma: -x, x, sigmas, method="exact", seed=1)):
         assert torch.equal(loss, torch.zeros(shape[:1]))
         assert torch.autograd.grad(loss.sum(), x)[0].shape == shape
+
+
+MASKED = {
+    "sliced": lambda f, x, mask: losses.sliced(f, x, mask=mask, seed=0, projections=2),
+    "plain": lambda f, x, mask: losses.sliced(f, x, mask=mask, seed=0, variance_reduced=False),
+    "gaussian": lambda f, x, mask: losses.sliced(f, x, mask=mask, seed=0, distribution="gaussian"),
+    "given": lambda f, x, mask: losses.sliced(f, x, mask=mask, v=torch.where(mask == 0, torch.nan, x)),
+    "difference": lambda f, x, mask: losses.finite_difference_sliced(f, x, mask=mask, seed=0),
+    "difference-plain": lambda f, x, mask: losses.finite_difference_sliced(f, x, mask=mask, seed=0, variance_reduced=False),
+}
+
+
+@pytest.mark.parametrize("beyond", [math.inf, math.nan, 1e300], ids=["overflow", "nan", "tangent"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("loss", MASKED)
+def test_what_was_not_observed_does_not_matter_even_where_it_overflows(loss, dtype, beyond):
+    """0 · ∞ is no part of a sum over what was observed, nor of its gradient."""
+    torch.manual_seed(0)
+    x, mask = torch.randn(4, 6).to(dtype), (torch.arange(6) < 3).expand(4, 6)
+    w = torch.tensor(0.7, dtype=dtype, requires_grad=True)
+
+    def score(x, factor):
+        return torch.cat([-w * x[:, :3].sin(), (x[:, 3:] * 2).square() * factor], 1)
+
+    found = MASKED[loss](lambda x: score(x, min(beyond, torch.finfo(dtype).max)), x, mask)
+    expected = MASKED[loss](lambda x: score(x, 1.0), x, mask)
+    assert torch.equal(found, expected) and expected.isfinite().all()
+    assert torch.equal(*(torch.autograd.grad(t.sum(), w)[0] for t in (found, expected)))
+    assert torch.equal(MASKED[loss](lambda x: score(x, 1.0), x, mask.to(dtype)), expected)

@@ -6,7 +6,7 @@ import math
 import torch
 
 from fastscore.dual.once import Once, moves
-from fastscore.losses.projections import check_data, check_score, directions, dot
+from fastscore.losses.projections import check_data, check_score, directions, dot, observed
 from fastscore.ops import checks
 from fastscore.ops.functions import explained
 
@@ -88,7 +88,9 @@ def _one(op, score, x, v, mask, h, variance_reduced, once):
     check_score(op, plus, x)
     dtype = checks.compute_dtype(x.dtype)
     plus, minus, v = (t.to(dtype) for t in (plus, minus, v))
+    if mask is not None:
+        plus, minus = observed(plus, mask), observed(minus, mask)
     trace, middle = dot(v[None], plus - minus)[0] / (2 * h), 0.5 * (plus + minus)
     if variance_reduced:
-        return trace + 0.5 * checks.per_sample_sum((middle if mask is None else middle * mask).square())
+        return trace + 0.5 * checks.per_sample_sum(middle.square())
     return trace + 0.5 * dot(v[None], middle)[0].square()

@@ -25,7 +25,12 @@ def directions(op, x, projections=1, distribution="rademacher", v=None, mask=Non
         v = torch.stack([_draw(x, distribution, seed, step, m, offset) for m in range(projections)])
     else:
         v = _given(op, v, x, projections, seed)
-    return v if mask is None else v * _checked(op, mask, x)
+    return v if mask is None else observed(v, _checked(op, mask, x))
+
+
+def observed(t, mask):
+    """t, and 0 where it is missing, whatever stands there: a score may overflow where nothing was observed."""
+    return t.masked_fill(mask == 0, 0)
 
 
 def check_data(op, x, score=None):
@@ -74,7 +79,7 @@ def _given(op, v, x, projections, seed):
 
 
 def _checked(op, mask, x):
-    """The mask in x's dtype."""
+    """The mask."""
     checks.check_tensor(op, "mask", mask)
     if mask.shape != x.shape or mask.device != x.device:
         raise ValueError(f"{op}: mask must be like x, {tuple(x.shape)} on {x.device}; got {tuple(mask.shape)} on {mask.device}.")
@@ -83,7 +88,7 @@ def _checked(op, mask, x):
     checks.check_as_real(op, "mask", mask, x)
     if mask.device.type == "cpu" and checks.readable() and not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(f"{op}: mask must hold 0 (missing) and 1 (observed) only.")
-    return mask.to(x.dtype)
+    return mask
 
 
 def check_score(op, s, x, name="score(x)"):
@@ -178,8 +183,10 @@ def reduce(s, js, v, mask=None, variance_reduced=True):
     """vᵀJv (M, B); and ½‖s‖² over observed coordinates (B,), or ½(vᵀs)² (M, B). In the compute dtype."""
     dtype = checks.compute_dtype(v.dtype)
     s, js, v = (t.to(dtype) for t in (s, js, v))
+    if mask is not None:
+        s, js = observed(s, mask), observed(js, mask)
     if variance_reduced:
-        return dot(v, js), 0.5 * checks.per_sample_sum((s if mask is None else s * mask).square())
+        return dot(v, js), 0.5 * checks.per_sample_sum(s.square())
     return dot(v, js), 0.5 * dot(v, s).square()
 
 

@@ -91,8 +91,8 @@ def in_words(error):
     if not message.startswith(("Inference tensors cannot be saved", "Inplace update to inference tensor")):
         return None
     return RuntimeError(
-        "fastscore: the network (or what it closes over) has tensors made inside torch.inference_mode(), which nothing can be differentiated "
-        "through or written to outside it; build or load it outside, or take copy.deepcopy(network), made outside."
+        "fastscore: the network (or what it closes over) has tensors made inside torch.inference_mode(), which can neither "
+        "be differentiated through nor written to outside it; build or load it outside, or take copy.deepcopy(network), made outside."
     )
 
 
