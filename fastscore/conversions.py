@@ -21,7 +21,9 @@ Sources: Song et al. 2021 (arXiv:2011.13456); Salimans & Ho 2022, appendix D (ar
 
 from torch import nn
 
+from fastscore.messages import shown
 from fastscore.ops import checks
+from fastscore.scalars import function, named
 
 _SMALLEST = 1e-30   # σ and α; their reciprocals are finite in float32
 KINDS = ("score", "noise", "denoiser", "v")
@@ -133,8 +135,8 @@ def convert(prediction, x, sigma, alpha=1.0, *, kind, to):
 
 
 def check_kind(op, kind):
-    if kind not in KINDS:
-        raise ValueError(f"{op}: a prediction must be one of {', '.join(KINDS)}; got {kind!r}.")
+    if not named(kind, KINDS):
+        raise ValueError(f"{op}: a prediction must be one of {', '.join(KINDS)}; got {shown(kind)}.")
 
 
 class Converted(nn.Module):
@@ -154,6 +156,7 @@ class Converted(nn.Module):
 
     def __init__(self, network, *, kind, to="score"):
         super().__init__()
+        function("Converted", "network", network)
         check_kind("Converted", kind)
         check_kind("Converted", to)
         self.network, self.kind, self.to_kind = network, kind, to
@@ -193,6 +196,7 @@ class Rescaled(nn.Module):
 
     def __init__(self, score, scale, shift=0.0):
         super().__init__()
+        function("Rescaled", "score", score)
         scale, shift = checks.number("Rescaled", "scale", scale), checks.number("Rescaled", "shift", shift)
         if not scale:
             raise ValueError("Rescaled: scale must not be 0.")

@@ -11,6 +11,7 @@ import torch
 from fastscore import drawing
 from fastscore.messages import shown
 from fastscore.ops import checks
+from fastscore.tensors import check_tensor
 
 PATIENCE = timedelta(days=7)   # of a rank that is done, for the others; where one dies torchrun ends them all
 
@@ -67,6 +68,9 @@ def gather(samples, n):
     Raises:
         ValueError: the share has another count, or there is no torchrun environment to meet in.
     """
+    check_tensor("gather", "samples", samples)
+    if not samples.dim() or samples.is_meta:
+        raise ValueError(f"gather: samples must be (count, *) with values; got {tuple(samples.shape)} on {samples.device}.")
     n = checks.integer("gather", "n", n, 0, limit=2**53)
     rank, world_size = environment()
     count = share(n, rank, world_size)[1]

@@ -142,7 +142,7 @@ def check_dtype(op, dtype):
 
 def sizes(op, shape):
     """The shape as a tuple of ints, checked; what is no sequence counts as the one size."""
-    single = isinstance(shape, str | bytes | dict) or not isinstance(shape, Iterable)
+    single = isinstance(shape, str | bytes | dict) or not isinstance(shape, Iterable) or getattr(shape, "ndim", 1) == 0
     shape = (shape,) if single else tuple(shape)
     if any(not whole(n) or n < 0 for n in shape):
         raise ValueError(f"{op}: shape must be non-negative ints; got {shown(shape)}.")

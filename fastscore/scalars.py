@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -69,6 +70,22 @@ def _bounds(found, least, most, above, below):
 def offset(op: str, first_sample: Any, size: int) -> int:
     """first_sample · size, the element of the noise at which a part of a batch begins."""
     return integer(op, "first_sample", first_sample, 0, limit=(2**63 - 1) // max(size, 1)) * size
+
+
+def choice(op: str, name: str, value: Any, known: Iterable[str]) -> None:
+    """One of the words that are known."""
+    if not named(value, known):
+        raise ValueError(f"{op}: {name} must be one of {', '.join(known)}; got {shown(value)}.")
+
+
+def named(value: Any, known: Iterable[str]) -> bool:
+    """Whether value is one of the words, whatever it is: an array or a list could not even be compared."""
+    return isinstance(value, str) and value in known
+
+
+def function(op: str, name: str, value: Any) -> None:
+    if not callable(value):
+        raise TypeError(f"{op}: {name} must be callable; got {shown(value)}.")
 
 
 def whole(value: Any) -> bool:

@@ -135,7 +135,11 @@ def valued(op: str, name: str, value: Any, dtype: torch.dtype | None = None) -> 
         ValueError: a tensor of the meta device, which has no values.
     """
     if not isinstance(value, torch.Tensor):
-        return torch.as_tensor(value, dtype=dtype, device=home())
+        try:
+            return torch.as_tensor(value, dtype=dtype, device=home())
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise TypeError(f"{op}: {name} must be a tensor, or numbers for one; got {shown(value)}.") from None
+    check_tensor(op, name, value)
     if value.is_meta:
         raise ValueError(f"{op}: {name} must have values; it is on the meta device.")
     return value if dtype is None else value.to(dtype)

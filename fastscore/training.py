@@ -1,6 +1,7 @@
 """The training loop: a short generator."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from fastscore.averages import averaged as averaged
+from fastscore.messages import shown
 from fastscore.ops import checks
-from fastscore.scalars import RUN, SQUARE
+from fastscore.scalars import RUN, SQUARE, function
 
 
 class Step(NamedTuple):
@@ -35,6 +37,11 @@ def training_loop(model, loader, loss, *, steps, optimizer=None, lr=1e-3, ema_de
         TypeError: the loss is no tensor.
     """
     op = "training_loop"
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{op}: model must be a torch.nn.Module; got {shown(model)}.")
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"{op}: loader must be an iterable of batches; got {shown(loader)}.")
+    function(op, "loss", loss)
     ema_decay = checks.number(op, "ema_decay", ema_decay, 0, below=1)
     steps = checks.integer(op, "steps", steps, 0, limit=RUN)
     first_step = checks.integer(op, "first_step", first_step, 0, limit=RUN)

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastscore import backend as backends
+from fastscore import scalars
 from fastscore.dual import carriers, compositions, fallback, kept, transposed
 from fastscore.dual.compiled import as_written, eagerly, undisturbed
 from fastscore.dual.norms import FACTORISED, NATIVE_NORMS, REFUSED, Refuse
@@ -59,6 +60,7 @@ def jvp(f, x, v):
     >>> jvp(torch.sin, torch.zeros(1, 2), torch.ones(3, 1, 2))[1].shape
     torch.Size([3, 1, 2])
     """
+    scalars.function("jvp", "f", f)
     checks.check_float("jvp", "x", x)
     checks.check_float("jvp", "v", v)
     if v.dim() > x.dim() and not len(v):

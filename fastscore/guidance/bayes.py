@@ -10,6 +10,7 @@ from fastscore.dual.compiled import as_written
 from fastscore.losses.projections import check_score
 from fastscore.ops import checks
 from fastscore.ops.functions import outside_inference, released
+from fastscore.scalars import function
 
 
 def posterior(score, log_likelihood=None, scale=1.0, *, likelihood_score=None):
@@ -41,6 +42,9 @@ def posterior(score, log_likelihood=None, scale=1.0, *, likelihood_score=None):
     """
     if (log_likelihood is None) == (likelihood_score is None):
         raise ValueError("posterior: give exactly one of log_likelihood and likelihood_score.")
+    function("posterior", "score", score)
+    given = "log_likelihood" if likelihood_score is None else "likelihood_score"
+    function("posterior", given, log_likelihood if likelihood_score is None else likelihood_score)
     check_scale("posterior", scale)
     if likelihood_score is None:
         likelihood_score = _Gradient(log_likelihood)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fastscore.messages import shown
-from fastscore.scalars import plain_int, whole
+from fastscore.scalars import function, plain_int, whole
 from fastscore.tensors import valued
 
 
@@ -29,6 +29,7 @@ def classifier(net, labels):
     >>> classifier(lambda x, sigma: torch.zeros(len(x), 4), 3)(torch.zeros(2, 5), torch.ones(2)).exp()
     tensor([0.2500, 0.2500])
     """
+    function("classifier", "net", net)
     try:
         labels = valued("classifier", "labels", plain_int(labels) if whole(labels) else labels)
     except (TypeError, ValueError, RuntimeError):

@@ -8,8 +8,9 @@ import torch
 from fastscore import random
 from fastscore.guidance.linear import LinearOperator, check_operator, range_of, solve
 from fastscore.guidance.operators import check_mask, fitted_mask
+from fastscore.messages import shown
 from fastscore.ops import checks
-from fastscore.scalars import SQUARE, offset
+from fastscore.scalars import SQUARE, named, offset
 
 _STEP, _LEVEL = 0, 1  # substreams of PERTURB
 
@@ -42,8 +43,8 @@ def inpainting(observation, mask, *, noise=0.0, redraw="level", seed=0, first_sa
     seed = random.draw_seed() if seed is None else seed   # one for all calls
     random.check_seed(op, seed, seed.device if isinstance(seed, torch.Tensor) else observation.device)
     first_sample = checks.integer(op, "first_sample", first_sample, 0, limit=2**62)
-    if redraw not in ("level", "step"):
-        raise ValueError(f"{op}: redraw must be level or step; got {redraw!r}.")
+    if not named(redraw, ("level", "step")):
+        raise ValueError(f"{op}: redraw must be level or step; got {shown(redraw)}.")
     if not bool(observation.isfinite()[fitted_mask(op, mask, observation[None]).expand_as(observation)].all()):
         raise ValueError(f"{op}: the known part of the observation must be finite.")
 

@@ -13,6 +13,7 @@ from fastscore.guidance.hooks import check_noise, fitted_observation
 from fastscore.guidance.linear import LinearOperator, check_adjoint, check_operator, range_of, solve
 from fastscore.ops import checks
 from fastscore.ops.functions import ordinary, outside_inference
+from fastscore.scalars import choice, function
 
 METHODS = ("flat", "denoiser", "moments")
 
@@ -55,8 +56,8 @@ def linear_inverse(score, operator, observation, noise=0.0, *, method="denoiser"
     """
     op = "linear_inverse"
     check_operator(op, operator)
-    if method not in METHODS:
-        raise ValueError(f"{op}: method must be one of {', '.join(METHODS)}; got {method!r}.")
+    function(op, "score", score)
+    choice(op, "method", method, METHODS)
     noise = check_noise(op, noise)
     prior_variance = checks.number(op, "prior_variance", prior_variance, above=0)
     check_scale(op, scale)

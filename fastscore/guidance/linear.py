@@ -6,6 +6,7 @@ import torch
 
 from fastscore import random
 from fastscore.guidance.conjugate import conjugate_gradient
+from fastscore.scalars import function
 
 _CHECKS = 1027  # the stream of the vectors that check an operator
 
@@ -78,8 +79,13 @@ def from_function(forward, shape, adjoint=None, *, device=None):
     >>> from_function(lambda x: x.cumsum(1), (3,)).adjoint(torch.tensor([[1.0, 0.0, 1.0]]))
     tensor([[2., 1., 1.]])
     """
-    operator = _Function(forward, adjoint, tuple(shape))
-    x, z = (random.normal((1, *operator.shape), seed=0, step=i, stream=_CHECKS, device=device) for i in range(2))
+    op = "from_function"
+    function(op, "forward", forward)
+    if adjoint is not None:
+        function(op, "adjoint", adjoint)
+    operator = _Function(forward, adjoint, random.sizes(op, shape))
+    key = {"seed": 0, "stream": _CHECKS, "device": device}
+    x, z = (random.draw(op, random.NORMAL, (1, *operator.shape), step=i, **key) for i in range(2))
     both, apart = forward(2 * x - 3 * z), 2 * forward(x) - 3 * forward(z)
     if not float((both - apart).abs().max()) <= 1e-4 * float(apart.abs().max() + both.abs().max()):
         raise ValueError("from_function: forward must be linear; f(2x - 3z) is not 2 f(x) - 3 f(z).")
@@ -101,6 +107,8 @@ def adjoint_gap(operator, shape, *, seed=0, dtype=None, device=None):
     >>> adjoint_gap(from_function(lambda x: x.flip(1), (8,)), (8,), dtype=torch.float64) < 1e-15
     True
     """
+    check_operator("adjoint_gap", operator)
+    shape = random.sizes("adjoint_gap", shape)
     key = {"seed": seed, "stream": _CHECKS, "dtype": dtype, "device": device}
     x = random.draw("adjoint_gap", random.NORMAL, (1, *shape), step=2, **key)
     ax = operator.forward(x)

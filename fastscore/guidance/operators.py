@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from fastscore.guidance.linear import LinearOperator, pseudo_inverse
 from fastscore.messages import shown
 from fastscore.ops import checks
-from fastscore.scalars import SQUARE
+from fastscore.random import sizes
+from fastscore.scalars import SQUARE, named
 from fastscore.tensors import home, valued
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -120,8 +121,8 @@ class Blur(LinearOperator):
         kernel = valued("Blur", "kernel", kernel).detach().double()
         if kernel.dim() != 2 or not all(n % 2 for n in kernel.shape) or not bool(kernel.isfinite().all()) or not bool(kernel.any()):
             raise ValueError(f"Blur: kernel must be (h, w), odd, finite and not 0; got shape {tuple(kernel.shape)}.")
-        if padding not in ("circular", "zero"):
-            raise ValueError(f"Blur: padding must be circular or zero; got {padding!r}.")
+        if not named(padding, ("circular", "zero")):
+            raise ValueError(f"Blur: padding must be circular or zero; got {shown(padding)}.")
         self.kernel, self.padding = kernel, padding
 
     def forward(self, x):
@@ -169,7 +170,7 @@ class Matrix(LinearOperator):
         matrix = valued("Matrix", "matrix", matrix).detach().double()
         if matrix.dim() != 2 or not matrix.numel() or not bool(matrix.isfinite().all()):
             raise ValueError(f"Matrix: matrix must be (m, n) and finite; got shape {tuple(matrix.shape)}.")
-        self.shape = matrix.shape[1:] if shape is None else tuple(shape)
+        self.shape = matrix.shape[1:] if shape is None else sizes("Matrix", shape)
         if math.prod(self.shape) != matrix.shape[1]:
             raise ValueError(f"Matrix: shape must hold {matrix.shape[1]} values; got {self.shape}.")
         self.matrix = matrix

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from fastscore import conversions, schedules
+from fastscore.messages import shown
 from fastscore.ops import checks
+from fastscore.scalars import named
 from fastscore.schedules.rescaled import check_table, interpolate
 
 _DIFFUSERS_NAMES = {"epsilon": "noise", "sample": "denoiser", "v_prediction": "v"}
@@ -17,9 +19,9 @@ _DIFFUSERS_NAMES = {"epsilon": "noise", "sample": "denoiser", "v_prediction": "v
 
 def prediction_kind(op, name):
     """The kind of `conversions` for a name of either vocabulary."""
-    kind = _DIFFUSERS_NAMES.get(name, name)
-    if kind not in conversions.KINDS:
-        raise ValueError(f"{op}: a prediction must be one of {', '.join((*conversions.KINDS, *_DIFFUSERS_NAMES))}; got {name!r}.")
+    kind = _DIFFUSERS_NAMES.get(name, name) if isinstance(name, str) else name
+    if not named(kind, conversions.KINDS):
+        raise ValueError(f"{op}: a prediction must be one of {', '.join((*conversions.KINDS, *_DIFFUSERS_NAMES))}; got {shown(name)}.")
     return kind
 
 

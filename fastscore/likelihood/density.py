@@ -11,7 +11,7 @@ from fastscore.messages import shown
 from fastscore.models.analytic import GaussianMixture
 from fastscore.modes import evaluated
 from fastscore.ops import checks
-from fastscore.scalars import SQUARE, offset
+from fastscore.scalars import SQUARE, choice, function, named, offset
 from fastscore.schedules import check_ladder
 
 _OP = "log_density"
@@ -68,6 +68,7 @@ def log_density(score, x, *, sigma_min, sigma_max, trace="exact", projections=1,
     >>> bool((exact + torch.log(torch.tensor(4 * torch.pi))).abs() < 2e-4)
     True
     """
+    function(_OP, "score", score)
     check_data(_OP, x)
     if not x.numel():
         raise ValueError(f"{_OP}: x must hold samples; got {tuple(x.shape)}.")
@@ -101,8 +102,7 @@ def _right_hand_side(jacobian_trace, x):
 
 def _trace(score, x, trace, projections, chunk, seed, first_sample):
     """(x, sigma) -> s(x, σ), tr J or the mean of vᵀJv (B,)."""
-    if trace not in TRACES:
-        raise ValueError(f"{_OP}: trace must be one of {', '.join(TRACES)}; got {trace!r}.")
+    choice(_OP, "trace", trace, TRACES)
     check_projections(_OP, projections, "rademacher")
     chunk = checks.integer(_OP, "chunk", chunk, 1)
     begin = offset(_OP, first_sample, x[0].numel())
@@ -129,10 +129,10 @@ def _range(sigma_min, sigma_max):
 
 def _method(method, steps):
     known = solvers.ADAPTIVE if steps is None else tuple(solvers.FIXED)
-    method = method or ("dopri5" if steps is None else "rk4")
-    if method not in known:
+    method = ("dopri5" if steps is None else "rk4") if method is None else method
+    if not named(method, known):
         given = "without steps" if steps is None else "with steps"
-        raise ValueError(f"{_OP}: {given}, method must be one of {', '.join(known)}; got {method!r}.")
+        raise ValueError(f"{_OP}: {given}, method must be one of {', '.join(known)}; got {shown(method)}.")
     return method
 
 

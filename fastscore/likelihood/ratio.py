@@ -9,6 +9,7 @@ from fastscore.losses.projections import check_data, check_score
 from fastscore.modes import evaluated
 from fastscore.ops import checks
 from fastscore.sampling.state import number
+from fastscore.scalars import function
 from fastscore.tensors import fake
 
 _OP = "log_ratio"
@@ -55,6 +56,7 @@ def log_ratio(score, x0, x1, *, sigma=None, nodes=None, chunk=16, atol=0.01, ret
     >>> log_ratio(lambda x: -x, torch.zeros(1, 2), torch.ones(1, 2))
     tensor([-1.])
     """
+    function(_OP, "score", score)
     check_data(_OP, x0)
     checks.check_like(_OP, "x1", x1, x0, of="x0")
     least = 2 if return_error else 1

@@ -6,7 +6,7 @@ import torch
 from torch.autograd import forward_ad
 
 from fastscore import backend as backends
-from fastscore import dual, random
+from fastscore import dual, random, scalars
 from fastscore.models.energy import EnergyScore
 from fastscore.ops import checks
 from fastscore.ops.rademacher_jvp import project_stack, signs
@@ -33,9 +33,9 @@ def observed(t, mask):
     return t.masked_fill(mask == 0, 0)
 
 
-def check_data(op, x, score=None):
-    if score is not None and not callable(score):
-        raise TypeError(f"{op}: score must be callable; got {checks.shown(score)}.")
+def check_data(op, x, *score):
+    for f in score:
+        scalars.function(op, "score", f)
     checks.check_float(op, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must be (B, *); got a 0-d tensor.")

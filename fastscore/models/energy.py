@@ -16,10 +16,12 @@ from fastscore.dual.norms import RightNorms
 from fastscore.dual.numbers import Dual, NoRule
 from fastscore.dual.once import Once
 from fastscore.dual.sharded import check_once
+from fastscore.messages import shown
 from fastscore.models import energy_chain
 from fastscore.models.score_mlp import Trunk
 from fastscore.ops import checks
 from fastscore.ops.functions import outside_inference, released
+from fastscore.scalars import function, named
 
 _SMOOTH = ("silu", "gelu", "softplus", "tanh")
 
@@ -54,9 +56,11 @@ class EnergyMLP(Trunk):
     """
 
     def __init__(self, dim, width=512, depth=4, activation="silu", sigmas=None):
-        if activation not in _SMOOTH:
+        if not named(activation, _SMOOTH):
             smooth = ", ".join(_SMOOTH)
-            raise ValueError(f"EnergyMLP: activation must be smooth (the score is its derivative), one of {smooth}; got {activation!r}.")
+            raise ValueError(
+                f"EnergyMLP: activation must be smooth (the score is its derivative), one of {smooth}; got {shown(activation)}."
+            )
         super().__init__(dim, 1, width, depth, activation, sigmas)
 
     def forward(self, x, sigma=None):
@@ -91,6 +95,7 @@ class EnergyScore(nn.Module):
 
     def __init__(self, f):
         super().__init__()
+        function("EnergyScore", "f", f)
         self.f = f
 
     @outside_inference

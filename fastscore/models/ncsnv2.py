@@ -2,9 +2,11 @@
 
 import torch
 
+from fastscore.messages import shown
 from fastscore.models import ncsn
 from fastscore.models.refinenet import RefineNet, ladder
 from fastscore.ops import checks
+from fastscore.scalars import named
 from fastscore.schedules import geometric
 
 _SMALLEST = 1e-30  # sigma; 1/σ is finite in float32
@@ -57,8 +59,8 @@ class NCSNv2(RefineNet):
         logit_transform=False, std=False, target="gaussian", dilated=True,
     ):  # fmt: skip
         sigmas = geometric(*self.published) if sigmas is None else ladder(type(self).__name__, sigmas)
-        if target not in ("gaussian", "dae"):
-            raise ValueError(f"{type(self).__name__}: target must be gaussian or dae; got {target!r}.")
+        if not named(target, ("gaussian", "dae")):
+            raise ValueError(f"{type(self).__name__}: target must be gaussian or dae; got {shown(target)}.")
         stages = self._stages if dilated else [(name, width, 1) for name, width, _ in self._stages]
         super().__init__(channels, ngf, stages, self._refines, None, nonlinearity, rescaled, logit_transform)
         self.std, self.target = bool(std), target

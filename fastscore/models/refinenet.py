@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastscore.deferred import KeepsBuffers
-from fastscore.messages import shown_ladder
+from fastscore.messages import shown, shown_ladder
 from fastscore.nn import ConditionalInstanceNorm2dPlus, InstanceNorm2dPlus
 from fastscore.ops import checks
-from fastscore.scalars import SIZE
-from fastscore.tensors import valued
+from fastscore.scalars import SIZE, named
+from fastscore.tensors import numbers
 
 _leaky = partial(F.leaky_relu, negative_slope=0.2)
 ACTIVATIONS = {"elu": F.elu, "relu": F.relu, "lrelu": _leaky, "swish": F.silu}   # as the official configs call them
@@ -43,8 +43,8 @@ class RefineNet(KeepsBuffers):
         self, channels, ngf, stages, refines, levels=None, nonlinearity="elu", rescaled=False, logit_transform=False
     ):
         super().__init__()
-        if nonlinearity not in ACTIVATIONS:
-            raise ValueError(f"{type(self).__name__}: nonlinearity must be one of {', '.join(ACTIVATIONS)}; got {nonlinearity!r}.")
+        if not named(nonlinearity, ACTIVATIONS):
+            raise ValueError(f"{type(self).__name__}: nonlinearity must be one of {', '.join(ACTIVATIONS)}; got {shown(nonlinearity)}.")
         if rescaled and logit_transform:
             raise ValueError(f"{type(self).__name__}: at most one of rescaled and logit_transform can be true.")
         act = nonlinearity
@@ -233,7 +233,7 @@ class ChainedPooling(nn.Module):
 
 def ladder(op, sigmas):
     """sigmas as a tensor (L,); raises unless they descend."""
-    sigmas = valued(op, "sigmas", sigmas, torch.get_default_dtype()).detach().clone()
+    sigmas = numbers(op, "sigmas", sigmas, torch.get_default_dtype()).detach().clone()
     if sigmas.dim() != 1 or not len(sigmas):
         raise ValueError(f"{op}: sigmas must be a descending ladder (L,) of positive levels; got shape {tuple(sigmas.shape)}.")
     positive = bool(((sigmas > 0) & sigmas.isfinite()).all())

@@ -8,8 +8,8 @@ from torch import nn
 
 from fastscore.messages import shown
 from fastscore.ops import checks
-from fastscore.scalars import DEPTH, SIZE
-from fastscore.tensors import valued
+from fastscore.scalars import DEPTH, SIZE, named
+from fastscore.tensors import numbers
 
 _ACTIVATIONS = {"silu": F.silu, "elu": F.elu, "gelu": F.gelu, "relu": F.relu, "softplus": F.softplus, "tanh": torch.tanh}
 _FREQUENCIES = 16
@@ -21,14 +21,14 @@ class Trunk(nn.Module):
 
     def __init__(self, dim, outputs, width, depth, activation, sigmas):
         super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"{self._name}: activation must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}.")
+        if not named(activation, _ACTIVATIONS):
+            raise ValueError(f"{self._name}: activation must be one of {', '.join(_ACTIVATIONS)}; got {shown(activation)}.")
         dim = checks.integer(self._name, "dim", dim, 1, limit=2**31)
         width = checks.integer(self._name, "width", width, 1, limit=SIZE)
         depth = checks.integer(self._name, "depth", depth, 0, limit=DEPTH)
         self.dim, self.activation = dim, _ACTIVATIONS[activation]
         self.log_range = None if sigmas is None else _log_range(self._name, sigmas)
-        self.sigma_range = None if sigmas is None else tuple(v.item() for v in valued(self._name, "sigmas", sigmas).aminmax())
+        self.sigma_range = None if sigmas is None else tuple(v.item() for v in numbers(self._name, "sigmas", sigmas).aminmax())
         features = None if sigmas is None else max(16, width // 4)
         if features:
             self.embed = nn.Linear(2 * _FREQUENCIES + 1, features)
@@ -132,7 +132,7 @@ class _Block(nn.Module):
 
 
 def _log_range(name, sigmas):
-    sigmas = valued(name, "sigmas", sigmas, torch.float64)
+    sigmas = numbers(name, "sigmas", sigmas, torch.float64)
     if not sigmas.numel() or not bool((sigmas > 0).all() and sigmas.isfinite().all()):
         raise ValueError(f"{name}: sigmas must be positive and finite; got {shown(sigmas.tolist())}.")
     low, high = sigmas.log().min().item(), sigmas.log().max().item()

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fastscore.messages import shown
 from fastscore.nn.batch_norm import ConditionalBatchNorm2d
 from fastscore.nn.group_norm import GroupNormAct
 from fastscore.nn.instance_norm import ConditionalInstanceNorm2d, ConditionalInstanceNorm2dPlus, InstanceNorm2d, InstanceNorm2dPlus
@@ -43,6 +44,8 @@ def replace_norms(module, *, fuse_silu=True):
     >>> [(name, old.__name__, new.__name__) for name, old, new in replace_norms(net)]
     [('0', 'GroupNorm', 'GroupNormAct'), ('1', 'SiLU', 'Identity')]
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"replace_norms: module must be a torch.nn.Module; got {shown(module)}.")
     if _known(module):
         raise ValueError(f"replace_norms: module is itself a {type(module).__name__}; put it into a torch.nn.Sequential.")
     places = Counter(id(child) for parent in module.modules() for child in parent._modules.values())

@@ -9,6 +9,7 @@ from fastscore import dual, random
 from fastscore.ops import checks
 from fastscore.ops.functions import Direct, contiguous, plain, quick, save, saved
 from fastscore.ops.langevin_step import refuse_mapped_key
+from fastscore.scalars import function
 
 
 def rademacher_jvp(f, x, *, projections=1, v=None, seed=None, step=0, offset=0, backend=None):
@@ -37,6 +38,7 @@ def rademacher_jvp(f, x, *, projections=1, v=None, seed=None, step=0, offset=0, 
     tensor([[15., 15.]])
     """
     op = "rademacher_jvp"
+    function(op, "f", f)
     checks.check_float(op, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must be (B, *); got a 0-d tensor.")

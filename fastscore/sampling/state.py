@@ -15,6 +15,7 @@ from fastscore.modes import evaluated
 from fastscore.ops import checks
 from fastscore.ops.langevin_step import update
 from fastscore.sampling.asking import asked, single
+from fastscore.scalars import choice as choice
 from fastscore.scalars import offset
 from fastscore.schedules import to_epsilon
 
@@ -154,11 +155,6 @@ def check_updates(op, name, value, levels=1):
 def number(op, name, value, most=math.inf):
     """A finite float >= 0."""
     return checks.number(op, name, value, 0, most)
-
-
-def choice(op, name, value, known):
-    if value not in known:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(known)}; got {value!r}.")
 
 
 def epsilon(op, step_size, step_lr, x):

@@ -98,6 +98,8 @@ def _prepare(op, data, chunk):
     checks.check_float(op, "data", data)
     if data.dim() < 1 or len(data) < 2 or data[0].numel() == 0:
         raise ValueError(f"{op}: data must hold at least 2 samples, (n, *); got shape {tuple(data.shape)}.")
+    if data.is_meta:
+        raise ValueError(f"{op}: data must have values; it is on the meta device.")
     if chunk is not None:
         chunk = checks.integer(op, "chunk", chunk, 1)
     x = data.detach().flatten(1) if data.dim() > 1 else data.detach()[:, None]

@@ -76,6 +76,10 @@ def recipe(data, budget, *, sigma_max=None, sigma_min=0.01, overlap=0.5, denoise
     Source: Song & Ermon 2020 (arXiv:2006.09011); the rule for the remainder is ours.
     """
     checks.check_float("recipe", "data", data)
+    if data.dim() < 1 or len(data) < 2 or not data[0].numel():
+        raise ValueError(f"recipe: data must hold at least 2 samples, (n, *); got shape {tuple(data.shape)}.")
+    if data.is_meta:
+        raise ValueError("recipe: data must have values; it is on the meta device.")
     least = 2 + bool(denoise)
     if not checks.whole(budget) or not least <= budget <= RUN:
         bound = f"at least {least}" if not checks.whole(budget) or budget < least else f"at most {RUN}"

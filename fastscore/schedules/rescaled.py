@@ -94,6 +94,7 @@ def check_table(op, alphas_cumprod):
     """ln σ of a ᾱ table, float64 (N,), ascending."""
     table = valued(op, "alphas_cumprod", alphas_cumprod).detach().double()
     if table.dim() != 1 or len(table) < 2 or not bool(((table > 0) & (table < 1)).all()) or bool((table.diff() >= 0).any()):
+        found = shown(table.tolist()) if table.numel() < 9 else tuple(table.shape)
         expected = "(N,) with N >= 2, strictly descending within (0, 1)"
-        raise ValueError(f"{op}: alphas_cumprod must be {expected}; got {table if table.numel() < 9 else tuple(table.shape)}.")
+        raise ValueError(f"{op}: alphas_cumprod must be {expected}; got {found}.")
     return sigmas_of(table).log()
