@@ -40,7 +40,8 @@ def count(path, per_thread=None, steps=1):
             "loop": loop(lines),
             "registers": int(registers[1]),
             "local": sum(bool(re.search(r"\b(LDL|STL)", line)) for line in lines),
-            "wide": sum(bool(re.search(r"(LDG|STG)\.E\.(128|ENL2\.256)", line)) for line in lines),
+            "wide": sum(bool(re.search(r"(LDG|STG)\.E\.(EF\.)?(128|ENL2\.256)", line)) for line in lines),
+            "streamed": sum(bool(re.search(r"(LDG|STG)\.E\.EF\.", line)) for line in lines),
             "read": wide_bytes("LDG", lines),
             "written": wide_bytes("STG", lines),
         }
@@ -55,7 +56,7 @@ def loop(lines):
 
 
 def wide_bytes(instruction, lines):
-    found = (re.search(rf"{instruction}\.E\.(128|ENL2\.256)", line) for line in lines)
+    found = (re.search(rf"{instruction}\.E\.(?:EF\.)?(128|ENL2\.256)", line) for line in lines)
     return sum(16 if match[1] == "128" else 32 for match in found if match)
 
 
@@ -108,7 +109,8 @@ def pixel_kernels(arch):
     from fastscore.kernels.launch_normalise import tiles_of
 
     elu, none = activation.ELU.value, activation.IDENTITY.value
-    plain, more = [("elu", elu, 0, False)], [("none", none, 0, False), ("tangent", elu, 1, False), ("channels-last", elu, 0, True)]
+    plain = [("elu", elu, 0, False)]
+    more = [("large", elu, 0, False), ("none", none, 0, False), ("tangent", elu, 1, False), ("channels-last", elu, 0, True)]
     kernels = normalise.moments_kernel, normalise.apply_kernel, normalise.cotangent_sums_kernel, normalise.gradient_kernel
     variants = [(dtype, *v) for dtype in DTYPES for v in plain + (more if arch == 90 and dtype in ("fp32", "bf16") else [])]
     for dtype, label, kind, M, last in variants:
@@ -120,6 +122,7 @@ def pixel_kernels(arch):
             tiles = tiles_of(x, M)
             constants = {"KIND": kind, "HAS_Y": True, "HAS_GY": True, "M": M, "LAST": last}
             constants |= {"UNITS": tiles.UNITS, "PIXELS": tiles.PIXELS}
+            constants["EVICT"] = "evict_first" if label == "large" else ""
             constants |= {} if M else {"t_ptr": None, "ty_ptr": None, "gty_ptr": None, "gt_ptr": None}
             constants |= {"splits": 1} if tiles.splits == 1 else {}
             types = pointers | dict.fromkeys(("units", "C", "S", "splits"), "i32")

@@ -7,7 +7,7 @@ import torch
 from fastscore.kernels.launch import cdiv, launch, power_of_two
 from fastscore.kernels.normalise import apply_kernel, cotangent_sums_kernel, gradient_kernel, merge_kernel, moments_kernel
 from fastscore.kernels.normalise_algebra import coefficients_kernel, cotangents_kernel, whole_kernel
-from fastscore.kernels.tiles import tile
+from fastscore.kernels.tiles import cache_bytes, tile
 
 FORWARD = (
     "normalise(Tensor(a!)? y, Tensor(b!)? ty, Tensor(c!) stats, Tensor x, Tensor? t, Tensor coef, Tensor? tcoef, Tensor? labels, "
@@ -25,6 +25,11 @@ def tiles_of(x, M, elementwise=False):
     small = elementwise and x.numel() < 2**21   # sums keep their order at every batch size
     cut = tile("normalise small" if small else "normalise with tangents" if M else "normalise", x.device)
     return Tiles(B, C, x.numel() // (B * C), x.element_size(), not x.is_contiguous(), M, cut["tile"], cut["each"])
+
+
+def _evict(tensors, x, M):
+    """The policy of a second pass that reads `tensors` of x's size, and as many of each tangent."""
+    return "evict_first" if tensors * (1 + M) * x.numel() * x.element_size() > cache_bytes(x.device) else ""
 
 
 @functools.lru_cache(4096)
@@ -119,7 +124,8 @@ def normalise(y, ty, stats, x, t, coef, tcoef, labels, groups, alpha, beta, eps,
         if y is None and ty is None:
             return
         table = _coefficients(x, stats, coef, tcoef, labels, numbers, M)
-        tiles_of(x, 0 if ty is None else M, True).launch(apply_kernel, y, ty, x, t, table, KIND=activation, HAS_Y=y is not None)
+        flags = {"KIND": activation, "HAS_Y": y is not None, "EVICT": _evict(1, x, M)}
+        tiles_of(x, 0 if ty is None else M, True).launch(apply_kernel, y, ty, x, t, table, **flags)
 
 
 def normalise_backward(
@@ -137,4 +143,4 @@ def normalise_backward(
         sums = sums.sum(-1) if tiles.splits > 1 else sums
         gtable = torch.empty((2 + 2 * M, tiles.units), dtype=stats.dtype, device=x.device)
         _algebra(cotangents_kernel, (gtable, gcoef, gtcoef, sums, stats), (*x.shape[:2], tiles.S), coef, tcoef, labels, *numbers, M)
-        tiles_of(x, M, True).launch(gradient_kernel, gx, gt, x, t, gy, gty, table, gtable, **flags)
+        tiles_of(x, M, True).launch(gradient_kernel, gx, gt, x, t, gy, gty, table, gtable, EVICT=_evict(2, x, M), **flags)

@@ -117,26 +117,27 @@ def merge_kernel(
 @triton.jit
 def apply_kernel(
     y_ptr, ty_ptr, x_ptr, t_ptr, table_ptr, units, C, S, splits, M: tl.constexpr,
-    KIND: tl.constexpr, HAS_Y: tl.constexpr, LAST: tl.constexpr, UNITS: tl.constexpr, PIXELS: tl.constexpr,
+    KIND: tl.constexpr, HAS_Y: tl.constexpr, EVICT: tl.constexpr, LAST: tl.constexpr, UNITS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """y = f(u), ty = f'(u) du with u = scale (x - mean) + shift, du = scale t + P (x - mean) + Q.
 
     Reads x and t, writes y and ty: 8 + 8 M bytes per element, with the moments 12 + 12 M for the whole op.
+    EVICT: "evict_first" where they exceed the L2, so that what the first pass left there of x and t stays until it is read.
     """
     unit, known, _, first, at, mask = tile(backwards(), units, C, S, splits, LAST, UNITS, PIXELS)
     mean, scale = row(table_ptr, 0, units, unit, known, LAST), row(table_ptr, 1, units, unit, known, LAST)
-    d = tl.load(x_ptr + first + at, mask=mask, other=0.0).to(mean.dtype) - mean
+    d = tl.load(x_ptr + first + at, mask=mask, other=0.0, eviction_policy=EVICT).to(mean.dtype) - mean
     u = scale * d + row(table_ptr, 2, units, unit, known, LAST)
     if HAS_Y:
-        tl.store(y_ptr + first + at, narrow(activation.value(u, KIND), y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + first + at, narrow(activation.value(u, KIND), y_ptr.dtype.element_ty), mask=mask, eviction_policy=EVICT)
     if M > 0:
         slope = activation.slope(u, KIND)
         for m in range(M):
             there = m * int64(units) * S + first
-            t = tl.load(t_ptr + there + at, mask=mask, other=0.0).to(mean.dtype)
+            t = tl.load(t_ptr + there + at, mask=mask, other=0.0, eviction_policy=EVICT).to(mean.dtype)
             P, Q = row(table_ptr, 3 + 2 * m, units, unit, known, LAST), row(table_ptr, 4 + 2 * m, units, unit, known, LAST)
             ty = activation.times_slope(slope, scale * t + (P * d + Q), KIND)
-            tl.store(ty_ptr + there + at, narrow(ty, ty_ptr.dtype.element_ty), mask=mask)
+            tl.store(ty_ptr + there + at, narrow(ty, ty_ptr.dtype.element_ty), mask=mask, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -167,26 +168,29 @@ def cotangent_sums_kernel(
             tl.store(each, total(g, mask, LAST), mask=known)
             tl.store(each + stride, total(g * d, mask, LAST), mask=known)
             tl.store(each + 2 * stride, total(g * t, mask, LAST), mask=known)
-    gu = cotangent(u, slope, bend, gy_ptr, first + at, mask, KIND, HAS_GY, M)
+    gu = cotangent(u, slope, bend, gy_ptr, first + at, mask, KIND, HAS_GY, "", M)
     tl.store(out, total(gu, mask, LAST), mask=known)
     tl.store(out + stride, total(gu * d, mask, LAST), mask=known)
 
 
 @triton.jit
-def cotangent(u, slope, bend, gy_ptr, at, mask, KIND: tl.constexpr, HAS_GY: tl.constexpr, M: tl.constexpr):
+def cotangent(
+    u, slope, bend, gy_ptr, at, mask, KIND: tl.constexpr, HAS_GY: tl.constexpr, EVICT: tl.constexpr, M: tl.constexpr
+):  # fmt: skip
     """gu = f' gy + f'' bend."""
     gu = bend
     if M > 0 and KIND != activation.IDENTITY and KIND != activation.RELU:
         gu = activation.curvature(u, KIND) * bend
     if HAS_GY:
-        gu += activation.times_slope(slope, tl.load(gy_ptr + at, mask=mask, other=0.0).to(u.dtype), KIND)
+        gy = tl.load(gy_ptr + at, mask=mask, other=0.0, eviction_policy=EVICT).to(u.dtype)
+        gu += activation.times_slope(slope, gy, KIND)
     return gu
 
 
 @triton.jit
 def gradient_kernel(
     gx_ptr, gt_ptr, x_ptr, t_ptr, gy_ptr, gty_ptr, table_ptr, gtable_ptr, units, C, S, splits, M: tl.constexpr,
-    KIND: tl.constexpr, HAS_GY: tl.constexpr, LAST: tl.constexpr, UNITS: tl.constexpr, PIXELS: tl.constexpr,
+    KIND: tl.constexpr, HAS_GY: tl.constexpr, EVICT: tl.constexpr, LAST: tl.constexpr, UNITS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """gx = scale gu + c4 (x - mean) + c5 + sum (P g + c3 t), gt = scale g + c3 (x - mean) + d3.
 
@@ -194,22 +198,22 @@ def gradient_kernel(
     """
     unit, known, _, first, at, mask = tile(backwards(), units, C, S, splits, LAST, UNITS, PIXELS)
     mean, scale = row(table_ptr, 0, units, unit, known, LAST), row(table_ptr, 1, units, unit, known, LAST)
-    d = tl.load(x_ptr + first + at, mask=mask, other=0.0).to(mean.dtype) - mean
+    d = tl.load(x_ptr + first + at, mask=mask, other=0.0, eviction_policy=EVICT).to(mean.dtype) - mean
     u = scale * d + row(table_ptr, 2, units, unit, known, LAST)
     slope, bend = activation.slope(u, KIND), tl.zeros_like(d)
     gx = row(gtable_ptr, 0, units, unit, known, LAST) * d + row(gtable_ptr, 1, units, unit, known, LAST)
     if M > 0:
         for m in range(M):
             there = m * int64(units) * S + first
-            t = tl.load(t_ptr + there + at, mask=mask, other=0.0).to(mean.dtype)
-            gty = tl.load(gty_ptr + there + at, mask=mask, other=0.0).to(mean.dtype)
+            t = tl.load(t_ptr + there + at, mask=mask, other=0.0, eviction_policy=EVICT).to(mean.dtype)
+            gty = tl.load(gty_ptr + there + at, mask=mask, other=0.0, eviction_policy=EVICT).to(mean.dtype)
             P, Q = row(table_ptr, 3 + 2 * m, units, unit, known, LAST), row(table_ptr, 4 + 2 * m, units, unit, known, LAST)
             c3, d3 = row(gtable_ptr, 2 + 2 * m, units, unit, known, LAST), row(gtable_ptr, 3 + 2 * m, units, unit, known, LAST)
             g = activation.times_slope(slope, gty, KIND)
             bend += (scale * t + (P * d + Q)) * gty
             gx += P * g + c3 * t
-            tl.store(gt_ptr + there + at, narrow(scale * g + (c3 * d + d3), gt_ptr.dtype.element_ty), mask=mask)
+            tl.store(gt_ptr + there + at, narrow(scale * g + (c3 * d + d3), gt_ptr.dtype.element_ty), mask=mask, eviction_policy=EVICT)
         if KIND == activation.IDENTITY or KIND == activation.RELU:
             bend = tl.zeros_like(d)
-    gx += scale * cotangent(u, slope, bend, gy_ptr, first + at, mask, KIND, HAS_GY, M)
-    tl.store(gx_ptr + first + at, narrow(gx, gx_ptr.dtype.element_ty), mask=mask)
+    gx += scale * cotangent(u, slope, bend, gy_ptr, first + at, mask, KIND, HAS_GY, EVICT, M)
+    tl.store(gx_ptr + first + at, narrow(gx, gx_ptr.dtype.element_ty), mask=mask, eviction_policy=EVICT)

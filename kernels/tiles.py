@@ -45,6 +45,12 @@ def tile(kernel: str, device: torch.device) -> dict[str, int]:
     return TABLE["default"][kernel] | TABLE.get(device_class(device), {}).get(kernel, {})
 
 
+@functools.cache
+def cache_bytes(device: torch.device) -> int:
+    """Of the L2; of the interpreter's, an H100's."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 50 * 2**20
+
+
 @contextlib.contextmanager
 def trying(kernel: str, entry: dict[str, int]) -> Iterator[None]:
     """Within: another entry, for every device."""

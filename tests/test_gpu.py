@@ -164,6 +164,23 @@ def test_sums_over_a_sample_do_not_depend_on_how_the_batch_is_split(gpu_backend,
             assert torch.equal(torch.cat(parts, 1), whole)
 
 
+@pytest.mark.parametrize("M", [0, 1])
+def test_normalisation_beyond_the_cache_is_the_same(norm_backend, monkeypatch, M):
+    """Bit for bit: how long the caches keep something is no part of a result, for it depends on the batch."""
+    form = Form(0, True, True, 1e-5, "silu")
+    (x, t, coef, tcoef, gy, gty), _ = norm_problem(form, (3, 40, 20, 20), torch.float32, M)
+
+    def run():
+        leaves = [a.detach().requires_grad_() for a in ((x, t, coef, tcoef) if M else (x, coef))]
+        x_, t_, coef_, tcoef_ = leaves if M else (leaves[0], None, leaves[1], None)
+        outputs = _normalise(x_, t_, coef_, tcoef_, None, form, norm_backend, True)[:2] if M else [normalise(x_, coef_, None, form, None)]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [gy, gty] if M else [gy])]
+
+    within = run()
+    monkeypatch.setattr("fastscore.kernels.launch_normalise.cache_bytes", lambda device: 0)
+    assert all(torch.equal(a, b) for a, b in zip(within, run(), strict=True))
+
+
 @pytest.mark.parametrize("shape", [(2, 64, 8, 8), (3, 6, 7, 9), (5, 128, 4, 4)], ids=str)
 def test_a_normalised_sample_does_not_depend_on_its_batch(norm_backend, shape):
     x, labels = torch.randn(shape, device=DEVICE), torch.arange(shape[0], device=DEVICE)
