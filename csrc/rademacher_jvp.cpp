@@ -248,7 +248,7 @@ void project(const ProjectArgs& p, int64_t begin, int64_t end) {
       };
       signs.fill(origin, count * n, p.key, m);
       const T* j = p.js ? gathered(p.js, p.js_nest, m * p.samples * p.per_sample + first, count * n, js_buffer) : nullptr;
-      if (n < kShort && count > 1) {
+      if (n < kShort) {   // one alone, too: its sums are the same in any batch
         short_sums(j, s, signs, origin, count, n, m == 0, emit);
         continue;
       }

@@ -232,11 +232,17 @@ def test_any_split_of_a_batch_gives_the_same_bits(backend):
     edges = ((0, 1), (1, 20), (20, 50))
     parts = [fastscore.rademacher_jvp(f, x[a:b], projections=2, offset=7 * a, **KEY)[1] for a, b in edges]
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)   # the product of matrices is not the same to the bit
-    js = torch.randn(2, 50, 7)
-    whole = project(x, js, None, numbers(), backend)
-    parts = [project(x[a:b], js[:, a:b], None, numbers(7 * a), backend) for a, b in edges]
-    for w, p in zip(whole, zip(*parts)):
-        assert torch.equal(w, torch.cat(p, -1))
+
+
+@pytest.mark.parametrize("d", [1, 7, 17, 31, 32, 100])
+def test_any_split_sums_the_same_bits(backend, d):
+    """One sample alone and many, shorter than a vector and longer."""
+    x, js, edges = torch.randn(50, d), torch.randn(2, 50, d), ((0, 1), (1, 20), (20, 49), (49, 50))
+    for s in (x, None):
+        whole = project(s, js, None, numbers(), backend)
+        parts = [project(None if s is None else s[a:b], js[:, a:b], None, numbers(d * a), backend) for a, b in edges]
+        for w, p in zip(whole, zip(*parts)):
+            assert w is None or torch.equal(w, torch.cat(p, -1))
 
 
 @pytest.mark.parametrize("shape", [(2, 100_000), (5000, 2), (300, 100)], ids=str)
