@@ -46,6 +46,7 @@ void run(const ActivateArgs& p, int64_t begin, int64_t end) {
     case kGelu: return run<T, kGelu>(p, begin, end);
     case kSoftplus: return run<T, kSoftplus>(p, begin, end);
     case kTanh: return run<T, kTanh>(p, begin, end);
+    case kGeluTanh: return run<T, kGeluTanh>(p, begin, end);
     default: return run<T, kSigmoid>(p, begin, end);
   }
 }

@@ -6,7 +6,7 @@
 
 namespace fastscore {
 
-enum Activation : int { kIdentity, kElu, kSilu, kRelu, kGelu, kSoftplus, kTanh, kSigmoid };   // as numbered in fastscore/ops
+enum Activation : int { kIdentity, kElu, kSilu, kRelu, kGelu, kSoftplus, kTanh, kSigmoid, kGeluTanh };   // as numbered in fastscore/ops
 
 namespace {
 
@@ -17,6 +17,9 @@ FS_INLINE double where(bool mask, double a, double b) { return mask ? a : b; }
 constexpr float kExpm1[5] = {0.4999999701976776f, 0.1666654348373413f, 0.04166720062494278f, 0.008366520516574383f, 0.0013882521307095885f};
 constexpr float kErfc[9] = {0.11283750087022781f, 0.11284539103507996f, 0.10382068157196045f, 0.08476314693689346f, 0.06933696568012238f,
                             -0.0005049587925896049f, 0.08228977024555206f, -0.09025341272354126f, 0.024864966049790382f};
+
+// gelu's approximation by tanh is u sigmoid(terms[0] u + terms[1] u^3).
+constexpr double kGeluTanhTerms[2] = {1.5957691216057308, 1.5957691216057308 * 0.044715};
 
 // 2^k (0 below -87) and expm1(r) with x = k ln 2 + r, for x <= 0.
 FS_INLINE void split_exp(vf x, vf& power, vf& expm1_r) {
@@ -33,6 +36,11 @@ FS_INLINE vf exp_negative(vf x) { vf power, e; split_exp(x, power, e); return po
 FS_INLINE vf expm1_negative(vf x) { vf power, e; split_exp(x, power, e); return power * e + (power - 1.0f); }
 FS_INLINE double exp_negative(double x) { return std::exp(x); }
 FS_INLINE double expm1_negative(double x) { return std::expm1(x); }
+
+template <class V> FS_INLINE V constant(double c) {
+  if constexpr (sizeof(V) == sizeof(double)) return c;
+  else return V{} + static_cast<float>(c);
+}
 
 FS_INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
 FS_INLINE double magnitude(double x) { return std::fabs(x); }
@@ -125,6 +133,19 @@ FS_INLINE void activate(int kind, V u, V* y, V* d1, V* d2, V* d3 = nullptr) {
       if (d1) *d1 = s * (1 - s);
       if (d2) *d2 = s * (1 - s) * (1 - s - s);
       if (d3) *d3 = s * (1 - s) * (1 - 6 * s * (1 - s));
+      return;
+    }
+    case kGeluTanh: {   // u s(z), s the sigmoid, and w = s' = s (1 - s): nothing cancels. Beyond 30 s is 0 or 1.
+      const V v = where(u > 30, V{} + 30, where(u < -30, V{} - 30, u)), v2 = v * v;
+      const V a = constant<V>(kGeluTanhTerms[0]), b = constant<V>(kGeluTanhTerms[1]);
+      const V z = v * (v2 * b + a), e = exp_negative(-magnitude(z)), r = 1 / (1 + e);
+      const V s = where(z < 0, e * r, r), w = e * r * r, odd = 1 - s - s;
+      const V z1 = v2 * (3 * b) + a, z2 = v * (6 * b);
+      const V s1 = w * z1, s2 = w * (z2 + odd * z1 * z1);
+      if (y) *y = u * s;
+      if (d1) *d1 = s + v * s1;
+      if (d2) *d2 = 2 * s1 + v * s2;
+      if (d3) *d3 = 3 * s2 + v * w * (6 * b + 3 * odd * z1 * z2 + (1 - 6 * w) * z1 * z1 * z1);
       return;
     }
     default:

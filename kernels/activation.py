@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-IDENTITY, ELU, SILU, RELU, GELU, SOFTPLUS, TANH, SIGMOID = (tl.constexpr(code) for code in range(8))
+IDENTITY, ELU, SILU, RELU, GELU, SOFTPLUS, TANH, SIGMOID, GELU_TANH = (tl.constexpr(code) for code in range(9))
 
 
 @triton.jit
@@ -55,6 +55,20 @@ def hyperbolic_tangent(u):
 
 
 @triton.jit
+def gelu_tanh_parts(u):
+    """(v, s, w): gelu's approximation by tanh is u s, s the sigmoid of z = A (v + B v³) and w its slope s (1 - s), which does not cancel.
+
+    v is u held to ±30, beyond which s is 0 or 1.
+    """
+    ends = tl.full(u.shape, 30.0, u.dtype)
+    v = tl.where(u > ends, ends, tl.where(u < -ends, -ends, u))   # NaN stays
+    z = v * (v * v * 0.07135481627260025 + 1.5957691216057308)
+    e = tl.exp(-tl.abs(z))
+    r = 1.0 / (1.0 + e)
+    return v, tl.where(z < 0, e * r, r), e * r * r
+
+
+@triton.jit
 def normal_density(u):
     return tl.exp(u * u * -0.5) * 0.39894228040143267794
 
@@ -94,6 +108,9 @@ def value(u, KIND: tl.constexpr):
         return hyperbolic_tangent(u)
     elif KIND == SIGMOID:
         return sigmoid(u)
+    elif KIND == GELU_TANH:
+        v, s, w = gelu_tanh_parts(u)
+        return u * s
     else:
         return u
 
@@ -118,6 +135,9 @@ def slope(u, KIND: tl.constexpr):
     elif KIND == SIGMOID:
         s = sigmoid(u)
         return s * (1.0 - s)
+    elif KIND == GELU_TANH:
+        v, s, w = gelu_tanh_parts(u)
+        return s + v * w * (v * v * 0.21406444881780073 + 1.5957691216057308)
     else:
         return tl.full(u.shape, 1.0, u.dtype)
 
@@ -147,6 +167,10 @@ def curvature(u, KIND: tl.constexpr):
     elif KIND == SIGMOID:
         s = sigmoid(u)
         return s * (1.0 - s) * (1.0 - s - s)
+    elif KIND == GELU_TANH:
+        v, s, w = gelu_tanh_parts(u)
+        z1 = v * v * 0.21406444881780073 + 1.5957691216057308
+        return w * (2.0 * z1 + v * (v * 0.42812889763560147 + (1.0 - s - s) * z1 * z1))
     else:
         tl.static_assert(KIND == SOFTPLUS)
         s = sigmoid(u)
@@ -169,6 +193,12 @@ def third(u, KIND: tl.constexpr):
     elif KIND == SIGMOID:
         s = sigmoid(u)
         return s * (1.0 - s) * (1.0 - 6.0 * s * (1.0 - s))
+    elif KIND == GELU_TANH:
+        v, s, w = gelu_tanh_parts(u)
+        z1, z2 = v * v * 0.21406444881780073 + 1.5957691216057308, v * 0.42812889763560147
+        odd = 1.0 - s - s
+        inner = 0.42812889763560147 + 3.0 * odd * z1 * z2 + (1.0 - 6.0 * w) * z1 * z1 * z1
+        return w * (3.0 * (z2 + odd * z1 * z1) + v * inner)
     else:
         tl.static_assert(KIND == SOFTPLUS)
         s = sigmoid(u)

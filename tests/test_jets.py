@@ -183,7 +183,7 @@ def test_third_and_fourth_derivatives(no_detour, name):
 
 
 @pytest.mark.parametrize("straight", [True, False])
-@pytest.mark.parametrize("name", ["elu", "silu", "relu", "gelu", "softplus", "tanh", "sigmoid"])
+@pytest.mark.parametrize("name", ["elu", "silu", "relu", "gelu", "gelu_tanh", "softplus", "tanh", "sigmoid"])
 def test_fused_activation_is_its_reference(backend, name, straight):
     """Against the equations in float64. Each slope is off by a few ulp of 1, which u'² and u'' multiply, and g in reverse."""
     if backend == "reference":

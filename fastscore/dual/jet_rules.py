@@ -333,14 +333,12 @@ for _name in ("relu", "silu", "tanh", "sigmoid"):
     jet_rule(_name)(_activation(_name))
 jet_rule("elu")(_activation("elu", lambda alpha=1.0: alpha == 1))
 jet_rule("softplus")(_activation("softplus", lambda beta=1, threshold=20: beta == 1 and threshold >= 20))
-_gelu = _activation("gelu")
+_GELUS = {"none": _activation("gelu"), "tanh": _activation("gelu_tanh")}
 
 
 @jet_rule("gelu")
 def gelu(input, *, approximate="none"):
-    if approximate == "none":
-        return _gelu(input)
-    return 0.5 * input * (1 + torch.tanh(math.sqrt(2 / math.pi) * (input + 0.044715 * input**3)))
+    return _GELUS[approximate](input) if approximate in _GELUS else NotImplemented
 
 
 @jet_rule("leaky_relu")

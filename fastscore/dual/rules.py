@@ -647,8 +647,13 @@ def _activation(name, unless=lambda *args, **kwargs: False):
 for _name in ("relu", "silu", "tanh", "sigmoid"):
     rule(_name)(_activation(_name))
 rule("elu")(_activation("elu", unless=lambda alpha=1.0: alpha != 1))
-rule("gelu")(_activation("gelu", unless=lambda approximate="none": approximate != "none"))
+_GELUS = {"none": _activation("gelu"), "tanh": _activation("gelu_tanh")}
 rule("softplus")(_activation("softplus", unless=lambda beta=1, threshold=20: beta != 1 or threshold < 20))
+
+
+@rule("gelu")
+def gelu(input, *, approximate="none"):
+    return _GELUS[approximate](input) if approximate in _GELUS else NotImplemented
 
 
 @rule("glu")

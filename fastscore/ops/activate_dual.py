@@ -1,6 +1,7 @@
 """An activation of a value and of its tangents, side by side in memory, in one pass."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ _SLOPES = {
     "softplus": (F.softplus, lambda u: (u.sigmoid(), u.sigmoid() * (1 - u.sigmoid()))),
     "tanh": (torch.tanh, lambda u: (1 - u.tanh().square(), -2 * u.tanh() * (1 - u.tanh().square()))),
     "sigmoid": (torch.sigmoid, lambda u: _sigmoid(u.sigmoid())),
+    "gelu_tanh": (partial(F.gelu, approximate="tanh"), lambda u: _gelu_tanh(u.clamp(-30, 30))),
 }
 _CODES = {name: code for code, name in enumerate(_SLOPES, 1)}
 
@@ -33,6 +35,15 @@ def _gelu(u, density):
     return 0.5 * torch.erfc(u * -math.sqrt(0.5)) + u * density, density * (2 - u.square())
 
 
+def _gelu_tanh(u):
+    """Of u s(z) with the sigmoid of z = A (u + B u³); beyond 30 s is 0 or 1."""
+    a, b = math.sqrt(8 / math.pi), 0.044715
+    z, z1, z2 = a * (u + b * u**3), a * (1 + 3 * b * u.square()), 6 * a * b * u
+    s, below = z.sigmoid(), (-z).sigmoid()   # 1 - s would cancel
+    w, odd = s * below, 1 - 2 * s
+    return s + u * w * z1, 2 * w * z1 + u * w * (z2 + odd * z1.square())
+
+
 def _sigmoid(s):
     return s * (1 - s), s * (1 - s) * (1 - 2 * s)
 
@@ -44,7 +55,7 @@ def activate_dual(s, name, backend=None):
 
     Args:
         s: (1 + M, *), u and then its tangents, any float dtype; copied first where it is not contiguous.
-        name: 'elu', 'silu', 'relu', 'gelu', 'softplus', 'tanh' or 'sigmoid'.
+        name: 'elu', 'silu', 'relu', 'gelu', 'gelu_tanh', 'softplus', 'tanh' or 'sigmoid'.
 
     Returns:
         (1 + M, *), y and its tangents. Differentiable, at every order.

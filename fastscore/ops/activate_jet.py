@@ -15,7 +15,7 @@ def activate_jet(s, directions, name, backend=None):
     Args:
         s: (1 + 2M, *), u, then all u'_m, then all u''_m; or (1 + M, *) where u'' = 0. Any float dtype; copied first where not contiguous.
         directions: M.
-        name: 'elu', 'silu', 'relu', 'gelu', 'softplus', 'tanh' or 'sigmoid'.
+        name: 'elu', 'silu', 'relu', 'gelu', 'gelu_tanh', 'softplus', 'tanh' or 'sigmoid'.
 
     Returns:
         (1 + 2M, *): y, y' and y''. Differentiable, at every order.
