@@ -44,8 +44,25 @@ def count(path, per_thread=None, steps=1):
             "streamed": sum(bool(re.search(r"(LDG|STG)\.E\.EF\.", line)) for line in lines),
             "read": wide_bytes("LDG", lines),
             "written": wide_bytes("STG", lines),
+            "pipes": pipes(lines),
         }
     return rows
+
+
+PIPES = {   # of sm_90, by what an opcode begins with; what is left counts for the scheduler alone
+    "fma": ("FFMA", "FMUL", "FADD", "HFMA2", "HMUL2", "HADD2"),
+    "imad": ("IMAD",),
+    "alu": ("LOP3", "IADD", "SHF", "ISETP", "FSETP", "SEL", "FSEL", "FMNMX", "IMNMX", "VIMNMX", "PRMT", "LEA", "PLOP3", "F2FP", "FCHK"),
+    "xu": ("MUFU", "I2F", "F2I", "F2F", "I2I", "POPC"),
+    "lsu": ("LDG", "STG", "LDS", "STS", "SHFL", "LDC", "ATOM", "RED"),
+    "fp64": ("DFMA", "DMUL", "DADD", "DSETP"),
+}
+
+
+def pipes(lines):
+    """Instructions of each pipe, as they stand in the code. A move by IMAD goes through the FMA pipe, too."""
+    opcodes = [re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w]*)", line)[1] for line in lines]
+    return {pipe: sum(opcode.startswith(names) for opcode in opcodes) for pipe, names in PIPES.items()}
 
 
 def loop(lines):
@@ -204,8 +221,22 @@ def sum_kernels():
         yield f"sum_splits {dtype}", sum_splits.sum_splits_kernel, constants, types, tuple(types), sum_splits.SIZE, 4
 
 
+def cut_as_launched(entry, arch):
+    """A kernel of noise with its elements and warps; noisy_update by the table's entry for the target."""
+    from fastscore.kernels import tiles
+
+    name, kernel, constants, *rest = entry
+    warps = 4
+    if name.startswith("noisy_update"):
+        default, here = (tiles.TABLE.get(key, {}).get("noisy_update", {}) for key in ("default", f"sm_{arch}"))
+        constants = constants | {"BLOCK": constants["BLOCK"] * (default | here)["BLOCK"] // default["BLOCK"]}
+        warps = (default | here)["num_warps"]
+    elements = 128 * constants["BLOCKS"] if "BLOCKS" in constants else 4 * constants["BLOCK"]
+    return name, kernel, constants, *rest, elements, warps
+
+
 def triton_kernels(arch):
-    noise = ((*entry, 128 * entry[2]["BLOCKS"] if "BLOCKS" in entry[2] else 4 * entry[2]["BLOCK"], 4) for entry in noise_kernels())
+    noise = (cut_as_launched(entry, arch) for entry in noise_kernels())
     fixed = whole_kernels(), sign_kernels(), sum_kernels()
     return itertools.chain(noise, pixel_kernels(arch), algebra_kernels(arch), stack_kernels(arch), *fixed)
 

@@ -22,7 +22,11 @@ TABLE: dict[str, dict[str, dict[str, int]]] = {
         "normalise with tangents": {"tile": 2048, "each": 8},
         "normalise small": {"tile": 1024, "each": 4},
     },
-    "sm_90": {},   # what differs there
+    "sm_90": {   # what differs there
+        # Timed on an H100, langevin_step of 2^26 elements: 264.2 µs of 265.6 (float32), 133.6 of 133.4 (bfloat16), per sample 273.8 of
+        # 276.6 and 161.3 of 187.0. A thread takes one 128-bit access of each tensor; registers leave every warp of an SM resident.
+        "noisy_update": {"BLOCK": 256, "num_warps": 8},
+    },
 }
 CANDIDATES: dict[str, list[dict[str, int]]] = {
     "noisy_update": [{"BLOCK": b, "num_warps": w} for b in (256, 512, 1024) for w in (2, 4, 8)],

@@ -93,7 +93,11 @@ def test_instructions_per_element_do_not_grow(triton_rows, request):
     """The goal is 30 for one coefficient per call. Today Triton stands at 32.6 (float32) and 33.2 (bfloat16), CUDA C++ at 30.3 and 31.9."""
     for name, row in triton_rows.items():
         if "noisy_update" in name:
-            assert row["per_element"] <= (46 if "fp64" in name else 36), (name, row)
+            # On sm_90 a thread takes 4 elements (8 of a 16-bit type), not 16 (32): more instructions for each, in less time
+            # (kernels/tiles.py).
+            limit = (46 if "fp64" in name else 36) + 11 * name.endswith("sm_90")
+            assert row["per_element"] <= limit, (name, row)
+            assert row["registers"] <= 32 or not name.endswith("sm_90") or "fp64" in name, (name, row)
         if name.startswith("noise_reduce") and "fp64" not in name:   # masks cost 3.5, the tree over a program's threads 2
             limit = {"long": 31, "full": 33, "masked": 35.5}[name.split()[1]]
             registers = 160 if name.endswith("sm_100") else 128   # ptxas takes 156 there for the loop over four tiles
