@@ -141,6 +141,36 @@ def test_noise_is_added_at_a_timestep_of_the_plan(name):
     torch.testing.assert_close(noised, x + scheduler.sigmas[3] * z)
 
 
+@pytest.mark.parametrize("name", ["vp", "vp-ladder"])
+def test_an_input_can_be_scaled_at_any_timestep_and_steps_take_their_own(name):
+    """√ᾱ of that timestep, whatever was planned; a network that did not see the input of the step is not believed."""
+    options, calls = CONFIGS[name]
+    scheduler = cls(**options)
+    scheduler.set_timesteps(calls)
+    torch.testing.assert_close(scheduler.scale_model_input(images(), 0.0), DDPM.alphas_cumprod[0].sqrt() * images())
+    t = scheduler.timesteps
+    between = scheduler.scale_model_input(images(), t[2])
+    torch.testing.assert_close(between, images() / (1 + scheduler.sigmas[2] ** 2).sqrt())
+    with pytest.raises(ValueError, match="must come from scale_model_input, which was not called for this step"):
+        scheduler.step(between, t[0], images())
+    scheduler.scale_model_input(images(), t[0])
+    with pytest.raises(ValueError, match="step: step 0 is at timestep"):
+        scheduler.step(between, t[2], images())
+    assert scheduler.step(between, t[0], images(), generator=torch.Generator()).prev_sample.isfinite().all()
+
+
+def test_a_ve_network_needs_no_scaling():
+    """Its input is the state itself."""
+    for name in ("ends", "ladder"):
+        options, calls = CONFIGS[name]
+        scheduler = cls(**options, seed=3)
+        scheduler.set_timesteps(calls)
+        plain = scheduler.step(0.1 * images(), scheduler.timesteps[0], images()).prev_sample
+        scheduler.set_timesteps(calls)
+        scaled = 0.1 * scheduler.scale_model_input(images(), scheduler.timesteps[0])
+        assert torch.equal(scheduler.step(scaled, scheduler.timesteps[0], images()).prev_sample, plain)
+
+
 def test_no_deprecated_arguments():
     assert "kwargs" not in inspect.signature(cls.__init__).parameters and not cls._deprecated_kwargs
 

@@ -162,11 +162,14 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         return schedules.geometric(c.sigma_max, c.sigma_min, levels)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
-        """The network's input at this step: the state, or √ᾱ times it for a VP network."""
+        """The network's input at this step: the state, or √ᾱ times it for a VP network; at another timestep √ᾱ is that one's.
+
+        `step` takes the answer to the input of its own timestep alone.
+        """
         if self._table is None:
             return sample
-        if self.timesteps is None and timestep is not None:
-            return sample * self._root_of(float(timestep))
+        if timestep is not None and not self._is_turn(timestep):
+            return (sample * self._root_of(float(timestep))).to(sample.dtype)
         self._check_turn("scale_model_input", timestep)
         self._scaled = self._index
         return (self._exact(sample) * self._root()).to(sample.dtype)
@@ -189,14 +192,20 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
     def _root(self):
         return (1 + self._ladder[self._levels[self._index]] ** 2) ** -0.5
 
+    def _is_turn(self, timestep):
+        """Whether the timestep is that of the next step; one on a GPU, which would be waited for, counts as such."""
+        if self.timesteps is None or self._index >= self.num_inference_steps:
+            return False
+        unread = isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu"
+        return unread or float(timestep) == self._expected[self._index]
+
     def _check_turn(self, op, timestep):
         """Steps come in order: the network's answer belongs to the σ of this step."""
         if self.timesteps is None:
             raise ValueError(f"{op}: call set_timesteps first.")
         if self._index >= self.num_inference_steps:
             raise ValueError(f"{op}: all {self.num_inference_steps} steps are taken; call set_timesteps to start another run.")
-        readable = timestep is not None and not (isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu")
-        if readable and float(timestep) != self._expected[self._index]:   # elsewhere a look would wait for the device
+        if timestep is not None and not self._is_turn(timestep):
             raise ValueError(f"{op}: step {self._index} is at timestep {self._expected[self._index]:.6g}; got {float(timestep):.6g}.")
 
     @torch.no_grad()
