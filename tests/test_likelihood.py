@@ -348,3 +348,13 @@ def test_a_score_that_is_not_finite_stops_the_adaptive_solver():
 
 def test_the_public_names():
     assert likelihood.__all__ == ["bits_per_dim", "dequantize", "log_density", "log_ratio"]
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_ratios_that_are_not_finite_are_told(odd):
+    """An estimate that is NaN is above no tolerance."""
+    x0, x1 = torch.zeros(3, 2), torch.ones(3, 2)
+    scale = torch.tensor([[1.0], [odd], [1.0]])
+    with pytest.warns(UserWarning, match="log_ratio: 1 of 3 ratios are not finite; look at the score between their points"):
+        ratio = log_ratio(lambda x: scale.repeat(len(x) // 3, 1) * x if len(x) % 3 == 0 else odd * x, x0, x1)
+    assert ratio.isfinite().tolist() == [True, False, True]

@@ -177,3 +177,11 @@ def test_the_law_after_the_first_level_is_that_of_the_start(law):
 
 def test_published_configurations_start_as_published():
     assert all(preset.options["initial_law"] == "uniform" for preset in sampling.PRESETS.values())
+
+
+@pytest.mark.parametrize("call", [fastscore.sample, sampling.states])
+def test_a_run_that_goes_on_needs_its_state(call):
+    """A fresh draw at a later level has the noise of the first: it went through in silence."""
+    with pytest.raises(ValueError, match="sample: start needs the state after that many updates as x; got a shape"):
+        call(score, shape=(2, 3), seed=0, start=2, **SAMPLERS["annealed_langevin"])
+    call(score, shape=(2, 3), seed=0, start=0, check_finite=False, **SAMPLERS["annealed_langevin"])

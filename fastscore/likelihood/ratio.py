@@ -88,6 +88,9 @@ def _adaptive(score, x0, x1, sigma, chunk, atol, told):
         value, error = value.index_copy(0, rest, finer), error.index_copy(0, rest, left)
         rest = rest[left > tolerance[rest]]
 
+    lost = int(value.isfinite().logical_not().sum())
+    if lost:
+        warnings.warn(f"{_OP}: {lost} of {len(x0)} ratios are not finite; look at the score between their points.", stacklevel=3)
     if len(rest) and not told:
         _warn(len(rest), len(x0), float(error.max()))
     return value, error

@@ -41,6 +41,8 @@ def _begun(score, sampler, x, shape, initial_law, seed, first_sample, dtype, dev
     choice("sample", "sampler", sampler, SAMPLERS)
     if (x is None) == (shape is None):
         raise ValueError("sample: give either x or shape.")
+    if x is None and options.get("start"):
+        raise ValueError("sample: start needs the state after that many updates as x; got a shape, whose draw is the state after none.")
     first_sample = check_count("sample", "first_sample", first_sample)
     seed = random.draw_seed() if seed is None else seed
     if x is None:
