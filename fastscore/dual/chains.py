@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastscore import backend as _backend
-from fastscore.dual.functions import activate_stack, add_bias
+from fastscore.dual.functions import activate_stack, add_bias, in_half, linear_in_half
 from fastscore.ops.activate_dual import activated
 from fastscore.ops.activate_dual import gradient as activation_gradient
 from fastscore.ops.functions import Direct
@@ -173,6 +173,8 @@ def _values(s, steps, backend):
 
 
 def _linear(s, weight, bias):
+    if bias is not None and in_half(s):
+        return linear_in_half(s, weight, bias)
     y = F.linear(s, weight)
     if bias is not None:
         y[0].add_(bias)

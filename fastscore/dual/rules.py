@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fastscore import backend as backends
 from fastscore.dual import chains, compositions, norms, numbers
-from fastscore.dual.functions import activate_stack, add_bias, add_to_value, normalise_stack
+from fastscore.dual.functions import activate_stack, add_bias, add_to_value, in_half, linear_in_half, normalise_stack
 from fastscore.ops.normalise import Form, normalise, pack
 
 RULES = {}
@@ -129,6 +129,10 @@ def _convolution(function):
         s, dims = stack(input), weight.dim()
         bias = None if bias is None else bias.reshape(1, -1, *(1,) * (dims - 2))
         low = _without_instructions(s, weight)
+        if low is None and bias is not None and 4 * bias.numel() <= s.shape[1 - dims] and in_half(s):
+            # By two calls, which costs little where there are few channels to write: the last layer of an image's score.
+            value = _fold(function, s[:1], dims, weight, bias.flatten(), *args, **kwargs)
+            return dual(torch.cat([value, _fold(function, s[1:], dims, weight, None, *args, **kwargs)]))
         if low is None:
             return dual(_fold(function, s, dims, weight, None, *args, bias=bias, **kwargs))
         with torch.autocast("cpu", enabled=False):
@@ -172,7 +176,10 @@ def linear(input, weight, bias=None):
     pending = chains.linear(input.pending or input.computed, weight, bias)
     if pending is not None:
         return later(input, pending)
-    y = F.linear(stack(input), weight)
+    s = stack(input)
+    if bias is not None and weight.dim() == 2 and in_half(s):
+        return dual(linear_in_half(s, weight, bias))
+    y = F.linear(s, weight)
     return dual(y if bias is None else add_bias(y, bias, 1))
 
 
