@@ -44,7 +44,6 @@ __device__ __forceinline__ typename Reduce<T>::A strided_block(const Reduce<T>& 
 
 // How a split is read: element by element; by packs, 64 bytes of a thread in flight; by packs whose blocks may cross 2^32.
 enum Reading : int { kStrided, kPacked, kCrossing };
-template <class T> constexpr int kInFlight = sizeof(T) == 8 ? 2 : 4;
 
 // Packs [begin, end) of a sample, by kGroup threads in turn.
 template <class T, ReduceMode kMode, bool kCrosses, int kGroup>
@@ -139,11 +138,11 @@ __global__ void __launch_bounds__(kThreads) sum_splits(const double* partial, A*
 template <class T, ReduceMode kMode, Reading kReading>
 void launch(const Reduce<T>& p, const Nest& nest, cudaStream_t stream) {
   const int64_t tasks = p.samples * p.splits;
-  if (p.per_sample <= 16) reduce_samples<T, kMode, kReading, 1><<<blocks_for(tasks, kThreads), kThreads, 0, stream>>>(p, nest);
-  else if (p.per_sample <= 2048) reduce_samples<T, kMode, kReading, 32><<<blocks_for(tasks, kThreads / 32), kThreads, 0, stream>>>(p, nest);
+  if (p.per_sample <= kOfThread) reduce_samples<T, kMode, kReading, 1><<<blocks_for(tasks, kThreads), kThreads, 0, stream>>>(p, nest);
+  else if (p.per_sample <= kOfWarp) reduce_samples<T, kMode, kReading, 32><<<blocks_for(tasks, kThreads / 32), kThreads, 0, stream>>>(p, nest);
   else reduce_samples<T, kMode, kReading, kThreads><<<blocks_for(tasks, 1), kThreads, 0, stream>>>(p, nest);
   using A = typename Reduce<T>::A;
-  if (p.splits > 256) sum_splits<A, kThreads><<<blocks_for(p.samples, 1), kThreads, 0, stream>>>(p.partial, p.out, p.samples, p.splits);
+  if (p.splits > kSplitsOfWarp) sum_splits<A, kThreads><<<blocks_for(p.samples, 1), kThreads, 0, stream>>>(p.partial, p.out, p.samples, p.splits);
   else if (p.splits > 1) sum_splits<A, 32><<<blocks_for(p.samples, kThreads / 32), kThreads, 0, stream>>>(p.partial, p.out, p.samples, p.splits);
 }
 

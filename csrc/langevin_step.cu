@@ -57,8 +57,7 @@ struct Extra {
 
 // Whole tiles of contiguous tensors on 16-byte addresses whose element 0 opens a Philox block. No tile crosses 2^32 blocks, so that the
 // upper half of the counter is one number in it.
-constexpr int kPackThreads = 128, kPacks = 4;   // four packs per thread: 16 elements, 32 of a 16-bit type
-template <class T> constexpr int kPackTile = kPackThreads * kPacks * Pack<T>::kSize;
+
 enum Terms : int { kXOnly = 1, kDOnly = 2, kBoth = 3 };
 // Key and coefficients: kernel arguments; on the device; those of one sample per pack, all of them tensors; or one of them a number.
 enum Scalars : int { kNumbers, kTensors, kEach, kMixed };

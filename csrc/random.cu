@@ -50,9 +50,6 @@ __global__ void __launch_bounds__(kThreads) fill_elements(T* out, int64_t n, Dev
 
 // Whole tiles on 16-byte addresses whose first element opens a Philox block: four 128-bit stores per thread, of the 8-byte types eight.
 // No tile crosses 2^32 blocks.
-constexpr int kPackThreads = 128, kPacks = 4;
-template <class T> constexpr int kPackTile = kPackThreads * kPacks * Pack<T>::kSize;
-
 template <class T, FillKind kKind>
 __global__ void __launch_bounds__(kPackThreads) fill_packs(T* out, DeviceKey device_key) {
   constexpr int kSize = Pack<T>::kSize, kStride = kPackThreads * kSize;
@@ -83,7 +80,6 @@ __global__ void __launch_bounds__(kPackThreads) fill_packs(T* out, DeviceKey dev
 }
 
 // Signs: a warp computes 32 Philox blocks, one each, and hands their words to the threads that write 16 bytes of them at a time.
-constexpr int kSignTile = 32 * 128;   // elements of a warp
 
 // 1.0 with the sign of bit `at` of the word: the upper four bytes of an 8-byte type, both halves of two 16-bit elements (bits at, at + 1).
 template <class T>

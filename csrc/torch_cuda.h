@@ -6,11 +6,10 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda_stream.h"
+#include "tiles.h"
 #include "torch_tensor.h"
 
 namespace fastscore {
-
-constexpr int kThreads = 256;
 
 template <class T> struct ComputeType { using type = float; };
 template <> struct ComputeType<double> { using type = double; };
@@ -78,6 +77,9 @@ struct alignas(16) Pack {
   static constexpr int kSize = sizeof(T) == 2 ? 8 : 4;
   T v[kSize];
 };
+
+// Elements of a block of whole packs.
+template <class T> constexpr int kPackTile = kPackThreads * kPacks * Pack<T>::kSize;
 
 template <class T>
 __device__ __forceinline__ Pack<T> load_pack(const T* p) {
