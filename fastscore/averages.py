@@ -5,9 +5,11 @@ from collections import defaultdict
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 
+from fastscore.scalars import number
 from fastscore.tensors import home
 
 _PREFIX = "average_"   # of the buffers that hold the float32 averages of narrower weights
@@ -22,7 +24,10 @@ def averaged(model: torch.nn.Module, decay: float) -> AveragedModel:
     beside it (the change of one update is far below their last bit) and rounded after every update; `state_dict` holds both. Buffers
     are copied. The copy is of the network itself, without DistributedDataParallel around it.
     """
-    return _Averaged(model, decay)
+    for name, p in model.named_parameters():
+        if isinstance(p, UninitializedTensorMixin):
+            raise ValueError(f"averaged: the model must have weights; {name} has no shape yet (run its lazy modules once).")
+    return _Averaged(model, number("averaged", "decay", decay, 0, below=1))
 
 
 class _Averaged(AveragedModel):
@@ -47,7 +52,7 @@ class _Averaged(AveragedModel):
             raise ValueError("averaged: the model must have the parameters that it had when its average was made; their number differs.")
         for average, p in zip(self._averages(), parameters):
             current = p.detach().to(average.device, average.dtype)
-            if decay == 0 or not average.dtype.is_floating_point:
+            if decay == 0 or not (average.dtype.is_floating_point or average.dtype.is_complex):
                 average.copy_(current)
             else:
                 for kept, t in zip(groups[average.device, average.dtype], (average, current)):

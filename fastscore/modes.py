@@ -3,6 +3,7 @@
 import functools
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -128,8 +129,23 @@ def _parts(thing) -> Iterator[Any]:
         yield from list(thing.values())[:_FEW]
     elif isinstance(thing, list | tuple):
         yield from thing[:_FEW]
-    elif not isinstance(thing, type | types.ModuleType | torch.Tensor) and hasattr(thing, "__dict__"):
-        yield from list(vars(thing).values())[:_FEW]
+    elif isinstance(thing, weakref.ref):
+        yield thing()
+    elif not isinstance(thing, type | types.ModuleType | torch.Tensor):
+        if hasattr(thing, "__dict__"):
+            yield from list(vars(thing).values())[:_FEW]
+        if type(thing).__module__ != "builtins":
+            yield from _in_slots(thing)
+
+
+def _in_slots(thing):
+    """Attributes that are not in the dict of a thing."""
+    for kind in type(thing).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else tuple(slots):
+            descriptor = vars(kind).get(name)
+            if isinstance(descriptor, types.MemberDescriptorType) and hasattr(thing, name):
+                yield getattr(thing, name)
 
 
 _OWN = frozenset(vars(nn.Module()))   # what every module has

@@ -22,17 +22,18 @@ class Step(NamedTuple):
     ema: torch.nn.Module
 
 
-def training_loop(model, loader, loss, *, steps, optimizer=None, lr=1e-3, ema_decay=0.999, grad_clip=None, first_step=0, ema=None):
+def training_loop(model, loader, loss, *, steps, optimizer=None, lr=None, ema_decay=None, grad_clip=None, first_step=0, ema=None):
     """Train a model on a loss; yields a `Step` after each update.
 
     Args:
         model: any module. loader: an iterable of batches, run again from its start when it ends.
         loss: called loss(model, batch, step), returns (B,) or a scalar; `step` is there for the noise key.
-        steps: number of the last step + 1. optimizer: Adam(lr) unless given. grad_clip: largest gradient norm, or None.
-        first_step, ema: to resume.
+        steps: number of the last step + 1. optimizer: Adam(lr) unless given, with lr = 1e-3 unless given. grad_clip: largest gradient norm,
+            or None. ema_decay: of the averaged weights, 0.999 unless given. first_step, ema: to resume.
 
     Raises:
-        ValueError: steps or ema_decay out of range, or the loader is empty, or ends and cannot be run again.
+        ValueError: steps or ema_decay out of range, lr beside an optimizer, ema_decay beside an ema of another decay, or the loader is
+            empty, or ends and cannot be run again.
         FloatingPointError: the loss is not finite; the message says whether the batch or the weights are.
         TypeError: the loss is no tensor.
     """
@@ -42,15 +43,20 @@ def training_loop(model, loader, loss, *, steps, optimizer=None, lr=1e-3, ema_de
     if not isinstance(loader, Iterable):
         raise TypeError(f"{op}: loader must be an iterable of batches; got {shown(loader)}.")
     function(op, "loss", loss)
-    ema_decay = checks.number(op, "ema_decay", ema_decay, 0, below=1)
+    ema_decay = None if ema_decay is None else checks.number(op, "ema_decay", ema_decay, 0, below=1)
+    if optimizer is not None and lr is not None:
+        raise ValueError(f"{op}: give either an optimizer, which has its own learning rate, or lr; got both.")
+    if ema is not None and ema_decay not in (None, getattr(ema, "decay", None)):
+        raise ValueError(f"{op}: ema_decay must be that of the ema that is given, {getattr(ema, 'decay', None)}; got {ema_decay}.")
     steps = checks.integer(op, "steps", steps, 0, limit=RUN)
     first_step = checks.integer(op, "first_step", first_step, 0, limit=RUN)
     if grad_clip is not None and not (type(grad_clip) is float and grad_clip == math.inf):
         grad_clip = checks.number(op, "grad_clip", grad_clip, above=0)
     if optimizer is None:
+        lr = 1e-3 if lr is None else lr
         rate = checks.number(op, "lr", lr, 0, SQUARE)
         optimizer = torch.optim.Adam(model.parameters(), lr=lr if isinstance(lr, torch.Tensor) else rate)
-    ema = averaged(model, ema_decay) if ema is None else ema
+    ema = averaged(model, 0.999 if ema_decay is None else ema_decay) if ema is None else ema
     return _loop(model, loader, loss, range(first_step, steps), optimizer, ema, grad_clip)
 
 

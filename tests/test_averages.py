@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.utils import spectral_norm, weight_norm
 
-from fastscore import losses, models, schedules, training
+from fastscore import averages, losses, models, schedules, training
 
 X = torch.linspace(-1, 1, 12).reshape(4, 3)
 
@@ -164,3 +164,39 @@ def test_a_network_in_bfloat16_is_trained_and_averaged():
     *_, state = training.training_loop(net, [X.bfloat16()], loss, steps=30)
     assert {p.dtype for p in state.ema.module.parameters()} == {torch.bfloat16}
     assert state.ema(X.bfloat16(), 0.5).dtype == torch.bfloat16
+
+
+def test_complex_weights_are_averaged():
+    """They were copied at each update."""
+    net = torch.nn.Linear(2, 2, bias=False, dtype=torch.complex64)
+    average = averages.averaged(net, 0.5)
+    expected = None
+    for n in range(5):
+        with torch.no_grad():
+            net.weight.fill_(complex(n, -2 * n))
+        average.update_parameters(net)
+        decay = 0.0 if n == 0 else min(0.5, (1 + n) / (10 + n))
+        expected = complex(n, -2 * n) if n == 0 else decay * expected + (1 - decay) * complex(n, -2 * n)
+    assert abs(average.module.weight[0, 0].item() - expected) < 1e-5 < abs(expected - complex(4, -8))
+
+
+@pytest.mark.parametrize("decay", [2.0, 1.0, -0.1, float("nan"), "0.9", True])
+def test_a_decay_that_is_none_is_refused(decay):
+    with pytest.raises(ValueError, match=r"averaged: decay must be a finite number in \[0, 1\); got"):
+        averages.averaged(torch.nn.Linear(2, 2), decay)
+
+
+def test_a_model_without_weights_is_refused():
+    with pytest.raises(ValueError, match=r"averaged: the model must have weights; 0\.weight has no shape yet"):
+        averages.averaged(torch.nn.Sequential(torch.nn.LazyLinear(3)), 0.9)
+
+
+def test_what_is_given_twice_is_refused():
+    """It was dropped in silence."""
+    net = torch.nn.Linear(2, 2)
+    given = {"steps": 1, "optimizer": torch.optim.SGD(net.parameters(), lr=0.1), "ema": averages.averaged(net, 0.5)}
+    refused = (({"lr": 1e-2}, "give either an optimizer"), ({"ema_decay": 0.9}, "ema_decay must be that of the ema that is given, 0.5"))
+    for more, message in refused:
+        with pytest.raises(ValueError, match=f"training_loop: {message}"):
+            training.training_loop(net, [torch.ones(1, 2)], lambda net, x, step: net(x).sum(1), **given, **more)
+    assert len(list(training.training_loop(net, [torch.ones(1, 2)], lambda net, x, step: net(x).sum(1), **given, ema_decay=0.5))) == 1

@@ -395,3 +395,14 @@ def test_scheduler_is_copied_and_pickled_in_the_middle_of_a_run(name):
     copies = [scheduler, copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))]
     first, *others = [s.step(s.scale_model_input(x, t[1]), t[1], x).prev_sample for s in copies]
     assert all(torch.equal(first, other) for other in others)
+
+
+def test_noise_is_added_with_one_timestep_or_one_for_each():
+    scheduler = cls(**CONFIGS["ends"][0])
+    scheduler.set_timesteps(10)
+    x, t = images(), scheduler.timesteps
+    assert torch.equal(scheduler.add_noise(x, x, t[[3, 3, 3, 3]]), scheduler.add_noise(x, x, t[3]))
+    with pytest.raises(ValueError, match="add_noise: timesteps must be one or one for each of the 4 samples; got 2"):
+        scheduler.add_noise(x, x, t[:2])
+    with pytest.raises(ValueError, match="add_noise: noise must have the shape of original_samples"):
+        scheduler.add_noise(x, x[:1], t[:1])

@@ -3,6 +3,7 @@
 import functools
 import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -286,3 +287,30 @@ def test_a_part_that_comes_between_two_states_is_in_evaluation_mode(change):
         net[1][0].register_forward_hook(lambda module, given, result: late(result))
     next(states)
     assert late.modes == {False} and late.training and net.training and net[1].training
+
+
+class Slotted:
+    __slots__ = ("net",)
+
+    def __init__(self, net):
+        self.net = net
+
+    def __call__(self, x, sigma):
+        return -self.net(x)
+
+
+class Weak(Slotted):
+    __slots__ = ()
+
+    def __init__(self, net):
+        super().__init__(weakref.ref(net))
+
+    def __call__(self, x, sigma):
+        return -self.net()(x)
+
+
+@pytest.mark.parametrize("kind", [Slotted, Weak])
+def test_networks_in_slots_and_behind_weak_references_are_found(kind):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.5)).train()
+    options = {"x": torch.ones(2, 3), "sigmas": SIGMAS, "steps_per_level": 1, "step_size": 0.01, "seed": 0}
+    assert torch.equal(fastscore.sample(kind(net), **options), fastscore.sample(kind(net), **options)) and net.training

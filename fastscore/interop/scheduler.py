@@ -276,6 +276,10 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         if self.timesteps is None:
             raise ValueError("add_noise: call set_timesteps first.")
         asked = torch.as_tensor(timesteps, dtype=torch.float32).reshape(-1).tolist()
+        checks.check_float("add_noise", "original_samples", original_samples)
+        checks.check_like("add_noise", "noise", noise, original_samples, of="original_samples")
+        if len(asked) not in (1, len(original_samples)):
+            raise ValueError(f"add_noise: timesteps must be one or one for each of the {len(original_samples)} samples; got {len(asked)}.")
         of = dict(zip(self._expected, (self._ladder[level] for level in self._levels)))
         if any(t not in of for t in asked):
             raise ValueError(f"add_noise: timesteps must be of this run, {self._expected[0]:.6g} to {self._expected[-1]:.6g}; got {asked}.")
