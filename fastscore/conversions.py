@@ -188,7 +188,7 @@ class Rescaled(nn.Module):
     For images in [0, 1] and a network of images in [-1, 1]: Rescaled(score, 2, -1); its ladder is then that of [0, 1].
 
     Args:
-        score: called score(u, sigma). scale: a, not 0. shift: b.
+        score: called score(u, sigma). scale: a, not 0. shift: b, a float, or a tensor that broadcasts to y.
 
     Raises:
         ValueError: scale is 0.
@@ -197,7 +197,7 @@ class Rescaled(nn.Module):
     def __init__(self, score, scale, shift=0.0):
         super().__init__()
         function("Rescaled", "score", score)
-        scale, shift = checks.number("Rescaled", "scale", scale), checks.number("Rescaled", "shift", shift)
+        scale, shift = checks.number("Rescaled", "scale", scale), checks.values("Rescaled", "shift", shift)
         if not scale:
             raise ValueError("Rescaled: scale must not be 0.")
         self.score, self.scale, self.shift = score, scale, shift

@@ -328,3 +328,15 @@ def test_the_plan_is_the_list_of_its_updates(predictor, corrections, denoise):
     listed += [(2, "denoise")] * denoise
     plan = _Plan(3, predictor, corrections, denoise)
     assert [plan[step] for step in range(len(plan))] == listed
+
+
+def test_arrays_and_tensors_of_numbers_are_taken_where_they_were():
+    """Elementwise conversions of numpy's arrays, a shift for each channel, and a ladder of one level."""
+    half, table = np.array([0.5]), np.array([0.5, 0.2])
+    assert schedules.to_epsilon(half) == 1.0 and schedules.sigmas_of(table).tolist() == [1.0, 2.0]
+    assert np.allclose(schedules.alphas_cumprod(np.array([1.0, 2.0])), table)
+    with pytest.raises(ValueError, match="sigmas_of: alphas_cumprod must be a finite number > 0"):
+        schedules.sigmas_of(np.array([0.5, 0.0]))
+    shift = torch.tensor([1.0, 2.0, 3.0])
+    assert torch.equal(conversions.Rescaled(pull, 2.0, shift)(X, torch.ones(2)), -2 * (2 * X + shift))
+    assert schedules.geometric(1.0, 1.0, np.int64(1)).tolist() == [1.0]

@@ -86,7 +86,11 @@ def coefficient(op, name, value, x, *, minimum=-math.inf):
 
 
 def values(op, name, value, least=-math.inf, most=math.inf, *, above=-math.inf):
-    """A number, or a float tensor of them; those on the CPU are looked at."""
+    """A number, or a float tensor or array of them; those on the CPU are looked at."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        for end in (value.min(), value.max()) if value.size else ():   # NaN comes through
+            number(op, name, float(end), least, most, above=above)
+        return value
     if not isinstance(value, torch.Tensor):
         return number(op, name, value, least, most, above=above)
     check_float(op, name, value)

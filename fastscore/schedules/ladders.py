@@ -70,7 +70,7 @@ def check_ends(op, sigma_max, sigma_min, n):
     single = torch.finfo(torch.float32)
     high = checks.number(op, "sigma_max", sigma_max, most=single.max)
     low = checks.number(op, "sigma_min", sigma_min, most=single.max)
-    if not single.tiny <= low < high and not (type(n) is int and n == 1 and low == high >= single.tiny):
+    if not single.tiny <= low < high and not (checks.whole(n) and n == 1 and low == high >= single.tiny):
         least = f", and sigma_min >= {single.tiny:.3g}" if 0 < low < single.tiny else ""
         raise ValueError(f"{op}: sigma_max > sigma_min > 0 must hold{least}; got {high} and {low}.")
     return high, low, checks.integer(op, "n", n, 1 if low == high else 2, limit=LEVELS)
