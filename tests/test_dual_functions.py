@@ -12,6 +12,7 @@ from torch.utils import checkpoint
 
 import fastscore
 from fastscore.dual import jvp
+from fastscore.models import EnergyScore
 
 torch.manual_seed(0)
 F64 = {"dtype": torch.float64}
@@ -336,3 +337,49 @@ def test_the_gradient_of_an_energys_loss_is_right_through_pytorchs_norms(norm):
             ends.append(float(loss()))
             torch._foreach_add_(parameters, direction, alpha=-step)
     assert math.isclose(float(slope), (ends[0] - ends[1]) / 2e-5, rel_tol=1e-6)
+
+
+def _both_parts(z):
+    return 1.3 * z.real + z.imag.sin()
+
+
+TO_COMPLEX = {
+    "to": lambda x: _both_parts(x.to(torch.complex128) * (1 + 2j)),
+    "type": lambda x: _both_parts(x.sin().type(torch.complex128) * 1j + x),
+    "type_as": lambda x: _both_parts(x.type_as(torch.zeros((), dtype=torch.complex128)) ** 2),
+    "complex base": lambda x: _both_parts((x + 2j) ** x),
+    "complex exponent": lambda x: _both_parts(x.exp() ** (1 + 2j)),
+    "complex tensor as exponent": lambda x: _both_parts(torch.pow(x.exp(), torch.tensor(1 + 2j, dtype=torch.complex128))),
+    "complex number to a power": lambda x: _both_parts((1 + 2j) ** x),
+    "complex tensor to a power": lambda x: _both_parts(torch.tensor(1 + 2j, dtype=torch.complex128) ** x),
+    "real to a complex power": lambda x: _both_parts(2.0 ** (x * 1j)),
+    "both complex": lambda x: _both_parts((x + 2j) ** (x * 1j)),
+    "both real": lambda x: x.exp() ** x,
+    "sgn": lambda x: _both_parts((x + 2j).sgn()),
+    "nested tensors": lambda x: torch.nested.to_padded_tensor(torch.nested.as_nested_tensor([*x.sin()]), 0.0) * x,
+}
+
+
+@pytest.mark.filterwarnings("ignore::fastscore.FallbackWarning")
+@pytest.mark.parametrize("wanted", [True, False], ids=["gradients", "values"])
+@pytest.mark.parametrize("name", TO_COMPLEX)
+def test_complex_numbers_made_of_real_ones_keep_their_tangents(name, wanted):
+    f, generator = TO_COMPLEX[name], torch.Generator().manual_seed(0)
+    x, v = (torch.randn(2, 3, dtype=torch.float64, generator=generator) for _ in range(2))
+    y, jv = jvp(f, x.clone().requires_grad_(wanted), v)
+    leaf = x.clone().requires_grad_()
+    expected = f(leaf)
+    u = torch.ones_like(expected).requires_grad_()
+    (g,) = torch.autograd.grad(expected, leaf, u, create_graph=True)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(jv, torch.autograd.grad(g, u, v)[0])
+
+
+@pytest.mark.parametrize("convert", [lambda x: x.to(torch.complex128), lambda x: x.type(torch.complex128)], ids=["to", "type"])
+def test_an_energy_of_complex_numbers_keeps_its_derivatives(convert):
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    v = torch.ones(1, 4, 3, dtype=torch.float64)
+    score = EnergyScore(lambda x: -(convert(x) * (1 + 1j)).abs().square().sum(1))   # -2 ‖x‖²
+    slope, curvature = score.along(x, v)
+    torch.testing.assert_close(slope[0], -4 * x.sum(1))
+    torch.testing.assert_close(curvature[0], torch.full((4,), -12.0, dtype=torch.float64))

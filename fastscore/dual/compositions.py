@@ -258,8 +258,13 @@ def heaviside(input, values):
 
 @formula("pow", "__pow__")
 def power(input, exponent):
-    """PyTorch's slope of 0 to a power, 0 · log 0, has no gradient."""
-    if not isinstance(exponent, torch.Tensor) or (isinstance(input, torch.Tensor) and varies(input)):
+    """PyTorch's slope of 0 to a power, 0 · log 0, has no gradient; its forward mode takes the real part of a complex power's tangent."""
+    dtype = torch.result_type(input, exponent)
+    if dtype.is_complex:
+        pair = [a.to(dtype) if isinstance(a, torch.Tensor) else a for a in (input, exponent)]
+        real = any(isinstance(a, torch.Tensor) and not a.is_complex() for a in (input, exponent))
+        return pair[0] ** pair[1] if real else NotImplemented
+    if not isinstance(exponent, torch.Tensor) or (isinstance(input, torch.Tensor) and (varies(input) or hasattr(type(input), "stack"))):
         return NotImplemented
     if not isinstance(input, torch.Tensor):
         input = torch.full((), input, dtype=torch.result_type(exponent, input), device=exponent.device)

@@ -32,6 +32,8 @@ def kept(x, made):
     if isinstance(made, tuple):
         return tuple(kept(x, m) for m in made)
     s = made.stack if is_jet(made) else made
+    if s.is_complex():
+        raise numbers.NoRule("second_order: no rule carries complex numbers.")
     if not s.is_floating_point():   # integers, a plain value already
         return s
     if s.dim() < 2 or s.shape[1] != x.stack.shape[1]:

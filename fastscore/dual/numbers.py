@@ -481,6 +481,12 @@ class ComplexDual(Dual):
 
     rules = {}
 
+    @classmethod
+    def carried(cls, func, args, kwargs):
+        if func in (torch.sgn, torch.Tensor.sgn) and torch.is_grad_enabled():   # z / |z|, no constant
+            return _generic(func, args, kwargs)
+        return super().carried(func, args, kwargs)
+
 
 def _getters(*names):
     return {getattr(torch.Tensor, name).__get__ for name in names if hasattr(torch.Tensor, name)}
@@ -693,7 +699,7 @@ def _into_out(func, args, kwargs):
     if not _all_first_order((args, kwargs)):
         raise NoRule(f"fastscore.jvp: {name} with out= cannot be carried through with its tangents.")
     for o in [out] if isinstance(out, torch.Tensor) else out:
-        if not isinstance(o, Dual) and o.is_floating_point():
+        if not isinstance(o, Dual) and (o.is_floating_point() or o.is_complex()):
             carriers.check(name, o)
     results = func(*args, **{key: a for key, a in kwargs.items() if key != "out"})
     if isinstance(out, torch.Tensor):
@@ -852,6 +858,7 @@ def _generic(func, args, kwargs):
             filled[i] = d
         arguments, keywords = tree_unflatten(filled, spec)
         outputs, spec_out = tree_flatten(func(*arguments, **keywords))
+        transposed.check_nested(name, outputs)
         form[:] = spec_out, [o is None for o in outputs]
         if not all(isinstance(o, torch.Tensor | None) for o in outputs):
             raise NoRule(f"fastscore.jvp: {name} returns something else than tensors.")

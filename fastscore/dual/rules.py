@@ -420,7 +420,7 @@ def _conversion(name):
         s = getattr(stack(x), name)(*map(value, args), **kwargs)
         if not isinstance(s, torch.Tensor):   # type() without arguments
             return s
-        if not s.is_floating_point():   # integers have no tangents
+        if not (s.is_floating_point() or s.is_complex()):   # integers have no tangents
             return s[0]
         return dual(s) if layout == torch.preserve_format else contiguous(dual(s), layout)
 
@@ -626,6 +626,8 @@ RULES[torch.Tensor.__abs__] = RULES[torch.abs]
 @rule("pow", "__pow__")
 def power(x, exponent):
     if is_dual(exponent) and not is_dual(x):
+        if isinstance(x, complex) or (isinstance(x, torch.Tensor) and x.is_complex()):
+            return NotImplemented
         s, x = stack(exponent), _tensor(x, exponent, exponent.dtype)
         y = x ** s[0]
         # 0 to a positive power is flat in the exponent; PyTorch's slope, 0 · log 0, has no gradient.

@@ -135,6 +135,13 @@ def transposed(name, function, args, kwargs, has_jvp=False):
     return tree_unflatten(outputs, tree)
 
 
+def check_nested(name, outputs):
+    if any(isinstance(o, torch.Tensor) and o.is_nested for o in outputs):
+        from fastscore.dual.numbers import NoRule
+
+        raise NoRule(f"fastscore.jvp: the nested tensor that {name} makes cannot be carried with its tangents.")
+
+
 def _usable(s, wanted):
     """A stack that reverse mode can start from."""
     s = s.clone() if s.is_inference() else s
@@ -147,6 +154,7 @@ def _by_reverse_mode(name, function, stacks, keep):
     given = [t.clone() for t in inputs]   # they may be written to
     versions = [t._version for t in given]
     outputs, tree = function(*given)
+    check_nested(name, outputs)
     written = {k: i for k, o in enumerate(outputs) for i, t in enumerate(given) if o is t}
     if any(t._version != n and i not in written.values() for i, (t, n) in enumerate(zip(given, versions))):
         raise NotImplementedError(f"fastscore.jvp: {name} writes into its input without mark_dirty, which no derivative knows of.")
