@@ -79,12 +79,13 @@ def wide_bytes(instruction, lines):
 
 def noise_kernels():
     """(name, kernel, constants, types, aligned): the fast path of each launcher, an offset at a block's start."""
-    from fastscore.kernels import BLOCK, REDUCED
+    from fastscore.kernels import tiles
     from fastscore.kernels.denoising_loss import noise_reduce_kernel
     from fastscore.kernels.langevin_step import noisy_update_kernel
     from fastscore.kernels.rademacher_jvp import project_kernel, spread_kernel
     from fastscore.kernels.random import fill_kernel
 
+    BLOCK, REDUCED = (tiles.TABLE["default"][kernel]["BLOCK"] for kernel in ("fill", "noise_reduce"))
     common = {"HAS_KEY": False, "BLOCK": BLOCK, "key_ptr": None}
     for dtype in DTYPES:
         wide = dtype == "fp64"
@@ -202,10 +203,10 @@ def stack_kernels(arch):
 
 def sign_kernels():
     """Signs written to a large tensor."""
-    from fastscore.kernels import SIGNED
+    from fastscore.kernels import tiles
     from fastscore.kernels.random import sign_kernel
 
-    blocks, warps = SIGNED[True]
+    blocks, warps = tiles.TABLE["default"]["signs"].values()
     for dtype in DTYPES:
         constants = {"HAS_KEY": False, "key_ptr": None, "BLOCKS": blocks, "shift": 0}
         yield f"rademacher {dtype}", sign_kernel, constants, {"out_ptr": f"*{dtype}"}, ("out_ptr", "n"), 128 * blocks, warps

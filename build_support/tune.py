@@ -20,6 +20,9 @@ from workloads import EMULATED, WORKLOADS, calls, least_bytes
 from fastscore.kernels import tiles
 
 USED_BY = {
+    "fill": ("normal",),
+    "signs": ("rademacher",),
+    "noise_reduce": ("denoising_loss",),
     "noisy_update": ("langevin_step", "langevin_step per sample"),
     "normalise": ("instance_norm_plus", "instance_norm_plus backward"),
     "normalise with tangents": ("instance_norm_plus dual",),

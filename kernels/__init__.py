@@ -24,12 +24,7 @@ SCHEMAS = {
     "activate_dual": "activate_dual(Tensor(a!) out, Tensor s, Tensor? g, int activation) -> ()",
     "activate_jet": "activate_jet(Tensor(a!) out, Tensor s, Tensor? g, int directions, int activation) -> ()",
 }
-BLOCK = 512  # Philox blocks per program: 2048 elements, 16 per thread of four warps
-REDUCED = 1024   # of a sum: the tree over a program's threads costs each of them some thirty instructions
-# Philox blocks of 128 signs per program, and its warps: a block for each thread, for another warp would compute the same ones again;
-# of a tensor that would not fill the GPU so, fewer and more.
-SIGNED = {True: (64, 2), False: (16, 4)}
-MANY_SIGNS = 2**22
+MANY_SIGNS = 2**22   # that fill the GPU with programs as large as they are quickest
 _library = None
 
 
@@ -44,7 +39,7 @@ def register() -> None:
                 _library.impl(name, LAUNCHERS[name], key)
 
 
-def _programs(elements, block=BLOCK):
+def _programs(elements, block):
     return ((elements + 4 * block - 1) // (4 * block),)
 
 
@@ -53,9 +48,9 @@ def _crosses(first, n, block):
     return first % block != 0 and first >> 32 != (first + n // 4 + block) >> 32
 
 
-def _crosses_rows(offset, n):
+def _crosses_rows(offset, n, block):
     """Whether a row of Philox blocks that opens anywhere in n elements may hold a multiple of 2^32 inside."""
-    return offset // 4 >> 32 != (offset // 4 + n // 4 + REDUCED) >> 32
+    return offset // 4 >> 32 != (offset // 4 + n // 4 + block) >> 32
 
 
 def _kind(each):
@@ -81,23 +76,23 @@ def _fill(out, kind, key, seed, step, stream, offset):
         return
     if kind == 3:
         return _fill_signs(out, key, seed, step, stream, offset)
-    shift = offset % 4
+    shift, cut = offset % 4, tile("fill", out.device)
     with torch.cuda.device_of(out):
         launch(
-            fill_kernel, _programs(out.numel() + shift),
+            fill_kernel, _programs(out.numel() + shift, cut["BLOCK"]),
             out, key, out.numel(), seed, step, stream, offset // 4, shift,
-            KIND=kind, HAS_KEY=key is not None, CROSSES=_crosses(offset // 4, out.numel(), BLOCK), BLOCK=BLOCK,
+            KIND=kind, HAS_KEY=key is not None, CROSSES=_crosses(offset // 4, out.numel(), cut["BLOCK"]), **cut,
         )  # fmt: skip
 
 
 def _fill_signs(out, key, seed, step, stream, offset):
     shift = offset % 128
-    blocks, warps = SIGNED[out.numel() >= MANY_SIGNS]
+    cut = tile("signs" if out.numel() >= MANY_SIGNS else "signs small", out.device)
     with torch.cuda.device_of(out):
         launch(
-            sign_kernel, (cdiv(out.numel() + shift, 128 * blocks),),
+            sign_kernel, (cdiv(out.numel() + shift, 128 * cut["BLOCKS"]),),
             out, key, out.numel(), seed, step, stream, offset // 128, shift,
-            HAS_KEY=key is not None, BLOCKS=blocks, num_warps=warps,
+            HAS_KEY=key is not None, **cut,
         )  # fmt: skip
 
 
@@ -133,17 +128,19 @@ def _noise_reduce(out, score, sigma_each, sigma, key, seed, step, stream, offset
     score, aligned = _dense(score), offset % 4 == 0 and per_sample % max(vector, 4) == 0
     aligned = aligned and score.data_ptr() % 16 == 0
     needed = (per_sample + 6) // 4 if per_sample % 4 or offset % 4 else per_sample // 4   # Philox blocks that a sample lies in, at most
-    block = max(2, min(REDUCED, power_of_two(needed)))   # two, for a thread takes two of a 16-bit type
-    steps = 4 if needed >= 16 * REDUCED else 1   # tiles of one program: a long sample keeps the GPU busy all the same
-    rows, splits = REDUCED // block, cdiv(needed, block * steps)
+    cut = tile("noise_reduce", score.device)
+    most = cut["BLOCK"]
+    block = max(2, min(most, power_of_two(needed)))   # two, for a thread takes two of a 16-bit type
+    steps = cut["STEPS"] if needed >= 16 * most else 1   # tiles of one program: a long sample keeps the GPU busy all the same
+    rows, splits = most // block, cdiv(needed, block * steps)
     partial = out if splits == 1 else torch.empty((out.numel(), splits), dtype=out.dtype, device=out.device)
     with torch.cuda.device_of(out):
         launch(
             noise_reduce_kernel, (cdiv(out.numel(), rows), splits),
             partial, score, sigma_each, sigma, key, out.numel(), per_sample, seed, step, stream, offset // 4, offset % 4,
-            DOT=reduction == 1, SIGMA_KIND=_kind(sigma_each), HAS_KEY=key is not None, CROSSES=_crosses_rows(offset, score.numel()),
+            DOT=reduction == 1, SIGMA_KIND=_kind(sigma_each), HAS_KEY=key is not None, CROSSES=_crosses_rows(offset, score.numel(), most),
             ALIGNED=aligned, FULL=aligned and rows == 1 and per_sample % (4 * block * steps) == 0,
-            WIDE=wide, ROWS=rows, BLOCK=block, STEPS=steps,
+            WIDE=wide, ROWS=rows, BLOCK=block, STEPS=steps, num_warps=cut["num_warps"],
         )  # fmt: skip
         if splits > 1:
             sum_splits.sum_splits([out], [partial], splits)

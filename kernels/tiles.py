@@ -14,6 +14,14 @@ TABLE: dict[str, dict[str, dict[str, int]]] = {
     "default": {
         # Philox blocks of four elements: 16 elements per thread. Twice as many of a 16-bit type: four 128-bit accesses per tensor.
         "noisy_update": {"BLOCK": 512, "num_warps": 4},
+        # The same.
+        "fill": {"BLOCK": 512, "num_warps": 4},
+        # Philox blocks of 128 signs: a block for each thread, for another warp would compute the same ones again; of a tensor that would
+        # not fill the GPU so, fewer and more.
+        "signs": {"BLOCKS": 64, "num_warps": 2},
+        "signs small": {"BLOCKS": 16, "num_warps": 4},
+        # Philox blocks of a sum, whose tree over a program's threads costs each of them some thirty instructions; tiles of a program.
+        "noise_reduce": {"BLOCK": 1024, "num_warps": 4, "STEPS": 4},
         # Elements of each part of a stack: one 128-bit access per thread of a 16-bit type, two of float32.
         "activate_dual": {"BLOCK": 1024, "num_warps": 4},
         "activate_jet": {"BLOCK": 1024, "num_warps": 4},
@@ -29,6 +37,9 @@ TABLE: dict[str, dict[str, dict[str, int]]] = {
     },
 }
 CANDIDATES: dict[str, list[dict[str, int]]] = {
+    "fill": [{"BLOCK": b, "num_warps": w} for b in (256, 512, 1024) for w in (4, 8)],
+    "signs": [{"BLOCKS": b, "num_warps": w} for b in (32, 64, 128) for w in (1, 2, 4)],
+    "noise_reduce": [{"BLOCK": b, "num_warps": w, "STEPS": s} for b, w in ((512, 4), (1024, 4), (1024, 8)) for s in (2, 4, 8)],
     "noisy_update": [{"BLOCK": b, "num_warps": w} for b in (256, 512, 1024) for w in (2, 4, 8)],
     "activate_dual": [{"BLOCK": b, "num_warps": w} for b in (512, 1024, 2048, 4096) for w in (4, 8)],
     "activate_jet": [{"BLOCK": b, "num_warps": w} for b in (512, 1024, 2048) for w in (4, 8)],
