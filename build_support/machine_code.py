@@ -93,9 +93,14 @@ def noise_kernels():
         pointers |= {name: "*fp64" if wide else "*fp32" for name in ("a_ptr", "b_ptr", "sigma_ptr", "partial_ptr")}
         scalars = {"a": "fp32", "b": "fp32", "sigma": "fp32", "stream": "i32"}
         constants = common | {"HAS_X": True, "HAS_D": True, "A_KIND": int(wide), "B_KIND": int(wide), "WIDE": wide, "shift": 0}
-        constants |= {"CROSSES": False, "BLOCK": BLOCK * (2 if dtype in ("bf16", "fp16") else 1)}
+        constants |= {"EACH": False, "CROSSES": False, "BLOCK": BLOCK * (2 if dtype in ("bf16", "fp16") else 1)}
         constants |= {} if wide else {"a_ptr": None, "b_ptr": None}
         yield f"noisy_update {dtype}", noisy_update_kernel, constants, pointers | scalars, ("out_ptr", "x_ptr", "d_ptr", "n")
+        if not wide:
+            each = constants | {"A_KIND": 2, "B_KIND": 2, "EACH": True}
+            each = {name: value for name, value in each.items() if name not in ("a_ptr", "b_ptr")}
+            aligned = "out_ptr", "x_ptr", "d_ptr", "a_ptr", "b_ptr", "n"
+            yield f"noisy_update each {dtype}", noisy_update_kernel, each, pointers | scalars | {"n": "i32"}, aligned
         for kind, label in enumerate(("words", "uniform", "normal")):
             types = pointers | scalars | ({"out_ptr": "*i64"} if kind == 0 else {})
             if kind or dtype == "fp32":

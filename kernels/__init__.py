@@ -1,5 +1,7 @@
 """Triton kernels. Importing registers nothing; `register()` makes them the ops of torch.ops.fastscore_triton."""
 
+import functools
+
 import torch
 
 from fastscore.kernels import launch_normalise, launch_rademacher_jvp, sum_splits
@@ -64,6 +66,13 @@ def _dense(t):
     return t.clone() if t._is_zerotensor() else t.contiguous()
 
 
+@functools.lru_cache(1024)
+def _divisor(d):
+    """(magic, bits): x // d = (high half of x magic + x) >> bits for x below 2^31 (Granlund and Montgomery 1994)."""
+    bits = (d - 1).bit_length()
+    return ((2**bits - d) << 32) // d + 1 & 0xFFFFFFFF, bits
+
+
 def _in_memory(number, like):
     """A coefficient as a tensor (1,) where a launch would not bring it: a Python float travels as a normal float32."""
     if like.dtype == torch.float64:
@@ -103,15 +112,18 @@ def _noisy_update(out, x, direction, drift_each, drift, diffusion_each, diffusio
     wide, target = out.dtype == torch.float64, out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     drift_each = _in_memory(drift, out) if drift_each is None else drift_each
     diffusion_each = _in_memory(diffusion, out) if diffusion_each is None else diffusion_each
+    per_sample = n // out.shape[0] if out.dim() else 1
+    each = not wide and 2 in (_kind(drift_each), _kind(diffusion_each))
+    each = each and offset % 4 == 0 and per_sample % (16 // out.element_size()) == 0 and n < 2**31 - 2**16   # a tile's end included
     cut = tile("noisy_update", out.device)
     block = cut["BLOCK"] * (2 if out.dtype.itemsize == 2 else 1)
     with torch.cuda.device_of(out):
         launch(
             noisy_update_kernel, _programs(n + offset % 4, block),
             target, _dense(x), _dense(direction), drift_each, drift, diffusion_each, diffusion, key,
-            n, n // out.shape[0] if out.dim() else 1, seed, step, stream, offset // 4, offset % 4,
+            n, per_sample, seed, step, stream, offset // 4, offset % 4, *_divisor(per_sample),
             HAS_X=x is not None, HAS_D=direction is not None, A_KIND=_kind(drift_each), B_KIND=_kind(diffusion_each),
-            HAS_KEY=key is not None, CROSSES=_crosses(offset // 4, n, block), WIDE=wide, BLOCK=block,
+            EACH=each, HAS_KEY=key is not None, CROSSES=_crosses(offset // 4, n, block), WIDE=wide, BLOCK=block,
             num_warps=cut["num_warps"],
         )  # fmt: skip
     if target is not out:

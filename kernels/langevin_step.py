@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastscore.kernels.philox import KEY, narrow, polar_of_tile
+from fastscore.kernels.philox import KEY, in_order, inside, int64, narrow, polar_of_tile
 
 
 @triton.jit
@@ -17,25 +17,46 @@ def coefficient(each_ptr, number, sample, mask, PER_SAMPLE: tl.constexpr, dtype:
         return number   # float32; a float64 call passes tensors
 
 
-@triton.jit(do_not_specialize=KEY)
+@triton.jit
+def sample_of(at, magic, bits):
+    """at // per_sample for uint32 below 2^31, by the product that kernels/__init__.py's `_divisor` prepares."""
+    return ((tl.umulhi(at, int64(magic).to(tl.uint32)) + at) >> int64(bits).to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def each_element(v, PAIRS: tl.constexpr):
+    """A value per Philox block, or per two of them, for each of their elements."""
+    v = in_order(v, v, v, v)
+    return tl.interleave(v, v) if PAIRS else v
+
+
+@triton.jit(do_not_specialize=[*KEY, "magic", "bits"])
 def noisy_update_kernel(
     out_ptr, x_ptr, d_ptr, a_ptr, a, b_ptr, b, key_ptr, n, per_sample,
     seed: tl.int64, step: tl.int64, stream: tl.int64, first: tl.int64, shift,
+    magic: tl.int64, bits: tl.int64,
     HAS_X: tl.constexpr, HAS_D: tl.constexpr, A_KIND: tl.constexpr, B_KIND: tl.constexpr,
-    HAS_KEY: tl.constexpr, CROSSES: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    EACH: tl.constexpr, HAS_KEY: tl.constexpr, CROSSES: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One lane per Philox block; first: block of element 0, shift: its entry in that block."""
+    """One lane per Philox block; first: block of element 0, shift: its entry in that block.
+
+    EACH: coefficients are those of samples, and what a thread loads at once lies in one of them.
+    """
     program = tl.program_id(0).to(tl.int64)
-    index = program * 4 * BLOCK + tl.arange(0, 4 * BLOCK) - shift
-    mask = (index >= 0) & (index < n)
+    lane, mask = inside(n, program * (4 * BLOCK), shift, 4 * BLOCK)
+    index = (program * (4 * BLOCK) - shift) + lane
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
-    sample = index
-    if A_KIND == 2 or B_KIND == 2:
+    pairs: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth == 16
+    sample, known = index, mask
+    if EACH:
+        groups: tl.constexpr = BLOCK // 2 if pairs else BLOCK
+        at = (program * (4 * BLOCK)).to(tl.uint32) + (tl.arange(0, groups) * (4 * BLOCK // groups)).to(tl.uint32)
+        sample, known = sample_of(at, magic, bits), at.to(tl.int32) < n
+    elif A_KIND == 2 or B_KIND == 2:
         sample = index // per_sample
     scale = 1.0   # of the radii: one coefficient in float32 costs a product per pair there
-    if B_KIND != 2 and not WIDE:
-        scale = coefficient(b_ptr, b, sample, mask, B_KIND, dtype)
-    pairs: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth == 16
+    if (EACH or B_KIND != 2) and not WIDE:
+        scale = coefficient(b_ptr, b, sample, known, B_KIND, dtype)
     radius, direction = polar_of_tile(first + program * BLOCK, scale, key_ptr, seed, step, stream, HAS_KEY, CROSSES, pairs, BLOCK)
     # Every product and sum that may be one instruction is: left to the compiler, aligned and shifted tensors would round differently.
     y = tl.zeros([4 * BLOCK], dtype)
@@ -43,11 +64,14 @@ def noisy_update_kernel(
         y = tl.load(x_ptr + index, mask=mask, other=0.0).to(dtype)
     if HAS_D:
         d = tl.load(d_ptr + index, mask=mask, other=0.0).to(dtype)
-        y = tl.fma(tl.zeros_like(d) + coefficient(a_ptr, a, sample, mask, A_KIND, dtype), d, y)
+        drift = coefficient(a_ptr, a, sample, known, A_KIND, dtype)
+        if EACH and A_KIND == 2:
+            drift = each_element(drift, pairs)
+        y = tl.fma(tl.zeros_like(d) + drift, d, y)
     if WIDE:
         y = tl.fma(tl.zeros_like(y) + coefficient(b_ptr, b, sample, mask, B_KIND, dtype), (radius * direction).to(dtype), y)
     else:
-        if B_KIND == 2:
+        if B_KIND == 2 and not EACH:
             radius *= coefficient(b_ptr, b, sample, mask, B_KIND, dtype)
         y = tl.fma(radius, direction, y)
     tl.store(out_ptr + index, narrow(y, out_ptr.dtype.element_ty), mask=mask)

@@ -178,6 +178,15 @@ def polar_of_rows(
 
 
 @triton.jit
+def inside(n, begin, shift, SIZE: tl.constexpr):
+    """(lane, it is an element) of SIZE lanes of which lane 0 is element begin - shift."""
+    lane = tl.arange(0, SIZE)
+    low = tl.maximum(shift - begin, 0).to(tl.int32)
+    high = tl.minimum(n + shift - begin, SIZE).to(tl.int32)
+    return lane, (lane >= low) & (lane < high)
+
+
+@triton.jit
 def narrow(v, dtype: tl.constexpr):
     """To the element type; the interpreter truncates float32 to bfloat16, so there it is rounded to nearest even by hand."""
     if INTERPRETED and dtype == tl.bfloat16 and v.dtype == tl.float32:

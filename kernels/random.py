@@ -3,17 +3,8 @@
 import triton
 import triton.language as tl
 
-from fastscore.kernels.philox import KEY, int64, narrow, polar_of_tile, words_of_tile
+from fastscore.kernels.philox import KEY, inside, int64, narrow, polar_of_tile, words_of_tile
 from fastscore.kernels.rademacher_jvp import signed, signs
-
-
-@triton.jit
-def inside(n, begin, shift, SIZE: tl.constexpr):
-    """(lane, it is an element) of SIZE lanes of which lane 0 is element begin - shift."""
-    lane = tl.arange(0, SIZE)
-    low = tl.maximum(shift - begin, 0).to(tl.int32)
-    high = tl.minimum(n + shift - begin, SIZE).to(tl.int32)
-    return lane, (lane >= low) & (lane < high)
 
 
 @triton.jit(do_not_specialize=KEY)

@@ -39,7 +39,7 @@ def cuda_rows():
 
 
 def test_every_triton_kernel_compiles_for_every_dtype_and_target_without_spills(triton_rows):
-    noise = 4 + 4 * 3 + 1 + 3 * 4 + 2 * 3 * 4   # on every target; and on sm_90 more variants
+    noise = 4 + 3 + 4 * 3 + 1 + 3 * 4 + 2 * 3 * 4   # on every target; and on sm_90 more variants
     pixels, algebra, whole, stack, sums = 4 * 4, 2 * 3, 4, 4 * 4, 2
     assert len(triton_rows) == 3 * (noise + pixels + algebra + whole + stack + sums) + 2 * 4 * 4 + 2 * 2 + 4 * 6
     for name, row in triton_rows.items():
@@ -90,7 +90,10 @@ def test_every_cuda_kernel_compiles_without_spills(cuda_rows):
 
 
 def test_instructions_per_element_do_not_grow(triton_rows, request):
-    """The goal is 30 for one coefficient per call. Today Triton stands at 32.6 (float32) and 33.2 (bfloat16), CUDA C++ at 30.3 and 31.9."""
+    """The goal is 30 for one coefficient per call. Today Triton stands at 32.6 (float32) and 33.1 (bfloat16), CUDA C++ at 30.3 and 31.9.
+
+    With coefficients of each sample the goal is 34; Triton stands at 35.6 and 34.5.
+    """
     for name, row in triton_rows.items():
         if "noisy_update" in name:
             # On sm_90 a thread takes 4 elements (8 of a 16-bit type), not 16 (32): more instructions for each, in less time
