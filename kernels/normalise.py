@@ -55,6 +55,11 @@ def total(v, mask, LAST: tl.constexpr):
 
 
 @triton.jit
+def over_tile(v, LAST: tl.constexpr):
+    return tl.sum(v, 0 if LAST else 1)
+
+
+@triton.jit
 def moments_kernel(
     out_ptr, x_ptr, t_ptr, units, C, S, splits, M: tl.constexpr, LAST: tl.constexpr, UNITS: tl.constexpr, PIXELS: tl.constexpr
 ):  # fmt: skip
@@ -152,7 +157,8 @@ def cotangent_sums_kernel(
     """
     unit, known, split, first, at, mask = tile(tl.program_id(0), units, C, S, splits, LAST, UNITS, PIXELS)
     mean, scale = row(table_ptr, 0, units, unit, known, LAST), row(table_ptr, 1, units, unit, known, LAST)
-    d = tl.load(x_ptr + first + at, mask=mask, other=0.0).to(mean.dtype) - mean
+    # Beyond the edge d and the cotangents are 0, and with them every term of a sum.
+    d = tl.where(mask, tl.load(x_ptr + first + at, mask=mask, other=0.0).to(mean.dtype) - mean, 0.0)
     u = scale * d + row(table_ptr, 2, units, unit, known, LAST)
     slope, bend = activation.slope(u, KIND), tl.zeros_like(d)
     out, stride = out_ptr + unit * splits + split, int64(units) * splits
@@ -165,12 +171,12 @@ def cotangent_sums_kernel(
                 P, Q = row(table_ptr, 3 + 2 * m, units, unit, known, LAST), row(table_ptr, 4 + 2 * m, units, unit, known, LAST)
                 bend += (scale * t + (P * d + Q)) * gty
             g, each = activation.times_slope(slope, gty, KIND), out + (2 + 3 * m) * stride
-            tl.store(each, total(g, mask, LAST), mask=known)
-            tl.store(each + stride, total(g * d, mask, LAST), mask=known)
-            tl.store(each + 2 * stride, total(g * t, mask, LAST), mask=known)
+            tl.store(each, over_tile(g, LAST), mask=known)
+            tl.store(each + stride, over_tile(g * d, LAST), mask=known)
+            tl.store(each + 2 * stride, over_tile(g * t, LAST), mask=known)
     gu = cotangent(u, slope, bend, gy_ptr, first + at, mask, KIND, HAS_GY, "", M)
-    tl.store(out, total(gu, mask, LAST), mask=known)
-    tl.store(out + stride, total(gu * d, mask, LAST), mask=known)
+    tl.store(out, over_tile(gu, LAST), mask=known)
+    tl.store(out + stride, over_tile(gu * d, LAST), mask=known)
 
 
 @triton.jit
