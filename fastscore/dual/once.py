@@ -493,7 +493,7 @@ def _elsewhere(function):
 def _of_class(cls):
     """The same of a module's methods."""
     methods = (getattr(cls, name, None) for name in _all_names(cls, frozenset({"forward"})))
-    methods = [m for m in methods if isinstance(m, types.FunctionType) and not m.__module__.startswith(("torch.", "fastscore."))]
+    methods = [m for m in methods if isinstance(m, types.FunctionType) and not (m.__module__ or "").startswith(("torch.", "fastscore."))]
     return [b for m in methods for b in _elsewhere(m)]
 
 
