@@ -5,7 +5,7 @@ import torch
 from fastscore import backend as _backend
 from fastscore.ops import normalise as core
 from fastscore.ops.activate_dual import activate_dual as activate_stack  # noqa: F401
-from fastscore.ops.functions import quick, save, saved
+from fastscore.ops.functions import Direct, quick, save, saved
 
 
 @quick
@@ -53,6 +53,119 @@ def linear_in_half(s, weight, bias):
     n = len(rows) // len(s)
     start = torch.cat([bias.expand(n, -1), bias.new_zeros(len(rows) - n, len(bias))])
     return torch.addmm(start, rows, weight.t()).unflatten(0, s.shape[:-1])
+
+
+class _SoftmaxStack(Direct):
+    """p = softmax(x), ṗ = p (ẋ - c) with c = Σ p ẋ, in place. Cotangents, with k = Σ p gṗ:
+
+        gẋ = p gṗ - p k,    gx = q - p Σ q  with  q = p (gp - Σ_m c k) + Σ_m ṗ (gṗ - k)
+    """
+
+    @staticmethod
+    def forward(ctx, s, dim):
+        out, tangents = torch.empty_like(s), s[1:]
+        p, tp = out[0], out[1:]
+        torch.softmax(s[0], dim, out=p)
+        torch.mul(p, tangents, out=tp)
+        c = tp.sum(dim, keepdim=True)
+        tp.addcmul_(p, c, value=-1)
+        ctx.dim = dim
+        ctx.save_for_backward(s, out, c)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        s, out, c = ctx.saved_tensors
+        if torch.is_grad_enabled():   # somebody differentiates the gradient: plain PyTorch
+            return *torch.autograd.grad(_softmax_stack_ref(s, ctx.dim), s, g, create_graph=True), None
+        p, tp, gp, gtp = out[0], out[1:], g[0], g[1:]
+        gs = torch.empty_like(out)
+        q, gtx = gs[0], gs[1:]
+        torch.mul(p, gtp, out=gtx)
+        k = gtx.sum(ctx.dim, keepdim=True)
+        gtx.addcmul_(p, k, value=-1)
+        torch.mul(p, gp - (c * k).sum(0), out=q)
+        for m in range(len(tp)):
+            q.addcmul_(tp[m], gtp[m] - k[m])
+        q.addcmul_(p, q.sum(ctx.dim, keepdim=True), value=-1)
+        return gs, None
+
+
+def _softmax_stack_ref(s, dim):
+    p, tangents = s[0].softmax(dim), s[1:]
+    along = dim if dim < 0 else dim + 1
+    return torch.cat([p[None], p * (tangents - (p * tangents).sum(along, keepdim=True))])
+
+
+def softmax_stack(s, dim):
+    """softmax of a value and of its tangents along a dimension of the value."""
+    dim -= s.dim() - 1 if dim >= 0 else 0   # the same in value and stack
+    if _by_hand(s):
+        return _SoftmaxStack.apply(s, dim)
+    return _softmax_stack_ref(s, dim)
+
+
+class _MatmulStack(Direct):
+    """Products of stacks of matrices (1 + M, B, n, k) and (1 + M, B, k, m): y = a b, ẏ = ȧ b + a ḃ, each written once, in its place.
+
+    Cotangents: ga = gy bᵀ + Σ gẏ ḃᵀ,  gȧ = gẏ bᵀ, and so for b.
+    """
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return _products(a, b)
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        if torch.is_grad_enabled():   # somebody differentiates the gradient: plain PyTorch
+            wanted = [t for t, needed in zip((a, b), ctx.needs_input_grad) if needed]
+            found = iter(torch.autograd.grad(_matmul_stack_ref(a, b), wanted, g, create_graph=True))
+            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+        ga = _correlations(g, b.mT, left_stays=False) if ctx.needs_input_grad[0] else None
+        gb = _correlations(a.mT, g, left_stays=True) if ctx.needs_input_grad[1] else None
+        return ga, gb
+
+
+def _products(a, b):
+    out = a.new_empty(*a.shape[:-1], b.shape[-1])
+    torch.bmm(a[0], b[0], out=out[0])
+    for m in range(1, len(a)):
+        torch.bmm(a[m], b[0], out=out[m])
+        out[m].baddbmm_(a[0], b[m])
+    return out
+
+
+def _correlations(left, right, left_stays):
+    """The sum of left_m right_m over value and tangents, and for each tangent left_0 right_m or left_m right_0."""
+    out = left.new_empty(*left.shape[:-1], right.shape[-1])
+    torch.bmm(left[0], right[0], out=out[0])
+    for m in range(1, len(left)):
+        torch.bmm(*((left[0], right[m]) if left_stays else (left[m], right[0])), out=out[m])
+        out[0].baddbmm_(left[m], right[m])
+    return out
+
+
+def _matmul_stack_ref(a, b):
+    return torch.cat([a[:1] @ b[:1], a[1:] @ b[:1] + a[:1] @ b[1:]])
+
+
+def matmul_stack(a, b):
+    """Matrix products of values, and of values and tangents; a and b have as many dimensions as each other."""
+    if a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2] or not _by_hand(a, b):
+        return _matmul_stack_ref(a, b)
+    flat = [t.reshape(len(t), -1, *t.shape[-2:]) for t in (a, b)]
+    return _MatmulStack.apply(*flat).reshape(*a.shape[:-1], b.shape[-1])
+
+
+def _by_hand(*stacks):
+    """Whether a Function may stand for torch operations: ours have no forward mode and no vmap, and autocast does not see into them."""
+    if any(type(s) is not torch.Tensor for s in stacks) or _backend.levels() or torch.is_autocast_enabled(stacks[0].device.type):
+        return False
+    if stacks[0].numel() == 0:
+        return False
+    return _backend.derivative_possible(*stacks)
 
 
 def add_to_value(s, c):

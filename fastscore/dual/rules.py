@@ -10,7 +10,16 @@ import torch.nn.functional as F
 
 from fastscore import backend as backends
 from fastscore.dual import chains, compositions, norms, numbers
-from fastscore.dual.functions import activate_stack, add_bias, add_to_value, in_half, linear_in_half, normalise_stack
+from fastscore.dual.functions import (
+    activate_stack,
+    add_bias,
+    add_to_value,
+    in_half,
+    linear_in_half,
+    matmul_stack,
+    normalise_stack,
+    softmax_stack,
+)
 from fastscore.ops.normalise import Form, normalise, pack
 
 RULES = {}
@@ -676,9 +685,7 @@ def softmax(input, dim=None, _stacklevel=3, dtype=None):
     if dim is None:
         return NotImplemented
     s = stack(input) if dtype is None else stack(input).to(dtype)
-    x, dx = parts(s)
-    y = x.softmax(dim)
-    return joined(y, y * (dx - (y * dx).sum(shift(dim), keepdim=True)))
+    return dual(softmax_stack(s, dim))
 
 
 @rule("log_softmax")
@@ -696,8 +703,7 @@ def matmul(a, b):
     if is_dual(a) and is_dual(b):
         if a.dim() < 2 or b.dim() < 2:
             return NotImplemented
-        (a, da), (b, db) = map(parts, both(stack(a), stack(b)))
-        return joined(a @ b, da @ b + a @ db)
+        return dual(matmul_stack(*both(stack(a), stack(b))))
     if is_dual(a):
         if b.layout != torch.strided:
             return transpose(_sparse_times(b.t(), t(a)), 0, 1) if a.dim() == 2 else NotImplemented
