@@ -132,3 +132,45 @@ def test_a_report_of_a_gpu_holds_the_size_of_its_l2(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=5))
     pytest.importorskip("triton")
     assert harness.report([], "cuda")["l2"] == 5 and "l2" not in harness.report([], "cpu")
+
+
+def test_no_peer_computes_in_tensorfloat_32_or_was_compiled_for_earlier_sizes():
+    """What each benchmark begins with; float32's sums are held to 1e-4."""
+    program = """
+import sys; sys.path.insert(0, "benchmarks")
+import conftest, torch, torch._dynamo
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+said = []
+torch._dynamo.reset = lambda: said.append("reset")
+getattr(conftest.equal_terms, "_get_wrapped_function", lambda: conftest.equal_terms.__wrapped__)()()
+assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32 and said == ["reset"]
+"""
+    result = children.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, seconds=100)
+    assert result.returncode == 0, result.stderr
+
+
+def test_other_seeds_steps_streams_and_offsets_compile_no_other_kernel():
+    """Triton makes a variant of each number that is 1, a multiple of 16 or wide, if it may: a run would compile in its middle."""
+    pytest.importorskip("triton")
+    program = """
+import sys; sys.path.insert(0, "benchmarks")
+import bench_host, fastscore, itertools, torch
+x = torch.ones(3, 40)
+numbers = list(itertools.product((0, 1, 16, 5, 2**40, -3), (0, 1, 16, 7), (0, 40, 2**36)))
+calls = [
+    lambda k, i, o: fastscore.langevin_step(x, x, 0.1, seed=k, step=i, offset=o, backend="triton"),
+    lambda k, i, o: fastscore.random.normal((40,), seed=k, step=i, offset=o, stream=1024 + i, backend="triton"),
+    lambda k, i, o: fastscore.random.rademacher((40,), seed=k, step=i, offset=128 * o, stream=1024 + i, backend="triton"),
+    lambda k, i, o: fastscore.denoising_loss(x, 0.5, seed=k, step=i, offset=o, backend="triton"),
+]
+with bench_host.mocked_triton(), torch.no_grad():
+    for call in calls:
+        compiled = sys.modules["fastscore.kernels.launch"]._compiled
+        compiled.clear()
+        for k, i, o in numbers:
+            call(k, i, o)
+        assert len(compiled) == 1, compiled.keys()
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    result = children.run([sys.executable, "-c", program], cwd=ROOT, env=environment, seconds=100)
+    assert result.returncode == 0, result.stderr
