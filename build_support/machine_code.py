@@ -123,6 +123,7 @@ def noise_kernels():
         for label, full, steps in forms:
             form = {"FULL": full, "STEPS": steps}
             yield f"project {label} {dtype}", project_kernel, constants | flags[0] | form, pointers | scalars, aligned
+            form |= {"STEPS": 1} if dtype in ("bf16", "fp16") else {}
             yield f"spread {label} {dtype}", spread_kernel, constants | flags[1] | form, pointers | scalars, aligned
 
 

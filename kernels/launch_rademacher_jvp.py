@@ -74,7 +74,8 @@ def spread(gjs, gs, g_vjv, g_vs, g_ss, s, projections, key, seed, step, stream, 
         return
     targets = [g if g is None or g.is_contiguous() else torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in (gjs, gs)]
     s = _dense(s)
-    grid, sizes, constants, _ = _grid(like, samples, offset, projections, *targets, s)
+    several = projections if like.dtype.itemsize != 2 else 0   # a loop over tiles of a 16-bit type would spill on sm_80
+    grid, sizes, constants, _ = _grid(like, samples, offset, several, *targets, s)
     with torch.cuda.device_of(like):
         launch(
             spread_kernel, grid,
