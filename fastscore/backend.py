@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch.autograd import forward_ad
 
+from fastscore.compiling import constant_result
 from fastscore.messages import shown
 
 BACKENDS = ("cuda", "triton", "cpp", "reference")
@@ -193,7 +194,7 @@ def _choose(name: str, device: str, cuda: bool = True) -> str:
     return chosen
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _resolve(device: str, backend: str | None, cuda: bool, guarded: str | None) -> str:
     if backend is not None:
         _check_name(backend, "backend")

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 
 from fastscore import backend as _backend
+from fastscore.compiling import allow_in_graph
 from fastscore.messages import shown
 from fastscore.scalars import plain_int, whole
 from fastscore.tensors import check_device, check_tensor
@@ -159,7 +160,7 @@ def _filled(kind, shape, key, dtype, device, backend):
     return _fill_op(chosen, kind, shape, key[0], *key[1:], dtype, device)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def _fill_op(chosen, kind, shape, key, seed, step, stream, offset, dtype, device):
     out = torch.empty(shape, dtype=dtype, device=device)
     _backend.call(chosen, "fill", out, kind, key, seed, step, stream, offset)

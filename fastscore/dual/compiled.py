@@ -1,15 +1,10 @@
 """What torch.compile returned, run as it was written: its graphs are made for ordinary tensors and one backward pass."""
 
 import contextlib
-import functools
+import sys
 import threading
 
-import torch
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch._dynamo import eval_frame
-from torch._dynamo.decorators import skip
-
-_EAGER = eval_frame.DynamoStance("force_eager")
+from fastscore.compiling import eagerly, when_dynamo
 
 
 class _AsWritten(contextlib.ContextDecorator):
@@ -21,43 +16,37 @@ class _AsWritten(contextlib.ContextDecorator):
 
     def __init__(self):
         self.lock, self.inside, self.before = threading.Lock(), 0, None
+        self.dynamo = None   # without it, nothing is compiled
+        when_dynamo(self.find)
+
+    def find(self):
+        with self.lock:
+            self.dynamo = sys.modules["torch._dynamo"].eval_frame
+            self.eager = self.dynamo.DynamoStance("force_eager")
+            if self.inside:   # imported by f
+                self.force()
+
+    def force(self):
+        self.before, self.dynamo._stance = self.dynamo._stance, self.eager
 
     # As torch.compiler.set_stance, whose 25 microseconds are a fortieth of a small network's loss.
     def __enter__(self):
         with self.lock:
-            if not self.inside:
-                self.before, eval_frame._stance = eval_frame._stance, _EAGER
+            if not self.inside and self.dynamo:
+                self.force()
             self.inside += 1
 
     def __exit__(self, *error):
         with self.lock:
             self.inside -= 1
-            if not self.inside:
-                eval_frame._stance = self.before
+            if not self.inside and self.dynamo:
+                self.dynamo._stance = self.before
 
 
 as_written = _AsWritten()
 
 
-def eagerly(reason):
-    """torch.compiler.disable, without its cost where Dynamo does not run the caller."""
-
-    def decorate(function):
-        disabled = torch.compiler.disable(function, reason=reason)
-
-        @skip
-        @functools.wraps(disabled)
-        def call(*args, **named):
-            if get_eval_frame_callback() is None:
-                return function(*args, **named)
-            return disabled(*args, **named)
-
-        return call
-
-    return decorate
-
-
-@torch.compiler.disable(reason="fastscore's numbers are carried eagerly")
+@eagerly("fastscore's numbers are carried eagerly")
 def undisturbed(function, *args):
     """Call it, where Dynamo runs the caller, without Dynamo."""
     return function(*args)

@@ -6,9 +6,9 @@ import weakref
 
 import torch
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch._dynamo.decorators import skip
 from torch.utils._pytree import tree_leaves
 
+from fastscore.compiling import skip
 from fastscore.dual import kept
 from fastscore.dual.compiled import undisturbed
 from fastscore.dual.jet_rules import RULES, VALUES, bent, is_jet

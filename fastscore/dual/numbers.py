@@ -10,7 +10,6 @@ import weakref
 
 import torch
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch._dynamo.decorators import skip
 from torch._functorch.autograd_function import custom_function_call
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,8 +17,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastscore import backend as backends
 from fastscore import scalars
+from fastscore.compiling import eagerly, skip
 from fastscore.dual import carriers, compositions, fallback, kept, transposed
-from fastscore.dual.compiled import as_written, eagerly, undisturbed
+from fastscore.dual.compiled import as_written, undisturbed
 from fastscore.dual.norms import FACTORISED, NATIVE_NORMS, REFUSED, Refuse
 from fastscore.dual.once import Draws, Once
 from fastscore.dual.rules import POINTWISE, RULES, NoDual, aligned, memory, separated

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import forward_ad
 
+from fastscore.compiling import eagerly
 from fastscore.dual.compiled import as_written
 from fastscore.losses.projections import check_score
 from fastscore.ops import checks
@@ -110,7 +111,7 @@ def _gradient(op, f, leaf, create_graph):
 
 
 # A compiled graph has one backward pass.
-_uncompiled = torch.compiler.disable(as_written(_gradient), reason="a gradient that is differentiated again runs eagerly")
+_uncompiled = eagerly("a gradient that is differentiated again runs eagerly")(as_written(_gradient))
 
 
 def _summed(values, rest):

@@ -2,6 +2,7 @@
 
 import torch
 
+from fastscore.compiling import eagerly
 from fastscore.dual.once import Once
 from fastscore.losses.projections import check_data, check_score, derivatives
 from fastscore.ops import checks
@@ -62,7 +63,7 @@ def divergence(op, score, x, chunk=16, arguments=()):
     return _part(op, score, x, torch.eye(d, dtype=x.dtype, device=x.device), 0, arguments)
 
 
-@torch.compiler.disable(reason="the parts of an exact trace count as one evaluation of the network, eagerly")
+@eagerly("the parts of an exact trace count as one evaluation of the network, eagerly")
 def _in_parts(op, score, x, chunk, arguments):
     """Of one draw and one state of the network: its first evaluation moves them."""
     d, trace, value, once = x[:1].numel(), 0, None, Once(x.device, score)

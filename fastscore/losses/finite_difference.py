@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from fastscore.compiling import eagerly
 from fastscore.dual.once import Once, moves
 from fastscore.losses.projections import check_data, check_score, directions, dot, observed
 from fastscore.ops import checks
@@ -70,7 +71,7 @@ def finite_difference_sliced(
     return _mean(op, score, x, v, mask, h, variance_reduced, contextlib.nullcontext())
 
 
-@torch.compiler.disable(reason="the evaluations of a network that draws or remembers count as one, eagerly")
+@eagerly("the evaluations of a network that draws or remembers count as one, eagerly")
 def _eagerly(op, score, x, *rest):
     return _mean(op, score, x, *rest, Once(x.device, score))
 

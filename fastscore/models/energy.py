@@ -10,7 +10,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from fastscore.dual.compiled import as_written, eagerly
+from fastscore.compiling import eagerly
+from fastscore.dual.compiled import as_written
 from fastscore.dual.jets import second_order
 from fastscore.dual.norms import RightNorms
 from fastscore.dual.numbers import Dual, NoRule

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastscore import backend as _backend
+from fastscore.compiling import allow_in_graph
 from fastscore.ops.functions import contiguous, quick
 
 # name: f, and (f', f'') from u; numbered as in csrc/activation_cpu.h from 1 on
@@ -133,7 +134,7 @@ class _ActivateDual(torch.autograd.Function):
         return gs, None, None
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def _function(s, name, backend):
     return _ActivateDual.apply(s, name, backend)
 

@@ -3,6 +3,7 @@
 import torch
 
 from fastscore import backend as _backend
+from fastscore.compiling import allow_in_graph
 from fastscore.ops.activate_dual import _CODES, _SLOPES, _plain, times_slope
 from fastscore.ops.functions import contiguous, quick
 
@@ -68,7 +69,7 @@ class _ActivateJet(torch.autograd.Function):
         return gs, None, None, None
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def _function(s, directions, name, backend):
     return _ActivateJet.apply(s, directions, name, backend)
 

@@ -4,6 +4,7 @@ import torch
 
 from fastscore import backend as _backend
 from fastscore import random
+from fastscore.compiling import allow_in_graph
 from fastscore.ops import checks
 from fastscore.ops.functions import plain, quick
 from fastscore.ops.langevin_step import LOSS, noise_dot, reduce, refuse_mapped_key, update
@@ -134,6 +135,6 @@ def _slope(s, sigma, key, ctx):
     return sigma * _inner(s, s) + noise_dot(s, key, ctx.numbers, ctx.backend)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def _loss_function(s, sigma, key, seed, step, stream, offset, backend):
     return _DenoisingLoss.apply(s, sigma, key, (seed, step, stream, offset), backend)

@@ -6,6 +6,7 @@ import torch
 
 from fastscore import backend as _backend
 from fastscore import random
+from fastscore.compiling import allow_in_graph
 from fastscore.ops import checks
 from fastscore.ops.functions import contiguous, plain, quick
 
@@ -261,7 +262,7 @@ def _split(c):
     return (contiguous(c), 0.0) if isinstance(c, torch.Tensor) else (None, c)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def _update_function(x, d, a, b, key, seed, step, stream, offset, backend):
     return _NoisyUpdate.apply(x, d, a, b, key, (seed, step, stream, offset), backend)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastscore import backend as _backend
+from fastscore.compiling import allow_in_graph
 from fastscore.ops import checks
 from fastscore.ops.functions import along, contiguous, plain, quick, save, saved, without_memory
 
@@ -274,7 +275,7 @@ class _Fold:
         return y.unflatten(dim, (self.size, self.batch))
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def _normalise_function(x, t, coef, tcoef, labels, groups, alpha, beta, eps, activation, backend, primal):
     if isinstance(eps, torch.SymFloat):   # of a graph that is kept when eps changes, to which the kernels' eps is a constant
         form = Form(groups, alpha, beta, checks.as_tensor(eps, x), activation)

@@ -6,6 +6,7 @@ import torch
 
 from fastscore import backend as _backend
 from fastscore import dual, random
+from fastscore.compiling import allow_in_graph
 from fastscore.ops import checks
 from fastscore.ops.functions import Direct, contiguous, plain, quick, save, saved
 from fastscore.ops.langevin_step import refuse_mapped_key
@@ -256,7 +257,7 @@ def run_spread(g_vjv, g_vs, g_ss, s, layouts, projections, key, numbers, backend
     return gjs, gs
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def _project_function(js, s, projections, key, seed, step, stream, offset, backend):
     return _Project.apply(js, s, projections, key, (seed, step, stream, offset), backend)
 
@@ -330,7 +331,7 @@ def signs(x, projections, key, numbers, backend, dtype=None):
     return _signs(x.shape, dtype or x.dtype, x.device, projections, key, *numbers, backend)
 
 
-@torch.compiler.allow_in_graph
+@allow_in_graph
 def _signs(shape, dtype, device, projections, key, seed, step, stream, offset, backend):
     if backend == "reference":
         keys = [(key, seed, step, stream | m << 16, offset) for m in range(projections)]

@@ -1,0 +1,55 @@
+"""Importing fastscore leaves Dynamo alone; what Dynamo must know of us it learns when it comes, before us, after us or inside f."""
+
+import subprocess
+import sys
+
+import pytest
+
+BEFORE = "import torch._dynamo\nimport fastscore\n"
+AFTER = "import sys\nimport fastscore\nassert 'torch._dynamo' not in sys.modules\nimport torch._dynamo\n"
+PROGRAMS = {
+    "an op in the graph": """
+import torch
+key = dict(seed=0, step=1, stream=2)
+step = lambda x: fastscore.langevin_step(x, -x, 0.1, **key)
+x = torch.randn(64)
+assert torch.equal(torch.compile(step, fullgraph=True, backend="eager")(x), step(x))
+""",
+    "a loss breaks the graph": """
+import torch
+net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+x = torch.randn(5, 3).double()
+loss = lambda: fastscore.losses.sliced(net, x, seed=0).mean()
+assert torch.allclose(torch.compile(loss, backend="eager")(), loss(), rtol=0, atol=1e-12)
+assert torch._dynamo.explain(loss)().graph_break_count
+""",
+    "a compiled network": """
+import torch
+c = torch.compile(lambda x: x * x + x, backend="eager")
+y, t = fastscore.jvp(c, torch.full((2, 3), 2.0), torch.ones(2, 3))
+assert (y == 6).all() and (t == 5).all()
+""",
+}
+INSIDE = """
+import sys
+import torch, fastscore
+assert "torch._dynamo" not in sys.modules
+
+def f(x):
+    return torch.compile(lambda x: x * x + x, backend="eager")(x)
+
+y, t = fastscore.jvp(f, torch.full((2, 3), 2.0), torch.ones(2, 3))
+assert (y == 6).all() and (t == 5).all()
+import torch._dynamo.eval_frame
+assert torch._dynamo.eval_frame._stance.stance == "default"
+"""
+
+
+@pytest.mark.parametrize("first", [BEFORE, AFTER], ids=["dynamo-first", "fastscore-first"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_dynamo_knows(first, program):
+    subprocess.run([sys.executable, "-c", first + PROGRAMS[program]], check=True, timeout=240)
+
+
+def test_dynamo_comes_inside_f():
+    subprocess.run([sys.executable, "-c", INSIDE], check=True, timeout=240)
