@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from fastscore import classifier_training, conditions, datasets, evaluation, pictures, runs
+from fastscore import datasets
+from fastscore.cli import classifier_training, conditions, evaluation, pictures, runs
 
 from gallery_digits import colour, trained
 from gallery_tables import table

@@ -2,7 +2,8 @@
 
 import torch
 
-from fastscore import datasets, evaluation, pictures, runs
+from fastscore import datasets
+from fastscore.cli import evaluation, pictures, runs
 
 from gallery_tables import drawn, samplers, table
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 import fastscore
-from fastscore import datasets, losses, pictures, schedules
+from fastscore import datasets, losses, schedules
+from fastscore.cli import pictures
 from fastscore.models import ScoreMLP
 
 from toy import run

@@ -1,6 +1,20 @@
 """fastscore: score matching and annealed Langevin sampling in PyTorch, right and fast."""
 
-from fastscore import conversions, distributed, guidance, interop, likelihood, losses, models, nn, random, sampling, schedules, training
+from fastscore import (
+    conversions,
+    datasets,
+    distributed,
+    guidance,
+    interop,
+    likelihood,
+    losses,
+    models,
+    nn,
+    random,
+    sampling,
+    schedules,
+    training,
+)
 from fastscore.backend import use_backend
 from fastscore.dual import FallbackWarning, jvp
 from fastscore.ops import (
@@ -24,6 +38,7 @@ __all__ = [
     "conditional_instance_norm_plus",
     "conditional_instance_norm_plus_dual",
     "conversions",
+    "datasets",
     "denoising_loss",
     "distributed",
     "group_norm_modulate",

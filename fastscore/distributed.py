@@ -8,7 +8,6 @@ from datetime import timedelta
 
 import torch
 
-from fastscore import drawing
 from fastscore.messages import shown
 from fastscore.ops import checks
 from fastscore.tensors import check_tensor
@@ -97,36 +96,6 @@ def _gathered(samples, n, rank, world_size):
         if own:
             dist.destroy_process_group()
     return None if parts is None else torch.cat([part[: share(n, r, world_size)[1]] for r, part in enumerate(parts)])
-
-
-def device():
-    """This rank's GPU (LOCAL_RANK, modulo their number), or the CPU where there is none."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-
-
-def draw(net, sigmas, shape, n, *, first_sample=0, **options):
-    """`drawing.draw_from` with the samples split over the ranks: its result on rank 0, (None, None) on the others."""
-    first, count = share(n)
-    samples, path = torch.empty((0, *shape)), None
-    if count:
-        samples, path = drawing.draw_from(net, sigmas, shape, count, first_sample=first_sample + first, **options)
-    samples = gather(samples, n)
-    return samples, None if samples is None else path
-
-
-def own(path):
-    """A path for this rank alone: itself where there is one process, with the rank in its name where there are more."""
-    rank, world_size = environment()
-    return path if world_size == 1 else path.with_name(f"{path.name}.{rank}-of-{world_size}")
-
-
-def one_process(op):
-    """Refuse several ranks where each would do the same work and write the same files."""
-    world_size = environment()[1]
-    if world_size > 1:
-        raise ValueError(f"{op}: runs as one process; got WORLD_SIZE {world_size} (only `sample` is split over processes).")
 
 
 def _check_rank(op, rank, world_size):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastscore import checkpoint, classifier_training, cli, conditions, datasets, drawing, runs, sampling
+from fastscore import cli, datasets, sampling
+from fastscore.cli import checkpoint, classifier_training, conditions, drawing, runs
 
 
 def run(*arguments):

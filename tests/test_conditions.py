@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastscore import checkpoint, classifier_training, cli, conditions, datasets, evaluation, observations, random, runs
+from fastscore import cli, datasets, random
+from fastscore.cli import checkpoint, classifier_training, conditions, evaluation, observations, runs
 
 TINY = {"width": 32, "depth": 1, "levels": 4, "batch_size": 64, "held_out": 300}
 

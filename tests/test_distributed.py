@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastscore import cli, conditions, distributed, drawing, models, runs, schedules
+from fastscore import cli, distributed, models, schedules
+from fastscore.cli import conditions, drawing, ranks, runs
 
 SIGMAS = schedules.geometric(1.0, 0.1, 4)
 
@@ -52,7 +53,7 @@ def test_ranks_draw_what_one_process_draws(monkeypatch, world_size, sampler):
         for rank in range(world_size):
             monkeypatch.setenv("RANK", str(rank))
             monkeypatch.setenv("WORLD_SIZE", str(world_size))
-            parts.append(distributed.draw(net, SIGMAS, (1, 8, 8), 11, **options)[0])
+            parts.append(ranks.draw(net, SIGMAS, (1, 8, 8), 11, **options)[0])
         return torch.cat(parts)
 
     for net, tolerance in ((Elementwise(), 0), (network(), 1e-5)):

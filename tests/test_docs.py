@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastscore import cli, models, recipe_cli, schedules
+from fastscore import cli, models, schedules
+from fastscore.cli import recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,7 +46,7 @@ def test_the_commands_of_the_readme_are_understood(line, monkeypatch):
     words = shlex.split(line, comments=True)
     words = words[words.index("fastscore") :]
     called = []
-    for module, name in ((cli, "train"), (cli, "sample"), (cli, "evaluate"), (recipe_cli, "recipe")):
+    for module, name in ((cli, "train"), (cli, "sample"), (cli, "evaluate"), (recipe, "recipe")):
         recorded = functools.wraps(getattr(module, name))(lambda *args, name=name, **options: called.append(name))
         monkeypatch.setattr(module, name, recorded)
     monkeypatch.setattr(sys, "argv", words)

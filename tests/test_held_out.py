@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastscore import cli, held_out, models, random, runs, schedules
+from fastscore import cli, models, random, schedules
+from fastscore.cli import held_out, runs
 
 
 class Truth(torch.nn.Module):

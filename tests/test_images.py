@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastscore import cli, datasets, images, observations, pictures
+from fastscore import cli, datasets, images
+from fastscore.cli import observations, pictures
 
 GREY = np.array([[0, 51, 102], [153, 204, 255]], np.uint8)
 COLOURS = np.stack([GREY, GREY[::-1], GREY[:, ::-1]], -1)   # (2, 3, 3), (H, W, C)

@@ -200,7 +200,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
 def test_wheel_installs_and_every_backend_serves(wheel, tmp_path):
     result = python("-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", tmp_path, wheel)
     assert result.returncode == 0, result.stderr
-    program = "import torch, fastscore._C, fastscore.doctor as d; print(fastscore._C.__file__); raise SystemExit(d.main())"
+    program = "import torch, fastscore._C, fastscore.cli.doctor as d; print(fastscore._C.__file__); raise SystemExit(d.main())"
     result = python("-c", program, cwd=tmp_path, PYTHONPATH=tmp_path)
     assert result.returncode == 0 and result.stdout.startswith(str(tmp_path)), result.stderr
     for name in ["cpp"] + ["triton"] * (importlib.util.find_spec("triton") is not None):
@@ -212,7 +212,7 @@ def test_without_triton_the_rest_works_and_a_request_is_refused():
         import sys
         sys.modules["triton"] = None
         import torch, fastscore
-        from fastscore import doctor
+        from fastscore.cli import doctor
         try:
             with fastscore.use_backend("triton"):
                 fastscore.perturb(torch.zeros(3), 1.0, seed=0)

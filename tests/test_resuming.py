@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastscore import classifier_training, cli, datasets, held_out, observations, runs, splits
+from fastscore import cli, datasets
+from fastscore.cli import classifier_training, held_out, observations, runs, splits
 
 TINY = {"width": 16, "depth": 1, "levels": 3, "batch_size": 32}
 

@@ -10,7 +10,8 @@ from scipy.spatial.distance import pdist
 from scipy.stats import norm
 
 import fastscore
-from fastscore import datasets, random, recipe_cli, schedules
+from fastscore import datasets, random, schedules
+from fastscore.cli import recipe
 
 # D, σ_max, L, T, network calls, η = step_lr of technique 4 as the official configurations print it; σ_min is 0.01 in all.
 OFFICIAL = [
@@ -235,7 +236,7 @@ def test_recipe_of_a_few_dimensions_is_no_sparser_than_ncsn(dim):
 
 
 def test_recipe_prints_what_sample_takes(capsys):
-    recipe_cli.recipe("digits", 1000)
+    recipe.recipe("digits", 1000)
     text = capsys.readouterr().out
     plan = schedules.recipe(datasets.load("digits")[0], 1000)
     assert f"--levels {len(plan.sigmas)}\n" in text and f"--steps-per-level {plan.steps_per_level} " in text

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastscore import checkpoint, datasets
+from fastscore import datasets
+from fastscore.cli import checkpoint
 
 FILE = "split.safetensors"   # training and held_out: 128 bits of each image and its label, uint8 (n, 16)
 

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastscore import distributed, drawing, guidance, pictures, random, runs, sampling
+from fastscore import distributed, guidance, random, sampling
+from fastscore.cli import drawing, pictures, runs
+from fastscore.cli.observations import Request, observe, parse
 from fastscore.guidance.hooks import check_noise
-from fastscore.observations import Request, observe, parse
 
 WAYS = ("replace", "flat", "denoiser", "moments")
 
@@ -73,7 +74,7 @@ def _refuse_unused(requests, asked):
 
 
 def _classifier(folder, requests):
-    from fastscore import classifier_training
+    from fastscore.cli import classifier_training
 
     net = classifier_training.open_classifier(folder)[0]
     for request in requests:
@@ -153,7 +154,7 @@ def classes_as_asked(folder, classifier_folder, *, per_class=50, scale=1.0, seed
     Args:
         folder, classifier_folder: runs of one data set. per_class, scale, seed, options: as in `draw`.
     """
-    from fastscore import classifier_training, evaluation
+    from fastscore.cli import classifier_training, evaluation
 
     net, sigmas, shape, config = runs.open_run(folder)
     classifier = classifier_training.open_classifier(classifier_folder)[0]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from fastscore import checkpoint, datasets, losses, models, random, schedules, splits, training
-from fastscore.drawing import draw_from
+from fastscore import datasets, losses, models, random, schedules, training
+from fastscore.cli import checkpoint, splits
+from fastscore.cli.drawing import draw_from
 
 BATCHES = 1024  # the stream that picks each step's images
 SAVE_EVERY = 500  # steps: what a killed run may lose

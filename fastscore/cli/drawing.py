@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from fastscore import checkpoint, random, sampling
+from fastscore import random, sampling
+from fastscore.cli import checkpoint
 from fastscore.ops import checks
 from fastscore.sampling.run import default_law
 

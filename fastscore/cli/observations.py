@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastscore import datasets, guidance, images, random, splits
+from fastscore import datasets, guidance, images, random
+from fastscore.cli import splits
 from fastscore.guidance.hooks import check_noise
 
 KINDS = {"class": "class=K", "inpaint": "inpaint=IMAGE,MASK", "colourise": "colourise=IMAGE",

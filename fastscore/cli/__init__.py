@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-from fastscore.conditions import UNCONDITIONAL, ConditionOptions
-from fastscore.drawing import SamplerOptions
+from fastscore.cli.conditions import UNCONDITIONAL, ConditionOptions
+from fastscore.cli.drawing import SamplerOptions
 
 try:
     from tyro.conf import arg
@@ -24,13 +24,13 @@ PACKAGES = {"tyro": "tyro", "tqdm": "tqdm", "PIL": "pillow", "matplotlib": "matp
 def train(config) -> None:
     from tqdm import tqdm
 
-    from fastscore import distributed, pictures, runs
+    from fastscore.cli import pictures, ranks, runs
 
-    distributed.one_process("train")
+    ranks.one_process("train")
     if config.resume:
         config = runs.resumed(config)
     if config.task == "classifier":
-        from fastscore import classifier_training
+        from fastscore.cli import classifier_training
 
         return classifier_training.command(config)
     loop = runs.train(config)
@@ -92,7 +92,8 @@ def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")], asked
     """
     from tqdm import tqdm
 
-    from fastscore import conditions, distributed, drawing
+    from fastscore import distributed
+    from fastscore.cli import conditions, drawing, ranks
 
     if n < 1 or batch_size < 1:
         raise ValueError(f"sample: n and batch_size must be at least 1; got {n} and {batch_size}.")
@@ -113,9 +114,9 @@ def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")], asked
     net, sigmas, shape = open_network(run, arch, ema, (sigma_max, sigma_min, levels), options_of_file)
     if condition and (rescaled or logit_transform):
         raise ValueError("sample: conditions are for networks of images in [0, 1], not for rescaled or logit-transformed ones.")
-    net.to(distributed.device())
+    net.to(ranks.device())
     (rank, _), (_, count) = distributed.environment(), distributed.share(n)
-    parts = distributed.own(out.with_name(f"{out.name}.parts")) if count > batch_size and not condition else None
+    parts = ranks.own(out.with_name(f"{out.name}.parts")) if count > batch_size and not condition else None
     total = -(-count // batch_size) * drawing.states_per_batch(sigmas, options.sampler, options.denoise)
     job = {"seed": seed, "first_sample": first_sample, "batch_size": batch_size, **drawing.chosen(options)}
     try:
@@ -123,7 +124,7 @@ def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")], asked
             if condition:
                 result = conditions.draw_shared(net, sigmas, shape, n=n, done=bar.update, **condition, **job)
             else:
-                samples, strip = distributed.draw(net, sigmas, shape, n, done=bar.update, parts=parts, **job)
+                samples, strip = ranks.draw(net, sigmas, shape, n, done=bar.update, parts=parts, **job)
     except KeyboardInterrupt:
         kept = f"; {parts} keeps the finished batches, the same command goes on" if parts is not None and parts.exists() else ""
         sys.exit("interrupted" + kept)
@@ -142,7 +143,7 @@ def sample(run: Path, /, options: Annotated[SamplerOptions, arg(name="")], asked
 def write_samples(out, path, samples, strip):
     import numpy as np
 
-    from fastscore import pictures
+    from fastscore.cli import pictures
 
     if out.suffix == ".npz":
         np.savez(out, images=samples.clamp(0, 1).numpy())
@@ -154,7 +155,8 @@ def write_samples(out, path, samples, strip):
 
 def open_network(run, arch, ema, ladder, options):
     """The network, ladder and sample shape of a run folder or an official checkpoint."""
-    from fastscore import models, runs, schedules
+    from fastscore import models, schedules
+    from fastscore.cli import runs
 
     given = [value is not None for value in ladder]
     if not (run.is_file() or run.suffix == ".pth"):
@@ -184,7 +186,8 @@ def evaluate(run: Path, /, n: Annotated[int, arg(aliases=["-n"])] = 500, seed: i
         return evaluate_likelihood(run, n, seed, gray_levels)
     if gray_levels is not None:
         raise ValueError("evaluate: gray_levels belongs to --likelihood.")
-    from fastscore import checkpoint, datasets, evaluation, runs, splits
+    from fastscore import datasets
+    from fastscore.cli import checkpoint, evaluation, runs, splits
 
     if n < 1:
         raise ValueError(f"evaluate: n must be at least 1; got {n}.")
@@ -201,7 +204,7 @@ def evaluate(run: Path, /, n: Annotated[int, arg(aliases=["-n"])] = 500, seed: i
 
 
 def evaluate_likelihood(run, n, seed, gray_levels):
-    from fastscore import checkpoint, held_out
+    from fastscore.cli import checkpoint, held_out
 
     result = held_out.report(run, n, seed=seed, gray_levels=gray_levels)
     checkpoint.write_atomic(run / "likelihood.json", json.dumps(result, indent=2).encode())
@@ -216,7 +219,7 @@ def demo(out: Path = Path("demo"), steps: int | None = None) -> None:
         out: run folder; a finished one is only evaluated again, an interrupted one goes on.
         steps: number of updates; 9000 unless given, or those of the run that goes on.
     """
-    from fastscore import runs
+    from fastscore.cli import runs
 
     resume = (out / "state.safetensors").exists()
     train(runs.TrainConfig(data="digits", out=out, held_out=300, steps=steps, resume=resume))
@@ -225,7 +228,7 @@ def demo(out: Path = Path("demo"), steps: int | None = None) -> None:
 
 def doctor() -> None:
     """Print versions, devices, which back end serves which op and why not, and a self-test of each."""
-    from fastscore.doctor import main
+    from fastscore.cli.doctor import main
 
     sys.exit(main())
 
@@ -239,7 +242,7 @@ def main() -> None:
         sys.exit(f"error: the command line needs {', '.join(missing)}: pip install 'fastscore[cli]'.")
     import tyro
 
-    from fastscore import recipe_cli, runs
+    from fastscore.cli import recipe, runs
 
     app = tyro.extras.SubcommandApp()
 
@@ -248,7 +251,7 @@ def main() -> None:
         """Train a noise-conditional score network, or a classifier of noisy images."""
         train(config)
 
-    for function in (sample, evaluate, recipe_cli.recipe, demo, doctor):
+    for function in (sample, evaluate, recipe.recipe, demo, doctor):
         app.command(function)
     try:
         app.cli(prog="fastscore")

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from fastscore import checkpoint
+from fastscore.cli import checkpoint
 
 
 def grid(images, columns=None, scale=None):

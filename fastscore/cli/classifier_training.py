@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fastscore import checkpoint, datasets, losses, models, perturb, random, runs, schedules, splits, training
+from fastscore import datasets, losses, models, perturb, random, schedules, training
+from fastscore.cli import checkpoint, runs, splits
 
 _HELD_OUT = 1025  # the stream of the noise on held-out images
 

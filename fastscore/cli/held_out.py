@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from fastscore import datasets, likelihood, models, ops, runs, splits
+from fastscore import datasets, likelihood, models, ops
+from fastscore.cli import runs, splits
 
 BATCH = 100
 STEPS = 64
