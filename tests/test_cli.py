@@ -54,7 +54,7 @@ def test_train_sample_evaluate(tmp_path):
 
 @pytest.mark.parametrize("module, task", [(runs, "score"), (classifier_training, "classifier")], ids=["score", "classifier"])
 def test_sigterm_saves_like_ctrl_c(tmp_path, monkeypatch, capsys, module, task):
-    """Where it came, and its handler is gone afterwards."""
+    """Where it came, even if Ctrl-C is ignored, as in a script's background; and its handler is gone afterwards."""
     options = {"width": 16, "depth": 1, "levels": 2, "batch_size": 8, "held_out": 0}
     config, train = runs.TrainConfig(out=tmp_path / "run", task=task, steps=50, **options), module.train
 
@@ -67,11 +67,13 @@ def test_sigterm_saves_like_ctrl_c(tmp_path, monkeypatch, capsys, module, task):
 
     monkeypatch.setattr(module, "train", terminated)
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)   # without the handler the run would go on to its end
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         cli.train(config)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
     assert "interrupted; the run is saved" in capsys.readouterr().out
     with contextlib.closing(train(runs.TrainConfig(out=tmp_path / "run", task=task, resume=True))) as loop:
         assert next(loop)[0] == 5

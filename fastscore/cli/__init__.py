@@ -226,7 +226,7 @@ def demo(out: Path = Path("demo"), steps: int | None = None) -> None:
     evaluate(out)
 
 
-def doctor() -> None:
+def _doctor() -> None:
     """Print versions, devices, which back end serves which op and why not, and a self-test of each."""
     from fastscore.cli.doctor import main
 
@@ -236,7 +236,7 @@ def doctor() -> None:
 def main() -> None:
     """The command `fastscore`; every wrong value is one sentence and exit code 2."""
     if sys.argv[1:] == ["doctor"]:
-        doctor()
+        _doctor()
     missing = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         sys.exit(f"error: the command line needs {', '.join(missing)}: pip install 'fastscore[cli]'.")
@@ -251,8 +251,9 @@ def main() -> None:
         """Train a noise-conditional score network, or a classifier of noisy images."""
         train(config)
 
-    for function in (sample, evaluate, recipe.recipe, demo, doctor):
+    for function in (sample, evaluate, recipe.recipe, demo):
         app.command(function)
+    app.command(_doctor, name="doctor")
     try:
         app.cli(prog="fastscore")
     except (ValueError, TypeError, FloatingPointError, OSError) as error:

@@ -120,7 +120,7 @@ def batches(images, config, first_step):
 @contextlib.contextmanager
 def ended_like_interrupted():
     """Within: SIGTERM raises KeyboardInterrupt, so that a job that is ended saves like Ctrl-C."""
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)   # where SIGINT is ignored, too
     try:
         yield
     finally:
