@@ -16,7 +16,7 @@ from fastscore import (
     training,
 )
 from fastscore.backend import use_backend
-from fastscore.dual import FallbackWarning, jvp
+from fastscore.dual import FallbackWarning, jvp, rademacher_jvp
 from fastscore.ops import (
     conditional_instance_norm_plus,
     conditional_instance_norm_plus_dual,
@@ -28,7 +28,6 @@ from fastscore.ops import (
     langevin_step,
     noisy_update,
     perturb,
-    rademacher_jvp,
 )
 from fastscore.sampling import sample
 

@@ -50,3 +50,14 @@ def test_the_library_loads_neither_the_command_line_nor_dynamo():
     program = "import sys, fastscore; print([m for m in sys.modules if m.startswith(('fastscore.cli', 'torch._dynamo', 'tyro', 'PIL'))])"
     printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=240).stdout
     assert printed.strip() == "[]"
+
+
+FLOORS = ("cli", "dual", "ops", "kernels")
+
+
+def test_no_floor_stands_on_a_higher_one():
+    for module, importers in IMPORTERS.items():
+        room = module.split(".")[1:2]
+        if room and room[0] in FLOORS:
+            below = {f"fastscore.{floor}" for floor in FLOORS[FLOORS.index(room[0]) + 1 :]}
+            assert not [i for i in importers if ".".join(i.split(".")[:2]) in below], (module, importers)

@@ -2,5 +2,6 @@
 
 from fastscore.dual.fallback import FallbackWarning
 from fastscore.dual.numbers import Dual, jvp, stack
+from fastscore.dual.trace import rademacher_jvp
 
-__all__ = ["Dual", "FallbackWarning", "jvp", "stack"]
+__all__ = ["Dual", "FallbackWarning", "jvp", "rademacher_jvp", "stack"]

@@ -9,7 +9,6 @@ from fastscore.ops.instance_norm_plus import (
     instance_norm_plus_dual,
 )
 from fastscore.ops.langevin_step import langevin_step, noisy_update, perturb
-from fastscore.ops.rademacher_jvp import rademacher_jvp
 
 __all__ = [
     "conditional_instance_norm_plus",
@@ -22,5 +21,4 @@ __all__ = [
     "langevin_step",
     "noisy_update",
     "perturb",
-    "rademacher_jvp",
 ]
