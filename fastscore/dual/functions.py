@@ -76,18 +76,21 @@ class _SoftmaxStack(Direct):
     @staticmethod
     def backward(ctx, g):
         s, out, c = ctx.saved_tensors
-        if torch.is_grad_enabled():   # somebody differentiates the gradient: plain PyTorch
-            return *torch.autograd.grad(_softmax_stack_ref(s, ctx.dim), s, g, create_graph=True), None
+        if _plainly(g):
+            return *_plain_gradients(lambda s: _softmax_stack_ref(s, ctx.dim), (s,), (True,), g), None
         p, tp, gp, gtp = out[0], out[1:], g[0], g[1:]
         gs = torch.empty_like(out)
         q, gtx = gs[0], gs[1:]
         torch.mul(p, gtp, out=gtx)
         k = gtx.sum(ctx.dim, keepdim=True)
         gtx.addcmul_(p, k, value=-1)
-        torch.mul(p, gp - (c * k).sum(0), out=q)
+        total = _for_sums(q)
+        torch.mul(p, gp - (c * k).sum(0), out=total)
         for m in range(len(tp)):
-            q.addcmul_(tp[m], gtp[m] - k[m])
-        q.addcmul_(p, q.sum(ctx.dim, keepdim=True), value=-1)
+            total.addcmul_(tp[m], gtp[m] - k[m])
+        total.addcmul_(p, total.sum(ctx.dim, keepdim=True), value=-1)
+        if total is not q:
+            q.copy_(total)
         return gs, None
 
 
@@ -119,10 +122,8 @@ class _MatmulStack(Direct):
     @staticmethod
     def backward(ctx, g):
         a, b = ctx.saved_tensors
-        if torch.is_grad_enabled():   # somebody differentiates the gradient: plain PyTorch
-            wanted = [t for t, needed in zip((a, b), ctx.needs_input_grad) if needed]
-            found = iter(torch.autograd.grad(_matmul_stack_ref(a, b), wanted, g, create_graph=True))
-            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+        if _plainly(g):
+            return _plain_gradients(_matmul_stack_ref, (a, b), ctx.needs_input_grad, g)
         ga = _correlations(g, b.mT, left_stays=False) if ctx.needs_input_grad[0] else None
         gb = _correlations(a.mT, g, left_stays=True) if ctx.needs_input_grad[1] else None
         return ga, gb
@@ -132,19 +133,51 @@ def _products(a, b):
     out = a.new_empty(*a.shape[:-1], b.shape[-1])
     torch.bmm(a[0], b[0], out=out[0])
     for m in range(1, len(a)):
-        torch.bmm(a[m], b[0], out=out[m])
-        out[m].baddbmm_(a[0], b[m])
+        y = torch.bmm(a[m], b[0], out=out[m])
+        torch.baddbmm(y, a[0], b[m], out=y)   # FlopCounterMode does not know baddbmm_
     return out
 
 
 def _correlations(left, right, left_stays):
     """The sum of left_m right_m over value and tangents, and for each tangent left_0 right_m or left_m right_0."""
     out = left.new_empty(*left.shape[:-1], right.shape[-1])
-    torch.bmm(left[0], right[0], out=out[0])
+    value = torch.bmm(left[0], right[0], out=out[0])
+    total = _for_sums(value)
+    if total is not value:
+        total.copy_(value)
     for m in range(1, len(left)):
         torch.bmm(*((left[0], right[m]) if left_stays else (left[m], right[0])), out=out[m])
-        out[0].baddbmm_(left[m], right[m])
+        if total is value:
+            torch.baddbmm(total, left[m], right[m], out=total)
+        else:
+            total += left[m].bmm(right[m])
+    if total is not value:
+        value.copy_(total)
     return out
+
+
+def _for_sums(t):
+    """t itself, or where it is of half precision, which a sum over the tangents would be rounded to M times, memory like it in float32."""
+    return torch.empty_like(t, dtype=torch.float32) if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+_BATCHED = torch._C._parse_dispatch_key("Batched")   # by is_grads_batched or vectorize=True, which take no out=
+
+
+def _plainly(g):
+    """Whether a gradient is to be made of plain PyTorch: somebody differentiates it, or takes many of them at once."""
+    return torch.is_grad_enabled() or _backend.levels() or torch._C._dispatch_keys(g).has(_BATCHED)
+
+
+def _plain_gradients(function, inputs, needed, g):
+    """The gradients of function(*inputs) where they are needed, None elsewhere, with their graph if autograd keeps one."""
+    if _backend.levels():   # whose own autograd it takes
+        return tuple(found if n else None for found, n in zip(torch.func.vjp(function, *inputs)[1](g), needed))
+    differentiated = torch.is_grad_enabled()
+    with torch.enable_grad():
+        wanted = [t for t, n in zip(inputs, needed) if n]
+        found = iter(torch.autograd.grad(function(*inputs), wanted, g, create_graph=differentiated))
+    return tuple(next(found) if n else None for n in needed)
 
 
 def _matmul_stack_ref(a, b):
@@ -163,7 +196,7 @@ def _by_hand(*stacks):
     """Whether a Function may stand for torch operations: ours have no forward mode and no vmap, and autocast does not see into them."""
     if any(type(s) is not torch.Tensor for s in stacks) or _backend.levels() or torch.is_autocast_enabled(stacks[0].device.type):
         return False
-    if stacks[0].numel() == 0:
+    if any(s.numel() == 0 for s in stacks):
         return False
     return _backend.derivative_possible(*stacks)
 
