@@ -123,3 +123,18 @@ def test_raw_op_refuses_derivatives_and_passes_opcheck(backend):
         torch.func.jvp(lambda s: (op(torch.empty_like(s), s, None, 1), s)[1], (s,), (s,))
     with pytest.raises(NotImplementedError, match="has no derivative rule"):
         op(torch.empty_like(s), s.clone().requires_grad_(), None, 1)
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_second_gradients_far_out(backend, dtype, name):
+    """Where a gelu is flat its higher derivatives are 0; a power of u that float16 cannot hold made 0 times infinity of them."""
+    u = torch.tensor([-1000.0, -300, -100, -20, 20, 100, 300, 1000], dtype=dtype)
+    slope, curvature = _SLOPES[name][1](u.requires_grad_())
+    assert slope.tolist() == [0] * 4 + [1] * 4 and not curvature.any()
+    assert not torch.autograd.grad(curvature.sum(), u)[0].any()
+    if backend == "reference":   # there the value is PyTorch's own function, whose second derivative in float16 is NaN
+        return
+    s = torch.stack([u.detach(), torch.ones_like(u)]).requires_grad_()
+    first = torch.autograd.grad(activate_dual(s, name, backend=backend).sum(), s, create_graph=True)[0]
+    assert not torch.autograd.grad(first.square().sum(), s)[0].any()

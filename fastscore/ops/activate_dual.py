@@ -15,11 +15,11 @@ _SLOPES = {
     "elu": (F.elu, lambda u: _elu(u, u.clamp(max=0).exp())),
     "silu": (F.silu, lambda u: _silu(u, u.sigmoid())),
     "relu": (F.relu, lambda u: ((~(u <= 0)).to(u.dtype), torch.zeros_like(u))),   # PyTorch's mask: 1 for NaN
-    "gelu": (F.gelu, lambda u: _gelu(u, (u.square() * -0.5).exp() / math.sqrt(2 * math.pi))),
+    "gelu": (F.gelu, lambda u: _gelu(u, _held(u, 40))),
     "softplus": (F.softplus, lambda u: (u.sigmoid(), u.sigmoid() * (1 - u.sigmoid()))),
     "tanh": (torch.tanh, lambda u: (1 - u.tanh().square(), -2 * u.tanh() * (1 - u.tanh().square()))),
     "sigmoid": (torch.sigmoid, lambda u: _sigmoid(u.sigmoid())),
-    "gelu_tanh": (partial(F.gelu, approximate="tanh"), lambda u: _gelu_tanh(u.clamp(-30, 30))),
+    "gelu_tanh": (partial(F.gelu, approximate="tanh"), lambda u: _gelu_tanh(_held(u, 30))),
 }
 _CODES = {name: code for code, name in enumerate(_SLOPES, 1)}
 
@@ -32,12 +32,20 @@ def _silu(u, s):
     return s * (1 + u * (1 - s)), s * (1 - s) * (2 + u * (1 - 2 * s))
 
 
-def _gelu(u, density):
-    return 0.5 * torch.erfc(u * -math.sqrt(0.5)) + u * density, density * (2 - u.square())
+def _held(u, end):
+    """u within ±end, beyond which the slopes of a gelu are flat; a power of u overflows float16 long before."""
+    end = 8 if u.dtype == torch.float16 else end
+    return u.clamp(-end, end)
+
+
+def _gelu(u, v):
+    """v is u where it matters: the density of ±8 is 5e-15, which float16 rounds to 0."""
+    density = (v.square() * -0.5).exp() / math.sqrt(2 * math.pi)
+    return 0.5 * torch.erfc(u * -math.sqrt(0.5)) + v * density, density * (2 - v.square())
 
 
 def _gelu_tanh(u):
-    """Of u s(z) with the sigmoid of z = A (u + B u³); beyond 30 s is 0 or 1."""
+    """Of u s(z) with the sigmoid of z = A (u + B u³), u held to where s is neither 0 nor 1."""
     a, b = math.sqrt(8 / math.pi), 0.044715
     z, z1, z2 = a * (u + b * u**3), a * (1 + 3 * b * u.square()), 6 * a * b * u
     s, below = z.sigmoid(), (-z).sigmoid()   # 1 - s would cancel
