@@ -397,3 +397,107 @@ def test_of_an_object_only_what_f_names_is_looked_at():
     once = Once(torch.device("cpu"), lambda x: trainer.net(x))
     owners = [id(memory.owner) for memory in once.memory]
     assert id(trainer.net[1]) in owners and id(trainer.average[1]) not in owners
+
+
+NOTES = []
+
+
+def scaled_by_notes(x):
+    NOTES.append(1)
+    return len(NOTES) * x
+
+
+class Scale:
+    """f(x) = n x, n the number of calls, which it, a list of the module level or a global number keeps."""
+
+    def __init__(self):
+        self.n, self.inner = 0, None
+
+    def __call__(self, x):
+        self.n += 1
+        return self.n * x
+
+    def __getitem__(self, i):
+        self.n += 1
+        return self.n
+
+    def by_list(self, x):
+        return scaled_by_notes(x)
+
+    def by_number(self, x):
+        global CALLS
+        CALLS += 1
+        return CALLS * x
+
+    def by_draw(self, x):
+        return (1 + random.random()) * x
+
+    def by_inner(self, x):
+        return self.inner(x)
+
+
+SCALE = Scale()
+
+
+class ByList(nn.Module):
+    def forward(self, x):
+        return scaled_by_notes(x)
+
+
+class ByGlobal(nn.Module):
+    def forward(self, x):
+        return SCALE(x)
+
+
+class ByMethod(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = Scale()
+
+    def forward(self, x):
+        return self.scale.by_list(x)
+
+
+def keyword(x, *, notes=NOTES):
+    notes.append(1)
+    return len(notes) * x
+
+
+def holding():
+    outer = Scale()
+    outer.inner = SCALE
+    return outer
+
+
+THROUGH = {
+    "called": lambda: lambda x: SCALE(x),
+    "indexed": lambda: lambda x: SCALE[0] * x,
+    "in-a-closure": lambda: (lambda s: lambda x: s(x))(SCALE),
+    "list-of-a-method": lambda: lambda x: SCALE.by_list(x),
+    "number-of-a-method": lambda: lambda x: SCALE.by_number(x),
+    "held-by-another": lambda: (lambda s: lambda x: s.by_inner(x))(holding()),
+    "bound-held-by-another": lambda: holding().by_inner,
+    "list-of-a-module": ByList,
+    "object-of-a-module's-file": ByGlobal,
+    "method-of-a-module's-object": ByMethod,
+    "keyword": lambda: keyword,
+}
+
+
+@pytest.mark.parametrize("way", THROUGH)
+def test_what_methods_lead_to_moves_once(way, monkeypatch):
+    """f(x) = n x, n the number of calls: 1 on both sides of a finite difference, and the loss vᵀ v + ‖x‖² / 2 = 3 for ones of 2."""
+    monkeypatch.setitem(globals(), "CALLS", 0)
+    NOTES.clear()
+    SCALE.n = 0
+    x, v = torch.ones(1, 2, dtype=torch.float64), torch.ones(1, 1, 2, dtype=torch.float64)
+    assert float(losses.finite_difference_sliced(THROUGH[way](), x, v=v)) == pytest.approx(3)
+    assert len(NOTES) + SCALE.n + CALLS == 1
+
+
+def test_what_methods_draw_is_one_draw():
+    """f(x) = c x, c in (1, 2): the loss is 2 c + c², where a draw for each side would add (c₊ - c₋) / ε."""
+    x, v = torch.ones(1, 2, dtype=torch.float64), torch.ones(1, 1, 2, dtype=torch.float64)
+    for f in (lambda x: SCALE.by_draw(x), SCALE.by_draw):
+        for _ in range(10):
+            assert 3 < float(losses.finite_difference_sliced(f, x, v=v)) < 8

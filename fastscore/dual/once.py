@@ -2,7 +2,8 @@
 
 What the function remembers (running statistics, the iterations of a spectral norm, averages in buffers, counters, what hooks note in
 lists, attributes of the user's own objects, global numbers) is afterwards what the first evaluation made of it. Not seen are attributes of
-classes, iterators, NumPy arrays and files.
+classes and functions, slots, what weak references lead to, iterators, NumPy arrays, byte arrays, files, containers of more than 10,000
+entries and what those of more than 1,000 hold.
 """
 
 import contextlib
@@ -406,10 +407,11 @@ def _behind(a):
             return [c.cell_contents for c in a.__closure__ or () if _filled(c) and _may_lead(c.cell_contents)]
         reachable, names = a.__globals__, _names(a.__code__)
         values = [reachable.get(n) for n in names] + [c.cell_contents for c in a.__closure__ or () if _filled(c)]
-        parts = [Part(vars(b), _all_names(type(b), names)) for b in values if _own(type(b))]
+        parts = [c for b in values if _own(type(b)) for c in _used(b, names)]
         parts += _elsewhere(a)
         named = [b for b in values if _may_lead(b) and not _own(type(b))]
-        return [*(a.__closure__ or ()), *named, *parts, *filter(_may_lead, a.__defaults__ or ())]
+        defaults = [*(a.__defaults__ or ()), *(a.__kwdefaults__ or {}).values()]
+        return [*(a.__closure__ or ()), *named, *parts, *filter(_may_lead, defaults)]
     if isinstance(a, nn.Module):
         more = [*a._modules.values()]
         for hooks in (a._forward_hooks, a._forward_pre_hooks):
@@ -419,7 +421,7 @@ def _behind(a):
         return more + [b for name, b in vars(a).items() if name not in _OWN and _may_lead(b)] + _of_class(type(a))
     if isinstance(a, types.MethodType):
         if _own(type(a.__self__)) and isinstance(a.__func__, types.FunctionType):
-            return [a.__func__, Part(vars(a.__self__), _all_names(type(a.__self__), _names(a.__func__.__code__)))]
+            return [a.__func__, *_used(a.__self__, _names(a.__func__.__code__))]
         return [a.__func__, a.__self__] if _may_lead(a.__self__) else [a.__func__]
     if isinstance(a, functools.partial):
         return [a.func, *filter(_may_lead, a.args), *filter(_may_lead, a.keywords.values())]
@@ -427,9 +429,9 @@ def _behind(a):
         return [a.cell_contents] if _filled(a) and _may_lead(a.cell_contents) and not _own(type(a.cell_contents)) else []
     if isinstance(a, _CONTAINERS):
         return [b for b in (a.values() if isinstance(a, dict) else a) if _may_lead(b)] if len(a) <= 1000 else []
-    call = vars(type(a)).get("__call__")
     if _own(type(a)):
-        return [Part(vars(a), _all_names(type(a), frozenset(vars(a)))), *([call] if isinstance(call, types.FunctionType) else [])]
+        return _used(a, frozenset(vars(a)) | _defined(type(a)))
+    call = vars(type(a)).get("__call__")
     attributes = [b for b in vars(a).values() if _may_lead(b)] if hasattr(a, "__dict__") else []
     return [*attributes, *([call] if isinstance(call, types.FunctionType) else [])]
 
@@ -440,7 +442,7 @@ def _behind_part(part):
     for name in part.names:
         b = part.held.get(name)
         if _own(type(b)):
-            leading.append(Part(vars(b), _all_names(type(b), part.names)))
+            leading += _used(b, part.names)
         elif _may_lead(b):
             leading.append(b)
     return leading
@@ -453,26 +455,71 @@ def _own(cls):
         return False
     if cls is types.SimpleNamespace:
         return True
+    return _written_here(cls) and getattr(cls, "__dictoffset__", 0) != 0
+
+
+def _written_here(cls):
+    """Whether its code is the user's."""
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    own = cls.__module__ == "__main__" or (file is not None and not file.startswith(_INSTALLED))
-    return own and getattr(cls, "__dictoffset__", 0) != 0
+    return cls.__module__ == "__main__" or (file is not None and not file.startswith(_INSTALLED))
 
 
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {str(Path(__file__).parents[1])})
 
 
+def _used(a, names):
+    """What code with these names uses of an object of the user's: attributes, and all that its methods lead to."""
+    names = _all_names(type(a), names)
+    return [Part(vars(a), names), *_methods(type(a), names)]
+
+
 @functools.cache
 def _all_names(cls, names):
-    """The names, and those in the code of the methods of cls among them."""
-    found, waiting = set(names), list(names)
+    """The names, and those in the code of the methods of cls among them and of those that Python calls by itself."""
+    waiting = [*names, *_special(cls)]
+    found = set(waiting)
     while waiting:
-        method = getattr(cls, waiting.pop(), None)
-        method = method.fget if isinstance(method, property) else method
-        if isinstance(method, types.FunctionType):
+        method = _method(cls, waiting.pop())
+        if method is not None:
             new = _names(method.__code__) - found
             found |= new
             waiting += new
     return frozenset(found)
+
+
+@functools.cache
+def _methods(cls, names):
+    """The methods of cls with these names that the user has written."""
+    methods = (_method(cls, name) for name in sorted(names))
+    return tuple(m for m in methods if m is not None and not _library(m))
+
+
+def _method(cls, name):
+    """The function behind a method or a property."""
+    method = getattr(cls, name, None)
+    method = method.fget if isinstance(method, property) else method
+    method = method.__func__ if isinstance(method, types.MethodType) else method
+    return method if isinstance(method, types.FunctionType) else None
+
+
+def _library(function):
+    return (function.__module__ or "").startswith(("torch.", "fastscore."))
+
+
+def _special(cls):
+    """Methods as __call__ and __getitem__, which no code names: those that the user has written."""
+    return {n for n in _defined(cls) if n.startswith("__") and n.endswith("__")}
+
+
+@functools.cache
+def _defined(cls):
+    """What the user has written in the body of cls."""
+    return frozenset(n for c in cls.__mro__ if _written_here(c) for n in vars(c)) - _MAKING
+
+
+# Those that make an object, or show it.
+_MAKING = {"__init__", "__new__", "__post_init__", "__init_subclass__", "__class_getitem__", "__repr__", "__str__", "__del__", "__dict__",
+           "__reduce__", "__getstate__", "__setstate__", "__copy__", "__deepcopy__"}  # fmt: skip
 
 
 @functools.cache
@@ -491,10 +538,11 @@ def _elsewhere(function):
 
 @functools.cache
 def _of_class(cls):
-    """The same of a module's methods."""
-    methods = (getattr(cls, name, None) for name in _all_names(cls, frozenset({"forward"})))
-    methods = [m for m in methods if isinstance(m, types.FunctionType) and not (m.__module__ or "").startswith(("torch.", "fastscore."))]
-    return [b for m in methods for b in _elsewhere(m)]
+    """What a module's methods use beside it: of a class of the user's its functions, which are followed; of a package's what is global."""
+    names = _all_names(cls, frozenset({"forward"}))
+    if _written_here(cls):
+        return list(_methods(cls, names))
+    return [b for m in _methods(cls, names) for b in _elsewhere(m)]
 
 
 _LEADING = (nn.Module, types.FunctionType, types.MethodType, functools.partial, *_GENERATORS, *_CONTAINERS)
