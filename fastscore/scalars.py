@@ -34,7 +34,7 @@ def number(
 ) -> float:  # fmt: skip
     """The value as a float, checked to be finite with least <= value <= most and above < value < below.
 
-    A tensor of one element that has a value is a number, too.
+    A tensor of one element that has a value is a number, too, unless it asks for a gradient, which would be lost.
     """
     if type(value) is float and least <= value <= most and above < value < below:
         return value   # infinities are not between above and below
@@ -48,6 +48,7 @@ def _plain(value):
     """Python's float of a number; None of anything else, and of what no float can hold."""
     if isinstance(value, torch.Tensor):
         strange = value.numel() != 1 or value.is_meta or value.dtype == torch.bool or value.is_complex()
+        strange = strange or (value.requires_grad and torch.is_grad_enabled())
         value = None if strange else value.item()
     if not real(value):
         return None

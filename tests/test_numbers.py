@@ -340,3 +340,16 @@ def test_arrays_and_tensors_of_numbers_are_taken_where_they_were():
     shift = torch.tensor([1.0, 2.0, 3.0])
     assert torch.equal(conversions.Rescaled(pull, 2.0, shift)(X, torch.ones(2)), -2 * (2 * X + shift))
     assert schedules.geometric(1.0, 1.0, np.int64(1)).tolist() == [1.0]
+
+
+def test_a_number_that_asks_for_a_gradient_is_refused():
+    """It would be read as a float, and its gradient be None."""
+    power = torch.tensor(2.0, requires_grad=True)
+
+    def loss(power):
+        return losses.noise_conditional(lambda x, sigma: -x, torch.ones(2, 3), torch.tensor([1.0, 0.5]), power=power, seed=0)
+
+    with pytest.raises(ValueError, match="noise_conditional: power must be a finite number; got"):
+        loss(power)
+    with torch.no_grad():
+        assert torch.equal(loss(power), loss(2.0))
