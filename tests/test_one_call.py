@@ -411,7 +411,7 @@ class Scale:
     """f(x) = n x, n the number of calls, which it, a list of the module level or a global number keeps."""
 
     def __init__(self):
-        self.n, self.inner = 0, None
+        self.n, self.inner, self.log = 0, None, []
 
     def __call__(self, x):
         self.n += 1
@@ -435,6 +435,11 @@ class Scale:
     def by_inner(self, x):
         return self.inner(x)
 
+    @torch.enable_grad()
+    def decorated(self, x):
+        self.log.append(1)
+        return len(self.log) * x
+
 
 SCALE = Scale()
 
@@ -456,6 +461,27 @@ class ByMethod(nn.Module):
 
     def forward(self, x):
         return self.scale.by_list(x)
+
+
+class Derived(ByList):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Odd(type):
+    def __getattr__(cls, name):
+        raise ValueError(name)
+
+
+class OfOddClass(metaclass=Odd):
+    def __call__(self, x):
+        return SCALE(x)
+
+
+def replaced():
+    layer = nn.Linear(2, 2)
+    layer.forward = lambda x: SCALE(x)
+    return layer
 
 
 def keyword(x, *, notes=NOTES):
@@ -481,6 +507,11 @@ THROUGH = {
     "object-of-a-module's-file": ByGlobal,
     "method-of-a-module's-object": ByMethod,
     "keyword": lambda: keyword,
+    "decorated": lambda: lambda x: SCALE.decorated(x),
+    "decorated-bound": lambda: SCALE.decorated,
+    "super": Derived,
+    "class-that-raises": lambda: (lambda s: lambda x: s(x))(OfOddClass()),
+    "forward-of-a-layer": replaced,
 }
 
 
@@ -489,10 +520,10 @@ def test_what_methods_lead_to_moves_once(way, monkeypatch):
     """f(x) = n x, n the number of calls: 1 on both sides of a finite difference, and the loss vᵀ v + ‖x‖² / 2 = 3 for ones of 2."""
     monkeypatch.setitem(globals(), "CALLS", 0)
     NOTES.clear()
-    SCALE.n = 0
+    SCALE.n, SCALE.log = 0, []
     x, v = torch.ones(1, 2, dtype=torch.float64), torch.ones(1, 1, 2, dtype=torch.float64)
     assert float(losses.finite_difference_sliced(THROUGH[way](), x, v=v)) == pytest.approx(3)
-    assert len(NOTES) + SCALE.n + CALLS == 1
+    assert len(NOTES) + len(SCALE.log) + SCALE.n + CALLS == 1
 
 
 def test_what_methods_draw_is_one_draw():

@@ -372,6 +372,8 @@ def _reached(functions):
             if a._buffers or hooked:
                 found.append(a)
             waiting += a._modules.values()
+            if "forward" in vars(a):   # put there by somebody
+                waiting.append(vars(a)["forward"])
             if hooked:
                 waiting += [*a._forward_hooks.values(), *a._forward_pre_hooks.values()]
             continue
@@ -421,7 +423,8 @@ def _behind(a):
         return more + [b for name, b in vars(a).items() if name not in _OWN and _may_lead(b)] + _of_class(type(a))
     if isinstance(a, types.MethodType):
         if _own(type(a.__self__)) and isinstance(a.__func__, types.FunctionType):
-            return [a.__func__, *_used(a.__self__, _names(a.__func__.__code__))]
+            names = frozenset().union(*(_names(f.__code__) for f in _unwrapped(a.__func__)))
+            return [a.__func__, *_used(a.__self__, names)]
         return [a.__func__, a.__self__] if _may_lead(a.__self__) else [a.__func__]
     if isinstance(a, functools.partial):
         return [a.func, *filter(_may_lead, a.args), *filter(_may_lead, a.keywords.values())]
@@ -479,8 +482,7 @@ def _all_names(cls, names):
     waiting = [*names, *_special(cls)]
     found = set(waiting)
     while waiting:
-        method = _method(cls, waiting.pop())
-        if method is not None:
+        for method in _behind_name(cls, waiting.pop()):
             new = _names(method.__code__) - found
             found |= new
             waiting += new
@@ -490,16 +492,26 @@ def _all_names(cls, names):
 @functools.cache
 def _methods(cls, names):
     """The methods of cls with these names that the user has written."""
-    methods = (_method(cls, name) for name in sorted(names))
-    return tuple(m for m in methods if m is not None and not _library(m))
+    return tuple(m for name in sorted(names) for m in _behind_name(cls, name) if not _library(m))
 
 
-def _method(cls, name):
-    """The function behind a method or a property."""
-    method = getattr(cls, name, None)
-    method = method.fget if isinstance(method, property) else method
-    method = method.__func__ if isinstance(method, types.MethodType) else method
-    return method if isinstance(method, types.FunctionType) else None
+def _behind_name(cls, name):
+    """The functions behind a method or a property: what super() leads to, too, and what a decorator has wrapped."""
+    found = []
+    for method in (vars(c)[name] for c in cls.__mro__ if name in vars(c)):
+        for attribute in ("fget", "func", "__func__"):   # of properties, cached ones, static and class methods
+            method = getattr(method, attribute, None) or method
+        found += _unwrapped(method)
+    return found
+
+
+def _unwrapped(function):
+    """The function, and what functools.wraps says that it calls."""
+    found = []
+    while isinstance(function, types.FunctionType) and function not in found:
+        found.append(function)
+        function = getattr(function, "__wrapped__", None)
+    return found
 
 
 def _library(function):
