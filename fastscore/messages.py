@@ -1,6 +1,9 @@
-"""How the values of users stand in messages."""
+"""How values stand in messages, and objects where they are printed."""
 
+import inspect
 import math
+
+import torch
 
 
 def shown(value: object) -> str:
@@ -30,3 +33,33 @@ def shown_ladder(values: list[float]) -> str:
         if i and not value < values[i - 1]:
             return f"{shown(values)}: level {i}, {value:g}, does not lie below level {i - 1}, {values[i - 1]:g}"
     return shown(values)
+
+
+def brief(value: object) -> str:
+    """A value as it stands inside a printed object: a tensor by dtype and shape, a module or a function by its name.
+
+    >>> brief(torch.zeros(3, 2)), brief(torch.nn.Linear(2, 2)), brief(0.5)
+    ('float32 (3, 2)', 'Linear', '0.5')
+    """
+    if isinstance(value, torch.Tensor):
+        place = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}{place}"
+    if isinstance(value, torch.nn.Module):
+        return type(value).__name__
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {brief(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        return "(" + ", ".join(map(brief, value)) + ")"
+    return getattr(value, "__qualname__", None) or shown(value)
+
+
+def printed(cls: type) -> type:
+    """A class decorator: objects print as their name and what they were made of, each in brief."""
+    cls.__repr__ = _printed
+    return cls
+
+
+def _printed(self):
+    names = inspect.signature(type(self)).parameters
+    parts = (f"{name}={brief(getattr(self, name))}" for name in names if getattr(self, name, None) is not None)
+    return f"{type(self).__name__.lstrip('_')}({', '.join(parts)})"

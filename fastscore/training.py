@@ -21,6 +21,9 @@ class Step(NamedTuple):
     losses: torch.Tensor
     ema: torch.nn.Module
 
+    def __repr__(self):
+        return f"Step(step={self.step}, loss={float(self.losses.mean()):.4g})"
+
 
 def training_loop(model, loader, loss, *, steps, optimizer=None, lr=None, ema_decay=None, grad_clip=None, first_step=0, ema=None):
     """Train a model on a loss; yields a `Step` after each update.

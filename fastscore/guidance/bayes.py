@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from fastscore.compiling import eagerly
 from fastscore.dual.compiled import as_written
 from fastscore.losses.projections import check_score
+from fastscore.messages import printed
 from fastscore.ops import checks
 from fastscore.ops.functions import outside_inference, released
 from fastscore.scalars import function
@@ -52,6 +53,7 @@ def posterior(score, log_likelihood=None, scale=1.0, *, likelihood_score=None):
     return _Posterior(score, likelihood_score, scale)
 
 
+@printed
 @dataclass(eq=False)
 class _Posterior:
     """An object and no closure, which could neither be pickled nor copied."""
@@ -67,6 +69,7 @@ class _Posterior:
         return add("posterior", called("posterior", self.score, x, arguments), g, self.scale)
 
 
+@printed
 @dataclass(eq=False)
 class _Gradient:
     """∇ₓ log p(y | x) as a function of (x, ...)."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastscore.messages import shown
+from fastscore.messages import printed, shown
 from fastscore.scalars import function, plain_int, whole
 from fastscore.tensors import valued
 
@@ -39,6 +39,7 @@ def classifier(net, labels):
     return _LogLikelihood(net, labels, highest=int(labels.max()) if labels.numel() else 0)
 
 
+@printed
 @dataclass(eq=False)
 class _LogLikelihood:
     net: Callable

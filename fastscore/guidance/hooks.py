@@ -8,7 +8,7 @@ import torch
 from fastscore import random
 from fastscore.guidance.linear import LinearOperator, check_operator, range_of, solve
 from fastscore.guidance.operators import check_mask, fitted_mask
-from fastscore.messages import shown
+from fastscore.messages import printed, shown
 from fastscore.ops import checks
 from fastscore.scalars import SQUARE, named, offset
 
@@ -51,6 +51,7 @@ def inpainting(observation, mask, *, noise=0.0, redraw="level", seed=0, first_sa
     return _Inpainting(observation, mask, noise, redraw, seed, first_sample)
 
 
+@printed
 @dataclass(eq=False)
 class _Inpainting:
     observation: torch.Tensor
@@ -96,6 +97,7 @@ def data_consistency(operator, observation):
     return _DataConsistency(operator, observation)
 
 
+@printed
 @dataclass(eq=False)
 class _DataConsistency:
     operator: LinearOperator
@@ -115,6 +117,7 @@ def chain(*hooks):
     return _Chain(hooks)
 
 
+@printed
 @dataclass(eq=False)
 class _Chain:
     hooks: tuple

@@ -11,6 +11,7 @@ from fastscore.guidance.bayes import add, called, check_scale, gradient
 from fastscore.guidance.conjugate import conjugate_gradient
 from fastscore.guidance.hooks import check_noise, fitted_observation
 from fastscore.guidance.linear import LinearOperator, check_adjoint, check_operator, range_of, solve
+from fastscore.messages import printed
 from fastscore.ops import checks
 from fastscore.ops.functions import ordinary, outside_inference
 from fastscore.scalars import choice, function
@@ -66,6 +67,7 @@ def linear_inverse(score, operator, observation, noise=0.0, *, method="denoiser"
     return _LinearInverse(score, operator, observation, noise, scale, likelihood, setting)
 
 
+@printed
 @dataclass(eq=False)
 class _LinearInverse:
     score: Callable

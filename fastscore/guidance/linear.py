@@ -6,11 +6,13 @@ import torch
 
 from fastscore import random
 from fastscore.guidance.conjugate import conjugate_gradient
+from fastscore.messages import printed
 from fastscore.scalars import function
 
 _CHECKS = 1027  # the stream of the vectors that check an operator
 
 
+@printed
 class LinearOperator:
     """What `linear_inverse` asks of an operator; any object with these methods will do.
 

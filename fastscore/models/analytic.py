@@ -62,6 +62,9 @@ class GaussianMixture(KeepsBuffers):
     def dim(self):
         return self.means.shape[1]
 
+    def extra_repr(self):
+        return f"{len(self.means)} components, d={self.dim}"
+
     def forward(self, x, sigma=0.0):
         return self.score(x, sigma)
 
@@ -148,6 +151,9 @@ class Gaussian(GaussianMixture):
             shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
             raise ValueError(f"Gaussian: mean must be (d,) and covariance (), (d,) or (d, d); got {shapes}.")
         super().__init__([1.0], mean[None], covariance[None] if covariance.dim() else covariance)
+
+    def extra_repr(self):
+        return f"d={self.dim}"
 
 
 def _float64(op, name, t, device=None):

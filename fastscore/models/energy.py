@@ -17,7 +17,7 @@ from fastscore.dual.norms import RightNorms
 from fastscore.dual.numbers import Dual, NoRule
 from fastscore.dual.once import Once
 from fastscore.dual.sharded import check_once
-from fastscore.messages import shown
+from fastscore.messages import brief, shown
 from fastscore.models import energy_chain
 from fastscore.models.score_mlp import Trunk
 from fastscore.ops import checks
@@ -98,6 +98,9 @@ class EnergyScore(nn.Module):
         super().__init__()
         function("EnergyScore", "f", f)
         self.f = f
+
+    def extra_repr(self):
+        return "" if isinstance(self.f, nn.Module) else f"f={brief(self.f)}"
 
     @outside_inference
     def forward(self, x, *arguments):

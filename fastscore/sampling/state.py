@@ -10,7 +10,7 @@ import torch
 
 from fastscore import backend, random
 from fastscore.losses.projections import check_score
-from fastscore.messages import shown
+from fastscore.messages import printed, shown
 from fastscore.modes import evaluated
 from fastscore.ops import checks
 from fastscore.ops.langevin_step import update
@@ -25,6 +25,7 @@ LARGEST = torch.finfo(torch.float32).max
 WATCH = contextvars.ContextVar("watch", default=None)
 
 
+@printed
 class State(NamedTuple):
     """What every sampler yields.
 
