@@ -196,6 +196,8 @@ def main(parts: list[str]) -> None:
 
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "build_support")]
+    # A script's background jobs ignore SIGINT, and so would the parts that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.ExitStack() as stack:
         if EMULATED:
             import emulate
