@@ -6,6 +6,7 @@ import torch
 
 import fastscore
 from fastscore import backend, random
+from fastscore.dual import rademacher_jvp
 from fastscore.ops import (
     conditional_instance_norm_plus,
     denoising_loss,
@@ -14,7 +15,6 @@ from fastscore.ops import (
     langevin_step,
     noisy_update,
     perturb,
-    rademacher_jvp,
 )
 from fastscore.ops.activate_dual import activate_dual
 from fastscore.ops.activate_jet import activate_jet
