@@ -38,7 +38,11 @@ class _Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             del spec.loader.exec_module   # the class's again
-            execute(module)
+            try:
+                execute(module)
+            except BaseException:   # the next import must find us again
+                sys.meta_path.insert(0, self)
+                raise
             for act in self.waiting:
                 act()
 

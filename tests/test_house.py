@@ -10,7 +10,7 @@ import fastscore
 ROOT = Path(fastscore.__file__).parent
 MODULES = {
     ".".join(("fastscore", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
-    for path in ROOT.rglob("*.py")
+    for path in {*ROOT.rglob("*.py"), *(ROOT / "kernels").glob("*.py")}   # a link where fastscore is built in place
 }
 
 
