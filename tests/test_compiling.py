@@ -53,3 +53,28 @@ def test_dynamo_knows(first, program):
 
 def test_dynamo_comes_inside_f():
     subprocess.run([sys.executable, "-c", INSIDE], check=True, timeout=240)
+
+
+FAILING = """
+import builtins, sys
+import torch, fastscore
+real = builtins.__import__
+
+def broken(name, *args, **named):
+    if name == "torch._dynamo" or not name.startswith("torch._dynamo"):
+        return real(name, *args, **named)
+    builtins.__import__ = real
+    raise ImportError("once")
+
+builtins.__import__ = broken
+try:
+    import torch._dynamo
+    raise SystemExit("the import did not fail")
+except ImportError as error:
+    assert str(error) == "once"
+"""
+
+
+def test_dynamo_comes_after_an_import_that_failed():
+    program = FAILING + PROGRAMS["an op in the graph"]
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=240)

@@ -58,7 +58,9 @@ def linear_in_half(s, weight, bias):
 class _SoftmaxStack(Direct):
     """p = softmax(x), ṗ = p (ẋ - c) with c = Σ p ẋ, in place. Cotangents, with k = Σ p gṗ:
 
-        gẋ = p gṗ - p k,    gx = q - p Σ q  with  q = p (gp - Σ_m c k) + Σ_m ṗ (gṗ - k)
+        gẋ = p gṗ - p k,    gx = q - p Σ q  with  q = p gp + Σ_m ṗ (gṗ - k)
+
+    A multiple of p in q drops out of gx, which is why c does not stand in it.
     """
 
     @staticmethod
@@ -67,15 +69,14 @@ class _SoftmaxStack(Direct):
         p, tp = out[0], out[1:]
         torch.softmax(s[0], dim, out=p)
         torch.mul(p, tangents, out=tp)
-        c = tp.sum(dim, keepdim=True)
-        tp.addcmul_(p, c, value=-1)
+        tp.addcmul_(p, tp.sum(dim, keepdim=True), value=-1)
         ctx.dim = dim
-        ctx.save_for_backward(s, out, c)
+        ctx.save_for_backward(s, out)
         return out
 
     @staticmethod
     def backward(ctx, g):
-        s, out, c = ctx.saved_tensors
+        s, out = ctx.saved_tensors
         if _plainly(g):
             return *_plain_gradients(lambda s: _softmax_stack_ref(s, ctx.dim), (s,), (True,), g), None
         p, tp, gp, gtp = out[0], out[1:], g[0], g[1:]
@@ -85,7 +86,7 @@ class _SoftmaxStack(Direct):
         k = gtx.sum(ctx.dim, keepdim=True)
         gtx.addcmul_(p, k, value=-1)
         total = _for_sums(q)
-        torch.mul(p, gp - (c * k).sum(0), out=total)
+        torch.mul(p, gp, out=total)
         for m in range(len(tp)):
             total.addcmul_(tp[m], gtp[m] - k[m])
         total.addcmul_(p, total.sum(ctx.dim, keepdim=True), value=-1)
