@@ -1,6 +1,8 @@
 """Score, noise prediction, denoiser and v-prediction become one another."""
 
+import functools
 import itertools
+import math
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ VE, VP = "ve", "vp"
 
 
 def function(kind, to):
-    return getattr(conversions, f"{kind}_to_{to}")
+    return functools.partial(conversions.convert, kind=kind, to=to)
 
 
 def problem(process, dtype=torch.float64, batch=4):
@@ -33,7 +35,6 @@ def test_every_conversion_maps_the_true_predictions_to_each_other(kind, to, proc
     found = function(kind, to)(predictions[kind], x, sigma, alpha)
     # Conditioning: 1/σ² = 400 at the smallest level.
     assert torch.allclose(found, predictions[to], rtol=1e-12, atol=1e-12)
-    assert torch.equal(found, conversions.convert(predictions[kind], x, sigma, alpha, kind=kind, to=to))
     if process == VE:
         assert torch.equal(found, function(kind, to)(predictions[kind], x, sigma))
 
@@ -75,9 +76,6 @@ def test_converted_network_serves_as_the_exact_score_of_a_gaussian(kind):
     x, sigma = random.normal((5, 2), seed=3, stream=1024), torch.tensor([0.1, 0.5, 1.0, 3.0, 20.0])
     score = conversions.Converted(network, kind=kind)
     assert torch.allclose(score(x, sigma), law.score(x, sigma), rtol=1e-4, atol=1e-4)
-    if kind != "score":
-        shortcut = getattr(conversions, f"score_of_{kind}")(network)
-        assert torch.equal(shortcut(x, sigma), score(x, sigma))
 
 
 def test_denoiser_of_a_gaussian_is_its_posterior_mean():
@@ -98,7 +96,7 @@ def test_converted_network_is_a_module_with_parameters_and_gradients():
             return self.linear(x) * sigma[:, None]
 
     net = Net()
-    score = conversions.score_of_noise(net)
+    score = conversions.Converted(net, kind="noise")
     x = torch.ones(2, 3, requires_grad=True)
     score(x, torch.tensor([0.5, 2.0])).sum().backward()
     assert [p.shape for p in score.parameters()] == [(3, 3), (3,)]
@@ -134,7 +132,7 @@ def test_sampling_from_a_denoiser_equals_sampling_from_its_score():
     law = models.Gaussian(torch.zeros(2), torch.eye(2))
     options = {"shape": (6, 2), "sigmas": schedules.geometric(3.0, 0.3, 5), "steps_per_level": 3, "step_size": 0.05, "seed": 1}
     denoiser = conversions.Converted(law.score, kind="score", to="denoiser")
-    found = sample(conversions.score_of_denoiser(denoiser), **options)
+    found = sample(conversions.Converted(denoiser, kind="denoiser"), **options)
     assert torch.allclose(found, sample(law.score, **options), atol=1e-4)
 
 
@@ -144,13 +142,15 @@ X = torch.ones(3, 2)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: conversions.score_to_noise(X[:2], X, 1.0), ValueError, r"the prediction must have the shape of x, \(3, 2\); got \(2, 2\)"),
-        (lambda: conversions.score_to_noise(X.double(), X, 1.0), TypeError, "must have the dtype of x"),
-        (lambda: conversions.noise_to_score(X, X, 0.0), ValueError, "noise_to_score: sigma must be finite and >= 1e-30; got 0.0"),
-        (lambda: conversions.v_to_score(X, X, 1.0, -1.0), ValueError, "alpha must be finite and >= 1e-30; got -1.0"),
-        (lambda: conversions.v_to_score(X, X, torch.ones(2)), ValueError, r"0-d or \(3,\); got shape \(2,\)"),
-        (lambda: conversions.score_to_v("no", X, 1.0), TypeError, "the prediction must be a tensor; got str"),
+        (lambda: function("score", "noise")(X[:2], X, 1.0), ValueError, r"value must have the shape of x, \(3, 2\); got \(2, 2\)"),
+        (lambda: function("score", "noise")(X.double(), X, 1.0), TypeError, "must have the dtype of x"),
+        (lambda: function("noise", "score")(X, X, 0.0), ValueError, "convert: sigma must be finite and >= 1e-30; got 0.0"),
+        (lambda: function("v", "score")(X, X, 1.0, -1.0), ValueError, "alpha must be finite and >= 1e-30; got -1.0"),
+        (lambda: function("v", "score")(X, X, torch.ones(2)), ValueError, r"0-d or \(3,\); got shape \(2,\)"),
+        (lambda: function("score", "v")("no", X, 1.0), TypeError, "value must be a tensor; got str"),
         (lambda: conversions.convert(X, X, 1.0, kind="eps", to="score"), ValueError, "one of score, noise, denoiser, v; got 'eps'"),
+        (lambda: function("v", "v")(X, X[:2], 1.0), ValueError, "value must have the shape of x"),
+        (lambda: function("noise", "noise")(X, X, math.nan), ValueError, "sigma must be finite"),
         (lambda: conversions.Converted(len, kind="noise", to="x0"), ValueError, "got 'x0'"),
         (lambda: conversions.Rescaled(len, 0), ValueError, "scale must not be 0"),
         (lambda: conversions.vp_to_ve(X, 0.0), ValueError, "alphas_cumprod must be finite"),

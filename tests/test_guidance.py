@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastscore
-from fastscore import guidance, models, random, sampling, schedules
+from fastscore import conversions, guidance, models, random, sampling, schedules
 
 F64 = torch.float64
 D, M, NOISE = 3, 2, 0.4
@@ -461,4 +461,4 @@ def test_a_batch_may_be_empty():
             assert score(images, sigma).shape == images.shape
     label = guidance.classifier(lambda x, sigma: torch.zeros(len(x), 4), torch.zeros(0, dtype=torch.int64))
     assert label(images, sigma).shape == (0,)
-    assert fastscore.conversions.score_to_noise(images, images, sigma).shape == images.shape
+    assert conversions.convert(images, images, sigma, kind="score", to="noise").shape == images.shape

@@ -79,7 +79,7 @@ def test_vp_unet_denoises_as_the_ddpm_scheduler_does(positional, prediction):
         sigma, x_vp = schedules.sigmas_of(abar), noise(t)
         expected = ddpm.step(positional(x_vp, t).sample, t, x_vp).pred_original_sample
         x = x_vp / abar.sqrt()
-        found = conversions.score_to_denoiser(score(x, sigma.expand(2)), x, sigma)
+        found = conversions.convert(score(x, sigma.expand(2)), x, sigma, kind="score", to="denoiser")
         # D = x + σ² s: at ᾱ = 4e-5, |x| is 160 times |D|, and so is its rounding; t is met to 1e-3 in float32.
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * float(sigma) + 1e-4)
         # and it is the x₀ of x_vp = √ᾱ x₀ + √(1-ᾱ) ẑ for the network's own prediction of the noise

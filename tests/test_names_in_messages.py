@@ -90,8 +90,7 @@ CALLS = {
     "alphas_cumprod": (schedules.alphas_cumprod, {"sigmas": TABLE}),
     "technique4_step_size": (schedules.technique4_step_size, {"sigmas": SIGMAS, "steps_per_level": 2}),
     "variance_ratios": (schedules.variance_ratios, {"sigmas": SIGMAS, "steps_per_level": 2, "step_size": 1e-3}),
-    "convert": (conversions.convert, {"prediction": X, "x": X, "sigma": ONE, "kind": "noise", "to": "v"}),
-    "score_to_noise": (conversions.score_to_noise, {"score": X, "x": X, "sigma": ONE}),
+    "convert": (conversions.convert, {"value": X, "x": X, "sigma": ONE, "kind": "noise", "to": "v"}),
     "vp_to_ve": (conversions.vp_to_ve, {"score": X, "alphas_cumprod": HALF}),
     "inpainting": (lambda **o: guidance.inpainting(**o)(X, 0.5, 1), {"observation": X[1], "mask": MASK}),
     "data_consistency": (

@@ -90,7 +90,7 @@ CASES = {   # name: (make, what it does)
     "GroupNormAct": (lambda: nn.GroupNormAct(2, 4, activation="silu"), channels),
     **{f"AdaGroupNorm {a}": (lambda a=a: nn.AdaGroupNorm(3, 4, 2, act_fn=a), lambda t: t(X.expand(2, 4, 4, 4), torch.ones(2, 3)))
        for a in (None, "silu", "mish")},
-    "Converted": (lambda: conversions.score_of_v(network()), at_noise),
+    "Converted": (lambda: conversions.Converted(network(), kind="v"), at_noise),
     "Rescaled": (lambda: conversions.Rescaled(network(), 2.0, -1.0), at_noise),
     "edm": (lambda: interop.edm(lambda_free), at_noise),
     "k_diffusion": (lambda: interop.k_diffusion(network()), at_noise),

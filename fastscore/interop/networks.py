@@ -131,7 +131,7 @@ class _Denoiser(_Adapter):
     def forward(self, x, sigma):
         sigma = self.each(x, sigma)
         denoised = self.like(self.network(x, sigma, **self.arguments).to(x.dtype), x)
-        return conversions.denoiser_to_score(denoised, x, sigma)
+        return conversions.convert(denoised, x, sigma, kind="denoiser", to="score")
 
 
 def k_diffusion(model, **arguments):
