@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import fastscore
 from fastscore import backend as backends
-from fastscore.ops.activate_dual import activate_dual
+from fastscore.ops.activate import activate_dual
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "build_support"))
 import emulate

@@ -81,8 +81,8 @@ def noise_kernels():
     """(name, kernel, constants, types, aligned): the fast path of each launcher, an offset at a block's start."""
     from fastscore.kernels import tiles
     from fastscore.kernels.denoising_loss import noise_reduce_kernel
-    from fastscore.kernels.langevin_step import noisy_update_kernel
-    from fastscore.kernels.rademacher_jvp import project_kernel, spread_kernel
+    from fastscore.kernels.noisy_update import noisy_update_kernel
+    from fastscore.kernels.rademacher_project import project_kernel, spread_kernel
     from fastscore.kernels.random import fill_kernel
 
     BLOCK, REDUCED = (tiles.TABLE["default"][kernel]["BLOCK"] for kernel in ("fill", "noise_reduce"))

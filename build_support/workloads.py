@@ -13,9 +13,9 @@ import torch
 
 import fastscore
 from fastscore import random
-from fastscore.ops.activate_dual import activate_dual
+from fastscore.ops.activate import activate_dual
 from fastscore.ops.activate_jet import activate_jet
-from fastscore.ops.rademacher_jvp import project
+from fastscore.ops.rademacher_project import project
 
 EMULATED = os.environ.get("FASTSCORE_EMULATED") == "1"   # a dry run: build_support/emulate.py, tiny sizes
 DEVICE = "cpu" if EMULATED else "cuda"

@@ -4,12 +4,12 @@ import functools
 
 import torch
 
-from fastscore.kernels import launch_normalise, launch_rademacher_jvp, sum_splits
-from fastscore.kernels.activate_dual import activate_dual_gradient_kernel, activate_dual_kernel
+from fastscore.kernels import launch_normalise, launch_rademacher_project, sum_splits
+from fastscore.kernels.activate import activate_dual_gradient_kernel, activate_dual_kernel
 from fastscore.kernels.activate_jet import activate_jet_gradient_kernel, activate_jet_kernel
 from fastscore.kernels.denoising_loss import noise_reduce_kernel
-from fastscore.kernels.langevin_step import noisy_update_kernel
 from fastscore.kernels.launch import cdiv, launch, power_of_two
+from fastscore.kernels.noisy_update import noisy_update_kernel
 from fastscore.kernels.random import fill_kernel, sign_kernel
 from fastscore.kernels.tiles import tile
 
@@ -21,8 +21,8 @@ SCHEMAS = {
     "int stream, int offset, int reduction) -> ()",
     "normalise": launch_normalise.FORWARD,
     "normalise_backward": launch_normalise.BACKWARD,
-    "rademacher_project": launch_rademacher_jvp.PROJECT,
-    "rademacher_spread": launch_rademacher_jvp.SPREAD,
+    "rademacher_project": launch_rademacher_project.PROJECT,
+    "rademacher_spread": launch_rademacher_project.SPREAD,
     "activate_dual": "activate_dual(Tensor(a!) out, Tensor s, Tensor? g, int activation) -> ()",
     "activate_jet": "activate_jet(Tensor(a!) out, Tensor s, Tensor? g, int directions, int activation) -> ()",
 }
@@ -191,8 +191,8 @@ LAUNCHERS = {
     "noise_reduce": _noise_reduce,
     "normalise": launch_normalise.normalise,
     "normalise_backward": launch_normalise.normalise_backward,
-    "rademacher_project": launch_rademacher_jvp.project,
-    "rademacher_spread": launch_rademacher_jvp.spread,
+    "rademacher_project": launch_rademacher_project.project,
+    "rademacher_spread": launch_rademacher_project.spread,
     "activate_dual": _activate_dual,
     "activate_jet": _activate_jet,
 }

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastscore.kernels import activation
-from fastscore.kernels.activate_dual import lanes
+from fastscore.kernels.activate import lanes
 from fastscore.kernels.philox import int64, narrow
 
 

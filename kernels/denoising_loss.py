@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastscore.kernels.langevin_step import coefficient
+from fastscore.kernels.noisy_update import coefficient
 from fastscore.kernels.philox import KEY, polar_of_rows
 
 

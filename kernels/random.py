@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fastscore.kernels.philox import KEY, inside, int64, narrow, polar_of_tile, words_of_tile
-from fastscore.kernels.rademacher_jvp import signed, signs
+from fastscore.kernels.rademacher_project import signed, signs
 
 
 @triton.jit(do_not_specialize=KEY)

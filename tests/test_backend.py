@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import fastscore
 from fastscore import backend as backends
 from fastscore import losses, ops
-from fastscore.ops.activate_dual import activate_dual
+from fastscore.ops.activate import activate_dual
 from fastscore.ops.activate_jet import activate_jet
 
 KEY = {"seed": 3, "step": 1}

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_activate_dual import close as near
-from test_activate_dual import exact, exact_gradient, problem
+from test_activate import close as near
+from test_activate import exact, exact_gradient, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastscore
 from fastscore import backend as backends
 from fastscore import losses, random
 from fastscore.models import EnergyMLP, EnergyScore, ScoreMLP
-from fastscore.ops.activate_dual import _SLOPES, activate_dual
+from fastscore.ops.activate import _SLOPES, activate_dual
 from fastscore.ops.activate_jet import activate_jet, activate_jet_ref
 from fastscore.ops.normalise import ACTIVATIONS, Form, _dual_ref, _gradient_ref, _normalise, normalise, normalise_ref
-from fastscore.ops.rademacher_jvp import project, project_ref
+from fastscore.ops.rademacher_project import project, project_ref
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -230,7 +230,7 @@ def test_sums_over_long_samples_take_two_launches(norm_backend, monkeypatch):
             operations.append(str(function))
             return function(*args, **kwargs or {})
 
-    for module in (kernels, kernels.launch_rademacher_jvp, kernels.sum_splits):
+    for module in (kernels, kernels.launch_rademacher_project, kernels.sum_splits):
         real = module.launch
         monkeypatch.setattr(module, "launch", lambda *args, real=real, **named: (launched.append(args[0]), real(*args, **named)))
     s, js = torch.randn(2, 20_000, device=DEVICE), torch.randn(2, 2, 20_000, device=DEVICE)

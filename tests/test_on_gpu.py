@@ -56,7 +56,7 @@ def test_build_and_ceilings(parts):
 
 SHORT = {
     "check": "group_size and cuda and 300",
-    "bench-ops/langevin_step": "langevin_step and 12 and float32",
+    "bench-ops/noisy_update": "langevin_step and 12 and float32",
     "bench-losses/energy": "energy_mlp and 2-128-1024-1",
     "bench-loops": "annealed",
     "tune": "activate",

@@ -10,7 +10,7 @@ if (reason := backend.why_not("triton", "cpu")) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 from fastscore.kernels import tiles
-from fastscore.ops.activate_dual import activate_dual
+from fastscore.ops.activate import activate_dual
 
 OTHERS = [(name, kernel, entry) for name, entries in tiles.TABLE.items() if name != "default" for kernel, entry in entries.items()]
 

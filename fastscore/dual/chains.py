@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from fastscore import backend as _backend
 from fastscore.dual.functions import activate_stack, add_bias, in_half, linear_in_half
-from fastscore.ops.activate_dual import activated
-from fastscore.ops.activate_dual import gradient as activation_gradient
+from fastscore.ops.activate import activated
+from fastscore.ops.activate import gradient as activation_gradient
 from fastscore.ops.functions import Direct
 
 

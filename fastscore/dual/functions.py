@@ -4,7 +4,7 @@ import torch
 
 from fastscore import backend as _backend
 from fastscore.ops import normalise as core
-from fastscore.ops.activate_dual import activate_dual as activate_stack  # noqa: F401
+from fastscore.ops.activate import activate_dual as activate_stack  # noqa: F401
 from fastscore.ops.functions import Direct, quick, save, saved
 
 

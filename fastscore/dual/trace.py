@@ -4,7 +4,7 @@ from fastscore import backend as _backend
 from fastscore import random
 from fastscore.dual.numbers import jvp
 from fastscore.ops import checks
-from fastscore.ops.rademacher_jvp import project, project_ref, signs
+from fastscore.ops.rademacher_project import project, project_ref, signs
 from fastscore.scalars import function
 
 

@@ -9,7 +9,7 @@ from fastscore import backend as backends
 from fastscore import dual, random, scalars
 from fastscore.models.energy import EnergyScore
 from fastscore.ops import checks
-from fastscore.ops.rademacher_jvp import project_stack, signs
+from fastscore.ops.rademacher_project import project_stack, signs
 from fastscore.tensors import dense
 
 DISTRIBUTIONS = ("rademacher", "gaussian", "sphere")

@@ -22,8 +22,8 @@ from torch.nn.modules.module import (
 )
 
 from fastscore import backend as _backend
-from fastscore.ops.activate_dual import _SLOPES, activated
-from fastscore.ops.activate_dual import gradient as activation_gradient
+from fastscore.ops.activate import _SLOPES, activated
+from fastscore.ops.activate import gradient as activation_gradient
 from fastscore.ops.functions import Direct
 
 _ACTIVATIONS = {

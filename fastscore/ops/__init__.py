@@ -8,7 +8,7 @@ from fastscore.ops.instance_norm_plus import (
     instance_norm_plus,
     instance_norm_plus_dual,
 )
-from fastscore.ops.langevin_step import langevin_step, noisy_update, perturb
+from fastscore.ops.noisy_update import langevin_step, noisy_update, perturb
 
 __all__ = [
     "conditional_instance_norm_plus",

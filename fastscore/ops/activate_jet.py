@@ -4,7 +4,7 @@ import torch
 
 from fastscore import backend as _backend
 from fastscore.compiling import allow_in_graph
-from fastscore.ops.activate_dual import _CODES, _SLOPES, _plain, times_slope
+from fastscore.ops.activate import _CODES, _SLOPES, _plain, times_slope
 from fastscore.ops.functions import contiguous, quick
 
 

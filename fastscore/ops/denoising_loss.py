@@ -7,7 +7,7 @@ from fastscore import random
 from fastscore.compiling import allow_in_graph
 from fastscore.ops import checks
 from fastscore.ops.functions import plain, quick
-from fastscore.ops.langevin_step import LOSS, noise_dot, reduce, refuse_mapped_key, update
+from fastscore.ops.noisy_update import LOSS, noise_dot, reduce, refuse_mapped_key, update
 
 
 def denoising_loss(score, sigma, *, noise=None, seed=None, step=0, offset=0, backend=None):

@@ -6,7 +6,7 @@ import warnings
 import torch
 
 from fastscore import random
-from fastscore.ops.langevin_step import LOSS, reduce
+from fastscore.ops.noisy_update import LOSS, reduce
 from fastscore.sampling.state import State, begin, check_count, check_updates, choice, norm, number, shifted, spread
 from fastscore.schedules import check_ladder
 

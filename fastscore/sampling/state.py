@@ -13,7 +13,7 @@ from fastscore.losses.projections import check_score
 from fastscore.messages import printed, shown
 from fastscore.modes import evaluated
 from fastscore.ops import checks
-from fastscore.ops.langevin_step import update
+from fastscore.ops.noisy_update import update
 from fastscore.sampling.asking import asked, single
 from fastscore.scalars import choice as choice
 from fastscore.scalars import offset

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import fastscore
 from fastscore import backend as backends
 from fastscore import random
-from fastscore.ops.rademacher_jvp import _layout, project, project_ref, run_spread, signs
+from fastscore.ops.rademacher_project import _layout, project, project_ref, run_spread, signs
 
 KEY = {"seed": 2**40 + 3, "step": 2}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

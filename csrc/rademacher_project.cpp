@@ -1,4 +1,4 @@
-#include "rademacher_jvp.h"
+#include "rademacher_project.h"
 
 #include "vector_cpu.h"
 

@@ -1,4 +1,4 @@
-#include "langevin_step.h"
+#include "noisy_update.h"
 
 #include "vector_cpu.h"
 

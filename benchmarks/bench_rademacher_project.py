@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastscore import random
-from fastscore.ops.rademacher_jvp import project, project_ref
+from fastscore.ops.rademacher_project import project, project_ref
 
 NUMBERS = (1, 0, random.PROJECTION, 0)
 

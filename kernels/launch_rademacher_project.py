@@ -3,7 +3,7 @@
 import torch
 
 from fastscore.kernels.launch import cdiv, launch, power_of_two
-from fastscore.kernels.rademacher_jvp import project_kernel, spread_kernel
+from fastscore.kernels.rademacher_project import project_kernel, spread_kernel
 from fastscore.kernels.sum_splits import sum_splits
 
 PROJECT = (

@@ -9,7 +9,7 @@ from fastscore import random
 from fastscore.compiling import allow_in_graph
 from fastscore.ops import checks
 from fastscore.ops.functions import Direct, contiguous, plain, quick, save, saved
-from fastscore.ops.langevin_step import refuse_mapped_key
+from fastscore.ops.noisy_update import refuse_mapped_key
 
 
 def project_ref(s, js, v):

@@ -92,7 +92,7 @@ def test_out_may_overlap_anything(backend):
 @pytest.mark.parametrize("terms", ["x", "direction", "both"])
 def test_a_split_batch_is_the_whole_batch_to_the_bit(terms):
     """Whole groups and pieces of groups take different loops; so do -0 and terms that are not there."""
-    step = sys.modules["fastscore.ops.langevin_step"]
+    step = sys.modules["fastscore.ops.noisy_update"]
     x, d = torch.randn(1000), torch.randn(1000)
     x[::7], d[::5] = -0.0, -0.0
     x, d = x if terms != "direction" else None, d if terms != "x" else None

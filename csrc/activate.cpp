@@ -1,4 +1,4 @@
-#include "activate_dual.h"
+#include "activate.h"
 
 #include "activation_cpu.h"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastscore import backend as backends
-from fastscore.ops.activate_dual import _CODES, _SLOPES, activate_dual
+from fastscore.ops.activate import _CODES, _SLOPES, activate_dual
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
