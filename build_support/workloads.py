@@ -13,8 +13,7 @@ import torch
 
 import fastscore
 from fastscore import random
-from fastscore.ops.activate import activate_dual
-from fastscore.ops.activate_jet import activate_jet
+from fastscore.ops.activate import activate_dual, activate_jet
 from fastscore.ops.rademacher_project import project
 
 EMULATED = os.environ.get("FASTSCORE_EMULATED") == "1"   # a dry run: build_support/emulate.py, tiny sizes

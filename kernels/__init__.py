@@ -5,8 +5,12 @@ import functools
 import torch
 
 from fastscore.kernels import launch_normalise, launch_rademacher_project, sum_splits
-from fastscore.kernels.activate import activate_dual_gradient_kernel, activate_dual_kernel
-from fastscore.kernels.activate_jet import activate_jet_gradient_kernel, activate_jet_kernel
+from fastscore.kernels.activate import (
+    activate_dual_gradient_kernel,
+    activate_dual_kernel,
+    activate_jet_gradient_kernel,
+    activate_jet_kernel,
+)
 from fastscore.kernels.denoising_loss import noise_reduce_kernel
 from fastscore.kernels.launch import cdiv, launch, power_of_two
 from fastscore.kernels.noisy_update import noisy_update_kernel

@@ -11,8 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import fastscore
 from fastscore import backend as backends
 from fastscore import losses, ops
-from fastscore.ops.activate import activate_dual
-from fastscore.ops.activate_jet import activate_jet
+from fastscore.ops.activate import activate_dual, activate_jet
 
 KEY = {"seed": 3, "step": 1}
 NET = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 4))

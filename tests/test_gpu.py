@@ -21,8 +21,7 @@ import fastscore
 from fastscore import backend as backends
 from fastscore import losses, random
 from fastscore.models import EnergyMLP, EnergyScore, ScoreMLP
-from fastscore.ops.activate import _SLOPES, activate_dual
-from fastscore.ops.activate_jet import activate_jet, activate_jet_ref
+from fastscore.ops.activate import _SLOPES, activate_dual, activate_jet, activate_jet_ref
 from fastscore.ops.normalise import ACTIVATIONS, Form, _dual_ref, _gradient_ref, _normalise, normalise, normalise_ref
 from fastscore.ops.rademacher_project import project, project_ref
 

@@ -12,7 +12,7 @@ from fastscore import losses
 from fastscore.dual.jets import Jet, second_order
 from fastscore.dual.numbers import NoRule
 from fastscore.models import EnergyMLP, EnergyScore
-from fastscore.ops.activate_jet import activate_jet, activate_jet_ref
+from fastscore.ops.activate import activate_jet, activate_jet_ref
 
 
 def conv(inputs, outputs, stride=1):

@@ -21,8 +21,7 @@ from torch.utils import _pytree as pytree
 import fastscore
 from fastscore import backend as backends
 from fastscore import losses, ops, random
-from fastscore.ops.activate import activate_dual
-from fastscore.ops.activate_jet import activate_jet
+from fastscore.ops.activate import activate_dual, activate_jet
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -16,8 +16,7 @@ from fastscore.ops import (
     noisy_update,
     perturb,
 )
-from fastscore.ops.activate import activate_dual
-from fastscore.ops.activate_jet import activate_jet
+from fastscore.ops.activate import activate_dual, activate_jet
 
 
 def _version(package):

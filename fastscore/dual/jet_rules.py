@@ -14,7 +14,7 @@ from fastscore.dual import norms, numbers
 from fastscore.dual import rules as first_order
 from fastscore.dual.rules import rule, shape_of
 from fastscore.ops import normalise as core
-from fastscore.ops.activate_jet import activate_jet
+from fastscore.ops.activate import activate_jet
 
 RULES = {}
 VALUES = numbers._VALUES - {torch.Tensor.numpy, numbers._DATA}   # which a variable refuses, or whose writes nobody sees
