@@ -97,7 +97,7 @@ def test_finite_differences_converge_to_sliced(unet, data):
         return unet(x, 3).sample
 
     def error(epsilon):
-        return float((vector(losses.finite_difference_sliced(score, data, projections=2, seed=2, epsilon=epsilon)) - target).norm())
+        return float((vector(losses.finite_difference_sliced(score, data, projections=2, seed=2, radius=epsilon)) - target).norm())
 
     target = vector(losses.sliced(score, data, projections=2, seed=2))
     errors = [error(0.02), error(0.01)]

@@ -246,7 +246,7 @@ def test_a_mask_leaves_the_loss_of_the_observed_coordinates(loss, variance_reduc
         return linear(torch.cat([y, x[:, 2:]], 1)).sin()[:, :2]
 
     # h = ε/√d counts all coordinates.
-    options = [{"epsilon": e} if loss is losses.finite_difference_sliced else {} for e in (0.1, 0.1 * math.sqrt(2 / 3))]
+    options = [{"radius": e} if loss is losses.finite_difference_sliced else {} for e in (0.1, 0.1 * math.sqrt(2 / 3))]
     masked = loss(lambda x: linear(x).sin(), x, v=v, mask=mask, variance_reduced=variance_reduced, **options[0])
     expected = loss(observed, x[:, :2], v=v[:, :, :2], variance_reduced=variance_reduced, **options[1])
     torch.testing.assert_close(masked, expected, rtol=1e-12, atol=1e-12)
@@ -324,7 +324,7 @@ def test_finite_differences_converge_to_the_sliced_loss_with_order_two(variance_
     for quantity in (lambda t: t.detach(), gradient):
         target = quantity(losses.sliced(net, x, **options))
         errors = [
-            float((quantity(losses.finite_difference_sliced(net, x, epsilon=e, **options)) - target).norm()) for e in (0.02, 0.01)
+            float((quantity(losses.finite_difference_sliced(net, x, radius=e, **options)) - target).norm()) for e in (0.02, 0.01)
         ]
         assert 1.9 < math.log2(errors[0] / errors[1]) < 2.1 and errors[1] < 1e-2 * float(target.norm())
 
@@ -335,7 +335,7 @@ def test_finite_differences_are_the_papers_form():
     v = directions("t", x, 1, "sphere", seed=3)[0] * epsilon / math.sqrt(3)
     plus, minus = score(x + v), score(x - v)
     paper = ((plus - minus) * v).sum(1) / 2 + ((plus + minus) * v).sum(1).square() / 8
-    loss = losses.finite_difference_sliced(score, x, distribution="sphere", variance_reduced=False, epsilon=epsilon, seed=3)
+    loss = losses.finite_difference_sliced(score, x, distribution="sphere", variance_reduced=False, radius=epsilon, seed=3)
     torch.testing.assert_close(loss, 3 / epsilon**2 * paper, rtol=1e-12, atol=1e-12)
 
 
@@ -418,9 +418,9 @@ X = torch.zeros(2, 3)
         (lambda: losses.noise_conditional(linear, [X], [1.0], seed=0), "noise_conditional: x must be a tensor; got list"),
         (lambda: losses.sliced(lambda x: x[:, :2], X), r"sliced: score\(x\) must have the shape of x, \(2, 3\); got \(2, 2\)"),
         (lambda: losses.finite_difference_sliced(lambda x: x[:1], X), r"score\(x\) must have the shape of x"),
-        (lambda: losses.finite_difference_sliced(torch.sin, X, epsilon=0), "epsilon must be a number > 0"),
-        (lambda: losses.finite_difference_sliced(torch.sin, X, epsilon=1e-30), "epsilon must be at least .*, the rounding of torch.float"),
-        (lambda: losses.finite_difference_sliced(torch.sin, X, epsilon=-1.0), "epsilon must be finite and >= 0"),
+        (lambda: losses.finite_difference_sliced(torch.sin, X, radius=0), "radius must be a number > 0"),
+        (lambda: losses.finite_difference_sliced(torch.sin, X, radius=1e-30), "radius must be at least .*, the rounding of torch.float"),
+        (lambda: losses.finite_difference_sliced(torch.sin, X, radius=-1.0), "radius must be finite and >= 0"),
         (lambda: losses.exact(torch.sin, X, chunk=0), "chunk must be an int of at least 1"),
         (lambda: losses.exact(torch.sin, X, target=X[:1]), "target must have the shape of x"),
         (lambda: losses.exact(torch.sin, torch.tensor(1.0)), "got a 0-d tensor"),

@@ -26,7 +26,7 @@ def every_loss(net, x, offset=0):
     yield "exact", losses.exact(net, x)
     for form in (True, False):
         yield f"sliced {form}", losses.sliced(net, x, projections=2, variance_reduced=form, **key)
-        yield f"finite-difference {form}", losses.finite_difference_sliced(net, x, variance_reduced=form, epsilon=1.0, **key)
+        yield f"finite-difference {form}", losses.finite_difference_sliced(net, x, variance_reduced=form, radius=1.0, **key)
     yield "one sigma", losses.denoising(lambda x, sigma: net(x), x, 0.5, **key)
     for method in losses.METHODS:
         yield f"ladder {method}", losses.noise_conditional(lambda x, sigma: net(x), x, SIGMAS, method=method, **key)
@@ -91,7 +91,7 @@ def test_compiled_training_step_equals_the_eager_one():
     eager = {name: (loss.detach(), gradient(net, loss)) for name, loss in every_loss(net, x)}
     steps = {
         "sliced True": lambda x: losses.sliced(net, x, projections=2, seed=3).mean(),
-        "finite-difference False": lambda x: losses.finite_difference_sliced(net, x, variance_reduced=False, epsilon=1.0, seed=3).mean(),
+        "finite-difference False": lambda x: losses.finite_difference_sliced(net, x, variance_reduced=False, radius=1.0, seed=3).mean(),
         "exact": lambda x: losses.exact(net, x).mean(),
         "one sigma": lambda x: losses.denoising(lambda x, sigma: net(x), x, 0.5, seed=3).mean(),
         "ladder denoising": lambda x: losses.noise_conditional(lambda x, sigma: net(x), x, SIGMAS, seed=3).mean(),

@@ -91,7 +91,7 @@ CALLS = {   # name in messages: (call, its arguments)
     "denoising": (losses.denoising, {"score": pull, "x": X, "sigma": 0.5, **KEY}),
     "sliced": (losses.sliced, {"score": torch.sin, "x": X, "projections": 2, **KEY}),
     "exact": (losses.exact, {"score": torch.sin, "x": X, "chunk": 2}),
-    "finite_difference_sliced": (losses.finite_difference_sliced, {"score": torch.sin, "x": X, "projections": 2, "epsilon": 0.1, **KEY}),
+    "finite_difference_sliced": (losses.finite_difference_sliced, {"score": torch.sin, "x": X, "projections": 2, "radius": 0.1, **KEY}),
     "noise_conditional": (
         losses.noise_conditional,
         {"score": pull, "x": X, "sigmas": SIGMAS, "power": 2, "method": "sliced", "projections": 2, "seed": 3, "step": 1, "offset": 6},
@@ -142,10 +142,10 @@ CALLS = {   # name in messages: (call, its arguments)
     "technique4_step_size": (schedules.technique4_step_size, {"sigmas": SIGMAS, "steps_per_level": 3}),
     "variance_ratio": (schedules.variance_ratio, {"gamma": 1.1, "steps_per_level": 5, "eta": 0.1, "start": 1.0}),
     "variance_ratios": (schedules.variance_ratios, {"sigmas": SIGMAS, "steps_per_level": 5, "step_size": 1e-3}),
-    "to_epsilon": (schedules.to_epsilon, {"step_lr": 0.1}),
-    "to_step_lr": (schedules.to_step_lr, {"epsilon": 0.1}),
-    "snr_to_epsilon": (schedules.snr_to_epsilon, {"snr": 0.1, "sigma": 0.5}),
-    "epsilon_to_snr": (schedules.epsilon_to_snr, {"epsilon": 0.1, "sigma": 0.5}),
+    "step_size_from_lr": (schedules.step_size_from_lr, {"step_lr": 0.1}),
+    "lr_from_step_size": (schedules.lr_from_step_size, {"step_size": 0.1}),
+    "step_size_from_snr": (schedules.step_size_from_snr, {"snr": 0.1, "sigma": 0.5}),
+    "snr_from_step_size": (schedules.snr_from_step_size, {"step_size": 0.1, "sigma": 0.5}),
     "sigmas_of": (schedules.sigmas_of, {"alphas_cumprod": 0.5}),
     "alphas_cumprod": (schedules.alphas_cumprod, {"sigmas": 0.5}),
     "timesteps_of": (lambda **o: schedules.timesteps_of(alphas_cumprod=torch.tensor([0.9, 0.1]), **o), {"sigma": 0.5}),
@@ -333,7 +333,7 @@ def test_the_plan_is_the_list_of_its_updates(predictor, corrections, denoise):
 def test_arrays_and_tensors_of_numbers_are_taken_where_they_were():
     """Elementwise conversions of numpy's arrays, a shift for each channel, and a ladder of one level."""
     half, table = np.array([0.5]), np.array([0.5, 0.2])
-    assert schedules.to_epsilon(half) == 1.0 and schedules.sigmas_of(table).tolist() == [1.0, 2.0]
+    assert schedules.step_size_from_lr(half) == 1.0 and schedules.sigmas_of(table).tolist() == [1.0, 2.0]
     assert np.allclose(schedules.alphas_cumprod(np.array([1.0, 2.0])), table)
     with pytest.raises(ValueError, match="sigmas_of: alphas_cumprod must be a finite number > 0"):
         schedules.sigmas_of(np.array([0.5, 0.0]))

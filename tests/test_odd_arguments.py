@@ -368,7 +368,7 @@ def slicing(draw):
 
 
 def differences(draw):
-    return slicing(draw) | {"epsilon": 0.1}
+    return slicing(draw) | {"radius": 0.1}
 
 
 def exactly(draw):

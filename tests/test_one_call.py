@@ -112,7 +112,7 @@ def test_chunks_and_differences_see_one_draw(name):
     seeded()
     sliced = losses.sliced(f, x.clone(), v=v)
     seeded()
-    differences = losses.finite_difference_sliced(f, x.clone(), v=v, epsilon=1e-4)
+    differences = losses.finite_difference_sliced(f, x.clone(), v=v, radius=1e-4)
     assert torch.allclose(differences, sliced, rtol=1e-5) and torch.equal(torch.get_rng_state(), after)
 
 
@@ -286,7 +286,7 @@ def test_known_layers_to_which_a_draw_was_added_see_one_draw(way, seed):
     try:
         results = []
         for loss in (lambda: losses.exact(f, x), lambda: losses.exact(f, x, chunk=1),
-                     lambda: losses.finite_difference_sliced(f, x, v=torch.ones_like(x), epsilon=1e-3)):  # fmt: skip
+                     lambda: losses.finite_difference_sliced(f, x, v=torch.ones_like(x), radius=1e-3)):  # fmt: skip
             torch.manual_seed(seed)
             results.append(loss().item())
     finally:

@@ -33,13 +33,13 @@ FLOATS = {
         fastscore.instance_norm_plus_dual(x[:, :, None] + SHIFT, (x[:, :, None] * SHIFT)[None], GAMMA, GAMMA, eps=a)[1:]
     ),
     "power": lambda x, a: losses.noise_conditional(lambda x, sigma: -x, x, [2.0, 0.1], power=a, **KEY),
-    "epsilon": lambda x, a: losses.finite_difference_sliced(LAYER, x, epsilon=a, **KEY),
+    "radius": lambda x, a: losses.finite_difference_sliced(LAYER, x, radius=a, **KEY),
     "step_size with noise": lambda x, a: fastscore.langevin_step(x, -x, a, noise=x),
 }
 BROKEN = {   # by graph breaks
     "power of sliced": lambda x, a: losses.noise_conditional(lambda x, s: -x * x, x, [2.0, 0.1], method="sliced", power=a, **KEY),
     "power of exact": lambda x, a: losses.noise_conditional(lambda x, s: -x * x, x, [2.0, 0.1], method="exact", power=a, **KEY),
-    "epsilon of a function": lambda x, a: losses.finite_difference_sliced(lambda x: -x * x, x, epsilon=a, **KEY),
+    "radius of a function": lambda x, a: losses.finite_difference_sliced(lambda x: -x * x, x, radius=a, **KEY),
 }
 INTEGERS = {
     "langevin_step": lambda x, k: fastscore.langevin_step(x, -x, 0.1, offset=k, **KEY),

@@ -191,7 +191,7 @@ def test_presets_run_and_cost_what_was_published():
 def test_geometric_ladder_and_step_conventions():
     ladder = schedules.geometric(50.0, 0.01, 7)
     assert float(ladder[0]) == 50 and torch.allclose(ladder[1:] / ladder[:-1], torch.full((6,), (0.01 / 50) ** (1 / 6)))
-    assert schedules.to_step_lr(schedules.to_epsilon(2e-5)) == 2e-5 and schedules.to_epsilon(1.0) == 2.0
+    assert schedules.lr_from_step_size(schedules.step_size_from_lr(2e-5)) == 2e-5 and schedules.step_size_from_lr(1.0) == 2.0
 
 
 def test_noise_conditional_loss_reaches_its_floor():

@@ -124,9 +124,9 @@ def test_more_overlap_takes_more_levels():
 def test_technique_4_gives_the_official_step_sizes(dim, sigma_max, levels, T, calls, step_lr):
     epsilon = schedules.technique4_step_size(schedules.geometric(sigma_max, 0.01, levels), T)
     if step_lr is not None:
-        assert round(schedules.to_step_lr(epsilon), 7) == step_lr
+        assert round(schedules.lr_from_step_size(epsilon), 7) == step_lr
     else:
-        assert round(schedules.to_step_lr(epsilon), 8) == 2.31e-6
+        assert round(schedules.lr_from_step_size(epsilon), 8) == 2.31e-6
 
 
 @pytest.mark.parametrize(
@@ -250,9 +250,9 @@ def test_recipe_prints_what_sample_takes(capsys):
 
 def test_snr_of_score_sde_reproduces_both_published_step_sizes():
     # score_sde's annealed corrector with r = 0.316 is NCSN, with r = 0.176 NCSNv2: η/σ_L² = 0.2 and 0.062.
-    assert schedules.to_step_lr(schedules.snr_to_epsilon(0.316, 0.01)) == pytest.approx(2e-5, rel=2e-3)
-    assert schedules.to_step_lr(schedules.snr_to_epsilon(0.176, 0.01)) == pytest.approx(6.2e-6, rel=2e-3)
-    assert schedules.epsilon_to_snr(schedules.snr_to_epsilon(0.16, 3.0), 3.0) == pytest.approx(0.16, rel=1e-15)
+    assert schedules.lr_from_step_size(schedules.step_size_from_snr(0.316, 0.01)) == pytest.approx(2e-5, rel=2e-3)
+    assert schedules.lr_from_step_size(schedules.step_size_from_snr(0.176, 0.01)) == pytest.approx(6.2e-6, rel=2e-3)
+    assert schedules.snr_from_step_size(schedules.step_size_from_snr(0.16, 3.0), 3.0) == pytest.approx(0.16, rel=1e-15)
 
 
 def test_karras_ladder_is_edms():

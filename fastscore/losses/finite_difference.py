@@ -21,7 +21,7 @@ def finite_difference_sliced(
     distribution="rademacher",
     v=None,
     mask=None,
-    epsilon=0.1,
+    radius=0.1,
     seed=None,
     step=0,
     offset=0,
@@ -30,14 +30,14 @@ def finite_difference_sliced(
 
         L_b = 1/M Σ_m v_mᵀ(s₊ - s₋)/(2h) + ½ ‖(s₊ + s₋)/2‖²             variance reduced
         L_b = 1/M Σ_m v_mᵀ(s₊ - s₋)/(2h) + ½ (v_mᵀ(s₊ + s₋)/2)²         plain
-        s± = s(x_b ± h v_m),    h = ε/√d
+        s± = s(x_b ± h v_m),    h = r/√d
 
     Central differences: s₊ - s₋ = 2h J v + O(h³) and s₊ + s₋ = 2 s + O(h²), so L is `sliced` at the same v up to O(h²). The plain form
-    is d/ε² times the paper's v'ᵀ(s₊ - s₋)/2 + (v'ᵀ(s₊ + s₋))²/8, v' = h v of length ε. The factor makes the loss that of `sliced`
-    instead of one that shrinks with d. Rounding grows as 1/h: below ε ~ 1e-2 float32 loses more than the smaller step gains.
+    is d/r² times the paper's v'ᵀ(s₊ - s₋)/2 + (v'ᵀ(s₊ + s₋))²/8, v' = h v of length r. The factor makes the loss that of `sliced`
+    instead of one that shrinks with d. Rounding grows as 1/h: below r ~ 1e-2 float32 loses more than the smaller step gains.
 
     Args:
-        epsilon: ε, the length of h v (exactly for signs and the sphere, on average for normals); at least the rounding of x's dtype.
+        radius: r, the length of h v (exactly for signs and the sphere, on average for normals); at least the rounding of x's dtype.
         Everything else as in `sliced`; 2M evaluations of the score, which draw the same random numbers, and of which the first moves its
             state (running statistics, buffers, counters, what hooks note). Hooks run each time.
 
@@ -57,12 +57,12 @@ def finite_difference_sliced(
     check_data(op, x, score)
     v = directions(op, x, projections, distribution, v, mask, seed, step, offset)
     variance_reduced = checks.flag(op, "variance_reduced", variance_reduced)
-    epsilon = checks.coefficient(op, "epsilon", epsilon, x, minimum=0)
-    if not isinstance(epsilon, float) or epsilon == 0:
-        raise ValueError(f"{op}: epsilon must be a number > 0; got {checks.shown(epsilon)}.")
-    if epsilon < (least := torch.finfo(x.dtype).eps):   # x ± h v would be x
-        raise ValueError(f"{op}: epsilon must be at least {least:.3g}, the rounding of {x.dtype}; got {epsilon}.")
-    h = epsilon / math.sqrt(max(1, x[:1].numel()))
+    radius = checks.coefficient(op, "radius", radius, x, minimum=0)
+    if not isinstance(radius, float) or radius == 0:
+        raise ValueError(f"{op}: radius must be a number > 0; got {checks.shown(radius)}.")
+    if radius < (least := torch.finfo(x.dtype).eps):   # x ± h v would be x
+        raise ValueError(f"{op}: radius must be at least {least:.3g}, the rounding of {x.dtype}; got {radius}.")
+    h = radius / math.sqrt(max(1, x[:1].numel()))
     if not torch.compiler.is_compiling():
         return _mean(op, score, x, v, mask, h, variance_reduced, Once(x.device, score))
     h = checks.in_graph(h, x)

@@ -5,7 +5,7 @@ import math
 import torch
 
 from fastscore.sampling.state import State, begin, check_count, epsilon, shifted, spread
-from fastscore.schedules import check_ladder, to_epsilon
+from fastscore.schedules import check_ladder, step_size_from_lr
 
 
 def consistent_annealed(
@@ -44,7 +44,7 @@ def consistent_annealed(
 def _eta(op, sigmas, step_size, step_lr, x):
     """η, a float or a tensor, inside the interval where every β is real."""
     gamma = min((b / a for a, b in zip(sigmas, sigmas[1:])), default=1.0)
-    scale = to_epsilon(sigmas[-1] ** 2)
+    scale = step_size_from_lr(sigmas[-1] ** 2)
     if step_size is None and step_lr is None:
         return min(1.0, 1.5 * (1 - gamma))
     e = epsilon(op, step_size, step_lr, x)

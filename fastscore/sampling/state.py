@@ -17,7 +17,7 @@ from fastscore.ops.noisy_update import update
 from fastscore.sampling.asking import asked, single
 from fastscore.scalars import choice as choice
 from fastscore.scalars import offset
-from fastscore.schedules import to_epsilon
+from fastscore.schedules import step_size_from_lr
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -164,7 +164,7 @@ def epsilon(op, step_size, step_lr, x):
         found = "neither" if step_size is None else "both"
         raise ValueError(f"{op}: give either step_size (ε) or step_lr (NCSN's η = ε/2); got {found}.")
     if step_size is None:
-        return to_epsilon(checks.coefficient(op, "step_lr", step_lr, x, minimum=0))
+        return step_size_from_lr(checks.coefficient(op, "step_lr", step_lr, x, minimum=0))
     return checks.coefficient(op, "step_size", step_size, x, minimum=0)
 
 

@@ -1,6 +1,11 @@
 """Choosing noise levels: ladders, NCSNv2's techniques 1, 2 and 4, recipes for a budget, and the step-size conventions of others."""
 
-from fastscore.schedules.conventions import epsilon_to_snr, snr_to_epsilon, to_epsilon, to_step_lr
+from fastscore.schedules.conventions import (
+    lr_from_step_size,
+    snr_from_step_size,
+    step_size_from_lr,
+    step_size_from_snr,
+)
 from fastscore.schedules.distance import DistanceBounds, distance_bounds, max_pairwise_distance
 from fastscore.schedules.ladders import check_ladder, geometric, karras, linear
 from fastscore.schedules.recipes import Recipe, recipe
@@ -13,20 +18,20 @@ __all__ = [
     "alphas_cumprod",
     "check_ladder",
     "distance_bounds",
-    "epsilon_to_snr",
     "geometric",
     "karras",
     "level_overlap",
     "linear",
+    "lr_from_step_size",
     "max_pairwise_distance",
     "number_of_levels",
     "recipe",
     "sigmas_of",
-    "snr_to_epsilon",
+    "snr_from_step_size",
+    "step_size_from_lr",
+    "step_size_from_snr",
     "technique4_step_size",
     "timesteps_of",
-    "to_epsilon",
-    "to_step_lr",
     "variance_ratio",
     "variance_ratios",
     "vp",

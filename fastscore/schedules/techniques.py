@@ -126,7 +126,7 @@ def technique4_step_size(sigmas, steps_per_level):
         sigmas: geometric ladder (L,), descending, L >= 2. steps_per_level: T >= 1.
 
     Returns:
-        ε = 2 η, a float, for x + ε/2 s + √ε z at the smallest level; `to_step_lr` of it is the step_lr of NCSNv2's configurations.
+        ε = 2 η, a float, for x + ε/2 s + √ε z at the smallest level; `lr_from_step_size` of it is the step_lr of NCSNv2's configurations.
 
     Raises:
         ValueError: sigmas is no ladder or not geometric (ratios differ by more than 1 % of their logarithm), or T < 1.
@@ -134,7 +134,7 @@ def technique4_step_size(sigmas, steps_per_level):
     Source: section 3.4, technique 4; the root is ours.
 
     >>> from fastscore import schedules
-    >>> f"{schedules.to_step_lr(technique4_step_size(schedules.geometric(50, 0.01, 232), 5)):.1e}"
+    >>> f"{schedules.lr_from_step_size(technique4_step_size(schedules.geometric(50, 0.01, 232), 5)):.1e}"
     '6.2e-06'
     """
     op = "technique4_step_size"
