@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: test test-slow test-slow-sample demo lint bench gpu clean
+.PHONY: test test-slow test-slow-sample test-processes demo lint bench gpu clean
 
 # make test ISA=avx2 or ISA=default: PyTorch's kernels, oneDNN's and ours as a processor with no more than that runs them.
 ISA_avx2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 FASTSCORE_ISA=avx2
@@ -19,6 +19,11 @@ test-slow: $(STAMP)
 # For three minutes, others with each commit.
 test-slow-sample: SLOW := --slow-sample 180
 test-slow-sample: test-slow
+
+# A fault in how processes end shows in one run of many.
+ROUNDS ?= 50
+test-processes: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python build_support/rounds.py $(ROUNDS)
 
 demo: $(STAMP)
 	$(BIN)/fastscore demo --out demo

@@ -42,6 +42,7 @@ def test_every_benchmark_runs_and_times_ours_a_ceiling_and_a_peer(tmp_path):
     assert len(lines) == 2 + len(rows) and all(line.count("|") == lines[0].count("|") for line in lines)
 
 
+@pytest.mark.processes
 def test_what_a_call_costs_the_host_is_measured(tmp_path):
     """With Triton's launches mocked, for which its interpreter must be off."""
     pytest.importorskip("triton")
@@ -134,6 +135,7 @@ def test_a_report_of_a_gpu_holds_the_size_of_its_l2(monkeypatch):
     assert harness.report([], "cuda")["l2"] == 5 and "l2" not in harness.report([], "cpu")
 
 
+@pytest.mark.processes
 def test_no_peer_computes_in_tensorfloat_32_or_was_compiled_for_earlier_sizes():
     """What each benchmark begins with; float32's sums are held to 1e-4."""
     program = """
@@ -149,6 +151,7 @@ assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.al
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.processes
 def test_other_seeds_steps_streams_and_offsets_compile_no_other_kernel():
     """Triton makes a variant of each number that is 1, a multiple of 16 or wide, if it may: a run would compile in its middle."""
     pytest.importorskip("triton")

@@ -36,6 +36,7 @@ def run_here(*arguments):
 SMALL = ("--steps", "200", "--width", "32", "--depth", "1", "--levels", "4")
 
 
+@pytest.mark.processes
 def test_train_sample_evaluate(tmp_path):
     out = tmp_path / "run"
     assert run("train", "--data", "digits", "--out", out, "--held-out", "300", *SMALL).returncode == 0
@@ -53,6 +54,7 @@ def test_train_sample_evaluate(tmp_path):
 
 
 @pytest.mark.parametrize("module, task", [(runs, "score"), (classifier_training, "classifier")], ids=["score", "classifier"])
+@pytest.mark.processes
 def test_sigterm_saves_like_ctrl_c(tmp_path, monkeypatch, capsys, module, task):
     """Where it came, even if Ctrl-C is ignored, as in a script's background; and its handler is gone afterwards."""
     options = {"width": 16, "depth": 1, "levels": 2, "batch_size": 8, "held_out": 0}
@@ -191,6 +193,7 @@ def test_an_interrupted_job_goes_on_and_ends_where_the_whole_one_ends(tmp_path, 
         runs.draw(trained, 10, parts=tmp_path / "parts", **options, initial_law=other)
 
 
+@pytest.mark.processes
 def test_the_start_can_be_chosen_on_the_command_line(tmp_path, trained):
     options = ("-n", "3", "--sampler", "annealed_langevin", "--steps-per-level", "1", "--out", tmp_path / "x.npz")
     done = run("sample", trained, *options, "--initial-law", "gaussian")
@@ -203,6 +206,7 @@ def test_the_start_can_be_chosen_on_the_command_line(tmp_path, trained):
     assert done.returncode == 2 and done.stderr == "error: sample: initial_law must be one of uniform, gaussian; got 'normal'.\n"
 
 
+@pytest.mark.processes
 def test_sample_takes_a_sampler_and_leaves_nothing_but_its_files(tmp_path, trained):
     out = tmp_path / "x.npz"
     done = run("sample", trained, "-n", "5", "--batch-size", "2", "--sampler", "predictor_corrector", "--snr", "0.1", "--out", out,
@@ -320,6 +324,7 @@ def test_folders_and_archives_of_images(tmp_path):
     assert images.shape == (2, 3, 6, 5) and labels.tolist() == [1, 2]
 
 
+@pytest.mark.processes
 def test_doctor_passes():
     result = run("doctor")
     assert result.returncode == 0 and "denoising_loss                 cpp        yes  self-test ok" in result.stdout

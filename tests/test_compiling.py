@@ -47,10 +47,12 @@ assert torch._dynamo.eval_frame._stance.stance == "default"
 
 @pytest.mark.parametrize("first", [BEFORE, AFTER], ids=["dynamo-first", "fastscore-first"])
 @pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.processes
 def test_dynamo_knows(first, program):
     subprocess.run([sys.executable, "-c", first + PROGRAMS[program]], check=True, timeout=240)
 
 
+@pytest.mark.processes
 def test_dynamo_comes_inside_f():
     subprocess.run([sys.executable, "-c", INSIDE], check=True, timeout=240)
 
@@ -75,6 +77,7 @@ except ImportError as error:
 """
 
 
+@pytest.mark.processes
 def test_dynamo_comes_after_an_import_that_failed():
     program = FAILING + PROGRAMS["an op in the graph"]
     subprocess.run([sys.executable, "-c", program], check=True, timeout=240)

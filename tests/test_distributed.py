@@ -89,6 +89,7 @@ def test_ranks_draw_under_conditions_what_one_process_draws(monkeypatch, world_s
     assert len({tuple(x.flatten().tolist()) for x in whole.samples}) == 3
 
 
+@pytest.mark.processes
 def test_torchrun_writes_what_one_process_writes(tmp_path):
     """Two processes, five samples in batches of two; only one of them prints, and no unfinished batches stay behind."""
     for _ in runs.train(runs.TrainConfig(out=tmp_path / "run", steps=50, width=16, depth=1, levels=3, batch_size=32)):

@@ -41,6 +41,7 @@ def test_the_true_network_reports_the_entropy(tmp_path, monkeypatch):
         held_out.report(tmp_path, 250, gray_levels=256)
 
 
+@pytest.mark.processes
 def test_the_command_writes_its_table_and_refuses_in_one_sentence(tmp_path):
     for name, kept in (("run", 20), ("whole", 0)):
         for _ in runs.train(runs.TrainConfig(out=tmp_path / name, steps=60, width=16, depth=1, levels=4, batch_size=64, held_out=kept)):

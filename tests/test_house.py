@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import fastscore
 
 ROOT = Path(fastscore.__file__).parent
@@ -46,6 +48,7 @@ def test_what_only_the_command_line_uses_is_its_own():
             assert not all(map(of_the_command_line, importers)), module
 
 
+@pytest.mark.processes
 def test_the_library_loads_neither_the_command_line_nor_dynamo():
     program = "import sys, fastscore; print([m for m in sys.modules if m.startswith(('fastscore.cli', 'torch._dynamo', 'tyro', 'PIL'))])"
     printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=240).stdout

@@ -377,6 +377,7 @@ def test_return_dict_false_gives_a_tuple():
     assert x.shape == SHAPE and scheduler.order == 1 and scheduler.config.steps_per_level == 2
 
 
+@pytest.mark.processes
 def test_importing_fastscore_imports_nothing_foreign():
     code = "import sys, fastscore, fastscore.interop; print([m for m in ('diffusers', 'k_diffusion', 'torchdiffeq') if m in sys.modules])"
     assert children.run([sys.executable, "-c", code], check=True).stdout.strip() == "[]"

@@ -132,6 +132,7 @@ def _ddp_loss(name, net, x, offset):
     return losses.noise_conditional(lambda x, sigma: net(x), x, SIGMAS, seed=3, offset=offset)
 
 
+@pytest.mark.processes
 def test_two_processes_have_the_gradient_of_one():
     """Noise and levels of a sample follow its number in the whole batch, offset = rank · b · d."""
     with socket.socket() as free:
@@ -146,6 +147,7 @@ def test_two_processes_have_the_gradient_of_one():
         torch.testing.assert_close(torch.tensor(values, dtype=torch.float64), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.processes
 def test_a_static_graph_is_refused(tmp_path):
     """Its gradients stay on their own rank, those of stock double backprop, too."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)

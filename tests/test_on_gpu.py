@@ -153,6 +153,7 @@ def test_a_part_that_fails_does_not_take_the_next_with_it(parts):
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_an_interruption_ends_the_part_and_its_process(tmp_path):
     environment = os.environ | {"FASTSCORE_EMULATED": "1", "OUT": str(tmp_path), "FASTSCORE_GPU_SELECT": "cuda"}
     process = subprocess.Popen([sys.executable, SCRIPT, "check"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)

@@ -41,6 +41,7 @@ def places(tmp_path):
     return {name: tmp_path / name for name in ("EMPTY", "TOOLKIT", "NO_TORCH")}
 
 
+@pytest.mark.processes
 def test_without_a_compiler_auto_installs_the_reference_and_says_why(tmp_path, places):
     result = python("setup.py", "build", "--build-base", tmp_path, "--build-lib", tmp_path / "lib", PATH=places["EMPTY"])
     reason = "no C++ compiler was found; install g++ or clang++ (or set CXX) and install fastscore again"
@@ -77,6 +78,7 @@ def test_without_a_compiler_auto_installs_the_reference_and_says_why(tmp_path, p
     ],
     ids=["no-compiler", "no-nvcc", "force-cuda", "bad-mode", "bad-architecture", "no-torch"],
 )
+@pytest.mark.processes
 def test_a_build_that_cannot_be_served_is_refused_in_one_sentence(tmp_path, places, environment, message):
     result = build_ext(tmp_path, **{k: places.get(v, v) for k, v in environment.items()})
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -85,6 +87,7 @@ def test_a_build_that_cannot_be_served_is_refused_in_one_sentence(tmp_path, plac
     assert not list(tmp_path.rglob("_C*.so")) and not list(tmp_path.rglob("_build_info.json"))
 
 
+@pytest.mark.processes
 def test_none_needs_no_torch_and_leaves_no_older_extension(tmp_path, places):
     old = tmp_path / "lib/fastscore/_C.abi3.so"
     old.parent.mkdir(parents=True)
@@ -126,6 +129,7 @@ def test_architectures_become_machine_code_and_ptx(monkeypatch):
     assert native.gencode() == default and default[-1].endswith("code=compute_120")
 
 
+@pytest.mark.processes
 def test_an_isolated_build_finds_torch_behind_its_own_packages(tmp_path):
     """As pip isolates it: the interpreter's packages are off the path, the build's requirements in a folder of their own."""
     requires = re.search(r"requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text())[1]
@@ -207,6 +211,7 @@ def test_wheel_installs_and_every_backend_serves(wheel, tmp_path):
         assert f"{'denoising_loss':30} {name:10} yes  self-test ok" in result.stdout
 
 
+@pytest.mark.processes
 def test_without_triton_the_rest_works_and_a_request_is_refused():
     program = """if True:
         import sys

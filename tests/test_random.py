@@ -58,6 +58,7 @@ def test_words_equal_the_reference(backend, offset, seed):
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.processes
 def test_words_equal_on_every_instruction_set(isa):
     program = "import torch, fastscore.random as r; w = r.words(5000, seed=11, step=3, stream=2, offset=2**34 - 77, backend='cpp'); "
     program += "print(torch.ops.fastscore.isa(0), hash(tuple(w.tolist())))"
@@ -206,6 +207,7 @@ def test_bad_keys_are_refused(change, message):
         random.normal(arguments.pop("shape"), **arguments)
 
 
+@pytest.mark.processes
 def test_import_is_light():
     # torch's own compiler front end may import triton; fastscore adds neither its kernels, nor the extension, nor the extras.
     program = "import sys, torch, fastscore; assert not hasattr(torch.ops.fastscore, 'fill'); "

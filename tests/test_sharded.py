@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import fastscore
 from fastscore import losses, models, sampling
 
+pytestmark = pytest.mark.processes   # in a group of one, or of two
 SIGMAS = [1.0, 0.1]
 
 
