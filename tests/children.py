@@ -6,7 +6,8 @@ import signal
 import subprocess
 from pathlib import Path
 
-SECONDS = 200   # less than pytest's own limit of a test (pyproject.toml), so that the child's stacks are seen
+# Less than pytest's own limit of a test (pyproject.toml), so that the child's stacks are seen.
+SECONDS = float(os.environ.get("FASTSCORE_CHILD_SECONDS", 200))
 
 
 def run(
