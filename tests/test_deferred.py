@@ -94,7 +94,7 @@ CALLS = {
     "log_density": lambda: likelihood.log_density(GAUSSIAN, X, **RANGE),
     "log_density by signs": lambda: likelihood.log_density(GAUSSIAN, X, trace="rademacher", seed=0, prior=GAUSSIAN, **RANGE),
     "log_ratio": lambda: likelihood.log_ratio(GAUSSIAN, X, 2 * X, sigma=0.5),
-    "classifier": lambda: guidance.classifier(lambda x, s: x.flatten(1), 1)(IMAGES, ONES),
+    "class_likelihood": lambda: guidance.class_likelihood(lambda x, s: x.flatten(1), 1)(IMAGES, ONES),
     **{f"{m} {name}": inverse(m, operator) for m in ("flat", "denoiser", "moments") for name, operator in OPERATORS.items()},
     "inpainting": lambda: guidance.inpainting(IMAGES[0], (IMAGES[0] > 0.1).tolist(), seed=0, noise=0.1)(IMAGES, 0.5, 1),
     "VpUNet": lambda: interop.VpUNet(lambda x, t: x, TABLE)(IMAGES, 0.5),

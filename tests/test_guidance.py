@@ -150,8 +150,8 @@ def test_class_of_a_mixture_is_its_component():
 
     x, labels = drawn(4, D, step=1), torch.tensor([2, 0, 1, 1])
     each = torch.stack([components[k].score(x[i : i + 1], SIGMA[i : i + 1])[0] for i, k in enumerate(labels)])
-    torch.testing.assert_close(guidance.posterior(mixture, guidance.classifier(net, labels))(x, SIGMA), each, rtol=1e-9, atol=1e-9)
-    one = guidance.posterior(mixture, guidance.classifier(net, 2))
+    torch.testing.assert_close(guidance.posterior(mixture, guidance.class_likelihood(net, labels))(x, SIGMA), each, rtol=1e-9, atol=1e-9)
+    one = guidance.posterior(mixture, guidance.class_likelihood(net, 2))
     torch.testing.assert_close(one(x, SIGMA), components[2].score(x, SIGMA), rtol=1e-9, atol=1e-9)
 
 
@@ -377,10 +377,13 @@ class OneWay(guidance.LinearOperator):
         (lambda: guidance.posterior(score, lambda x, s: x.sum())(X, 1.0), r"one value per sample, \(2,\); got \(\)"),
         (lambda: guidance.posterior(score, lambda x, s: x.detach().sum((1, 2, 3)))(X, 1.0), "must depend on x"),
         (lambda: guidance.posterior(score, likelihood_score=lambda x, s: x[:1])(X, 1.0), "must have the shape of x"),
-        (lambda: guidance.classifier(score, -1), "not negative; got -1"),
-        (lambda: guidance.classifier(score, 1.5), "labels must be a class number"),
-        (lambda: guidance.classifier(lambda x, s: x[:, 0, 0], 4)(X, 1.0), r"labels must be in 0..3; got 4"),
-        (lambda: guidance.classifier(lambda x, s: x[:, 0, 0], torch.tensor([1, 2, 3]))(X, 1.0), "one for each of the 2 samples; got 3"),
+        (lambda: guidance.class_likelihood(score, -1), "not negative; got -1"),
+        (lambda: guidance.class_likelihood(score, 1.5), "labels must be a class number"),
+        (lambda: guidance.class_likelihood(lambda x, s: x[:, 0, 0], 4)(X, 1.0), r"labels must be in 0..3; got 4"),
+        (
+            lambda: guidance.class_likelihood(lambda x, s: x[:, 0, 0], torch.tensor([1, 2, 3]))(X, 1.0),
+            "one for each of the 2 samples; got 3",
+        ),
         (lambda: guidance.Mask(torch.tensor([0.5])), "mask must be bool, or 0"),
         (lambda: guidance.Mask(torch.zeros(4)), "at least one known value"),
         (lambda: guidance.Mask(torch.ones(3, 3))(X), r"mask must have the shape of a sample, \(1, 4, 4\).*got \(3, 3\)"),
@@ -459,6 +462,6 @@ def test_a_batch_may_be_empty():
         for method in ("flat", "denoiser", "moments"):
             score = guidance.linear_inverse(lambda x, sigma: -x, operator, y, NOISE, method=method)
             assert score(images, sigma).shape == images.shape
-    label = guidance.classifier(lambda x, sigma: torch.zeros(len(x), 4), torch.zeros(0, dtype=torch.int64))
+    label = guidance.class_likelihood(lambda x, sigma: torch.zeros(len(x), 4), torch.zeros(0, dtype=torch.int64))
     assert label(images, sigma).shape == (0,)
     assert conversions.convert(images, images, sigma, kind="score", to="noise").shape == images.shape

@@ -38,7 +38,7 @@ def test_the_true_network_reports_the_entropy(tmp_path, monkeypatch):
         assert 0.5 / math.sqrt(4 * 250) < row["standard_error"] < 1 / math.sqrt(4 * 250)   # √½ of a Gaussian's log-density
         assert abs(row["mean"] + entropy) < 5 * row["standard_error"] + 2e-3
     with pytest.raises(ValueError, match="multiples of 1/255"):
-        held_out.report(tmp_path, 250, gray_levels=256)
+        held_out.report(tmp_path, 250, grey_levels=256)
 
 
 @pytest.mark.processes
@@ -46,21 +46,21 @@ def test_the_command_writes_its_table_and_refuses_in_one_sentence(tmp_path):
     for name, kept in (("run", 20), ("whole", 0)):
         for _ in runs.train(runs.TrainConfig(out=tmp_path / name, steps=60, width=16, depth=1, levels=4, batch_size=64, held_out=kept)):
             pass
-    command = [sys.executable, "-m", "fastscore", "evaluate", str(tmp_path / "run"), "--likelihood", "-n", "12", "--gray-levels", "17"]
+    command = [sys.executable, "-m", "fastscore", "evaluate", str(tmp_path / "run"), "--likelihood", "-n", "12", "--grey-levels", "17"]
     done = children.run(command)
     assert done.returncode == 0 and "bits per dimension, 17 grey levels" in done.stdout, done.stderr
     result = json.loads((tmp_path / "run" / "likelihood.json").read_text())
-    assert result == held_out.report(tmp_path / "run", 12, gray_levels=17)
+    assert result == held_out.report(tmp_path / "run", 12, grey_levels=17)
     assert held_out.markdown(result) == (tmp_path / "run" / "likelihood.md").read_text()
     for name, options, message in (
         ("whole", {"n": 12}, "must keep images apart"),
         ("run", {"n": 1}, "n must be at least 2"),
-        ("run", {"n": 12, "gray_levels": 256}, "multiples of 1/255"),
+        ("run", {"n": 12, "grey_levels": 256}, "multiples of 1/255"),
     ):
         with pytest.raises(ValueError, match=message):
             held_out.report(tmp_path / name, **options)
-    with pytest.raises(ValueError, match="gray_levels belongs to --likelihood"):
-        cli.evaluate(tmp_path / "run", gray_levels=17)
+    with pytest.raises(ValueError, match="grey_levels belongs to --likelihood"):
+        cli.evaluate(tmp_path / "run", grey_levels=17)
 
 
 def test_a_network_of_fixed_levels_is_evaluated_on_its_ladder():

@@ -103,8 +103,8 @@ def test_a_long_ladder_that_does_not_descend_is_a_short_message(name, kind):
     [
         lambda: models.ScoreMLP(3, sigmas=-LONG),
         lambda: models.GaussianMixture(-LONG, LONG[:, None], 1.0),
-        lambda: guidance.classifier(lambda x, sigma: x, -torch.arange(2311)),
-        lambda: guidance.classifier(lambda x, sigma: x, ["a"] * 2311),
+        lambda: guidance.class_likelihood(lambda x, sigma: x, -torch.arange(2311)),
+        lambda: guidance.class_likelihood(lambda x, sigma: x, ["a"] * 2311),
         lambda: guidance.Grey([0.0] * 2311),
         lambda: schedules.timesteps_of(1000 * LONG, torch.linspace(0.999, 0.01, 10)),
         lambda: likelihood.log_density(lambda x, sigma: -x, X, sigma_min=0.1, sigma_max=1.0, steps=LONG),

@@ -105,8 +105,8 @@ CALLS = {
         called(guidance.posterior, X, ONE),
         {"score": pull, "log_likelihood": lambda x, s: log_prob(x), "scale": ONE},
     ),
-    "classifier": (
-        called(guidance.classifier, X, ONE),
+    "class_likelihood": (
+        called(guidance.class_likelihood, X, ONE),
         {"net": lambda x, s: x.flatten(1), "labels": torch.tensor([0, 1])},
     ),
     "adjoint_gap": (

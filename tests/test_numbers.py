@@ -178,7 +178,7 @@ CALLS = {   # name in messages: (call, its arguments)
         {"prior_variance": 0.25},
     ),
     "posterior": (lambda **o: guidance.posterior(pull, lambda x, s: log_prob(x), **o)(X, torch.ones(2)), {"scale": 0.5}),
-    "classifier": (lambda **o: guidance.classifier(lambda x, s: x.flatten(1), **o)(X, torch.ones(2)), {"labels": 1}),
+    "class_likelihood": (lambda **o: guidance.class_likelihood(lambda x, s: x.flatten(1), **o)(X, torch.ones(2)), {"labels": 1}),
     "NCSN": (models.NCSN, {"channels": 1, "ngf": 4, "image_size": 8}),
     "NCSNv2": (models.NCSNv2, {"channels": 1, "ngf": 4, "image_size": 8}),
     "NCSNv2Deeper": (models.NCSNv2Deeper, {"channels": 1, "ngf": 4, "image_size": 16}),

@@ -35,7 +35,7 @@ def network(**options):
 
 def classify():
     torch.manual_seed(0)
-    return guidance.classifier(models.NoiseClassifier(16, 3, width=8, depth=1, sigmas=SIGMAS), 1)
+    return guidance.class_likelihood(models.NoiseClassifier(16, 3, width=8, depth=1, sigmas=SIGMAS), 1)
 
 
 def scheduler():

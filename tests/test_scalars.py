@@ -81,7 +81,7 @@ CALLS = {
     "recipe": lambda i: schedules.recipe(X.flatten(1), i(30), seed=i(3)).sigmas,
     "distance_bounds": lambda i: schedules.distance_bounds(X, samples=i(2), seed=i(3), chunk=i(1)),
     "share": lambda i: fastscore.distributed.share(i(10), i(1), i(4)),
-    "classifier": lambda i: guidance.classifier(lambda x, s: x.flatten(1), i(3))(X, torch.ones(2)),
+    "class_likelihood": lambda i: guidance.class_likelihood(lambda x, s: x.flatten(1), i(3))(X, torch.ones(2)),
     "inpainting": lambda i: guidance.inpainting(X[1], X[1] > 0.5, seed=i(3), first_sample=i(2))(X, 0.5, 1),
     "downsample": lambda i: guidance.Downsample(i(1)).forward(X),
     "scheduler": scheduled,

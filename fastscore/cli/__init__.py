@@ -172,7 +172,7 @@ def open_network(run, arch, ema, ladder, options):
 
 
 def evaluate(run: Path, /, n: Annotated[int, arg(aliases=["-n"])] = 500, seed: int = 0, likelihood: bool = False,
-             gray_levels: int | None = None) -> None:  # fmt: skip
+             grey_levels: int | None = None) -> None:  # fmt: skip
     """Compare samples of a run with held-out real images: classifier and nearest neighbours; or the log-density of held-out images.
 
     Args:
@@ -180,12 +180,12 @@ def evaluate(run: Path, /, n: Annotated[int, arg(aliases=["-n"])] = 500, seed: i
         n: number of samples, or of images whose density is computed.
         seed: of the sampler, or of noise and projections.
         likelihood: report the log-density of held-out and of training images.
-        gray_levels: also their bits per dimension, dequantised: 17 for the digits, 256 for 8-bit images.
+        grey_levels: also their bits per dimension, dequantised: 17 for the digits, 256 for 8-bit images.
     """
     if likelihood:
-        return evaluate_likelihood(run, n, seed, gray_levels)
-    if gray_levels is not None:
-        raise ValueError("evaluate: gray_levels belongs to --likelihood.")
+        return evaluate_likelihood(run, n, seed, grey_levels)
+    if grey_levels is not None:
+        raise ValueError("evaluate: grey_levels belongs to --likelihood.")
     from fastscore import datasets
     from fastscore.cli import checkpoint, evaluation, runs, splits
 
@@ -203,10 +203,10 @@ def evaluate(run: Path, /, n: Annotated[int, arg(aliases=["-n"])] = 500, seed: i
     print(evaluation.markdown(result) + f"report: {run / 'report.md'}")
 
 
-def evaluate_likelihood(run, n, seed, gray_levels):
+def evaluate_likelihood(run, n, seed, grey_levels):
     from fastscore.cli import checkpoint, held_out
 
-    result = held_out.report(run, n, seed=seed, gray_levels=gray_levels)
+    result = held_out.report(run, n, seed=seed, grey_levels=grey_levels)
     checkpoint.write_atomic(run / "likelihood.json", json.dumps(result, indent=2).encode())
     checkpoint.write_atomic(run / "likelihood.md", held_out.markdown(result).encode())
     print(held_out.markdown(result) + f"report: {run / 'likelihood.md'}")

@@ -126,7 +126,7 @@ def draw(
                 score = guidance.linear_inverse(score, observed.operator, observed.y, noise, method=guide)
     for request in requests:
         if request.kind == "class":
-            score = guidance.posterior(score, guidance.classifier(classifier, class_number(request)), scale)
+            score = guidance.posterior(score, guidance.class_likelihood(classifier, class_number(request)), scale)
     given, parts = drawing.arguments(sampler, sigmas, options), []
     for start in range(first_sample, first_sample + n, batch_size):
         m = min(batch_size, first_sample + n - start)

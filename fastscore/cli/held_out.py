@@ -11,8 +11,8 @@ BATCH = 100
 STEPS = 64
 
 
-def report(folder, n, *, seed=0, gray_levels=None):
-    """Nats per dimension of at most n held-out and n training images of a run; with gray_levels also bits per dimension.
+def report(folder, n, *, seed=0, grey_levels=None):
+    """Nats per dimension of at most n held-out and n training images of a run; with grey_levels also bits per dimension.
 
     The network knows the density of images with noise σ_min, so that is what is measured, and on images with that noise:
     log p_{σ_min}(x + σ_min z) / d, by 64 Runge-Kutta steps (Heun's on the ladder for a network of fixed levels) and one Rademacher
@@ -22,7 +22,7 @@ def report(folder, n, *, seed=0, gray_levels=None):
     Returns a dict: nats_per_dim and, if asked for, bits_per_dim, each with mean, standard error and number for held_out and training.
 
     Raises:
-        ValueError: the run keeps no images apart, n < 2, or the images have not gray_levels levels.
+        ValueError: the run keeps no images apart, n < 2, or the images have not grey_levels levels.
     """
     net, sigmas, shape, config = runs.open_run(folder)
     if config.held_out < 2:
@@ -39,11 +39,11 @@ def report(folder, n, *, seed=0, gray_levels=None):
         return density(net, sigmas, x, prior, seed)
 
     def bits(x):
-        return likelihood.bits_per_dim(nats(likelihood.dequantize(x, gray_levels, seed=seed)), dim, levels=gray_levels)
+        return likelihood.bits_per_dim(nats(likelihood.dequantize(x, grey_levels, seed=seed)), dim, levels=grey_levels)
 
     result = {"sigma_min": sigma}
-    if gray_levels is not None:   # first: images of other levels are refused before anything is computed
-        result |= {"gray_levels": gray_levels, "bits_per_dim": {name: summary(bits(x)) for name, x in sets.items()}}
+    if grey_levels is not None:   # first: images of other levels are refused before anything is computed
+        result |= {"grey_levels": grey_levels, "bits_per_dim": {name: summary(bits(x)) for name, x in sets.items()}}
     return result | {"nats_per_dim": {name: summary(nats(ops.perturb(x, sigma, seed=seed)) / dim) for name, x in sets.items()}}
 
 
@@ -74,7 +74,7 @@ def markdown(result):
     """The report as a small table."""
     rows = [f"| log p per dimension, σ = {result['sigma_min']:.3g}, nats | {_cells(result['nats_per_dim'])} |"]
     if "bits_per_dim" in result:
-        rows.append(f"| bits per dimension, {result['gray_levels']} grey levels | {_cells(result['bits_per_dim'])} |")
+        rows.append(f"| bits per dimension, {result['grey_levels']} grey levels | {_cells(result['bits_per_dim'])} |")
     return "\n".join(["| | held-out images | training images |", "|---|---|---|", *rows]) + "\n"
 
 

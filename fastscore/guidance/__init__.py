@@ -4,7 +4,7 @@ Guidance is a score like any other, or a hook `project(x, sigma, step)`: both go
 """
 
 from fastscore.guidance.bayes import posterior
-from fastscore.guidance.classifier import classifier
+from fastscore.guidance.class_likelihood import class_likelihood
 from fastscore.guidance.hooks import chain, data_consistency, inpainting
 from fastscore.guidance.inverse import linear_inverse
 from fastscore.guidance.linear import Composition, LinearOperator, adjoint_gap, from_function
@@ -20,7 +20,7 @@ __all__ = [
     "Matrix",
     "adjoint_gap",
     "chain",
-    "classifier",
+    "class_likelihood",
     "data_consistency",
     "from_function",
     "gaussian_kernel",

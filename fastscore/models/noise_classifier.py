@@ -6,7 +6,7 @@ from fastscore.scalars import SIZE
 
 
 class NoiseClassifier(Trunk):
-    """A residual classifier of data with noise of any level, for class-conditional sampling by `guidance.classifier`.
+    """A residual classifier of data with noise of any level, for class-conditional sampling by `guidance.class_likelihood`.
 
         log p(k | x, σ) = log softmax(f(x / √(σ² + 1/4), e(log σ)))_k
 

@@ -10,7 +10,7 @@ from fastscore.scalars import function, plain_int, whole
 from fastscore.tensors import valued
 
 
-def classifier(net, labels):
+def class_likelihood(net, labels):
     """log p(label | x_σ), for `posterior`.
 
     Args:
@@ -26,16 +26,16 @@ def classifier(net, labels):
 
     Source: Song et al. 2021, section 5 and appendix I.1 (arXiv:2011.13456).
 
-    >>> classifier(lambda x, sigma: torch.zeros(len(x), 4), 3)(torch.zeros(2, 5), torch.ones(2)).exp()
+    >>> class_likelihood(lambda x, sigma: torch.zeros(len(x), 4), 3)(torch.zeros(2, 5), torch.ones(2)).exp()
     tensor([0.2500, 0.2500])
     """
-    function("classifier", "net", net)
+    function("class_likelihood", "net", net)
     try:
-        labels = valued("classifier", "labels", plain_int(labels) if whole(labels) else labels)
+        labels = valued("class_likelihood", "labels", plain_int(labels) if whole(labels) else labels)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"classifier: labels must be a class number, or int64 (B,); got {shown(labels)}.") from None
+        raise TypeError(f"class_likelihood: labels must be a class number, or int64 (B,); got {shown(labels)}.") from None
     if labels.dtype not in (torch.int64, torch.int32) or labels.dim() > 1 or bool((labels < 0).any()):
-        raise ValueError(f"classifier: labels must be a class number, or int64 (B,), not negative; got {shown(labels.tolist())}.")
+        raise ValueError(f"class_likelihood: labels must be a class number, or int64 (B,), not negative; got {shown(labels.tolist())}.")
     return _LogLikelihood(net, labels, highest=int(labels.max()) if labels.numel() else 0)
 
 
@@ -50,10 +50,10 @@ class _LogLikelihood:
         logits, labels = self.net(x, *arguments), self.labels
         if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != len(x):
             got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise ValueError(f"classifier: net(x, sigma) must return logits ({len(x)}, K); got {got}.")
+            raise ValueError(f"class_likelihood: net(x, sigma) must return logits ({len(x)}, K); got {got}.")
         if self.highest >= logits.shape[1]:
-            raise ValueError(f"classifier: labels must be in 0..{logits.shape[1] - 1}; got {self.highest}.")
+            raise ValueError(f"class_likelihood: labels must be in 0..{logits.shape[1] - 1}; got {self.highest}.")
         if labels.dim() and len(labels) != len(x):
-            raise ValueError(f"classifier: labels must be one for each of the {len(x)} samples; got {len(labels)}.")
+            raise ValueError(f"class_likelihood: labels must be one for each of the {len(x)} samples; got {len(labels)}.")
         index = labels.to(logits.device, torch.int64).expand(len(x))[:, None]
         return logits.log_softmax(1).gather(1, index)[:, 0]
