@@ -25,7 +25,7 @@ from fastscore.dual.once import Draws, Once
 from fastscore.dual.rules import POINTWISE, RULES, NoDual, aligned, memory, separated
 from fastscore.dual.sharded import check_once, of_fsdp, sharded
 from fastscore.ops import checks
-from fastscore.ops.functions import explained, released
+from fastscore.ops.functions import in_words, released
 
 
 def jvp(f, x, v):
@@ -60,20 +60,18 @@ def jvp(f, x, v):
     >>> jvp(torch.sin, torch.zeros(1, 2), torch.ones(3, 1, 2))[1].shape
     torch.Size([3, 1, 2])
     """
-    scalars.function("jvp", "f", f)
+    if not callable(f):
+        scalars.function("jvp", "f", f)
     checks.check_float("jvp", "x", x)
     checks.check_float("jvp", "v", v)
-    if v.dim() > x.dim() and not len(v):
+    given, wanted = v.shape, x.shape
+    single = given == wanted
+    if len(given) > len(wanted) and not given[0]:
         raise ValueError("jvp: v must hold at least one direction; got none.")
-    if v.shape != x.shape and v.shape[1:] != x.shape:
+    if not single and given[1:] != wanted:
         raise ValueError(f"jvp: v must have the shape of x, {tuple(x.shape)}, or (M, *) of it; got {tuple(v.shape)}.")
     if v.dtype != x.dtype or v.device != x.device:
         raise ValueError(f"jvp: v must be {x.dtype} on {x.device} like x; got {v.dtype} on {v.device}.")
-    return _jvp(f, x, v)
-
-
-def _jvp(f, x, v):
-    single = v.shape == x.shape
     s = stack(f, x, v[None] if single else v)
     return s[0], s[1] if single else s[1:]
 
@@ -82,7 +80,13 @@ def _jvp(f, x, v):
 def stack(f, x, v):
     """f(x) and J v_m for v (M, *x.shape), side by side: (1 + M, *f(x).shape)."""
     with as_written:
-        return explained(_routed, f, x, v)
+        try:
+            return _routed(f, x, v)
+        except RuntimeError as error:
+            told = in_words(error)
+            if told is None:
+                raise
+            raise told from error
 
 
 def _routed(f, x, v):
@@ -134,6 +138,8 @@ def _unseen(error):
 def _carried(f, x, v):
     once = Once(x.device, f)
     try:
+        if once.quiet and not torch._C._len_torch_dispatch_stack():
+            return _stacked(f, x, v)
         with once.watched(), _as_dispatched():
             return _stacked(f, x, v)
     except NoRule as error:
@@ -181,10 +187,9 @@ def _in_one_sentence():
 
 
 def _stacked(f, x, v):
-    layout = torch.channels_last if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() else None
     s = torch.cat([x[None], v])
-    if layout:
-        s = s.flatten(0, 1).contiguous(memory_format=layout).unflatten(0, s.shape[:2])
+    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        s = s.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, s.shape[:2])
     with _inside(torch.is_grad_enabled(), waits=not sharded(f)):
         y = f(Dual(s))
         if isinstance(y, Dual):
@@ -420,6 +425,11 @@ class Dual(torch.Tensor):
         """Another number of this kind."""
         return type(self)(stack)
 
+    def scalar(self):
+        """Whether its value has no dimensions, asked without the way through `__torch_function__`."""
+        pending = self.pending   # which another thread may compute meanwhile
+        return self.stack.dim() == 1 if pending is None else not pending.shape[1:]
+
     @classmethod
     @skip   # by Dynamo; torch.compiler.disable(recursive=False) is a call more for each operation
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -461,7 +471,7 @@ class Dual(torch.Tensor):
         rule = cls.rules.get(func)
         if rule is None:
             return NotImplemented
-        if args and isinstance(args[0], Dual) and not args[0].dim() and func not in POINTWISE:
+        if args and isinstance(args[0], Dual) and func not in POINTWISE and args[0].scalar():
             return NotImplemented   # a dimension counted from the end of a 0-d value would be that of the stack
         try:
             return rule(*args, **kwargs)

@@ -37,6 +37,7 @@ _KEEPING = (*_CONTAINERS, *_GENERATORS)
 _FUNCTIONS = types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial, types.ModuleType, types.CellType
 _OWN = frozenset(vars(nn.Module()))   # what every module holds
 _LARGE = 2**20   # elements that are not copied on suspicion
+_NOTHING = contextlib.nullcontext()
 
 
 class Once:
@@ -52,21 +53,24 @@ class Once:
     """
 
     def __init__(self, device, *functions):
-        self.times, self.after = 0, None
+        self.times = 0
         tracing = torch._C._len_torch_dispatch_stack() and not checks.readable()   # tensors have no values to keep
         reached, quiet = ([], False) if tracing else _reached(functions)
         self.quiet = quiet   # neither draws nor remembers, so that nothing has to be brought back
         if quiet:
             return
-        self.draws = Draws(device, reached)
+
+        self.draws, self.after = Draws(device, reached), None
         self.memory = [Memory(m) for m in reached if not isinstance(m, _GENERATORS)] if reached else []
 
     def watched(self):
         """Around an evaluation that is not made inside this: what it draws cannot be drawn again while a CUDA graph is captured."""
-        return contextlib.nullcontext() if self.quiet else self.draws.watched()
+        return _NOTHING if self.quiet else self.draws.watched()
 
     def __enter__(self):
-        if self.times and not self.quiet:
+        if self.quiet:
+            return
+        if self.times:
             self.after = Draws(self.draws.device, [generator for generator, _ in self.draws.given])
             self.draws.again()
             for memory in self.memory:   # all of them before any is changed, for they may share a list
@@ -77,8 +81,10 @@ class Once:
         self.watch.__enter__()
 
     def __exit__(self, *error):
+        if self.quiet:
+            return
         self.watch.__exit__(*error)
-        if self.times and not self.quiet:
+        if self.times:
             self.after.again()
             for memory in self.memory:
                 memory.take_back()
@@ -86,9 +92,9 @@ class Once:
 
     def undo(self):
         """Forget the only evaluation so far."""
-        self.times = 0
         if self.quiet:
             return
+        self.times = 0
         self.draws.again()
         for memory in self.memory:
             memory.undo()
@@ -113,7 +119,7 @@ class Draws:
         self.given = [(a, _state(a)) for a in generators if self.watch is None or isinstance(a, _FOREIGN) or a.device.type == "cpu"]
 
     def watched(self):
-        return contextlib.nullcontext() if self.watch is None else self.watch
+        return _NOTHING if self.watch is None else self.watch
 
     def again(self):
         if self.watch is not None and self.watch.met is not None:
@@ -340,15 +346,24 @@ def _reached(functions):
     while waiting:
         a = waiting.pop()
         kind = type(a)
-        if kind in _QUIET:   # most of a network, in every call
+        if (still := _STILL[kind]) is not None:   # most of a network, in every call
             own = vars(a)
-            if not own["_buffers"] and not own["_forward_hooks"] and not own["_forward_pre_hooks"] and "forward" not in own:
+            if still(own) and not own["_forward_hooks"] and not own["_forward_pre_hooks"] and "forward" not in own:
                 if children := own["_modules"]:
                     if id(a) not in seen:
                         seen.add(id(a))
                         waiting += children.values()
                 continue
+        if kind is types.FunctionType:
+            if (asked := getattr(a, "asks", None)) is not None:   # one of ours, which only asks
+                waiting.append(asked)
+                continue
+            if (modules := _modules_of(a)) is not None:   # as lambda x: net(x, 0.1).sin()
+                waiting += modules
+                continue
         if kind is types.BuiltinFunctionType:   # as torch.sin, or torch.bernoulli
+            if a in _DRAWLESS:
+                continue
             quiet = False
             if isinstance(a.__self__, _GENERATORS):   # as random.random
                 waiting.append(a.__self__)
@@ -363,9 +378,6 @@ def _reached(functions):
         if id(a) in seen:
             continue
         seen.add(id(a))
-        if kind is types.FunctionType and (asked := getattr(a, "asks", None)) is not None:   # one of ours, which only asks
-            waiting.append(asked)
-            continue
         quiet = quiet and a is None
         if _plain(kind):
             hooked = a._forward_hooks or a._forward_pre_hooks
@@ -395,6 +407,86 @@ def _reached(functions):
         elif isinstance(a, _KEEPING):
             found.append(a)
     return found, quiet
+
+
+def _modules_of(function):
+    """The modules that a function of a few torch operations calls, which draws and remembers nothing else; None of any other."""
+    code = function.__code__
+    unknown = _foreign_names(code)
+    if unknown is None or function.__defaults__ or function.__kwdefaults__:
+        return None
+
+    found, reachable = [], function.__globals__
+    for name in unknown:
+        found.append(reachable.get(name))
+    for name in code.co_names:
+        if name not in unknown and type(reachable.get(name)) not in (types.NoneType, types.ModuleType):
+            return None   # the user's own function of that name
+    for cell in function.__closure__ or ():
+        if not _filled(cell):
+            return None
+        found.append(cell.cell_contents)
+    for a in found:
+        if not isinstance(a, nn.Module) or isinstance(a, nn.parallel.DistributedDataParallel):
+            return None
+    return found
+
+
+@functools.cache
+def _foreign_names(code):
+    """The names of a function beside those of PyTorch's that neither draw nor write; None where it stores or holds functions itself."""
+    if any(isinstance(c, types.CodeType) for c in code.co_consts):
+        return None
+    if any(i.opname.startswith(_STORING) for i in dis.get_instructions(code)):
+        return None
+    return tuple(n for n in code.co_names if n not in _DRAWLESS_NAMES)
+
+
+_STORING = "STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR", "STORE_SUBSCR", "STORE_SLICE", "STORE_NAME", "DELETE", "IMPORT"
+_DRAWLESS_NAMES = frozenset("""
+    torch nn functional F
+    abs acos asin atan clamp cos cosh cumsum erf exp expm1 gelu hypot log log1p log_softmax logsigmoid logsumexp neg pow reciprocal relu
+    rsqrt selu sigmoid sign silu sin sinh softmax softplus sqrt square tan tanh
+    add div lerp maximum minimum mul sub
+    amax amin max mean min norm prod std sum var
+    addmm baddbmm bmm dot einsum linear matmul mm mv
+    cat chunk clone contiguous detach expand expand_as flatten flip movedim narrow permute repeat reshape roll select split squeeze stack
+    swapaxes t transpose unbind unflatten unsqueeze view view_as T mT
+    double float new_ones new_zeros ones ones_like to type_as zeros zeros_like
+    device dim dtype ndim numel shape size len range
+""".split())
+_DRAWLESS = frozenset(
+    f for name in _DRAWLESS_NAMES if isinstance(f := getattr(torch, name, None), types.BuiltinFunctionType)
+)
+
+
+_OURS = "fastscore.nn.", "fastscore.models.refinenet", "fastscore.models.ncsn", "fastscore.models.score_mlp"
+
+
+class _Still(dict):
+    """{class: when one of its modules, given as its attributes, neither draws nor writes}; None for what is no such module."""
+
+    def __missing__(self, cls):
+        still = None
+        if cls in _QUIET:
+            still = _without_buffers
+        elif cls in _STILL_IN_EVALUATION:
+            still = _in_evaluation
+        elif issubclass(cls, nn.Module) and cls.__module__.startswith(_OURS):   # whose buffers are constants
+            still = bool
+        self[cls] = still
+        return still
+
+
+def _without_buffers(attributes):
+    return not attributes["_buffers"]
+
+
+def _in_evaluation(attributes):
+    return not attributes["training"]
+
+
+_STILL = _Still()
 
 
 @functools.cache
@@ -581,6 +673,10 @@ _QUIET = {
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
     nn.ReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.LeakyReLU, nn.GroupNorm, nn.LayerNorm,
     nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Upsample,
+}  # fmt: skip
+_STILL_IN_EVALUATION = {
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
 }  # fmt: skip
 _NOISY = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d, nn.MultiheadAttention, nn.RNNBase, _NormBase)
 
