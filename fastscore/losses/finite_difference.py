@@ -7,7 +7,7 @@ import torch
 
 from fastscore.compiling import eagerly
 from fastscore.dual.once import Once, moves
-from fastscore.losses.projections import check_data, check_score, directions, dot, observed
+from fastscore.losses.projections import check_data, check_score, directions, observed
 from fastscore.ops import checks
 from fastscore.ops.functions import explained
 
@@ -77,21 +77,30 @@ def _eagerly(op, score, x, *rest):
 
 
 def _mean(op, score, x, v, mask, h, variance_reduced, once):
+    if len(v) == 1:
+        return _one(op, score, x, v[0], mask, h, variance_reduced, once)
     return torch.stack([_one(op, score, x, d, mask, h, variance_reduced, once) for d in v]).mean(0)
 
 
 def _one(op, score, x, v, mask, h, variance_reduced, once):
     # The two differ in x alone: one draw, one state.
+    step = h * v
     with once:
-        plus = explained(score, (x + h * v).to(x.dtype))
+        plus = explained(score, (x + step).to(x.dtype))
     with once:
-        minus = explained(score, (x - h * v).to(x.dtype))
+        minus = explained(score, (x - step).to(x.dtype))
     check_score(op, plus, x)
+
     dtype = checks.compute_dtype(x.dtype)
-    plus, minus, v = (t.to(dtype) for t in (plus, minus, v))
+    plus, minus, v = (t if t.dtype == dtype else t.to(dtype) for t in (plus, minus, v))
     if mask is not None:
         plus, minus = observed(plus, mask), observed(minus, mask)
-    trace, middle = dot(v[None], plus - minus)[0] / (2 * h), 0.5 * (plus + minus)
+    trace, middle = _dot(v, plus - minus) / (2 * h), 0.5 * (plus + minus)
     if variance_reduced:
-        return trace + 0.5 * checks.per_sample_sum(middle.square())
-    return trace + 0.5 * dot(v[None], middle)[0].square()
+        return torch.add(trace, checks.per_sample_sum(middle.square()), alpha=0.5)
+    return torch.add(trace, _dot(v, middle).square(), alpha=0.5)
+
+
+def _dot(v, t):
+    """(B, *) with (B, *) -> (B,)."""
+    return checks.per_sample_sum(v * t)

@@ -22,7 +22,8 @@ def directions(op, x, projections=1, distribution="rademacher", v=None, mask=Non
     check_key(op, seed, step, offset, x)
     if v is None:
         seed = random.draw_seed() if seed is None else seed
-        v = torch.stack([_draw(x, distribution, seed, step, m, offset) for m in range(projections)])
+        drawn = [_draw(x, distribution, seed, step, m, offset) for m in range(projections)]
+        v = torch.stack(drawn) if projections > 1 else drawn[0][None]
     else:
         v = _given(op, v, x, projections, seed)
     return v if mask is None else observed(v, _checked(op, mask, x))
