@@ -389,10 +389,10 @@ def test_batch_norm_counts_a_batch_once_and_equals_double_backprop():
     assert int(net[1].num_batches_tracked) == 1 and torch.allclose(net[1].running_var, twin[1].running_var)
     found = torch.autograd.grad(loss(pair), [*net.parameters()], allow_unused=True)
     assert relative(found[:5], torch.autograd.grad(loss(expected), [*twin.parameters()], allow_unused=True)[:5]) < 1e-10
-    assert not score._whole
+    assert not score._without_rule
     score.eval()
     agree(score, x, v, tolerance=1e-10)
-    assert not score._whole
+    assert not score._without_rule
 
 
 def test_sliced_loss_of_an_energy_goes_this_way(monkeypatch):
@@ -405,6 +405,25 @@ def test_sliced_loss_of_an_energy_goes_this_way(monkeypatch):
     slope, curvature = plain(net, x, v)
     torch.testing.assert_close(value, (curvature + 0.5 * slope.square()).mean(0), rtol=1e-5, atol=1e-5)
     assert calls and value.requires_grad
+
+
+def test_a_wrong_call_does_not_change_the_path_of_the_next(request):
+    net, x, v = EnergyMLP(6, width=8, depth=1), torch.rand(3, 6), torch.ones(2, 3, 6)
+    score = EnergyScore(net)
+    for wrong in (torch.rand(3, 5), torch.rand(3, 6).double()):
+        with pytest.raises((ValueError, RuntimeError, TypeError)):
+            score.along(wrong, torch.ones(2, *wrong.shape).to(wrong.dtype))
+    request.getfixturevalue("no_detour")
+    score.along(x, v)
+
+
+def test_no_rule_is_remembered_for_samples_of_that_shape_alone(monkeypatch):
+    tried = []
+    monkeypatch.setattr("fastscore.models.energy.second_order", lambda *args, **kwargs: tried.append(1) or second_order(*args, **kwargs))
+    score = EnergyScore(lambda x: x.sum(1) ** 2 if x.shape[1] == 2 else torch.linalg.svdvals(x[:, :, None])[:, 0])
+    for width, tries in ((3, 1), (3, 1), (2, 2), (2, 3), (3, 3)):
+        score.along(torch.rand(4, width).double(), torch.ones(1, 4, width).double())
+        assert len(tried) == tries
 
 
 def test_graphs_where_they_are_wanted(no_detour):
@@ -421,11 +440,12 @@ def test_graphs_where_they_are_wanted(no_detour):
 
 
 @pytest.mark.parametrize("path", ["along", "whole"])
-def test_gradients_reach_the_directions_of_a_frozen_energy(path):
+def test_gradients_reach_the_directions_of_a_frozen_energy(path, monkeypatch):
     net, x, v = EnergyMLP(6, width=8, depth=1).double(), torch.rand(3, 6).double(), torch.randn(2, 3, 6).double().requires_grad_()
     nn.init.normal_(net.requires_grad_(False).last.weight)
     score = EnergyScore(net)
-    score._whole = path == "whole"
+    if path == "whole":
+        monkeypatch.setattr("fastscore.models.energy._needs_whole", lambda f, x: True)
     (g,) = torch.autograd.grad(score.along(x, v)[1].sum(), v)
     torch.testing.assert_close(g, 2 * score.jvp(x, v.detach())[1])
 
@@ -446,7 +466,7 @@ def test_transforms_forward_mode_autocast_and_empty_batches_take_the_other_path(
         slope, curvature = single.along(x.float(), v.float())
         assert torch.equal(slope, (single.jvp(x.float(), v.float())[0] * v.float()).sum(2))
     assert [t.shape for t in score.along(x[:0], v[:, :0])] == [(1, 0), (1, 0)]
-    assert not score._whole
+    assert not score._without_rule
 
 
 def test_low_precision_strides_and_frozen_parameters(no_detour):

@@ -91,13 +91,13 @@ class EnergyScore(nn.Module):
     [[-1.0, 2.0]]
     """
 
-    _whole = False   # f has shown an operation that has no second-order rule
     _chain = None   # whether f is layers and activations in a row, once it has been called
 
     def __init__(self, f):
         super().__init__()
         function("EnergyScore", "f", f)
         self.f = f
+        self._without_rule = set()   # samples' shapes for which f has shown an operation without a second-order rule
 
     def extra_repr(self):
         return "" if isinstance(self.f, nn.Module) else f"f={brief(self.f)}"
@@ -160,16 +160,18 @@ class EnergyScore(nn.Module):
         One forward pass of first and second derivatives along v, where f is made of operations that `fastscore.dual.jets` has rules
         for; f is then called a second time only if it turns out not to be. Otherwise by `jvp`, which is right for every f.
         """
-        if self._whole or _needs_whole(self.f, x):
+        kind = x.shape[1:], x.dtype, self.training
+        if kind in self._without_rule or _needs_whole(self.f, x):
             return self._along_by_jvp(x, v, arguments)
         once = Once(x.device, self.f)
         try:
             with once.watched(), torch.enable_grad():
                 _, slope, curvature = second_order(lambda x: self.f(x, *arguments), x, v, straight=not _writes_in_place(self.f))
-        except Exception:   # whatever it was: on the other path it comes again, or it came of ours
-            self._whole = True
+        except Exception:
             once.undo()
-            return self._along_by_jvp(x, v, arguments)
+            products = self._along_by_jvp(x, v, arguments)   # an error of f's own comes again
+            self._without_rule.add(kind)
+            return products
         wanted = self._leaf(x)[1] or (torch.is_grad_enabled() and v.requires_grad)
         return tuple((t if wanted else t.detach()).to(checks.compute_dtype(v.dtype)) for t in (slope, curvature))
 
@@ -209,10 +211,13 @@ class EnergyScore(nn.Module):
 
     def _leaf(self, x):
         """x as a variable of its own where it is none yet; and whether the result shall be differentiable."""
-        frozen = isinstance(self.f, nn.Module) and not any(p.requires_grad for p in self.f.parameters())
-        wanted = torch.is_grad_enabled() and (x.requires_grad or not frozen)
+        wanted = torch.is_grad_enabled() and (x.requires_grad or self._learns())
         # A view, for detach() would drop a forward-mode tangent.
         return (x if wanted and x.requires_grad else x.view_as(x).requires_grad_()), wanted
+
+    def _learns(self):
+        f = self.f
+        return not isinstance(f, nn.Module) or any(p.requires_grad for p in f.parameters())
 
     def _gradient(self, x, create_graph, arguments):
         value = self._value(x, arguments, third=create_graph)
@@ -222,11 +227,14 @@ class EnergyScore(nn.Module):
 
     def _value(self, x, arguments, third=True):
         # A loss takes third derivatives of f, which PyTorch gets wrong through its norms and lacks for fused attention.
-        compiling = torch.compiler.is_compiling()
-        with _right_norms() if third and not compiling else contextlib.nullcontext():
-            if not compiling and torch._C._len_torch_dispatch_stack():
-                x = x.view_as(x)   # hooks of modes, as of FlopCounterMode, take a leaf for a parameter
-            value = self.f(x, *arguments)
+        f, compiling = self.f, torch.compiler.is_compiling()
+        if not compiling and torch._C._len_torch_dispatch_stack():
+            x = x.view_as(x)   # hooks of modes, as of FlopCounterMode, take a leaf for a parameter
+        if not third or compiling or energy_chain.sequence(f):   # linear layers and activations have neither norms nor attention
+            value = f(x, *arguments)
+        else:
+            with _right_norms():
+                value = f(x, *arguments)
         if not isinstance(value, torch.Tensor) or value.shape not in ((len(x),), (len(x), 1)):
             got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(f"EnergyScore: f(x) must be one value per sample, ({len(x)},); got {got}.")
