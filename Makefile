@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: test test-slow test-slow-sample test-processes demo lint bench gpu clean
+.PHONY: test test-slow test-slow-sample test-processes demo lint docs bench gpu clean
 
 # make test ISA=avx2 or ISA=default: PyTorch's kernels, oneDNN's and ours as a processor with no more than that runs them.
 ISA_avx2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 FASTSCORE_ISA=avx2
@@ -30,6 +30,11 @@ demo: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+
+# The site in build/site, which opens from disk; any warning is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict
+	@echo "site: build/site/index.html"
 
 # Torch first: the extension is built against the torch that is installed.
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/* build_support/*)

@@ -4,59 +4,124 @@ import ast
 import doctest
 import functools
 import importlib
+import inspect
 import re
 import shlex
 import sys
-from pathlib import Path
 
+import pages
 import pytest
 import torch
 
-from fastscore import cli, models, schedules
+import fastscore
+from fastscore import cli
 from fastscore.cli import recipe
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOT = pages.ROOT
+sys.path.insert(0, str(ROOT / "docs"))
+import tables  # noqa: E402
+
+LINKED = [*pages.PAGES, ROOT / "CHANGELOG.md", ROOT / "benchmarks/README.md"]
+PROGRAMS = [page for page in pages.PAGES if pages.blocks(page, "python")]
+LONG = [page for page in PROGRAMS if pages.shortenings(page)]
 MODULES = [path for path in sorted((ROOT / "fastscore").rglob("*.py")) if ">>> " in path.read_text()]
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """An empty folder, no window, and PyTorch's generator as a fresh process has it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    dtype = torch.get_default_dtype()
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    yield
+    torch.set_rng_state(state)
+    torch.set_default_dtype(dtype)
 
 
-def test_the_programs_of_the_readme_run_one_after_the_other(monkeypatch, capsys):
-    """With fewer updates and steps, and a small network where the reader has a checkpoint and a network of his own."""
-    official = models.NCSNv2(3, 4, schedules.geometric(1.0, 0.1, 2))
-    monkeypatch.setattr(models, "load_official", lambda path, **options: official)
-    names = {"my_network": torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.InstanceNorm2d(4))}
-
-    for program in blocks("python"):
-        quick = program.replace("steps=2000", "steps=20").replace("steps_per_level=20", "steps_per_level=2")
-        quick = quick.replace("width=256", "width=32")
-        exec(compile(quick.replace("budget=300", "budget=40"), "README.md", "exec"), names)
-    assert names["x"].shape == (64, 3, 32, 32) and bool(names["x"].isfinite().all())
-    assert "InstanceNorm2d" in capsys.readouterr().out
+@pytest.mark.parametrize("page", PROGRAMS, ids=pages.name)
+def test_the_programs_of_a_page_run_one_after_another(page, reader):
+    pages.run(page, quick=True)
 
 
-COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if re.match(r"fastscore |torchrun .* -m fastscore ", line)]
+@pytest.mark.slow
+@pytest.mark.parametrize("page", LONG, ids=pages.name)
+def test_the_programs_of_a_page_run_as_they_stand(page, reader):
+    pages.run(page, quick=False)
 
 
-@pytest.mark.parametrize("line", COMMANDS, ids=range(len(COMMANDS)))
-def test_the_commands_of_the_readme_are_understood(line, monkeypatch):
-    words = shlex.split(line, comments=True)
+def test_every_shortening_shortens_something():
+    for page in LONG:
+        programs = "".join(block.text for block in pages.blocks(page, "python"))
+        missing = [old for old, _ in pages.shortenings(page) if old not in programs]
+        assert not missing, pages.name(page)
+
+
+def commands():
+    """(page, line of a shell block), with continued lines joined."""
+    for page in pages.PAGES:
+        for block in pages.blocks(page, "sh", "bash"):
+            for line in block.text.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words:
+                    yield pages.name(page), words
+
+
+COMMANDS = list(commands())
+
+
+def of(program):
+    return [(page, words) for page, words in COMMANDS if program in words[:1]]
+
+
+OURS = [*of("fastscore"), *(entry for entry in of("torchrun") if "fastscore" in entry[1])]
+
+
+@pytest.mark.parametrize(("page", "words"), OURS, ids=[" ".join(words) for _, words in OURS])
+def test_the_commands_of_the_pages_are_understood(page, words, monkeypatch):
     words = words[words.index("fastscore") :]
     called = []
-    for module, name in ((cli, "train"), (cli, "sample"), (cli, "evaluate"), (recipe, "recipe")):
+    for module, name in ((cli, "train"), (cli, "sample"), (cli, "evaluate"), (cli, "demo"), (recipe, "recipe")):
         recorded = functools.wraps(getattr(module, name))(lambda *args, name=name, **options: called.append(name))
         monkeypatch.setattr(module, name, recorded)
+    monkeypatch.setattr(cli, "_doctor", lambda: called.append("doctor") or sys.exit(0))
     monkeypatch.setattr(sys, "argv", words)
-    cli.main()
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert not end.code
     assert called == [words[1]]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_targets_of_make_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page, words in of("make"):
+        asked = [word for word in words[1:] if "=" not in word]
+        assert all(word in targets or word.startswith("gpu-") for word in asked), page
+
+
+def test_the_scripts_that_are_called_exist():
+    for page, words in of("python"):
+        files = [word for word in words[1:] if re.fullmatch(r"[\w/]+\.py", word)]
+        assert all((ROOT / file).is_file() for file in files), page
+
+
+def test_the_tables_of_speed_are_those_of_the_results():
+    for page in tables.PAGES:
+        assert tables.updated(page.read_text()) == page.read_text(), "python docs/tables.py"
+
+
+def test_every_public_module_has_its_page():
+    listed = "".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
+    modules = [name for name in fastscore.__all__ if inspect.ismodule(getattr(fastscore, name))]
+    missing = [name for name in modules if f"<!-- members: fastscore.{name}" not in listed]
+    assert modules and not missing
+
+
+@pytest.mark.parametrize("page", LINKED, ids=pages.name)
 def test_every_link_leads_to_a_file(page):
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = pages.FENCE.sub("", page.read_text())
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
     missing = [link for link in links if link and not (page.parent / link).exists()]
     assert not missing
