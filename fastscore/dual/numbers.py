@@ -362,8 +362,10 @@ def of_several():
 
 def _constant_block():
     """Whether grad mode was switched off inside f. An autograd.Function's forward is no such block: its backward carries gradients."""
-    if torch.is_grad_enabled():
-        return False
+    return not torch.is_grad_enabled() and _switched_off()
+
+
+def _switched_off():
     if not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled():
         raise NoRule("fastscore.jvp: an autograd.Function cannot be carried through with its tangents.")
     call = _call()
@@ -444,7 +446,7 @@ class Dual(torch.Tensor):
 
     @classmethod
     def carried(cls, func, args, kwargs):
-        constant = not torch.is_grad_enabled() and _constant_block()   # or it is a Function's forward, and not even a sign is a constant
+        constant = not torch.is_grad_enabled() and _switched_off()   # or it is a Function's forward, and not even a sign is a constant
         if func in _VALUES and kwargs.get("out") is None:
             if func in _OUT_OF_TORCH and not constant:
                 raise RuntimeError("fastscore.jvp: numpy cannot carry derivatives; use x.detach().numpy() for a constant.")

@@ -127,8 +127,8 @@ def _fold(function, s, batched_dims, *args, bias=None, **kwargs):
     if s.dim() == batched_dims:   # a value without batch dimension: the stack is the batch
         y = function(s, *args, **kwargs)
         return y if bias is None else add_bias(y, bias[0], 1)
-    y, values = function(s.flatten(0, 1), *args, **kwargs), s.shape[1]
-    return (y if bias is None else add_bias(y, bias, values)).unflatten(0, s.shape[:2])
+    y, sizes = function(s.flatten(0, 1), *args, **kwargs), s.shape[:2]
+    return torch.unflatten(y if bias is None else add_bias(y, bias, sizes[1]), 0, sizes)
 
 
 def _convolution(function):
@@ -880,10 +880,9 @@ for _name in ("dropout", "dropout1d", "dropout2d", "dropout3d"):
 
 
 def _fused(x, groups, weight, bias, eps):
-    s = stack(x)
-    C = x.shape[1]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    gamma = torch.ones(C, dtype=dtype, device=x.device) if weight is None else weight.to(dtype)
+    s = stack(x)   # asked instead of x, whose every answer is a call through `__torch_function__`
+    dtype = torch.float64 if s.dtype == torch.float64 else torch.float32
+    gamma = torch.ones(s.shape[2], dtype=dtype, device=s.device) if weight is None else weight.to(dtype)
     columns = [gamma] if bias is None else [gamma, bias.to(dtype)]
     return dual(normalise_stack(s, pack(columns), None, Form(groups, False, bias is not None, eps, None), None))
 
@@ -894,14 +893,14 @@ def _dual_affine(x, weight, bias):
 
 @rule("instance_norm")
 def instance_norm(input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5):
-    if running_mean is not None or not use_input_stats or input.dim() < 3 or _dual_affine(input, weight, bias):
+    if running_mean is not None or not use_input_stats or _dual_affine(input, weight, bias) or stack(input).dim() < 4:
         return norms.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     return _fused(input, 0, weight, bias, eps)
 
 
 @rule("group_norm")
 def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=None):
-    if input.dim() < 3 or _dual_affine(input, weight, bias):
+    if _dual_affine(input, weight, bias) or stack(input).dim() < 4:
         return norms.group_norm(input, num_groups, weight, bias, eps)
     return _fused(input, num_groups, weight, bias, eps)
 
