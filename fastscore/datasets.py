@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fastscore import images
+from fastscore.random import draw_seed
 from fastscore.scalars import integer
 
 FASHION = ("/usr/share/datasets/fashion-mnist", "/usr/local/share/datasets/fashion-mnist")
@@ -45,8 +46,9 @@ def load(source: str | os.PathLike) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def split(n, held_out, *, seed=0):
-    """Fixed disjoint indices (training, held out) of n samples; 0 <= held_out < n."""
-    n, seed = integer("split", "n", n, 1, limit=2**32), integer("split", "seed", seed, 0)
+    """Disjoint indices (training, held out) of n samples, the same for the same seed; 0 <= held_out < n."""
+    n = integer("split", "n", n, 1, limit=2**32)
+    seed = draw_seed() if seed is None else integer("split", "seed", seed, 0)
     held_out = integer("split", "held_out", held_out, 0, n - 1)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(n))
     return order[held_out:], order[:held_out]

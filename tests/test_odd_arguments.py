@@ -353,7 +353,7 @@ def pull(x, *sigma):
 
 
 def of_data(draw, **more):
-    return {"x": draw.tensor(*draw.shape(1)), "step": draw.key()["step"], "offset": draw.rng.choice((0, 6)), "seed": 3} | more
+    return {"x": draw.tensor(*draw.shape(1)), "step": draw.key()["step"], "first_sample": draw.rng.choice((0, 6)), "seed": 3} | more
 
 
 def slicing(draw):

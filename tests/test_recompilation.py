@@ -46,8 +46,8 @@ INTEGERS = {
     "perturb": lambda x, k: fastscore.perturb(x, 0.1, offset=k, **KEY),
     "noisy_update": lambda x, k: fastscore.noisy_update(x, -x, 0.1, 0.2, offset=k, **KEY),
     "denoising_loss": lambda x, k: fastscore.denoising_loss(-x, 0.1, offset=k, **KEY),
-    "denoising": lambda x, k: losses.denoising(lambda x, sigma: -x, x, 0.1, offset=k, **KEY),
-    "noise_conditional": lambda x, k: losses.noise_conditional(lambda x, sigma: -x, x, [1.0, 0.1], offset=3 * k, **KEY),
+    "denoising": lambda x, k: losses.denoising(lambda x, sigma: -x, x, 0.1, first_sample=k, **KEY),
+    "noise_conditional": lambda x, k: losses.noise_conditional(lambda x, sigma: -x, x, [1.0, 0.1], first_sample=k, **KEY),
     "normal": lambda x, k: x + random.normal(x.shape, stream=1024, offset=k, **KEY),
     "uniform": lambda x, k: x + random.uniform(x.shape, stream=1024, offset=k, **KEY),
     "rademacher": lambda x, k: x + random.rademacher(x.shape, stream=1024, offset=k, **KEY),
@@ -149,10 +149,10 @@ def test_gradients_through_the_second_value():
 
 def test_a_loss_that_breaks_its_graph_keeps_the_parts():
     net, x = nn.Linear(3, 3), torch.randn(4, 3)
-    compiled, graphs = counted(lambda x, k: losses.sliced(net, x, seed=1, offset=k))
+    compiled, graphs = counted(lambda x, k: losses.sliced(net, x, seed=1, first_sample=k))
     counts = []
     for k in (0, 3, 5, 64, 7):
-        torch.testing.assert_close(compiled(x, k), losses.sliced(net, x, seed=1, offset=k))
+        torch.testing.assert_close(compiled(x, k), losses.sliced(net, x, seed=1, first_sample=k))
         counts.append(len(graphs))
     assert counts[1:] == [2 * counts[0]] * 4
 

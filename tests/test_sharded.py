@@ -65,7 +65,7 @@ LOSSES = {
 def gradients(net, name, x, first=0):
     net.zero_grad()
     for _ in range(2):   # the second one meets what the first has left
-        LOSSES[name](net, x, {"seed": 3, "offset": 3 * first}).mean().backward()
+        LOSSES[name](net, x, {"seed": 3, "first_sample": first}).mean().backward()
     return torch.cat([(p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).flatten() / 2 for p in net.parameters()])
 
 

@@ -15,7 +15,7 @@ from fastscore.scalars import SQUARE, named, offset
 _STEP, _LEVEL = 0, 1  # substreams of PERTURB
 
 
-def inpainting(observation, mask, *, noise=0.0, redraw="level", seed=0, first_sample=0):
+def inpainting(observation, mask, *, noise=0.0, redraw="level", seed=None, first_sample=0):
     """The hook that puts the known pixels back, with the noise that they have at the sampler's level.
 
         x ← y + √(σ² - σ_y²) z  where the mask is 1,    z from stream PERTURB;    x stays where it is 0, and everywhere once σ < σ_y

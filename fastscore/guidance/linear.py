@@ -111,6 +111,7 @@ def adjoint_gap(operator, shape, *, seed=0, dtype=None, device=None):
     """
     check_operator("adjoint_gap", operator)
     shape = random.sizes("adjoint_gap", shape)
+    seed = random.draw_seed() if seed is None else seed   # one for x and y
     key = {"seed": seed, "stream": _CHECKS, "dtype": dtype, "device": device}
     x = random.draw("adjoint_gap", random.NORMAL, (1, *shape), step=2, **key)
     ax = operator.forward(x)

@@ -3,7 +3,7 @@
 import torch
 
 from fastscore import backend as backends
-from fastscore import random
+from fastscore import random, scalars
 from fastscore.losses.projections import check_data, check_score
 from fastscore.ops import checks
 from fastscore.ops.denoising_loss import regenerated_loss
@@ -11,14 +11,15 @@ from fastscore.ops.functions import explained
 from fastscore.ops.noisy_update import update
 
 
-def denoising(score, x, sigma, *, seed, step=0, offset=0):
+def denoising(score, x, sigma, *, seed=None, step=0, first_sample=0):
     """Denoising score matching at noise σ.
 
         L_b = ½ ‖s(x̃, σ) + (x̃ - x)/σ²‖²,    x̃ = x + σ z
 
     Args:
         score: called score(x̃, sigma) with sigma (B,).
-        x: clean data, (B, *). sigma: σ > 0, a float, 0-d or (B,). seed, step, offset: the noise key.
+        x: clean data, (B, *). sigma: σ > 0, a float, 0-d or (B,).
+        seed, step: of the noise. first_sample: global number of x[0], so that splits of a batch agree.
 
     Returns:
         (B,), float32 or wider.
@@ -29,6 +30,7 @@ def denoising(score, x, sigma, *, seed, step=0, offset=0):
     Source: Vincent 2011, equation 11.
     """
     check_data("denoising", x, score)
+    offset = scalars.offset("denoising", first_sample, x[:1].numel())
     sigma = checks.coefficient("denoising", "sigma", sigma, x, minimum=0)
     if type(sigma) is float and 1e-18 < sigma < 1e18 and not torch.compiler.is_compiling():   # σ² is of every compute dtype
         each = torch.full((x.shape[0],), sigma, dtype=checks.compute_dtype(x.dtype), device=x.device)

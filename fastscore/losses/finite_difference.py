@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from fastscore import scalars
 from fastscore.compiling import eagerly
 from fastscore.dual.once import Once, moves
 from fastscore.losses.projections import check_data, check_score, directions, observed
@@ -24,7 +25,7 @@ def finite_difference_sliced(
     radius=0.1,
     seed=None,
     step=0,
-    offset=0,
+    first_sample=0,
 ):
     """Sliced score matching from the score at x ± h v: two evaluations, and no derivative of the network but the backward pass.
 
@@ -55,6 +56,7 @@ def finite_difference_sliced(
     """
     op = "finite_difference_sliced"
     check_data(op, x, score)
+    offset = scalars.offset(op, first_sample, x[:1].numel())
     v = directions(op, x, projections, distribution, v, mask, seed, step, offset)
     variance_reduced = checks.flag(op, "variance_reduced", variance_reduced)
     radius = checks.coefficient(op, "radius", radius, x, minimum=0)

@@ -24,9 +24,9 @@ def noise_conditional(
     labels=None,
     projections=1,
     distribution="rademacher",
-    seed,
+    seed=None,
     step=0,
-    offset=0,
+    first_sample=0,
 ):
     """Weighted score matching over a noise ladder, one level per sample.
 
@@ -43,7 +43,8 @@ def noise_conditional(
         sigmas: descending ladder, (L,). labels: int64 (B,), or None for uniform labels drawn on stream LEVEL.
         power: of the weight λ(σ) = σ^power; 2 weighs all levels alike.
         projections, distribution: of the sliced methods.
-        seed, step, offset: the noise key (streams PERTURB, PROJECTION and LEVEL; the first level drawn is that of sample offset // d).
+        seed, step: of the noise, the levels and the directions (streams PERTURB, LEVEL and PROJECTION).
+        first_sample: global number of x[0], so that splits of a batch agree.
 
     Returns:
         (B,), float32 or wider.
@@ -58,25 +59,31 @@ def noise_conditional(
         raise ValueError(f"{op}: method must be one of {', '.join(METHODS)}; got {checks.shown(method)}.")
     check_projections(op, projections, distribution)
     check_data(op, x, score)
+    offset = scalars.offset(op, first_sample, x[:1].numel())
     check_key(op, seed, step, offset, x)
+    seed = _drawn(x.device) if seed is None else seed   # once, for all that is drawn
     power = checks.number(op, "power", power)
     sigmas = check_ladder(op, sigmas, wait=False).to(x.device)
     power = checks.in_graph(power, sigmas if sigmas.dtype == torch.float64 else x)
     if labels is None:
-        first = offset // max(1, x[:1].numel())   # a sample's level, like its noise, is the same in any split of the batch
-        labels = draw_labels(len(sigmas), x.shape[0], seed=seed, step=step, first_sample=first, device=x.device)
+        labels = draw_labels(len(sigmas), x.shape[0], seed=seed, step=step, first_sample=first_sample, device=x.device)
     elif not _fit(op, labels, x, len(sigmas)):
         raise ValueError(f"{op}: labels must be int64 ({x.shape[0]},) in 0..{len(sigmas) - 1}.")
     each = sigmas[labels]
     if method == "denoising":
         return _weighted(weighted(op, score, x, each, seed, step, offset), each, power - 2)
-    key = {"seed": random.draw_seed() if seed is None else seed, "step": step, "offset": offset}
+    key = {"seed": seed, "step": step, "offset": offset}
     noisy = perturb(x, each, **key)
     if method == "exact":
         loss = implicit(score, noisy, arguments=(each,))
     else:
         loss = sliced_estimate(op, score, noisy, projections, method == "sliced-vr", distribution, arguments=(each,), **key)
     return _weighted(loss, each.to(checks.compute_dtype(x.dtype)), power)
+
+
+def _drawn(device):
+    """A seed; a compiled graph draws it itself."""
+    return torch.randint(0, 2**63 - 1, (), device=device) if torch.compiler.is_compiling() else random.draw_seed()
 
 
 def _weighted(loss, sigmas, power):
@@ -92,7 +99,7 @@ def _fit(op, labels, x, levels):
     return unread or not bool(((labels < 0) | (labels >= levels)).any())
 
 
-def draw_labels(levels, n, *, seed, step=0, first_sample=0, device=None):
+def draw_labels(levels, n, *, seed=None, step=0, first_sample=0, device=None):
     """Uniform level numbers, int64 (n,), from stream LEVEL."""
     op = "draw_labels"
     levels, n = checks.integer(op, "levels", levels, 1, limit=2**31), checks.integer(op, "n", n, 0, limit=2**40)

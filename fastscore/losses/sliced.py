@@ -1,10 +1,12 @@
 """Sliced score matching."""
 
+from fastscore import scalars
 from fastscore.losses.projections import check_data, sliced_estimate
 
 
 def sliced(
-    score, x, *, projections=1, variance_reduced=True, distribution="rademacher", v=None, mask=None, seed=None, step=0, offset=0
+    score, x, *, projections=1, variance_reduced=True, distribution="rademacher", v=None, mask=None, seed=None, step=0,
+    first_sample=0,
 ):
     """Sliced score matching: the implicit Fisher divergence with its trace estimated along random directions.
 
@@ -21,7 +23,8 @@ def sliced(
         distribution: of v, "rademacher" (signs), "gaussian" (standard normal) or "sphere" (of radius √d).
         v: directions (B, *) or (M, B, *) instead; the call is then deterministic and takes no seed.
         mask: like x, 1 where a coordinate was observed; the others are left out of v and s, and reach the score as they are.
-        seed, step, offset: the noise key, stream PROJECTION, substream m.
+        seed, step: of the directions, stream PROJECTION, substream m.
+        first_sample: global number of x[0], so that splits of a batch agree.
 
     Returns:
         (B,), float32 (float64 for float64), differentiable in x and the parameters of score.
@@ -36,5 +39,6 @@ def sliced(
     tensor([-1.5000])
     """
     check_data("sliced", x, score)
+    offset = scalars.offset("sliced", first_sample, x[:1].numel())
     key = {"seed": seed, "step": step, "offset": offset}
     return sliced_estimate("sliced", score, x, projections, variance_reduced, distribution, v, mask, **key)

@@ -45,7 +45,7 @@ def initial(
     *,
     law: str | None = None,
     sigma: float | None = None,
-    seed: int | torch.Tensor | None,
+    seed: int | torch.Tensor | None = None,
     first_sample: int = 0,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -81,7 +81,14 @@ def draw_start(op, name, shape, law, sigma, seed, first_sample, dtype, device):
     return (sigma * random.draw(op, random.NORMAL, shape, dtype=checks.compute_dtype(dtype), **key)).to(dtype)
 
 
-def start_like(data: torch.Tensor, n: int, *, sigma: float, seed: int | torch.Tensor, first_sample: int = 0) -> torch.Tensor:
+def start_like(
+    data: torch.Tensor,
+    n: int,
+    *,
+    sigma: float,
+    seed: int | torch.Tensor | None = None,
+    first_sample: int = 0,
+) -> torch.Tensor:
     """Draw n starts for a ladder that begins at σ_1 from N(m, v + σ_1²), with the mean m and the variance v of each element of data.
 
     These are the mean and the variance of the data with that noise. Stream INIT: sample n is the same in every batch that holds it.
