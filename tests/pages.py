@@ -53,19 +53,21 @@ def run(page: Path, *, quick: bool) -> dict:
     """Run the programs of a page one after another in one namespace, and look at what they print."""
     rules = shortenings(page) if quick else []
     names = {"__name__": "__main__"}
+    shortened = False
 
     for block in blocks(page, "python"):
         text = block.text
         for old, new in rules:
             text = text.replace(old, new)
+        shortened = shortened or text != block.text
 
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             # Empty lines above the program: a traceback then names the line of the page.
             exec(compile("\n" * (block.line - 1) + text, str(page), "exec"), names)
 
-        # A shortened program prints other figures; the page is run whole by `-m slow`.
-        if block.output is not None and not rules:
+        # From a shortened program on the figures are others; `-m slow` runs the page whole.
+        if block.output is not None and not shortened:
             check(page, block, printed.getvalue())
 
     return names
