@@ -119,6 +119,16 @@ def test_every_public_module_has_its_page():
     assert modules and not missing
 
 
+FOLDERS = "fastscore|kernels|csrc|tests|benchmarks|build_support|docs|examples"
+NAMED = re.compile(rf"`((?:{FOLDERS})/[\w./]*)`")
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=pages.name)
+def test_every_file_that_is_named_exists(page):
+    missing = [file for file in NAMED.findall(page.read_text()) if not (ROOT / file).exists()]
+    assert not missing
+
+
 @pytest.mark.parametrize("page", LINKED, ids=pages.name)
 def test_every_link_leads_to_a_file(page):
     text = pages.FENCE.sub("", page.read_text())
