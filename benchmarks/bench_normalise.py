@@ -122,7 +122,7 @@ def bench_tangent(compare, where, ours, shape):
             for a, b in zip(tangent(ours_as(name), x, c, t), exact):
                 check(a, b, torch.float32)
         calls = {
-            name: functools.partial(fastscore.instance_norm_plus_dual, x, t[None], *c, activation="elu", backend=name) for name in ours
+            name: functools.partial(fastscore.ops.instance_norm_plus_dual, x, t[None], *c, activation="elu", backend=name) for name in ours
         }
         peers = {"func.jvp of ours": functools.partial(tangent, ours_as(ours[0]), x, c, t), "eager": lambda: tangent(stock, x, c, t)}
         compare("instance_norm_plus_dual", x, 4 * x.nbytes, calls | peers)

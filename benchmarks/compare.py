@@ -259,7 +259,7 @@ def rows():
         learnt = [w.clone().requires_grad_() for w in weights]
         found[f"instance_norm_plus, {size}"] = lambda x=x, w=weights: lambda: fastscore.instance_norm_plus(x, *w)
         found[f"instance_norm_plus, {size}, graph"] = lambda x=x, w=learnt: lambda: fastscore.instance_norm_plus(x, *w)
-        found[f"instance_norm_plus_dual, {size}"] = lambda x=x, w=weights: lambda: fastscore.instance_norm_plus_dual(x, x[None], *w)
+        found[f"instance_norm_plus_dual, {size}"] = lambda x=x, w=weights: lambda: fastscore.ops.instance_norm_plus_dual(x, x[None], *w)
         found[f"rademacher_jvp, {size}"] = lambda x=x: lambda: fastscore.rademacher_jvp(torch.sin, x, seed=0)
 
     @row("training_loop, a step of denoising, ScoreMLP 2-64, 128")

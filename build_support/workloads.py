@@ -80,7 +80,7 @@ def _norm_backward(dtype, backend):
 def _norm_dual(dtype, backend):
     x, c = _images(dtype)
     t = torch.randn(1, *IMAGES, device=DEVICE, generator=generator()).to(dtype)
-    return lambda: fastscore.instance_norm_plus_dual(x, t, *(k.to(dtype) for k in c), activation="elu", backend=backend)
+    return lambda: fastscore.ops.instance_norm_plus_dual(x, t, *(k.to(dtype) for k in c), activation="elu", backend=backend)
 
 
 def _project(dtype, backend):

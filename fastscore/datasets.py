@@ -13,6 +13,8 @@ from fastscore import images
 from fastscore.random import draw_seed
 from fastscore.scalars import integer
 
+__all__ = ["load", "split"]
+
 FASHION = ("/usr/share/datasets/fashion-mnist", "/usr/local/share/datasets/fashion-mnist")
 
 

@@ -12,6 +12,8 @@ from fastscore.messages import shown
 from fastscore.ops import checks
 from fastscore.tensors import check_tensor
 
+__all__ = ["gather", "share"]
+
 PATIENCE = timedelta(days=7)   # of a rank that is done, for the others; where one dies torchrun ends them all
 
 

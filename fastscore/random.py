@@ -17,6 +17,20 @@ from fastscore.messages import shown
 from fastscore.scalars import plain_int, whole
 from fastscore.tensors import check_device, check_tensor
 
+__all__ = [
+    "CORRECTOR",
+    "DEQUANTIZE",
+    "INIT",
+    "LANGEVIN",
+    "LEVEL",
+    "PERTURB",
+    "PROJECTION",
+    "normal",
+    "rademacher",
+    "uniform",
+    "words",
+]
+
 LANGEVIN, PERTURB, PROJECTION, INIT, LEVEL, DEQUANTIZE, CORRECTOR = 1, 2, 3, 4, 5, 6, 7
 WORDS, UNIFORM, NORMAL, RADEMACHER = 0, 1, 2, 3  # what the raw op `fill` writes
 LARGEST = 6.77   # no normal is larger: the radius of the least u, 2^-33, is 6.764

@@ -13,6 +13,8 @@ from fastscore.messages import shown
 from fastscore.ops import checks
 from fastscore.scalars import RUN, SQUARE, function
 
+__all__ = ["Step", "averaged", "training_loop"]
+
 
 class Step(NamedTuple):
     """What `training_loop` yields after each update: its number, the losses (B,) detached, the averaged model."""

@@ -9,6 +9,9 @@ from torch.utils._pytree import tree_leaves
 
 import fastscore
 from fastscore import guidance, interop, likelihood, losses, models, random, sampling, schedules, training
+from fastscore.losses.noise_conditional import METHODS
+from fastscore.losses.projections import DISTRIBUTIONS
+from fastscore.schedules.ladders import check_ladder
 
 SIGMAS = schedules.geometric(1.0, 0.1, 4)
 LIST = SIGMAS.tolist()
@@ -68,7 +71,7 @@ OPERATORS = {
 }
 CALLS = {
     "ladders": lambda: [schedules.geometric(1, 0.1, 3), schedules.karras(1, 0.1, 3), schedules.linear(1, 0.1, 3), schedules.vp(3)],
-    "check_ladder": lambda: schedules.check_ladder("op", LIST),
+    "check_ladder": lambda: check_ladder("op", LIST),
     "techniques": lambda: [schedules.variance_ratios(LIST, 3, 0.001), schedules.technique4_step_size(LIST, 3)],
     "recipe": lambda: schedules.recipe(X.repeat(5, 1), 30).sigmas,
     "distances": lambda: [schedules.distance_bounds(X, seed=0), schedules.max_pairwise_distance(X)],
@@ -78,10 +81,10 @@ CALLS = {
     "GaussianMixture": lambda: list(models.GaussianMixture([1, 1], X[:2], [1.0, 2.0]).buffers()),
     "Gaussian's values": lambda: [GAUSSIAN(X, 0.5), GAUSSIAN.log_prob(X, 0.5), GAUSSIAN.sample(3, seed=0)],
     "networks": lambda: [NET(IMAGES, 0.5), NCSN(IMAGES, 1.0)],
-    **{f"noise_conditional {m}": (lambda m=m: losses.noise_conditional(NET, IMAGES, LIST, method=m, seed=0)) for m in losses.METHODS},
+    **{f"noise_conditional {m}": (lambda m=m: losses.noise_conditional(NET, IMAGES, LIST, method=m, seed=0)) for m in METHODS},
     "noise_conditional of a tensor": lambda: losses.noise_conditional(NET, IMAGES, SIGMAS, seed=0),
     "denoising": lambda: losses.denoising(NET, IMAGES, 0.5, seed=0),
-    "sliced": lambda: [losses.sliced(torch.sin, X, distribution=d, seed=0) for d in losses.DISTRIBUTIONS],
+    "sliced": lambda: [losses.sliced(torch.sin, X, distribution=d, seed=0) for d in DISTRIBUTIONS],
     "exact": lambda: losses.exact(torch.sin, X),
     "finite_difference_sliced": lambda: losses.finite_difference_sliced(torch.sin, X, seed=0),
     "annealed_langevin": sampled("annealed_langevin", sigmas=LIST, steps_per_level=1, step_size=0.01),
@@ -221,7 +224,7 @@ def test_samples_are_drawn_where_the_network_is():
 def test_values_that_are_on_the_meta_device_are_refused():
     nothing = torch.empty(4, device="meta")
     for call in (
-        lambda: schedules.check_ladder("op", nothing),
+        lambda: check_ladder("op", nothing),
         lambda: models.NCSN(1, 4, nothing),
         lambda: models.ScoreMLP(4, sigmas=nothing),
         lambda: models.Gaussian(nothing, 1.0),

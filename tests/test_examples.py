@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from fastscore import sampling
+from fastscore.sampling.run import SAMPLERS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -71,7 +71,7 @@ def test_the_gallery_shows_every_sampler_and_condition(tmp_path):
     assert all((tmp_path / "docs" / p).read_bytes().startswith(b"\x89PNG") for p in pictures)
     of = {part: {next(iter(row.values())): row for row in part_rows} for part, part_rows in rows.items()}
     samplers = {title.split(",")[0] for title in of["gallery_mixture"]}
-    assert samplers == {*sampling.SAMPLERS, "predictor only", "the mixture itself"}
+    assert samplers == {*SAMPLERS, "predictor only", "the mixture itself"}
     assert len(of["gallery_digits"]) == 11 and len(of["gallery_conditions"]) == 9
     assert all(title in page for part in of.values() for title in part if title != "class")
     # langevin and mala start at the other mode, where nothing is near the first to have a spread.

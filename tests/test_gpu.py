@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastscore
 from fastscore import backend as backends
 from fastscore import losses, random
+from fastscore.losses.noise_conditional import METHODS
 from fastscore.models import EnergyMLP, EnergyScore, ScoreMLP
 from fastscore.ops.activate import _SLOPES, activate_dual, activate_jet, activate_jet_ref
 from fastscore.ops.normalise import ACTIVATIONS, Form, _dual_ref, _gradient_ref, _normalise, normalise, normalise_ref
@@ -593,7 +594,7 @@ LOSSES = {
 }
 CONDITIONAL = {
     method: lambda s, x, sigmas, method=method: losses.noise_conditional(s, x, sigmas, method=method, seed=3, step=2)
-    for method in losses.METHODS
+    for method in METHODS
 } | {
     "denoising-number": lambda s, x, sigmas: losses.denoising(s, x, 0.5, seed=3),
     "labels": lambda s, x, sigmas: losses.noise_conditional(s, x, sigmas, labels=torch.arange(len(x), device=x.device) % 3, seed=3),

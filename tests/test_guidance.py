@@ -7,6 +7,7 @@ import torch
 
 import fastscore
 from fastscore import conversions, guidance, models, random, sampling, schedules
+from fastscore.guidance.linear import adjoint_gap
 
 F64 = torch.float64
 D, M, NOISE = 3, 2, 0.4
@@ -179,7 +180,7 @@ def test_adjoint_and_solution_are_those_of_the_dense_matrix(operator, shape):
     y = drawn(2, len(dense))
     like = operator.forward(torch.zeros(2, *shape, dtype=F64))
     torch.testing.assert_close(operator.adjoint(y.reshape(like.shape)).reshape(2, n), y @ dense, rtol=1e-12, atol=1e-12)
-    assert guidance.adjoint_gap(operator, shape, dtype=F64) < 1e-14
+    assert adjoint_gap(operator, shape, dtype=F64) < 1e-14
     r = (y @ dense) @ dense.mT   # in the range of A, as a residual without noise is
     for a in (torch.tensor([0.3, 0.01], dtype=F64), torch.zeros(2, dtype=F64)):
         v = operator.solve(r.reshape(like.shape), *(t.reshape(2, *[1] * (like.dim() - 1)) for t in (a, torch.ones(2, dtype=F64))))

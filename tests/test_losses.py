@@ -11,8 +11,8 @@ import torch
 import fastscore
 from fastscore import losses, random
 from fastscore import nn as fnn
-from fastscore.losses import DISTRIBUTIONS
-from fastscore.losses.projections import directions
+from fastscore.losses.noise_conditional import METHODS, draw_labels
+from fastscore.losses.projections import DISTRIBUTIONS, directions
 from fastscore.models import EnergyScore, GaussianMixture, ScoreMLP
 
 A = torch.tensor([[0.9, 0.2, -0.1], [0.1, 0.5, 0.3], [0.0, -0.2, 1.1]], dtype=torch.float64)   # not symmetric
@@ -161,7 +161,7 @@ def test_noise_conditional_losses_reach_their_floor(method, floor):
     """The score of N(0.7, s²) convolved with σ leaves -½ σ²/(s² + σ²) per dimension under the weight σ². Seed 4."""
     n, d, s2, sigmas = 2**16, 2, 0.04, [1.0, 0.5, 0.1]
     x = 0.7 + 0.2 * random.normal((n, d), seed=3, stream=1024)
-    labels = losses.draw_labels(3, n, seed=4)
+    labels = draw_labels(3, n, seed=4)
     loss = losses.noise_conditional(
         lambda x, sigma: -(x - 0.7) / (s2 + sigma[:, None] ** 2), x, sigmas, method=method, labels=labels, seed=4
     ).double()
@@ -293,7 +293,7 @@ def test_gradients_of_an_energy_equal_double_backprop(variance_reduced):
         assert_same_gradients(losses.exact(score, x), double_backprop_trace(gradient, x), inputs)
 
 
-@pytest.mark.parametrize("method", losses.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_gradients_over_a_ladder_equal_double_backprop(method):
     net, sigmas = ScoreMLP(6, width=16, depth=1, sigmas=[1.0, 0.1]).double(), torch.tensor([1.0, 0.3, 0.1], dtype=torch.float64)
     torch.nn.init.normal_(net.last.weight)

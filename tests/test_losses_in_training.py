@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastscore import losses
+from fastscore.losses.noise_conditional import METHODS
 
 SIGMAS = [1.0, 0.1]
 
@@ -28,7 +29,7 @@ def every_loss(net, x):
         yield f"sliced {form}", losses.sliced(net, x, projections=2, variance_reduced=form, **key)
         yield f"finite-difference {form}", losses.finite_difference_sliced(net, x, variance_reduced=form, radius=1.0, **key)
     yield "one sigma", losses.denoising(lambda x, sigma: net(x), x, 0.5, **key)
-    for method in losses.METHODS:
+    for method in METHODS:
         yield f"ladder {method}", losses.noise_conditional(lambda x, sigma: net(x), x, SIGMAS, method=method, **key)
 
 

@@ -6,6 +6,7 @@ import torch
 
 import fastscore
 from fastscore import guidance, likelihood, losses, models, sampling, schedules, training
+from fastscore.schedules.ladders import check_ladder
 
 X = torch.linspace(-1, 1, 12).reshape(4, 3)
 LONG = schedules.geometric(348.0, 0.01, 2311)
@@ -71,7 +72,7 @@ def test_a_generator_that_has_ended_is_called_that():
 
 
 LADDER_TAKERS = {
-    "check_ladder": lambda s: schedules.check_ladder("op", s),
+    "check_ladder": lambda s: check_ladder("op", s),
     "NCSNv2": lambda s: models.NCSNv2(1, 4, s),
     "annealed_langevin": lambda s: sampling.annealed_langevin(torch.neg, X, sigmas=s, steps_per_level=1, step_size=1e-5),
     "noise_conditional": lambda s: losses.noise_conditional(lambda x, sigma: -x, X, s, seed=0),

@@ -82,7 +82,7 @@ def test_modes_are_back_between_states_after_an_exception_and_when_a_sampler_is_
     net = trained(model_of(sampler))
     before = modes(net)
 
-    run = sampling.SAMPLERS[sampler](net, X, seed=0, **RUNS[sampler])
+    run = getattr(sampling, sampler)(net, X, seed=0, **RUNS[sampler])
     next(run)
     assert modes(net) == before   # a training step between two states trains in training mode
     del run
@@ -94,7 +94,7 @@ def test_modes_are_back_between_states_after_an_exception_and_when_a_sampler_is_
         raise KeyError("mine")
 
     with pytest.raises(KeyError):
-        next(sampling.SAMPLERS[sampler](broken, X, seed=0, **RUNS[sampler]))
+        next(getattr(sampling, sampler)(broken, X, seed=0, **RUNS[sampler]))
     assert modes(net) == before and net.modes == {False}
 
 

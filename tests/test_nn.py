@@ -26,13 +26,17 @@ STOCK = {
 }
 
 
-def build(name, bias=True, module=fnn):
+def layer_class(name):
+    return getattr(fnn, name, None) or getattr(fnn.ablations, name)
+
+
+def build(name, bias=True, of=layer_class):
     """In float64, with every parameter drawn from N(0, 1)."""
     torch.manual_seed(0)
     if name in STOCK:
         layer = STOCK[name]()
     else:
-        layer = getattr(module, name)(*((C, L) if name in CONDITIONAL else (C,)), bias=bias)
+        layer = of(name)(*((C, L) if name in CONDITIONAL else (C,)), bias=bias)
     for p in layer.parameters():
         nn.init.normal_(p)
     return layer.double()
@@ -56,7 +60,7 @@ def images(*size):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_layer_equals_the_original_in_value_and_state_dict(name, bias):
-    ours, theirs = build(name, bias), build(name, bias, originals)
+    ours, theirs = build(name, bias), build(name, bias, lambda name: getattr(originals, name))
     ours.load_state_dict(theirs.state_dict())
     for mode in (True, False):  # BatchNorm: of the batch, then of the running statistics that it left
         ours.train(mode), theirs.train(mode)
@@ -87,10 +91,10 @@ def test_initial_values_follow_the_original():
     C, L = 2000, 10
     drawn = {
         "plus γ, α": (fnn.ConditionalInstanceNorm2dPlus(C, L).embed.weight[:, : 2 * C], 1, 0.02),
-        "variance γ": (fnn.ConditionalVarianceNorm2d(C, L).embed.weight, 1, 0.02),
+        "variance γ": (fnn.ablations.ConditionalVarianceNorm2d(C, L).embed.weight, 1, 0.02),
         "unconditional": (torch.cat([p for _ in range(10) for p in list(fnn.InstanceNorm2dPlus(C).parameters())[:2]]), 1, 0.02),
         **{
-            name: (getattr(fnn, name)(C, L).embed.weight[:, :C], 0.5, math.sqrt(1 / 12))
+            name: (layer_class(name)(C, L).embed.weight[:, :C], 0.5, math.sqrt(1 / 12))
             for name in ("ConditionalInstanceNorm2d", "ConditionalBatchNorm2d", "ConditionalNoneNorm2d")
         },
     }
@@ -99,7 +103,7 @@ def test_initial_values_follow_the_original():
         assert abs(values.mean() - mean) < 5 * spread / math.sqrt(n), name
         assert abs(values.std() / spread - 1) < 5 / math.sqrt(n), name  # at most the error of a normal; a uniform has less
     for name, columns in (("ConditionalInstanceNorm2dPlus", 2), ("ConditionalInstanceNorm2d", 1), ("ConditionalBatchNorm2d", 1)):
-        assert not getattr(fnn, name)(C, L).embed.weight[:, columns * C :].any()
+        assert not layer_class(name)(C, L).embed.weight[:, columns * C :].any()
     assert drawn["ConditionalNoneNorm2d"][0].min() >= 0 and drawn["ConditionalNoneNorm2d"][0].max() < 1
     assert not fnn.InstanceNorm2dPlus(C).beta.any()
 
@@ -150,11 +154,14 @@ def test_one_pixel_has_variance_zero():
     "call, message",
     [
         (
-            lambda: fnn.ConditionalBatchNorm2d(3, 2)(torch.zeros(1, 4, 2, 2), torch.zeros(1, dtype=torch.int64)),
+            lambda: fnn.ablations.ConditionalBatchNorm2d(3, 2)(torch.zeros(1, 4, 2, 2), torch.zeros(1, dtype=torch.int64)),
             r"x must be \(B, 3, H, W\); got",
         ),
-        (lambda: fnn.ConditionalBatchNorm2d(3, 2)(torch.zeros(1, 3, 1, 1), torch.zeros(1, dtype=torch.int64)), "more than one value"),
-        (lambda: fnn.VarianceNorm2d(3)(torch.zeros(1, 3)), r"x must be \(B, 3, H, W\); got \(1, 3\)"),
+        (
+            lambda: fnn.ablations.ConditionalBatchNorm2d(3, 2)(torch.zeros(1, 3, 1, 1), torch.zeros(1, dtype=torch.int64)),
+            "more than one value",
+        ),
+        (lambda: fnn.ablations.VarianceNorm2d(3)(torch.zeros(1, 3)), r"x must be \(B, 3, H, W\); got \(1, 3\)"),
         (lambda: fnn.GroupNormAct(2, 3), "num_groups must divide the number of channels, 3; got 2"),
         (lambda: fnn.AdaGroupNorm(4, 6, 4), "num_groups must divide the number of channels, 6; got 4"),
         (lambda: fnn.AdaGroupNorm(4, 6, 3, act_fn="tanh"), "act_fn must be None, silu"),

@@ -163,9 +163,9 @@ def test_public_dual_ops_are_forward_mode_of_their_ops(backend):
     x, t, table, labels = torch.randn(2, 6, 3, 3), torch.randn(2, 2, 6, 3, 3), torch.randn(4, 18), torch.tensor([3, 1])
     gamma, alpha, beta = table[0].split(6)
     pairs = [
-        (fastscore.instance_norm_plus, fastscore.instance_norm_plus_dual, (gamma, alpha, beta)),
-        (fastscore.conditional_instance_norm_plus, fastscore.conditional_instance_norm_plus_dual, (labels, table)),
-        (fastscore.group_norm_modulate, fastscore.group_norm_modulate_dual, (3, gamma, beta, table[:2, :6], table[:2, 6:12])),
+        (fastscore.instance_norm_plus, fastscore.ops.instance_norm_plus_dual, (gamma, alpha, beta)),
+        (fastscore.conditional_instance_norm_plus, fastscore.ops.conditional_instance_norm_plus_dual, (labels, table)),
+        (fastscore.group_norm_modulate, fastscore.ops.group_norm_modulate_dual, (3, gamma, beta, table[:2, :6], table[:2, 6:12])),
     ]
     for op, dual, rest in pairs:
         y, ty = dual(x, t, *rest, activation="silu")
@@ -262,7 +262,7 @@ def test_every_nesting_of_transforms(nesting, dual):
     def nested(backend):
         def f(x):
             if dual:
-                return fastscore.instance_norm_plus_dual(x, (v * x)[None], *c[0].split(3), activation="silu", backend=backend)[1][0]
+                return fastscore.ops.instance_norm_plus_dual(x, (v * x)[None], *c[0].split(3), activation="silu", backend=backend)[1][0]
             return normalise(x, c, None, form, backend)
 
         for letter in nesting:
@@ -474,7 +474,7 @@ X = torch.zeros(2, 4, 3, 3)
         (lambda: fastscore.instance_norm_plus(X, torch.ones(4, dtype=torch.int64)), "gamma must be float32"),
         (lambda: fastscore.instance_norm_plus(X, torch.ones(4), eps=0), "eps must be a finite number > 0"),
         (lambda: fastscore.instance_norm_plus(X, torch.ones(4), activation="tanh"), "activation must be one of None, 'elu'"),
-        (lambda: fastscore.instance_norm_plus_dual(X, X, torch.ones(4)), r"t must be \(M, 2, 4, 3, 3\); got \(2, 4, 3, 3\)"),
+        (lambda: fastscore.ops.instance_norm_plus_dual(X, X, torch.ones(4)), r"t must be \(M, 2, 4, 3, 3\); got \(2, 4, 3, 3\)"),
         (lambda: fastscore.conditional_instance_norm_plus(X, torch.tensor([0, 5]), torch.ones(5, 12)), r"labels must be in 0..4; got 5"),
         (lambda: fastscore.conditional_instance_norm_plus(X, torch.tensor([0]), torch.ones(5, 12)), r"labels must be int64 \(2,\)"),
         (lambda: fastscore.conditional_instance_norm_plus(X, torch.tensor([0, 1]), torch.ones(5, 8)), r"weight must be \(L, 12\)"),

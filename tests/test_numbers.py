@@ -26,6 +26,8 @@ from fastscore import (
     schedules,
     training,
 )
+from fastscore.guidance.linear import adjoint_gap
+from fastscore.losses.noise_conditional import draw_labels
 from fastscore.sampling.predictor_corrector import _Plan
 
 X = torch.linspace(-1, 1, 12).reshape(2, 1, 2, 3)
@@ -49,7 +51,7 @@ def log_prob(x):
 
 
 def run(sampler, **options):
-    states = sampling.SAMPLERS[sampler](log_prob if sampler == "mala" else pull, X, **{"seed": 0} | options)
+    states = getattr(sampling, sampler)(log_prob if sampler == "mala" else pull, X, **{"seed": 0} | options)
     return [state.x for state in states]
 
 
@@ -96,7 +98,7 @@ CALLS = {   # name in messages: (call, its arguments)
         losses.noise_conditional,
         {"score": pull, "x": X, "sigmas": SIGMAS, "power": 2, "method": "sliced", "projections": 2, **SPLIT},
     ),
-    "draw_labels": (losses.draw_labels, {"levels": 4, "n": 5, **SPLIT}),
+    "draw_labels": (draw_labels, {"levels": 4, "n": 5, **SPLIT}),
     "variance_report": (losses.variance_report, {"score": torch.sin, "x": X, "draws": 4, "seed": 3}),
     "langevin": (lambda **o: run("langevin", **o), {"steps": 3, "step_size": 0.1, "sigma": 0.5, "temperature": 1.0, "start": 1}),
     "langevin, step_lr": (lambda **o: run("langevin", steps=2, **o), {"step_lr": 0.1, "first_sample": 2, "seed": 3}),
@@ -165,7 +167,7 @@ CALLS = {   # name in messages: (call, its arguments)
     "log_ratio": (lambda **o: likelihood.log_ratio(pull, X, 2 * X, **o), {"sigma": 0.5, "nodes": 4, "chunk": 3, "atol": 0.1}),
     "Downsample": (guidance.Downsample, {"factor": 1}),
     "gaussian_kernel": (guidance.gaussian_kernel, {"sigma": 1.0, "radius": 2}),
-    "adjoint_gap": (lambda **o: guidance.adjoint_gap(guidance.Downsample(1), (1, 2, 2), **o), {"seed": 3}),
+    "adjoint_gap": (lambda **o: adjoint_gap(guidance.Downsample(1), (1, 2, 2), **o), {"seed": 3}),
     "inpainting": (
         lambda **o: guidance.inpainting(X[1], X[1] > 0.5, **o)(X, 0.5, 1), {"noise": 0.1, "seed": 3, "first_sample": 2},
     ),
@@ -195,13 +197,13 @@ CALLS = {   # name in messages: (call, its arguments)
     "AdaGroupNorm": (nn.AdaGroupNorm, {"embedding_dim": 3, "out_dim": 4, "num_groups": 2, "eps": 1e-5}),
     "GroupNormAct": (nn.GroupNormAct, {"num_groups": 2, "num_channels": 4, "eps": 1e-5}),
     "InstanceNorm2d": (nn.InstanceNorm2d, {"num_features": 4, "eps": 1e-5}),
-    "ConditionalBatchNorm2d": (nn.ConditionalBatchNorm2d, {"num_features": 4, "num_classes": 2}),
+    "ConditionalBatchNorm2d": (nn.ablations.ConditionalBatchNorm2d, {"num_features": 4, "num_classes": 2}),
     "ConditionalInstanceNorm2d": (nn.ConditionalInstanceNorm2d, {"num_features": 4, "num_classes": 2}),
     "ConditionalInstanceNorm2dPlus": (nn.ConditionalInstanceNorm2dPlus, {"num_features": 4, "num_classes": 2}),
-    "ConditionalNoneNorm2d": (nn.ConditionalNoneNorm2d, {"num_features": 4, "num_classes": 2}),
-    "ConditionalVarianceNorm2d": (nn.ConditionalVarianceNorm2d, {"num_features": 4, "num_classes": 2}),
+    "ConditionalNoneNorm2d": (nn.ablations.ConditionalNoneNorm2d, {"num_features": 4, "num_classes": 2}),
+    "ConditionalVarianceNorm2d": (nn.ablations.ConditionalVarianceNorm2d, {"num_features": 4, "num_classes": 2}),
     "InstanceNorm2dPlus": (nn.InstanceNorm2dPlus, {"num_features": 4}),
-    "VarianceNorm2d": (nn.VarianceNorm2d, {"num_features": 4}),
+    "VarianceNorm2d": (nn.ablations.VarianceNorm2d, {"num_features": 4}),
     "convert": (lambda **o: conversions.convert(X, X, kind="noise", to="v", **o), {"sigma": 0.5, "alpha": 0.8}),
     "ve_to_vp": (lambda **o: conversions.ve_to_vp(X, **o), {"alphas_cumprod": 0.5}),
     "vp_to_ve": (lambda **o: conversions.vp_to_ve(X, **o), {"alphas_cumprod": 0.5}),
@@ -277,7 +279,7 @@ def test_a_number_is_taken_or_refused_in_one_sentence(name, argument):
     assert not wrong, "\n" + "\n".join(f"{name}({argument}={kind}): {found}" for kind, found in wrong.items())
 
 
-PUBLIC = (fastscore, sampling, losses, schedules, likelihood, guidance, models, nn, training, datasets, distributed)
+PUBLIC = (fastscore, sampling, losses, schedules, likelihood, guidance, models, nn, nn.ablations, training, datasets, distributed)
 RESULTS = ("Estimator", "State", "Step", "Preset", "Recipe", "DistanceBounds", "VarianceReport", "NoneNorm2d", "draw")
 
 

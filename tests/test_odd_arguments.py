@@ -21,6 +21,8 @@ from torch.utils import _pytree as pytree
 import fastscore
 from fastscore import backend as backends
 from fastscore import losses, ops, random
+from fastscore.losses.noise_conditional import METHODS
+from fastscore.losses.projections import DISTRIBUTIONS
 from fastscore.ops.activate import activate_dual, activate_jet
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -357,7 +359,7 @@ def of_data(draw, **more):
 
 
 def slicing(draw):
-    given = of_data(draw, projections=draw.rng.choice((1, 2)), distribution=draw.rng.choice(losses.DISTRIBUTIONS))
+    given = of_data(draw, projections=draw.rng.choice((1, 2)), distribution=draw.rng.choice(DISTRIBUTIONS))
     given["variance_reduced"] = draw.rng.random() < 0.5
     if draw.rng.random() < 0.3:
         given["mask"] = (draw.tensor(*given["x"].shape) > 0).to(draw.rng.choice((torch.bool, torch.float32, torch.int64, draw.dtype)))
@@ -382,7 +384,7 @@ def with_sigma(draw):
 
 
 def laddered(draw):
-    given = of_data(draw, method=draw.rng.choice(losses.METHODS), power=draw.rng.choice((2, 1.0)), projections=1)
+    given = of_data(draw, method=draw.rng.choice(METHODS), power=draw.rng.choice((2, 1.0)), projections=1)
     given["sigmas"] = draw.rng.choice((torch.tensor([2.0, 1.0, 0.5]), [1.0, 0.1], (1.0,)))
     if draw.rng.random() < 0.5:
         given["labels"] = torch.randint(len(given["sigmas"]), given["x"].shape[:1], generator=draw.generator)

@@ -85,8 +85,9 @@ CASES = {   # name: (make, what it does)
     **{c.__name__: (lambda c=c: c(4, 3, activation="elu"), levels(c))
        for c in (nn.ConditionalInstanceNorm2d, nn.ConditionalInstanceNorm2dPlus)},
     **{c.__name__: (lambda c=c: c(4, 3), levels(c))
-       for c in (nn.ConditionalBatchNorm2d, nn.ConditionalVarianceNorm2d, nn.ConditionalNoneNorm2d)},
-    **{c.__name__: (lambda c=c: c(4), channels) for c in (nn.InstanceNorm2d, nn.InstanceNorm2dPlus, nn.VarianceNorm2d, nn.NoneNorm2d)},
+       for c in (nn.ablations.ConditionalBatchNorm2d, nn.ablations.ConditionalVarianceNorm2d, nn.ablations.ConditionalNoneNorm2d)},
+    **{c.__name__: (lambda c=c: c(4), channels) for c in 
+       (nn.InstanceNorm2d, nn.InstanceNorm2dPlus, nn.ablations.VarianceNorm2d, nn.ablations.NoneNorm2d)},
     "GroupNormAct": (lambda: nn.GroupNormAct(2, 4, activation="silu"), channels),
     **{f"AdaGroupNorm {a}": (lambda a=a: nn.AdaGroupNorm(3, 4, 2, act_fn=a), lambda t: t(X.expand(2, 4, 4, 4), torch.ones(2, 3)))
        for a in (None, "silu", "mish")},
@@ -151,7 +152,9 @@ def test_a_copy_does_what_the_original_does(name, way):
     assert same(use(twin), use(thing))
 
 
-@pytest.mark.parametrize("module", [fastscore, conversions, guidance, interop, losses, models, nn, sampling, schedules, training])
+@pytest.mark.parametrize(
+    "module", [fastscore, conversions, guidance, interop, losses, models, nn, nn.ablations, sampling, schedules, training]
+)
 def test_every_public_name_is_picklable(module):
     for name in getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]:
         thing = getattr(module, name)

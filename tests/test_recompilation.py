@@ -7,6 +7,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 import fastscore
 from fastscore import losses, random
+from fastscore.losses.noise_conditional import draw_labels
 
 KEY = {"seed": 1}
 SHIFT = torch.linspace(-1, 1, 5)
@@ -30,7 +31,7 @@ FLOATS = {
     ),
     "eps of group_norm_modulate": lambda x, a: fastscore.group_norm_modulate(x[:, :, None] + SHIFT, 3, GAMMA, GAMMA, eps=a),
     "eps of instance_norm_plus_dual": lambda x, a: torch.cat(
-        fastscore.instance_norm_plus_dual(x[:, :, None] + SHIFT, (x[:, :, None] * SHIFT)[None], GAMMA, GAMMA, eps=a)[1:]
+        fastscore.ops.instance_norm_plus_dual(x[:, :, None] + SHIFT, (x[:, :, None] * SHIFT)[None], GAMMA, GAMMA, eps=a)[1:]
     ),
     "power": lambda x, a: losses.noise_conditional(lambda x, sigma: -x, x, [2.0, 0.1], power=a, **KEY),
     "radius": lambda x, a: losses.finite_difference_sliced(LAYER, x, radius=a, **KEY),
@@ -52,7 +53,7 @@ INTEGERS = {
     "uniform": lambda x, k: x + random.uniform(x.shape, stream=1024, offset=k, **KEY),
     "rademacher": lambda x, k: x + random.rademacher(x.shape, stream=1024, offset=k, **KEY),
     "words": lambda x, k: random.words(7, stream=1024, offset=k, **KEY),
-    "draw_labels": lambda x, k: losses.draw_labels(3, 4, first_sample=k, **KEY),
+    "draw_labels": lambda x, k: draw_labels(3, 4, first_sample=k, **KEY),
     "step": lambda x, k: fastscore.langevin_step(x, -x, 0.1, step=k, **KEY),
     "seed": lambda x, k: fastscore.langevin_step(x, -x, 0.1, seed=k),
 }

@@ -8,6 +8,7 @@ import torch
 
 import fastscore
 from fastscore import guidance, interop, likelihood, losses, models, random, sampling, schedules, training
+from fastscore.losses.noise_conditional import draw_labels
 
 INTEGERS = (np.int64, np.int32, np.uint8)
 X = torch.linspace(-1, 1, 12).reshape(2, 1, 2, 3)
@@ -20,8 +21,8 @@ def energy(x):
 
 def states(sampler, i, **options):
     score = energy if sampler == "mala" else lambda x, *sigma: -x
-    run = sampling.SAMPLERS[sampler](score, X, seed=i(3), first_sample=i(2), start=i(1), **options)
-    return torch.cat([s.x for s in run]), [s.step for s in sampling.SAMPLERS[sampler](score, X, seed=i(3), **options)]
+    run = getattr(sampling, sampler)(score, X, seed=i(3), first_sample=i(2), start=i(1), **options)
+    return torch.cat([s.x for s in run]), [s.step for s in getattr(sampling, sampler)(score, X, seed=i(3), **options)]
 
 
 def trained(i):
@@ -57,7 +58,7 @@ CALLS = {
     "finite differences": lambda i: losses.finite_difference_sliced(torch.sin, X, projections=i(2), seed=i(3)),
     "exact": lambda i: losses.exact(torch.sin, X, chunk=i(2)),
     "noise_conditional": lambda i: losses.noise_conditional(lambda x, s: -x, X, SIGMAS, seed=i(3), step=i(1), first_sample=i(6)),
-    "draw_labels": lambda i: losses.draw_labels(i(4), i(9), seed=i(3), step=i(1), first_sample=i(2)),
+    "draw_labels": lambda i: draw_labels(i(4), i(9), seed=i(3), step=i(1), first_sample=i(2)),
     "variance_report": lambda i: losses.variance_report(torch.sin, X, draws=i(3), projections=(i(1), i(2)), seed=i(3)),
     "langevin": lambda i: states("langevin", i, steps=i(3), step_size=0.1),
     "mala": lambda i: states("mala", i, steps=i(3), step_size=0.1),

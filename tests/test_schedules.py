@@ -12,6 +12,7 @@ from scipy.stats import norm
 import fastscore
 from fastscore import datasets, random, schedules
 from fastscore.cli import recipe
+from fastscore.schedules.ladders import check_ladder
 
 # D, σ_max, L, T, network calls, η = step_lr of technique 4 as the official configurations print it; σ_min is 0.01 in all.
 OFFICIAL = [
@@ -285,7 +286,7 @@ def test_vp_tables_and_noise_levels_are_inverse():
     assert torch.allclose(schedules.timesteps_of(sigmas[t].float(), table.float()), t.float(), atol=2e-3)
     between = schedules.timesteps_of((sigmas[17] * sigmas[18]).sqrt(), table)
     assert between.item() == pytest.approx(17.5, abs=1e-6)
-    assert len(schedules.check_ladder("test", schedules.sigmas_of(table).flip(0))) == 1000
+    assert len(check_ladder("test", schedules.sigmas_of(table).flip(0))) == 1000
 
 
 POINTS = torch.rand(5, 3)

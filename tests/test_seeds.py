@@ -5,6 +5,7 @@ import torch
 
 import fastscore
 from fastscore import datasets, guidance, likelihood, losses, models, random, sampling, schedules
+from fastscore.guidance.linear import adjoint_gap
 
 X = torch.linspace(-1.0, 1.0, 12).reshape(4, 3)
 SIGMAS = schedules.geometric(1.0, 0.1, 3)
@@ -48,7 +49,7 @@ CALLS = {   # not denoising_loss: the noise that it makes again has a seed, whic
     ),
     "distance_bounds": lambda **seed: torch.tensor(schedules.distance_bounds(X, samples=2, **seed).lower),
     "inpainting": painted,
-    "adjoint_gap": lambda **seed: torch.tensor(guidance.adjoint_gap(guidance.Mask(torch.tensor([True, False, True])), (3,), **seed)),
+    "adjoint_gap": lambda **seed: torch.tensor(adjoint_gap(guidance.Mask(torch.tensor([True, False, True])), (3,), **seed)),
     "split": lambda **seed: datasets.split(20, 5, **seed)[1],
     "start_like": lambda **seed: sampling.start_like(X, 5, sigma=1.0, **seed),
     "initial": lambda **seed: sampling.initial((3, 2), law="gaussian", sigma=2.0, **seed),

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fastscore import datasets, losses, models, perturb, random, schedules, training
+from fastscore import datasets, models, perturb, random, schedules, training
 from fastscore.cli import checkpoint, runs, splits
+from fastscore.losses.noise_conditional import draw_labels
 
 _HELD_OUT = 1025  # the stream of the noise on held-out images
 
@@ -73,7 +74,7 @@ def _train(config, out, images, labels, net, sigmas, split):
     def loss(model, batch, step):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * runs.learning_rate(step, config.steps)
-        level = losses.draw_labels(len(sigmas), len(batch), seed=config.seed, step=step, device=batch.device)
+        level = draw_labels(len(sigmas), len(batch), seed=config.seed, step=step, device=batch.device)
         noisy = perturb(images[batch], sigmas[level], seed=config.seed, step=step)
         return F.cross_entropy(model(noisy, sigmas[level]), labels[batch], reduction="none")
 

@@ -57,7 +57,7 @@ def arguments(sampler, sigmas, options):
     if sampler not in NAMES:
         raise ValueError(f"sample: sampler must be one of {', '.join(NAMES)}; got {sampler!r}.")
     options = {name: value for name, value in options.items() if value is not None}
-    foreign = options.keys() - inspect.signature(sampling.SAMPLERS[sampler]).parameters.keys() - {"initial_law"}
+    foreign = options.keys() - inspect.signature(getattr(sampling, sampler)).parameters.keys() - {"initial_law"}
     if foreign:
         raise ValueError(f"sample: {', '.join(sorted(foreign))} cannot be chosen for {sampler}.")
     if sampler == "annealed_langevin":

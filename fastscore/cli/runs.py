@@ -12,6 +12,8 @@ import torch
 from fastscore import datasets, losses, models, random, schedules, training
 from fastscore.cli import checkpoint, splits
 from fastscore.cli.drawing import draw_from
+from fastscore.losses.noise_conditional import METHODS, draw_labels
+from fastscore.losses.projections import DISTRIBUTIONS
 
 BATCHES = 1024  # the stream that picks each step's images
 SAVE_EVERY = 500  # steps: what a killed run may lose
@@ -90,10 +92,10 @@ def check(config: TrainConfig) -> None:
         raise ValueError(f"train: ema_decay must be in [0, 1); got {config.ema_decay}.")
     if config.network not in ("mlp", "ncsn"):
         raise ValueError(f"train: network must be mlp or ncsn; got {config.network!r}.")
-    if config.loss not in losses.METHODS:
-        raise ValueError(f"train: loss must be one of {', '.join(losses.METHODS)}; got {config.loss!r}.")
-    if config.distribution not in losses.DISTRIBUTIONS:
-        raise ValueError(f"train: distribution must be one of {', '.join(losses.DISTRIBUTIONS)}; got {config.distribution!r}.")
+    if config.loss not in METHODS:
+        raise ValueError(f"train: loss must be one of {', '.join(METHODS)}; got {config.loss!r}.")
+    if config.distribution not in DISTRIBUTIONS:
+        raise ValueError(f"train: distribution must be one of {', '.join(DISTRIBUTIONS)}; got {config.distribution!r}.")
     if not config.loss.startswith("sliced") and (config.projections, config.distribution) != (1, "rademacher"):
         raise ValueError(f"train: projections and distribution belong to the sliced losses; the loss is {config.loss}.")
     schedules.geometric(config.sigma_max, config.sigma_min, config.levels)
@@ -162,7 +164,7 @@ def _train(config, out, images, net, sigmas, split):
         nonlocal labels
         for group in optimizer.param_groups:
             group["lr"] = config.lr * learning_rate(step, config.steps)
-        labels = losses.draw_labels(len(sigmas), len(batch), seed=config.seed, step=step, device=batch.device)
+        labels = draw_labels(len(sigmas), len(batch), seed=config.seed, step=step, device=batch.device)
         return losses.noise_conditional(model, batch, sigmas, labels=labels, seed=config.seed, step=step, **objective)
 
     loop = training.training_loop(

@@ -7,18 +7,16 @@ from fastscore.guidance.bayes import posterior
 from fastscore.guidance.class_likelihood import class_likelihood
 from fastscore.guidance.hooks import chain, data_consistency, inpainting
 from fastscore.guidance.inverse import linear_inverse
-from fastscore.guidance.linear import Composition, LinearOperator, adjoint_gap, from_function
+from fastscore.guidance.linear import LinearOperator, from_function
 from fastscore.guidance.operators import Blur, Downsample, Grey, Mask, Matrix, gaussian_kernel
 
 __all__ = [
     "Blur",
-    "Composition",
     "Downsample",
     "Grey",
     "LinearOperator",
     "Mask",
     "Matrix",
-    "adjoint_gap",
     "chain",
     "class_likelihood",
     "data_consistency",

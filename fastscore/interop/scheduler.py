@@ -16,7 +16,7 @@ from fastscore.messages import shown
 from fastscore.ops import checks, langevin_step
 from fastscore.sampling.state import shifted
 from fastscore.scalars import LEVELS, RUN
-from fastscore.schedules.ladders import check_ends
+from fastscore.schedules.ladders import check_ends, check_ladder
 from fastscore.tensors import valued
 
 _MARK = "_annealed_langevin"   # stays in the config of a scheduler that was made from ours
@@ -137,7 +137,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             ValueError: no ladder fits that number of calls.
         """
         c = self.config
-        self.sigmas = schedules.check_ladder("set_timesteps", c.sigmas) if c.sigmas else self._fit(num_inference_steps)
+        self.sigmas = check_ladder("set_timesteps", c.sigmas) if c.sigmas else self._fit(num_inference_steps)
         levels = torch.arange(len(self.sigmas), device=self.sigmas.device).repeat_interleave(c.steps_per_level)
         if c.denoise:
             levels = torch.cat([levels, levels[-1:]])
@@ -306,7 +306,7 @@ def _ladder(op, sigmas, sigma_max, sigma_min):
     if sigmas is None:
         sigma_max, sigma_min, _ = check_ends(op, sigma_max, sigma_min, 2)
         return schedules.geometric(sigma_max, sigma_min, 2)
-    ladder = schedules.check_ladder(op, sigmas)
+    ladder = check_ladder(op, sigmas)
     if ends not in ((None, None), (ladder[0].item(), ladder[-1].item())):
         found = f"{ladder[0].item():.6g} to {ladder[-1].item():.6g}, and {sigma_max} and {sigma_min}"
         raise ValueError(f"{op}: sigmas and sigma_max, sigma_min must agree if both are given; got {found}.")

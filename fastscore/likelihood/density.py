@@ -12,7 +12,7 @@ from fastscore.models.analytic import GaussianMixture
 from fastscore.modes import evaluated
 from fastscore.ops import checks
 from fastscore.scalars import SQUARE, choice, function, named, offset
-from fastscore.schedules import check_ladder
+from fastscore.schedules.ladders import check_ladder
 
 _OP = "log_density"
 STEPS = 2**20   # of a grid

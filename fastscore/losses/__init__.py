@@ -3,17 +3,12 @@
 from fastscore.losses.denoising import denoising
 from fastscore.losses.exact import exact
 from fastscore.losses.finite_difference import finite_difference_sliced
-from fastscore.losses.noise_conditional import METHODS, draw_labels, noise_conditional
-from fastscore.losses.projections import DISTRIBUTIONS
+from fastscore.losses.noise_conditional import noise_conditional
 from fastscore.losses.sliced import sliced
-from fastscore.losses.variance import VarianceReport, variance_report
+from fastscore.losses.variance import variance_report
 
 __all__ = [
-    "DISTRIBUTIONS",
-    "METHODS",
-    "VarianceReport",
     "denoising",
-    "draw_labels",
     "exact",
     "finite_difference_sliced",
     "noise_conditional",

@@ -8,7 +8,7 @@ from fastscore.losses.denoising import weighted
 from fastscore.losses.exact import implicit
 from fastscore.losses.projections import check_data, check_key, check_projections, sliced_estimate
 from fastscore.ops import checks, perturb
-from fastscore.schedules import check_ladder
+from fastscore.schedules.ladders import check_ladder
 from fastscore.tensors import fake
 
 METHODS = ("denoising", "sliced", "sliced-vr", "exact")

@@ -1,22 +1,25 @@
-"""Drop-in normalisation layers of score networks, with the state_dict of the originals and right derivatives in every mode."""
+"""Normalisation layers of score networks, with the state_dict of the originals.
 
-from fastscore.nn.batch_norm import ConditionalBatchNorm2d
+Drop-in, and their derivatives are right in every mode. `nn.ablations` holds the rarer ones.
+"""
+
+from fastscore.nn import ablations
 from fastscore.nn.group_norm import AdaGroupNorm, GroupNormAct
-from fastscore.nn.instance_norm import ConditionalInstanceNorm2d, ConditionalInstanceNorm2dPlus, InstanceNorm2d, InstanceNorm2dPlus
+from fastscore.nn.instance_norm import (
+    ConditionalInstanceNorm2d,
+    ConditionalInstanceNorm2dPlus,
+    InstanceNorm2d,
+    InstanceNorm2dPlus,
+)
 from fastscore.nn.replace import replace_norms
-from fastscore.nn.variance_norm import ConditionalNoneNorm2d, ConditionalVarianceNorm2d, NoneNorm2d, VarianceNorm2d
 
 __all__ = [
     "AdaGroupNorm",
-    "ConditionalBatchNorm2d",
     "ConditionalInstanceNorm2d",
     "ConditionalInstanceNorm2dPlus",
-    "ConditionalNoneNorm2d",
-    "ConditionalVarianceNorm2d",
     "GroupNormAct",
     "InstanceNorm2d",
     "InstanceNorm2dPlus",
-    "NoneNorm2d",
-    "VarianceNorm2d",
+    "ablations",
     "replace_norms",
 ]

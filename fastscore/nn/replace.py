@@ -7,10 +7,15 @@ import torch
 from torch import nn
 
 from fastscore.messages import shown
-from fastscore.nn.batch_norm import ConditionalBatchNorm2d
+from fastscore.nn.ablations import (
+    ConditionalBatchNorm2d,
+    ConditionalNoneNorm2d,
+    ConditionalVarianceNorm2d,
+    NoneNorm2d,
+    VarianceNorm2d,
+)
 from fastscore.nn.group_norm import GroupNormAct
 from fastscore.nn.instance_norm import ConditionalInstanceNorm2d, ConditionalInstanceNorm2dPlus, InstanceNorm2d, InstanceNorm2dPlus
-from fastscore.nn.variance_norm import ConditionalNoneNorm2d, ConditionalVarianceNorm2d, NoneNorm2d, VarianceNorm2d
 
 
 class Swap(NamedTuple):

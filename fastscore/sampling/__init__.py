@@ -9,16 +9,14 @@ from fastscore.sampling.consistent import consistent_annealed
 from fastscore.sampling.langevin import annealed_langevin, langevin
 from fastscore.sampling.mala import mala
 from fastscore.sampling.predictor_corrector import predictor_corrector
-from fastscore.sampling.presets import PRESETS, Preset
+from fastscore.sampling.presets import PRESETS
 from fastscore.sampling.probability_flow import probability_flow
-from fastscore.sampling.run import SAMPLERS, sample, states
+from fastscore.sampling.run import sample, states
 from fastscore.sampling.start import initial, start_law, start_like
 from fastscore.sampling.state import State
 
 __all__ = [
     "PRESETS",
-    "SAMPLERS",
-    "Preset",
     "State",
     "annealed_langevin",
     "consistent_annealed",

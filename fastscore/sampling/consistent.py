@@ -5,7 +5,8 @@ import math
 import torch
 
 from fastscore.sampling.state import State, begin, check_count, epsilon, shifted, spread
-from fastscore.schedules import check_ladder, step_size_from_lr
+from fastscore.schedules import step_size_from_lr
+from fastscore.schedules.ladders import check_ladder
 
 
 def consistent_annealed(

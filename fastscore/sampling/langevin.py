@@ -3,7 +3,7 @@
 import torch
 
 from fastscore.sampling.state import LARGEST, State, begin, check_count, check_updates, epsilon, number, shifted, spread
-from fastscore.schedules import check_ladder
+from fastscore.schedules.ladders import check_ladder
 
 
 def langevin(

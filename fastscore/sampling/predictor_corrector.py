@@ -8,7 +8,7 @@ import torch
 from fastscore import random
 from fastscore.ops.noisy_update import LOSS, reduce
 from fastscore.sampling.state import State, begin, check_count, check_updates, choice, norm, number, shifted, spread
-from fastscore.schedules import check_ladder
+from fastscore.schedules.ladders import check_ladder
 
 PREDICTORS = ("reverse_diffusion", "ancestral", "euler", "none")
 CORRECTORS = ("langevin", "annealed", "none")

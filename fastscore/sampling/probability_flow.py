@@ -7,7 +7,7 @@ import torch
 
 from fastscore.ops import checks
 from fastscore.sampling.state import State, begin, check_count, choice, number, shifted, spread
-from fastscore.schedules import check_ladder
+from fastscore.schedules.ladders import check_ladder
 
 METHODS = ("heun", "euler", "adaptive")
 

@@ -15,7 +15,7 @@ from fastscore.sampling.predictor_corrector import predictor_corrector
 from fastscore.sampling.probability_flow import probability_flow
 from fastscore.sampling.start import First, draw_start, start_law
 from fastscore.sampling.state import check_count, choice, number
-from fastscore.schedules import check_ladder
+from fastscore.schedules.ladders import check_ladder
 from fastscore.tensors import home, valued
 
 SAMPLERS = {f.__name__: f for f in (annealed_langevin, consistent_annealed, predictor_corrector, probability_flow, langevin, mala)}

@@ -6,17 +6,15 @@ from fastscore.schedules.conventions import (
     step_size_from_lr,
     step_size_from_snr,
 )
-from fastscore.schedules.distance import DistanceBounds, distance_bounds, max_pairwise_distance
-from fastscore.schedules.ladders import check_ladder, geometric, karras, linear
+from fastscore.schedules.distance import distance_bounds, max_pairwise_distance
+from fastscore.schedules.ladders import geometric, karras, linear
 from fastscore.schedules.recipes import Recipe, recipe
 from fastscore.schedules.rescaled import alphas_cumprod, sigmas_of, timesteps_of, vp
 from fastscore.schedules.techniques import level_overlap, number_of_levels, technique4_step_size, variance_ratio, variance_ratios
 
 __all__ = [
-    "DistanceBounds",
     "Recipe",
     "alphas_cumprod",
-    "check_ladder",
     "distance_bounds",
     "geometric",
     "karras",
