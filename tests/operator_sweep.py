@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastscore.dual import jvp, numbers
+from fastscore.dual import dispatch, jvp
+from fastscore.dual import routes as ways
 
 # Not swept. Their results are what happened to lie in memory,
 UNINITIALISED = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted", "resize_", "resize_as_")
@@ -227,23 +228,23 @@ def undefined(found, theirs) -> bool:
 def routes():
     """What a call resorts to, collected by name."""
     met = set()
-    ways = {"_generic": "operation", "_forward_mode": "function", "_double_backward": "reverse"}
+    slower = [(dispatch, "generic", "operation"), (ways, "_forward_mode", "function"), (ways, "_double_backward", "reverse")]
 
-    def noted(name, function):
+    def noted(called, function):
         def call(*args, **kwargs):
-            met.add(ways[name])
+            met.add(called)
             return function(*args, **kwargs)
 
         return call
 
-    original = {name: getattr(numbers, name) for name in ways}
+    original = [getattr(module, name) for module, name, _ in slower]
     try:
-        for name, function in original.items():
-            setattr(numbers, name, noted(name, function))
+        for (module, name, called), function in zip(slower, original):
+            setattr(module, name, noted(called, function))
         yield met
     finally:
-        for name, function in original.items():
-            setattr(numbers, name, function)
+        for (module, name, _), function in zip(slower, original):
+            setattr(module, name, function)
 
 
 def plain_jvp(f, x, v):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import fastscore
 from fastscore import losses
-from fastscore.dual import numbers, once, transposed
+from fastscore.dual import generic, once, routes, transposed
 
 CUDA = torch.device("cuda")
 
@@ -29,9 +29,9 @@ def capturing(monkeypatch):
 @pytest.fixture
 def on_gpu(capturing, monkeypatch):
     """What the library asks of generators, it asks as if its tensors lay on a GPU; draws on the CPU count as the GPU's."""
-    for module in (numbers, sys.modules["fastscore.losses.exact"], sys.modules["fastscore.losses.finite_difference"]):
+    for module in (routes, sys.modules["fastscore.losses.exact"], sys.modules["fastscore.losses.finite_difference"]):
         monkeypatch.setattr(module, "Once", lambda device, *functions: once.Once(CUDA, *functions))
-    for module in (numbers, transposed):
+    for module in (generic, transposed):
         monkeypatch.setattr(module, "Draws", lambda device, *rest: once.Draws(CUDA, *rest))
     monkeypatch.setattr(once, "_KEPT", "no device's")
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 import fastscore
-from fastscore.dual import jvp, numbers
+from fastscore.dual import jvp, routes
 
 F64 = {"dtype": torch.float64}
 torch.manual_seed(0)
@@ -27,7 +27,7 @@ def one_call(request, monkeypatch):
         raise AssertionError("f was called again")
 
     for slower in ("_forward_mode", "_double_backward"):
-        monkeypatch.setattr(numbers, slower, detour)
+        monkeypatch.setattr(routes, slower, detour)
 
 
 def h(x):

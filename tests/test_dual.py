@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastscore
-from fastscore.dual import jvp, numbers
+from fastscore.dual import jvp, routes
 
 
 class Residual(nn.Module):
@@ -110,7 +110,7 @@ def no_detour(monkeypatch):
     def detour(*args):
         raise AssertionError("the stacked path gave up")
 
-    monkeypatch.setattr(numbers, "_forward_mode", detour)
+    monkeypatch.setattr(routes, "_forward_mode", detour)
 
 
 @pytest.mark.parametrize("M", [1, 4])

@@ -9,8 +9,8 @@ from torch import nn
 
 import fastscore
 from fastscore import losses
+from fastscore.dual.call import NoRule
 from fastscore.dual.jets import Jet, second_order
-from fastscore.dual.numbers import NoRule
 from fastscore.models import EnergyMLP, EnergyScore
 from fastscore.ops.activate import activate_jet, activate_jet_ref
 

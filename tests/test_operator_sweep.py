@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from operator_sweep import Case, examine, full_name, operators, sweep, table
 
-from fastscore.dual import numbers
+from fastscore.dual import routes
+from fastscore.dual.call import NoRule
 
 F64 = {"dtype": torch.float64}
 torch.manual_seed(0)
@@ -104,13 +105,13 @@ def test_where_stock_formulas_fail_in_forward_mode_as_a_whole(name, monkeypatch)
     f, x = BESIDE[name]
 
     def no_stack(*args):
-        raise numbers.NoRule("fastscore.jvp: not here.")
+        raise NoRule("fastscore.jvp: not here.")
 
     def seeded(x):
         torch.manual_seed(0)
         return f(x).reshape(-1)
 
-    monkeypatch.setattr(numbers, "_stacked", no_stack)
+    monkeypatch.setattr(routes, "_stacked", no_stack)
     verdict = examine(Case(name, seeded, x, seeded), 3)
     assert verdict.outcome == "right", verdict
 
@@ -153,7 +154,7 @@ def test_every_operator(part):
 
 def test_a_wrong_rule_is_found(monkeypatch):
     """The sweep itself: a rule whose tangent is one percent off, one without the gradient of its tangent."""
-    from fastscore.dual.numbers import Dual
+    from fastscore.dual.number import Dual
     from fastscore.dual.rules import RULES
 
     right = RULES[torch.sin]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastscore.dual import jvp, numbers
+from fastscore.dual import call, jvp
 from fastscore.dual.jets import second_order
 
 D = torch.float64
@@ -190,7 +190,7 @@ def test_nothing_stays_alive_that_f_does_not_keep(layers, point):
     gc.disable()   # by reference counts alone
     try:
         result = weakref.ref(jvp(f, *point)[1])
-        assert [r() for r in seen] == [None, None] and result() is None and not numbers._calls
+        assert [r() for r in seen] == [None, None] and result() is None and not call.calls
     finally:
         gc.enable()
     left = layers[1](kept[0])   # after the call a number is its value
@@ -221,7 +221,7 @@ def test_threads_inside_f_and_around_jvp(layers, point):
         sys.setswitchinterval(often)
     with ThreadPoolExecutor(4) as pool:
         assert all(agree(found, expected) for found in pool.map(one, [True, False] * 20))
-    assert not numbers._calls
+    assert not call.calls
 
 
 def in_a_worker(f, *args):

@@ -6,14 +6,16 @@ import weakref
 
 import torch
 
-from fastscore.dual.rules import aligned
+from fastscore.dual.call import NoRule, running, saved_tensors_hooks
+from fastscore.dual.number import Dual
+from fastscore.dual.stacks import aligned
 
 
 class Carriers:
     """What one jvp has turned into dual numbers, so that it can be turned back."""
 
     def __init__(self, grad_mode):
-        self.grad_mode, self.hooks, self.thread = grad_mode, _hooks(), threading.get_ident()
+        self.grad_mode = grad_mode
         self.loose = {}   # tensors without views: id -> a weak reference, and the tensor that it was
         self.families = []
 
@@ -26,8 +28,6 @@ class Carriers:
 
     def close(self, keep):
         """Turn everything back; keep: with the values that it has now, as a buffer of a module has them after an ordinary pass."""
-        if not self.loose and not self.families:
-            return
         try:
             self._close(keep)
         except BaseException:   # of autograd, where one cannot take its value
@@ -86,8 +86,6 @@ def _turn_back(reference, original, keep):
 
 def become(t, s):
     """Make the very object t dual numbers with this stack; the tensor that it was."""
-    from fastscore.dual.numbers import Dual
-
     other = Dual(s)
     _swap(t, other)
     return other
@@ -106,10 +104,6 @@ def _swap(a, b):
 def _span(t):
     """How many places of its memory t reaches over."""
     return 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride())) if t.numel() else 0
-
-
-def _hooks():
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _storage(t):
@@ -136,8 +130,6 @@ _UNNAMED = _named(torch.zeros(1, device="cpu"))
 
 
 def _refuse(why):
-    from fastscore.dual.numbers import NoRule
-
     raise NoRule(f"fastscore.jvp: {why}")
 
 
@@ -146,9 +138,9 @@ def check(name, target, views=0):
 
     To be asked before anything is computed from it, which may save it.
     """
-    call = _carriers()
+    call = running()
     # The backward pass would call a checkpoint again when nothing turns this back; another thread may hold a tensor while it is swapped.
-    if call is None or call.hooks != _hooks() or call.thread != threading.get_ident():
+    if call is None or call.hooks != saved_tensors_hooks() or call.thread != threading.get_ident():
         _refuse(f"{name} would write dual numbers into an ordinary tensor inside a checkpoint or another thread.")
     leaf = target.requires_grad and (target.is_leaf or (target._is_view() and target._base.is_leaf))
     if target.is_inference() and not torch.is_inference_mode_enabled():
@@ -221,10 +213,10 @@ def _with_zeros(t, n):
 
 
 def _carriers():
-    from fastscore.dual.numbers import _local
-
-    call = getattr(_local, "call", None)
-    return None if call is None else call.carriers
+    call = running()
+    if call.carriers is None:
+        call.carriers = Carriers(call.grad_mode)
+    return call.carriers
 
 
 def _note(t, original):

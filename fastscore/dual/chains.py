@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastscore import backend as _backend
+from fastscore.dual.call import NoRule
 from fastscore.dual.functions import activate_stack, add_bias, in_half, linear_in_half
 from fastscore.ops.activate import activated
 from fastscore.ops.activate import gradient as activation_gradient
@@ -91,8 +92,6 @@ def saved_as_they_are():
 
 
 def _refuse():
-    from fastscore.dual.numbers import NoRule
-
     raise NoRule("fastscore.jvp: f wrote into the input of a linear layer, through a detached tensor, after it had used it.")
 
 

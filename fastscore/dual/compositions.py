@@ -1,157 +1,11 @@
-"""PyTorch's operations whose own derivatives are wrong, missing or NaN somewhere, as plain operations that are right at every order.
+"""Operations, some of whose own derivatives are wrong, missing or NaN, as plain ones that are right at every order."""
 
-Dual numbers flow through them, and stock forward mode takes them in their stead (`RightForward`).
-"""
-
-import functools
 import math
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
 
-from fastscore.dual import norms
-
-FORMULAS = {}
-HOLDERS = (torch.Tensor, torch, F, torch._C._nn, torch.special, torch.linalg)
-
-
-def formula(*names, holders=HOLDERS):
-    """Register a composition under every function of that name."""
-
-    def register(function):
-        @functools.wraps(function)
-        def spelled(*args, **kwargs):
-            return function(*args, **{_SPELLINGS.get(key, key): argument for key, argument in kwargs.items()})
-
-        for name in names:
-            for holder in holders:
-                if hasattr(holder, name):
-                    FORMULAS.setdefault(getattr(holder, name), spelled)
-        return function
-
-    return register
-
-
-_SPELLINGS = {"axis": "dim", "keepdims": "keepdim"}   # numpy's, which torch takes
-
-
-def refused(sentence):
-    def refuse(*args, **kwargs):
-        raise NotImplementedError(f"fastscore.jvp: {sentence}.")
-
-    return refuse
-
-
-# ---- linear algebra: PyTorch makes these tangents from a factorisation that it saved as a constant
-
-
-@formula("solve", holders=(torch.linalg,))
-def solve(A, B, *, left=True):
-    vector = B.dim() == 1 or (A.dim() - 1 == B.dim() and B.shape == A.shape[:-1])   # as torch tells them apart
-    if vector:
-        return (torch.linalg.inv(A) @ B.unsqueeze(-1)).squeeze(-1)
-    return torch.linalg.inv(A) @ B if left else B @ torch.linalg.inv(A)
-
-
-@formula("solve_ex", holders=(torch.linalg,))
-def solve_ex(A, B, *, left=True, check_errors=False):
-    info = torch.linalg.inv_ex(A.detach(), check_errors=check_errors).info
-    return torch.return_types.linalg_solve_ex((solve(A, B, left=left), info))
-
-
-@formula("tensorsolve", holders=(torch.linalg,))
-def tensorsolve(A, B, dims=None):
-    if dims is not None:
-        A = A.movedim(tuple(dims), tuple(range(A.dim() - len(dims), A.dim())))
-    return solve(A.reshape(B.numel(), -1), B.reshape(-1)).reshape(A.shape[B.dim() :])
-
-
-@formula("cholesky_inverse", holders=(torch.Tensor, torch))
-def cholesky_inverse(L, upper=False):
-    inverse = torch.linalg.inv(L.triu() if upper else L.tril())
-    return inverse @ inverse.mH if upper else inverse.mH @ inverse
-
-
-@formula("householder_product", "orgqr")
-def householder_product(A, tau):
-    m, n = A.shape[-2:]
-    eye = torch.eye(m, n, dtype=A.dtype, device=A.device)
-    reflectors = A.tril(-1) + eye
-    Q = eye.expand(A.shape)
-    for i in reversed(range(tau.shape[-1])):
-        v = reflectors[..., i : i + 1]
-        Q = Q - tau[..., i : i + 1, None] * v @ (v.mH @ Q)
-    return Q
-
-
-def _pivots(A):
-    """|det A| = ∏|pivots| · |det rest|: elimination down to 3 × 3; pivots (n - 3, N), the rest (N, 3, 3), a sign (N,)."""
-    sign = torch.ones(len(A), dtype=A.dtype, device=A.device)
-    pivots = []
-    while (n := A.shape[-1]) > 3:
-        largest = A.detach().abs().flatten(1).argmax(1)
-        for dim, chosen in ((1, largest // n), (2, largest % n)):
-            at = torch.arange(n, device=A.device).expand(len(A), n)
-            swapped = torch.where(at == 0, chosen[:, None], torch.where(at == chosen[:, None], 0, at))
-            A = A.gather(dim, swapped.unsqueeze(3 - dim).expand(A.shape))
-            sign = torch.where(chosen == 0, sign, -sign)
-
-        pivot = A[:, 0, 0]
-        pivots.append(pivot)
-        # A pivot of zero: all that is left is zero, and a 4 × 4 block has its first derivative that is not of order 4.
-        A = A[:, 1:, 1:] - A[:, 1:, :1] * A[:, :1, 1:] / torch.where(pivot == 0, 1.0, pivot)[:, None, None]
-    return pivots, A, sign
-
-
-def _small_det(A):
-    """Of (N, n, n), n <= 3, by cofactors."""
-    n = A.shape[-1]
-    if n == 0:
-        return torch.ones(len(A), dtype=A.dtype, device=A.device)
-    if n == 1:
-        return A[:, 0, 0]
-    if n == 2:
-        return A[:, 0, 0] * A[:, 1, 1] - A[:, 0, 1] * A[:, 1, 0]
-    return sum(A[:, 0, i] * (A[:, 1, j] * A[:, 2, k] - A[:, 1, k] * A[:, 2, j]) for i, j, k in ((0, 1, 2), (1, 2, 0), (2, 0, 1)))
-
-
-@formula("det", holders=(torch.Tensor, torch, torch.linalg))
-def det(A):
-    """Right where A is singular, too."""
-    pivots, rest, sign = _pivots(A.reshape(-1, *A.shape[-2:]))
-    product = _small_det(rest) * sign
-    for pivot in pivots:
-        product = product * pivot
-    return product.reshape(A.shape[:-2])
-
-
-def _log_abs_det(A):
-    pivots, rest, sign = _pivots(A.reshape(-1, *A.shape[-2:]))
-    last = _small_det(rest)
-    total = last.abs().log()
-    for pivot in pivots:
-        total = total + pivot.abs().log()
-        sign = sign * pivot.detach().sign()
-    return (sign * last.detach().sign()).reshape(A.shape[:-2]), total.reshape(A.shape[:-2])
-
-
-@formula("slogdet", holders=(torch.Tensor, torch, torch.linalg))
-def slogdet(A):
-    if A.is_complex():
-        refused("slogdet of complex matrices has no right forward mode; take det")()
-    return torch.return_types.slogdet(_log_abs_det(A))
-
-
-@formula("logdet", holders=(torch.Tensor, torch))
-def logdet(A):
-    if A.is_complex():
-        return det(A).log()
-    sign, value = _log_abs_det(A)
-    return torch.where(sign < 0, torch.nan, value)
-
-
-# ---- cumulative and scattered: formulas that divide by what may be zero, or overflow
+from fastscore.dual.formulas import FORMULAS, formula, varies
 
 
 def _scan(x, dim, join):
@@ -235,9 +89,6 @@ def index_reduce(input, dim, index, source, reduce, *, include_self=True):
         return scatter_reduce(input, 0, index, source, reduce, include_self=include_self)
     index = index.reshape(-1, *(1,) * (source.dim() - 1 - dim % source.dim())).expand(source.shape)
     return scatter_reduce(input, dim, index, source, reduce, include_self=include_self)
-
-
-# ---- elementwise operations and distances without a second derivative
 
 
 @formula("glu")
@@ -374,42 +225,3 @@ def normal(mean, std=1.0, size=None, *, generator=None, **kwargs):
     like = mean if isinstance(mean, torch.Tensor) else std
     shape = torch.broadcast_shapes(*(c.shape for c in (mean, std) if isinstance(c, torch.Tensor)))
     return mean + std * torch.empty(shape, dtype=like.dtype, device=like.device).normal_(generator=generator)
-
-
-# ---- PyTorch has no derivative of these and does not say so: their gradients and tangents are zero
-
-_BESSEL = """
-    airy_ai bessel_j0 bessel_j1 bessel_y0 bessel_y1 modified_bessel_i0 modified_bessel_i1 modified_bessel_k0 modified_bessel_k1
-    scaled_modified_bessel_k0 scaled_modified_bessel_k1 spherical_bessel_j0
-""".split()
-_POLYNOMIALS = [
-    *(f"{shifted}chebyshev_polynomial_{kind}" for shifted in ("", "shifted_") for kind in "tuvw"),
-    *("hermite_polynomial_h", "hermite_polynomial_he", "laguerre_polynomial_l", "legendre_polynomial_p"),
-]
-REFUSED = {
-    getattr(torch.special, name): f"PyTorch counts torch.special.{name} as a constant; write it with its derivative"
-    for name in (*_BESSEL, *_POLYNOMIALS)
-    if hasattr(torch.special, name)
-}
-REFUSED |= {
-    holder.as_strided_scatter: "PyTorch's gradient of as_strided_scatter is wrong; write into a clone" for holder in (torch, torch.Tensor)
-}
-
-
-class RightForward(norms.RightNorms):
-    """Inside, PyTorch's own derivatives are right through all of these, too."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in REFUSED and any(isinstance(a, torch.Tensor) and varies(a) for a in args):
-            refused(REFUSED[func])()
-        if func in FORMULAS and kwargs.get("out") is None:
-            result = FORMULAS[func](*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def varies(a):
-    """Whether autograd, of either mode, follows this tensor."""
-    return a.requires_grad or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(a).tangent is not None)

@@ -10,14 +10,15 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastscore.dual import norms, numbers
-from fastscore.dual import rules as first_order
-from fastscore.dual.rules import rule, shape_of
+from fastscore.dual import norms, rules, rules_math, rules_shape, table
+from fastscore.dual.call import NoRule
+from fastscore.dual.stacks import shape_of
+from fastscore.dual.table import rule
 from fastscore.ops import normalise as core
 from fastscore.ops.activate import activate_jet
 
 RULES = {}
-VALUES = numbers._VALUES - {torch.Tensor.numpy, numbers._DATA}   # which a variable refuses, or whose writes nobody sees
+VALUES = table.VALUES - {torch.Tensor.numpy, table.DATA}   # which a variable refuses, or whose writes nobody sees
 jet_rule = functools.partial(rule, table=RULES)
 
 
@@ -33,11 +34,11 @@ def kept(x, made):
         return tuple(kept(x, m) for m in made)
     s = made.stack if is_jet(made) else made
     if s.is_complex():
-        raise numbers.NoRule("second_order: no rule carries complex numbers.")
+        raise NoRule("second_order: no rule carries complex numbers.")
     if not s.is_floating_point():   # integers, a plain value already
         return s
     if s.dim() < 2 or s.shape[1] != x.stack.shape[1]:
-        raise numbers.NoRule("second_order: the samples would not stay the first dimension.")
+        raise NoRule("second_order: the samples would not stay the first dimension.")
     return x.like(s)
 
 
@@ -53,11 +54,11 @@ def joined(x, y, first, second):
 # ---- linear maps, by the rules of dual numbers; a predicate says whether the samples stay apart
 
 
-def _linear(predicate, *names, holders=first_order.HOLDERS):
+def _linear(predicate, *names, holders=table.HOLDERS):
     for holder in holders:
         for function in (getattr(holder, name) for name in names if hasattr(holder, name)):
-            if function in first_order.RULES:
-                RULES[function] = _guarded(first_order.RULES[function], predicate)
+            if function in rules.RULES:
+                RULES[function] = _guarded(rules.RULES[function], predicate)
 
 
 def _guarded(linear, predicate):
@@ -121,11 +122,11 @@ _linear(_exactly(4), "unfold", holders=(F,))
 _linear(_exactly(3), "fold", holders=(F,))
 _linear(_at_least(3), "interpolate", holders=(F,))
 _linear(lambda x, pad, *args, **kwargs: len(pad) // 2 < x.dim(), "pad", holders=(F,))
-RULES[torch.Tensor.mT.__get__] = _guarded(first_order.RULES[torch.Tensor.mT.__get__], _at_least(3))
+RULES[torch.Tensor.mT.__get__] = _guarded(rules.RULES[torch.Tensor.mT.__get__], _at_least(3))
 
 
 def _dropout(function):
-    masked = _guarded(first_order.RULES[function], _at_least(1))
+    masked = _guarded(rules.RULES[function], _at_least(1))
     return lambda input, p=0.5, training=True, inplace=False: masked(input, p, training) if training and p else input
 
 
@@ -149,7 +150,7 @@ def _several(linear):
 
     def apply(tensors, dim=0):
         x = next(filter(is_jet, tensors))
-        rank = x.dim() + (linear is first_order.stack_of)
+        rank = x.dim() + (linear is rules_shape.stack_of)
         if dim % rank == 0 or any(a.dim() != x.dim() for a in tensors):
             return NotImplemented
         if not all(a.straight for a in tensors if is_jet(a)):
@@ -159,8 +160,8 @@ def _several(linear):
     return apply
 
 
-jet_rule("cat", "concat", "concatenate")(_several(first_order.cat))
-jet_rule("stack")(_several(first_order.stack_of))
+jet_rule("cat", "concat", "concatenate")(_several(rules_shape.cat))
+jet_rule("stack")(_several(rules_shape.stack_of))
 
 
 @jet_rule("where")
@@ -170,7 +171,7 @@ def where(condition, input=None, other=None):
         return NotImplemented
     if not all(a.straight for a in jets):
         input, other = (bent(a) if is_jet(a) else a for a in (input, other))
-    return kept(jets[0], first_order.where(condition, input, other))
+    return kept(jets[0], rules_math.where(condition, input, other))
 
 
 def _aligned(x, *others):

@@ -10,10 +10,14 @@ from torch.utils._pytree import tree_leaves
 
 from fastscore.compiling import skip
 from fastscore.dual import kept
+from fastscore.dual.call import NoRule
 from fastscore.dual.compiled import undisturbed
 from fastscore.dual.jet_rules import RULES, VALUES, bent, is_jet
-from fastscore.dual.numbers import _BASE, _GRAPH, _LIKE, _METADATA, Dual, NoRule, _copy, _in_place, _metadata, _on_values, _place, _write
+from fastscore.dual.number import Dual
 from fastscore.dual.sharded import of_fsdp
+from fastscore.dual.table import BASE, GRAPH, LIKE, METADATA, metadata
+from fastscore.dual.values import new_place, on_values
+from fastscore.dual.writes import copy_of, in_place, write
 
 
 def second_order(f, x, v, straight=True):
@@ -109,8 +113,8 @@ class Jet(Dual):
     @skip   # by Dynamo
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _METADATA:
-            return _metadata(func, args, kwargs)
+        if func in METADATA:
+            return metadata(func, args, kwargs)
         if get_eval_frame_callback() is not None:   # a checkpoint in f calls a compiled part again during the backward pass
             return undisturbed(cls.__torch_function__, func, types, args, kwargs)
         if getattr(_local, "made", None) is None:
@@ -121,29 +125,29 @@ class Jet(Dual):
     def carried(cls, func, args, kwargs):
         if func == torch.Tensor.requires_grad.__get__:
             return True
-        if func in _GRAPH:
+        if func in GRAPH:
             return func(args[0].stack)
-        if func == _BASE:
+        if func == BASE:
             return None
         name = getattr(func, "__name__", str(func))
         # Without gradients we may stand inside an autograd.Function, whose result would look like a constant.
         if not torch.is_grad_enabled() or kwargs.get("out") is not None:
             raise NoRule(f"second_order: {name} without gradients, or with out=.")
         if func in VALUES:
-            return _on_values(func, args, kwargs)
-        if func in _LIKE:
-            return _place(func, (bent(args[0]), *args[1:]), kwargs)
+            return on_values(func, args, kwargs)
+        if func in LIKE:
+            return new_place(func, (bent(args[0]), *args[1:]), kwargs)
         if kwargs.get("inplace"):
-            return _write(args[0], func(_copy(args[0]), *args[1:], **{**kwargs, "inplace": False}))
+            return write(args[0], func(copy_of(args[0]), *args[1:], **{**kwargs, "inplace": False}))
         if func in RULES:
             result = RULES[func](*args, **kwargs)
             return _refuse(name) if result is NotImplemented else result
         if name == "register_hook" and of_fsdp(args[1]):
             return func(args[0].stack, args[1])
         if name == "__setitem__" and is_jet(args[0]) and is_jet(args[2]) and not args[0].straight:
-            return _in_place(func, name, (*args[:2], bent(args[2])), kwargs)
+            return in_place(func, name, (*args[:2], bent(args[2])), kwargs)
         if name == "__setitem__" or (name.endswith("_") and name not in _OTHERS and is_jet(args[0])):
-            return _in_place(func, name, args, kwargs)
+            return in_place(func, name, args, kwargs)
         return _refuse(name)
 
     @classmethod

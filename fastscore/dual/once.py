@@ -7,35 +7,20 @@ entries and what those of more than 1,000 hold.
 """
 
 import contextlib
-import dis
 import functools
 import random
-import sys
-import sysconfig
 import types
-from collections import deque
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.module import _global_forward_hooks as _global_hooks
-from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastscore.dual.reach import CONTAINERS, FOREIGN, GENERATORS, OWN, Part, built_in, filled, reached
 from fastscore.ops import checks
 
-_CONTAINERS = list, dict, set, deque
-_NUMPY = sys.modules.get("numpy")
-_FOREIGN = (random.Random,) if _NUMPY is None else (random.Random, _NUMPY.random.Generator, _NUMPY.random.RandomState)
-_GENERATORS = (torch.Generator, *_FOREIGN)
-# Of Python and of NumPy, those that serve who names none.
-_COMMON = (random._inst,) if _NUMPY is None else (random._inst, _NUMPY.random.mtrand._rand)
-_KEEPING = (*_CONTAINERS, *_GENERATORS)
-_FUNCTIONS = types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial, types.ModuleType, types.CellType
-_OWN = frozenset(vars(nn.Module()))   # what every module holds
 _LARGE = 2**20   # elements that are not copied on suspicion
 _NOTHING = contextlib.nullcontext()
 
@@ -55,13 +40,13 @@ class Once:
     def __init__(self, device, *functions):
         self.times = 0
         tracing = torch._C._len_torch_dispatch_stack() and not checks.readable()   # tensors have no values to keep
-        reached, quiet = ([], False) if tracing else _reached(functions)
+        found, quiet = ([], False) if tracing else reached(functions)
         self.quiet = quiet   # neither draws nor remembers, so that nothing has to be brought back
         if quiet:
             return
 
-        self.draws, self.after = Draws(device, reached), None
-        self.memory = [Memory(m) for m in reached if not isinstance(m, _GENERATORS)] if reached else []
+        self.draws, self.after = Draws(device, found), None
+        self.memory = [Memory(m) for m in found if not isinstance(m, GENERATORS)] if found else []
 
     def watched(self):
         """Around an evaluation that is not made inside this: what it draws cannot be drawn again while a CUDA graph is captured."""
@@ -115,8 +100,8 @@ class Draws:
                 self.watch = _Watch()
             else:
                 self.cuda = torch.cuda.get_rng_state(device)   # of the host: nothing waits
-        generators = [a for a in arguments if isinstance(a, _GENERATORS)] if arguments else []
-        self.given = [(a, _state(a)) for a in generators if self.watch is None or isinstance(a, _FOREIGN) or a.device.type == "cpu"]
+        generators = [a for a in arguments if isinstance(a, GENERATORS)] if arguments else []
+        self.given = [(a, _state(a)) for a in generators if self.watch is None or isinstance(a, FOREIGN) or a.device.type == "cpu"]
 
     def watched(self):
         return _NOTHING if self.watch is None else self.watch
@@ -147,13 +132,6 @@ def _set_state(generator, state):
         generator.set_state(state)
     else:
         generator.bit_generator.state = state
-
-
-class Part:
-    """What some functions use of an object of the user's, or of the globals of a file: the names in `held`, which their code mentions."""
-
-    def __init__(self, held, names):
-        self.held, self.names = held, names
 
 
 _KEPT = "cpu"   # the device whose generator can be set back at any time
@@ -197,7 +175,7 @@ class Memory:
     def note(self):
         """What the first evaluation left."""
         self.end = _contents(self.owner)
-        self.end_copies = {key: list(_items(a)) for key, a in self.end.items() if isinstance(a, _CONTAINERS)}
+        self.end_copies = {key: list(_items(a)) for key, a in self.end.items() if isinstance(a, CONTAINERS)}
 
     def lend(self):
         """For the next evaluation: what there was at the start, tensors that were written to as new ones."""
@@ -207,7 +185,7 @@ class Memory:
             if isinstance(a, torch.Tensor):
                 self._lend_tensor(key, a)
                 continue
-            if isinstance(a, _CONTAINERS) and key in self.copies:
+            if isinstance(a, CONTAINERS) and key in self.copies:
                 _refill(a, self.copies[key])
             if self.end.get(key, self) is not a:
                 _set(self.owner, key, a)
@@ -230,7 +208,7 @@ class Memory:
         for key in _contents(self.owner).keys() - self.end.keys():
             _set(self.owner, key, None, gone=True)
         for key, a in self.end.items():
-            if isinstance(a, _CONTAINERS) and key in self.end_copies:
+            if isinstance(a, CONTAINERS) and key in self.end_copies:
                 _refill(a, self.end_copies[key])
             _set(self.owner, key, a)
 
@@ -263,7 +241,7 @@ def _unknown(a):
 def _is_memory(a):
     if isinstance(a, torch.Tensor):
         return not isinstance(a, nn.Parameter) and a.numel() <= _LARGE and type(a) is torch.Tensor
-    return isinstance(a, _CONTAINERS) and len(a) <= 10_000
+    return isinstance(a, CONTAINERS) and len(a) <= 10_000
 
 
 def _copy(a):
@@ -295,20 +273,12 @@ def _contents(owner):
         return {("attribute", name): a for name, a in owner.held.items() if name in owner.names}
     if isinstance(owner, nn.Module):
         values = {("buffer", name): b for name, b in owner._buffers.items() if b is not None}
-        if not _built_in(owner) or owner._forward_hooks or owner._forward_pre_hooks:
-            values |= {("attribute", name): a for name, a in vars(owner).items() if name not in _OWN}
+        if not built_in(owner) or owner._forward_hooks or owner._forward_pre_hooks:
+            values |= {("attribute", name): a for name, a in vars(owner).items() if name not in OWN}
         return values
     if isinstance(owner, types.CellType):
-        return {("cell", None): owner.cell_contents} if _filled(owner) else {}
+        return {("cell", None): owner.cell_contents} if filled(owner) else {}
     return {("itself", None): owner}   # a container or a tensor of the module level
-
-
-def _filled(cell):
-    try:
-        cell.cell_contents   # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 def _set(owner, key, a, gone=False):
@@ -328,356 +298,6 @@ def _set(owner, key, a, gone=False):
         owner.cell_contents = a
 
 
-@functools.cache
-def _of_torch(cls):
-    return cls.__module__.startswith(("torch.nn.", "fastscore."))
-
-
-def _built_in(module):
-    return _of_torch(type(module))
-
-
-def _reached(functions):
-    """Modules, cells of closures and containers that the functions can reach; and whether all is known to neither draw nor remember."""
-    seen, found, waiting, quiet = set(), [], list(functions), True
-    if _global_hooks or _global_pre_hooks:
-        waiting += [*_global_hooks.values(), *_global_pre_hooks.values()]
-        quiet = False
-    while waiting:
-        a = waiting.pop()
-        kind = type(a)
-        if (still := _STILL[kind]) is not None:   # most of a network, in every call
-            own = vars(a)
-            if still(own) and not own["_forward_hooks"] and not own["_forward_pre_hooks"] and "forward" not in own:
-                if children := own["_modules"]:
-                    if id(a) not in seen:
-                        seen.add(id(a))
-                        waiting += children.values()
-                continue
-        if kind is types.FunctionType:
-            if (asked := getattr(a, "asks", None)) is not None:   # one of ours, which only asks
-                waiting.append(asked)
-                continue
-            if (modules := _modules_of(a)) is not None:   # as lambda x: net(x, 0.1).sin()
-                waiting += modules
-                continue
-        if kind is types.BuiltinFunctionType:   # as torch.sin, or torch.bernoulli
-            if a in _DRAWLESS:
-                continue
-            quiet = False
-            if isinstance(a.__self__, _GENERATORS):   # as random.random
-                waiting.append(a.__self__)
-            continue
-        if kind is Part:
-            key = id(a.held), a.names
-            if key not in seen:
-                seen.add(key)
-                found.append(a)
-                waiting += _behind_part(a)
-            continue
-        if id(a) in seen:
-            continue
-        seen.add(id(a))
-        quiet = quiet and a is None
-        if _plain(kind):
-            hooked = a._forward_hooks or a._forward_pre_hooks
-            if a._buffers or hooked:
-                found.append(a)
-            waiting += a._modules.values()
-            if "forward" in vars(a):   # put there by somebody
-                waiting.append(vars(a)["forward"])
-            if hooked:
-                waiting += [*a._forward_hooks.values(), *a._forward_pre_hooks.values()]
-            continue
-        waiting += _behind(a)
-        if kind is types.FunctionType:
-            continue
-        if isinstance(a, nn.Module):
-            if isinstance(a, nn.parallel.DistributedDataParallel) and a.static_graph:
-                # PyTorch's double backprop through it does the same; without static_graph the gradients are those of all ranks.
-                raise ValueError(
-                    "fastscore: DistributedDataParallel(static_graph=True) leaves the gradients of a network's derivatives on their own "
-                    "rank; build it without static_graph."
-                )
-            if a._buffers or not _built_in(a):
-                found.append(a)
-        elif isinstance(a, types.CellType):
-            if _filled(a) and not isinstance(a.cell_contents, _LEADING[:2]):
-                found.append(a)
-        elif isinstance(a, _KEEPING):
-            found.append(a)
-    return found, quiet
-
-
-def _modules_of(function):
-    """The modules that a function of a few torch operations calls, which draws and remembers nothing else; None of any other."""
-    code = function.__code__
-    unknown = _foreign_names(code)
-    if unknown is None or function.__defaults__ or function.__kwdefaults__:
-        return None
-
-    found, reachable = [], function.__globals__
-    for name in unknown:
-        found.append(reachable.get(name))
-    for name in code.co_names:
-        if name not in unknown and type(reachable.get(name)) not in (types.NoneType, types.ModuleType):
-            return None   # the user's own function of that name
-    for cell in function.__closure__ or ():
-        if not _filled(cell):
-            return None
-        found.append(cell.cell_contents)
-    for a in found:
-        if not isinstance(a, nn.Module) or isinstance(a, nn.parallel.DistributedDataParallel):
-            return None
-    return found
-
-
-@functools.cache
-def _foreign_names(code):
-    """The names of a function beside those of PyTorch's that neither draw nor write; None where it stores or holds functions itself."""
-    if any(isinstance(c, types.CodeType) for c in code.co_consts):
-        return None
-    if any(i.opname.startswith(_STORING) for i in dis.get_instructions(code)):
-        return None
-    return tuple(n for n in code.co_names if n not in _DRAWLESS_NAMES)
-
-
-_STORING = "STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR", "STORE_SUBSCR", "STORE_SLICE", "STORE_NAME", "DELETE", "IMPORT"
-_DRAWLESS_NAMES = frozenset("""
-    torch nn functional F
-    abs acos asin atan clamp cos cosh cumsum erf exp expm1 gelu hypot log log1p log_softmax logsigmoid logsumexp neg pow reciprocal relu
-    rsqrt selu sigmoid sign silu sin sinh softmax softplus sqrt square tan tanh
-    add div lerp maximum minimum mul sub
-    amax amin max mean min norm prod std sum var
-    addmm baddbmm bmm dot einsum linear matmul mm mv
-    cat chunk clone contiguous detach expand expand_as flatten flip movedim narrow permute repeat reshape roll select split squeeze stack
-    swapaxes t transpose unbind unflatten unsqueeze view view_as T mT
-    double float new_ones new_zeros ones ones_like to type_as zeros zeros_like
-    device dim dtype ndim numel shape size len range
-""".split())
-_DRAWLESS = frozenset(
-    f for name in _DRAWLESS_NAMES if isinstance(f := getattr(torch, name, None), types.BuiltinFunctionType)
-)
-
-
-_OURS = "fastscore.nn.", "fastscore.models.refinenet", "fastscore.models.ncsn", "fastscore.models.score_mlp"
-
-
-class _Still(dict):
-    """{class: when one of its modules, given as its attributes, neither draws nor writes}; None for what is no such module."""
-
-    def __missing__(self, cls):
-        still = None
-        if cls in _QUIET:
-            still = _without_buffers
-        elif cls in _STILL_IN_EVALUATION:
-            still = _in_evaluation
-        elif issubclass(cls, nn.Module) and cls.__module__.startswith(_OURS):   # whose buffers are constants
-            still = bool
-        self[cls] = still
-        return still
-
-
-def _without_buffers(attributes):
-    return not attributes["_buffers"]
-
-
-def _in_evaluation(attributes):
-    return not attributes["training"]
-
-
-_STILL = _Still()
-
-
-@functools.cache
-def _plain(cls):
-    """Modules of PyTorch and of our own, which keep nothing but buffers; DistributedDataParallel has its options."""
-    return issubclass(cls, nn.Module) and _of_torch(cls) and not issubclass(cls, nn.parallel.DistributedDataParallel)
-
-
-def _behind(a):
-    if isinstance(a, types.FunctionType):
-        if (a.__module__ or "").startswith("fastscore."):   # remembers nothing itself
-            return [c.cell_contents for c in a.__closure__ or () if _filled(c) and _may_lead(c.cell_contents)]
-        reachable, names = a.__globals__, _names(a.__code__)
-        values = [reachable.get(n) for n in names] + [c.cell_contents for c in a.__closure__ or () if _filled(c)]
-        parts = [c for b in values if _own(type(b)) for c in _used(b, names)]
-        parts += _elsewhere(a)
-        named = [b for b in values if _may_lead(b) and not _own(type(b))]
-        defaults = [*(a.__defaults__ or ()), *(a.__kwdefaults__ or {}).values()]
-        return [*(a.__closure__ or ()), *named, *parts, *filter(_may_lead, defaults)]
-    if isinstance(a, nn.Module):
-        more = [*a._modules.values()]
-        for hooks in (a._forward_hooks, a._forward_pre_hooks):
-            more += hooks.values()
-        if _built_in(a):
-            return more
-        return more + [b for name, b in vars(a).items() if name not in _OWN and _may_lead(b)] + _of_class(type(a))
-    if isinstance(a, types.MethodType):
-        if _own(type(a.__self__)) and isinstance(a.__func__, types.FunctionType):
-            names = frozenset().union(*(_names(f.__code__) for f in _unwrapped(a.__func__)))
-            return [a.__func__, *_used(a.__self__, names)]
-        return [a.__func__, a.__self__] if _may_lead(a.__self__) else [a.__func__]
-    if isinstance(a, functools.partial):
-        return [a.func, *filter(_may_lead, a.args), *filter(_may_lead, a.keywords.values())]
-    if isinstance(a, types.CellType):   # of an object of the user's, what the function names
-        return [a.cell_contents] if _filled(a) and _may_lead(a.cell_contents) and not _own(type(a.cell_contents)) else []
-    if isinstance(a, _CONTAINERS):
-        return [b for b in (a.values() if isinstance(a, dict) else a) if _may_lead(b)] if len(a) <= 1000 else []
-    if _own(type(a)):
-        return _used(a, frozenset(vars(a)) | _defined(type(a)))
-    call = vars(type(a)).get("__call__")
-    attributes = [b for b in vars(a).values() if _may_lead(b)] if hasattr(a, "__dict__") else []
-    return [*attributes, *([call] if isinstance(call, types.FunctionType) else [])]
-
-
-def _behind_part(part):
-    """What the attributes hold: of an object among them, what has one of the same names."""
-    leading = []
-    for name in part.names:
-        b = part.held.get(name)
-        if _own(type(b)):
-            leading += _used(b, part.names)
-        elif _may_lead(b):
-            leading.append(b)
-    return leading
-
-
-@functools.cache
-def _own(cls):
-    """Whether its objects are the user's and hold attributes: it is neither Python's nor of an installed package, and no module."""
-    if issubclass(cls, (nn.Module, torch.Tensor, type, *_KEEPING, *_FUNCTIONS)):
-        return False
-    if cls is types.SimpleNamespace:
-        return True
-    return _written_here(cls) and getattr(cls, "__dictoffset__", 0) != 0
-
-
-def _written_here(cls):
-    """Whether its code is the user's."""
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return cls.__module__ == "__main__" or (file is not None and not file.startswith(_INSTALLED))
-
-
-_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {str(Path(__file__).parents[1])})
-
-
-def _used(a, names):
-    """What code with these names uses of an object of the user's: attributes, and all that its methods lead to."""
-    names = _all_names(type(a), names)
-    return [Part(vars(a), names), *_methods(type(a), names)]
-
-
-@functools.cache
-def _all_names(cls, names):
-    """The names, and those in the code of the methods of cls among them and of those that Python calls by itself."""
-    waiting = [*names, *_special(cls)]
-    found = set(waiting)
-    while waiting:
-        for method in _behind_name(cls, waiting.pop()):
-            new = _names(method.__code__) - found
-            found |= new
-            waiting += new
-    return frozenset(found)
-
-
-@functools.cache
-def _methods(cls, names):
-    """The methods of cls with these names that the user has written."""
-    return tuple(m for name in sorted(names) for m in _behind_name(cls, name) if not _library(m))
-
-
-def _behind_name(cls, name):
-    """The functions behind a method or a property: what super() leads to, too, and what a decorator has wrapped."""
-    found = []
-    for method in (vars(c)[name] for c in cls.__mro__ if name in vars(c)):
-        for attribute in ("fget", "func", "__func__"):   # of properties, cached ones, static and class methods
-            method = getattr(method, attribute, None) or method
-        found += _unwrapped(method)
-    return found
-
-
-def _unwrapped(function):
-    """The function, and what functools.wraps says that it calls."""
-    found = []
-    while isinstance(function, types.FunctionType) and function not in found:
-        found.append(function)
-        function = getattr(function, "__wrapped__", None)
-    return found
-
-
-def _library(function):
-    return (function.__module__ or "").startswith(("torch.", "fastscore."))
-
-
-def _special(cls):
-    """Methods as __call__ and __getitem__, which no code names: those that the user has written."""
-    return {n for n in _defined(cls) if n.startswith("__") and n.endswith("__")}
-
-
-@functools.cache
-def _defined(cls):
-    """What the user has written in the body of cls."""
-    return frozenset(n for c in cls.__mro__ if _written_here(c) for n in vars(c)) - _MAKING
-
-
-# Those that make an object, or show it.
-_MAKING = {"__init__", "__new__", "__post_init__", "__init_subclass__", "__class_getitem__", "__repr__", "__str__", "__del__", "__dict__",
-           "__reduce__", "__getstate__", "__setstate__", "__copy__", "__deepcopy__"}  # fmt: skip
-
-
-@functools.cache
-def _stored_globals(code):
-    """The names of the module level that it assigns to, by `global`."""
-    own = {i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
-    return frozenset(own.union(*(_stored_globals(c) for c in code.co_consts if isinstance(c, types.CodeType))))
-
-
-def _elsewhere(function):
-    """What its code names beside its arguments: the globals that it assigns to, the generators of Python and NumPy."""
-    stored = _stored_globals(function.__code__)
-    parts = [Part(function.__globals__, stored)] if stored else []
-    return [*parts, *_COMMON] if "random" in _names(function.__code__) else parts
-
-
-@functools.cache
-def _of_class(cls):
-    """What a module's methods use beside it: of a class of the user's its functions, which are followed; of a package's what is global."""
-    names = _all_names(cls, frozenset({"forward"}))
-    if _written_here(cls):
-        return list(_methods(cls, names))
-    return [b for m in _methods(cls, names) for b in _elsewhere(m)]
-
-
-_LEADING = (nn.Module, types.FunctionType, types.MethodType, functools.partial, *_GENERATORS, *_CONTAINERS)
-_SILENT = (type, types.BuiltinFunctionType, torch.Tensor, types.ModuleType, str, int, float, type(None))
-
-
-def _may_lead(a):
-    """Whether it may be, or hold, something that remembers."""
-    if a is None:
-        return False
-    if isinstance(a, types.BuiltinFunctionType):
-        return isinstance(a.__self__, _GENERATORS)
-    return isinstance(a, _LEADING) or _own(type(a)) or (not isinstance(a, _SILENT) and callable(a) and hasattr(a, "__dict__"))
-
-
-@functools.cache
-def _names(code):
-    """Of the module level and of attributes, those of the functions inside it too."""
-    return frozenset({*code.co_names, *(n for c in code.co_consts if isinstance(c, types.CodeType) for n in _names(c))})
-
-
-_QUIET = {
-    nn.Sequential, nn.ModuleList, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear,
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    nn.ReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.LeakyReLU, nn.GroupNorm, nn.LayerNorm,
-    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Upsample,
-}  # fmt: skip
-_STILL_IN_EVALUATION = {
-    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
-}  # fmt: skip
 _NOISY = (_DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d, nn.MultiheadAttention, nn.RNNBase, _NormBase)
 
 

@@ -2,7 +2,7 @@
 
 from fastscore import backend as _backend
 from fastscore import random
-from fastscore.dual.numbers import jvp
+from fastscore.dual.routes import jvp
 from fastscore.ops import checks
 from fastscore.ops.rademacher_project import project, project_ref, signs
 from fastscore.scalars import function

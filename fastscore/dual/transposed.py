@@ -13,9 +13,15 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from fastscore import backend as backends
 from fastscore.dual import kept
+from fastscore.dual.call import NoRule, constant_block, note_copy, of_its_call, of_several, settle
 from fastscore.dual.chains import saved_as_they_are
+from fastscore.dual.norms import NATIVE_NORMS
+from fastscore.dual.number import ComplexDual, Dual
 from fastscore.dual.once import Draws
 from fastscore.dual.sharded import check_conversion, of_fsdp
+from fastscore.dual.stacks import shares_memory
+from fastscore.dual.stock import linearized, right_derivatives
+from fastscore.dual.writes import write
 from fastscore.ops import checks
 from fastscore.ops.functions import released
 
@@ -57,28 +63,24 @@ def _value(a):
 
 
 def _apply_to_numbers(cls, args, kwargs):
-    from fastscore.dual import numbers
-
     plain = super(_SingleLevelFunction, cls).apply
     args, kwargs = tree_map(kept.value_of, (args, kwargs))
     # Autograd looks at arguments, not into the lists and dictionaries among them, which are constants to it.
     args = [a if isinstance(a, torch.Tensor) else tree_map(_value, a) for a in args]
-    if numbers.of_several():
-        return numbers.of_its_call(lambda: _carried_function(cls, plain, args, kwargs), args, kwargs)
+    if of_several():
+        return of_its_call(lambda: _carried_function(cls, plain, args, kwargs), args, kwargs)
     return _carried_function(cls, plain, args, kwargs)
 
 
 def _carried_function(cls, plain, args, kwargs):
-    from fastscore.dual import numbers
-
     if of_fsdp(cls):   # the identity, whose backward frees the weights
         outputs = plain(*(a.stack if _is_dual(a) else a for a in args))
         return tuple(a.like(o) for a, o in zip(filter(_is_dual, args), outputs, strict=True))
     check_conversion(cls)
-    if any(type(a) not in (numbers.Dual, numbers.ComplexDual) for a in args if _is_dual(a)):
-        raise numbers.NoRule(f"second_order: no rule carries the autograd.Function {cls.__name__}.")
-    if numbers._constant_block():
-        numbers._settle()
+    if any(type(a) not in (Dual, ComplexDual) for a in args if _is_dual(a)):
+        raise NoRule(f"second_order: no rule carries the autograd.Function {cls.__name__}.")
+    if constant_block():
+        settle()
         return plain(*map(_value, args), **kwargs)
     if cls is CheckpointFunction:   # its forward is f's, and its backward is there to save memory
         return args[0](*args[2:])
@@ -91,10 +93,8 @@ def transposed(name, function, args, kwargs, has_jvp=False):
 
     has_jvp: function has a forward mode of its own, which serves where its backward has no transpose.
     """
-    from fastscore.dual import numbers
-
-    if torch._C._functorch.maybe_current_level() is not None or numbers._linearized():   # who have reverse modes of their own
-        raise numbers.NoRule(f"fastscore.jvp: {name} cannot be carried inside a transform of torch.func.")
+    if torch._C._functorch.maybe_current_level() is not None or linearized():   # who have reverse modes of their own
+        raise NoRule(f"fastscore.jvp: {name} cannot be carried inside a transform of torch.func.")
     leaves, spec = tree_flatten((list(args), kwargs))
     places = [i for i, a in enumerate(leaves) if _is_dual(a)]
     draws = Draws(leaves[places[0]].device)
@@ -112,7 +112,7 @@ def transposed(name, function, args, kwargs, has_jvp=False):
             return tree_flatten(function(*arguments, **keywords))
 
     # Without a checkpoint's hooks, who would call f again at once.
-    with torch.inference_mode(False), torch.enable_grad(), saved_as_they_are(), numbers._right(numbers.NATIVE_NORMS):
+    with torch.inference_mode(False), torch.enable_grad(), saved_as_they_are(), right_derivatives(NATIVE_NORMS):
         stacks = [_usable(leaves[i].stack, wanted) for i in places]
         try:
             with draws.watched():
@@ -124,21 +124,19 @@ def transposed(name, function, args, kwargs, has_jvp=False):
             outputs, tree, found = _by_forward_mode(of_values, stacks, draws)
     for k, (tangents, written) in found.items():
         if outputs[k].layout != torch.strided:
-            raise numbers.NoRule(f"fastscore.jvp: the sparse result of {name} cannot be carried with its tangents.")
+            raise NoRule(f"fastscore.jvp: the sparse result of {name} cannot be carried with its tangents.")
         stack = torch.stack([outputs[k], *tangents])
-        number = numbers.Dual(stack if wanted else released(stack))
+        number = Dual(stack if wanted else released(stack))
         if written is not None:
-            number = numbers._write(leaves[places[written]], number)
-        elif shared := [i for i, s in zip(places, stacks) if numbers._shares_memory(outputs[k], s)]:
-            numbers.note_copy(number.stack, *(leaves[i].stack for i in shared))
+            number = write(leaves[places[written]], number)
+        elif shared := [i for i, s in zip(places, stacks) if shares_memory(outputs[k], s)]:
+            note_copy(number.stack, *(leaves[i].stack for i in shared))
         outputs[k] = number
     return tree_unflatten(outputs, tree)
 
 
 def check_nested(name, outputs):
     if any(isinstance(o, torch.Tensor) and o.is_nested for o in outputs):
-        from fastscore.dual.numbers import NoRule
-
         raise NoRule(f"fastscore.jvp: the nested tensor that {name} makes cannot be carried with its tangents.")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import forward_ad
 
-from fastscore.dual.numbers import Dual
+from fastscore.dual.number import Dual
 from fastscore.guidance.bayes import add, called, check_scale, gradient
 from fastscore.guidance.conjugate import conjugate_gradient
 from fastscore.guidance.hooks import check_noise, fitted_observation

@@ -159,7 +159,7 @@ def signed_mean(op, score, x, projections, variance_reduced, arguments, seed, st
     """`sliced_mean` along signs: projection and reduction read s and Jv once, and the signs are never stored for the backward pass."""
     chosen = backends.choose(x.device, cuda=False)   # a GPU runs the Triton kernels
     key, *numbers = random.noise_key(op, seed, step, random.PROJECTION, 0, offset, x.device)
-    stack = dual.stack(_checked_score(op, score, x, arguments), x, signs(x, projections, key, tuple(numbers), chosen))
+    stack = dual.stacked_jvp(_checked_score(op, score, x, arguments), x, signs(x, projections, key, tuple(numbers), chosen))
     dtype = checks.compute_dtype(x.dtype)
     if checks.compute_dtype(stack.dtype) != dtype:
         stack = stack.to(dtype)

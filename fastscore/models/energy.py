@@ -11,10 +11,11 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fastscore.compiling import eagerly
+from fastscore.dual.call import NoRule
 from fastscore.dual.compiled import as_written
 from fastscore.dual.jets import second_order
 from fastscore.dual.norms import RightNorms
-from fastscore.dual.numbers import Dual, NoRule
+from fastscore.dual.number import Dual
 from fastscore.dual.once import Once
 from fastscore.dual.sharded import check_once
 from fastscore.messages import brief, shown

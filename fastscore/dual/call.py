@@ -1,0 +1,127 @@
+"""The jvp that runs: whose numbers they are, what waits to be computed, and which block counts as constant."""
+
+import threading
+import weakref
+
+import torch
+from torch.utils._pytree import tree_flatten
+
+from fastscore.dual import kept
+from fastscore.dual.stacks import memory
+
+
+class NoRule(NotImplementedError):
+    """An operation that dual numbers cannot be carried through."""
+
+
+class Call:
+    """One jvp that runs: the caller's grad mode, and references to whose stack is not computed yet and to memory not to be written to.
+
+    `shown`: memory that ordinary tensors share, as of a detached value.
+    `lock`: what waits is computed by one thread, once; who writes, waits until it is. `waits`: nothing does where weights come and go.
+    `hooks`: on what autograd saves, when it began. `carriers`: of `dual.carriers`, once something was written into an ordinary tensor.
+    """
+
+    def __init__(self, grad_mode, waits):
+        self.grad_mode, self.waits, self.waiting, self.copied, self.made = grad_mode, waits, [], [], []
+        self.lock, self.shown, self.carriers = threading.RLock(), [], None
+        self.hooks, self.thread = saved_tensors_hooks(), threading.get_ident()
+
+    def numbers(self):
+        """All that are alive."""
+        references = self.made if self.carriers is None else self.made + self.carriers.references()
+        found = [reference() for reference in references]
+        return [n for n in found if n is not None and hasattr(type(n), "stack")]
+
+
+def saved_tensors_hooks():
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+thread = threading.local()
+calls = []   # of all threads
+
+
+class Inside:
+    """A call's duration. No generator, whose context costs a microsecond."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, grad_mode, waits=True):
+        self.call = Call(grad_mode, waits)
+
+    def __enter__(self):
+        if kept.outside:
+            kept.keep(kept.outside)
+        thread.call = self.call
+        calls.append(self.call)
+
+    def __exit__(self, kind, error, trace):
+        try:
+            if self.call.carriers is not None:
+                self.call.carriers.close(keep=kind is None)
+        finally:
+            self.leave()
+
+    def leave(self):
+        del thread.call
+        calls.remove(self.call)
+        kept.keep(self.call.made)
+
+
+def running():
+    """This thread's, or, in a worker that f has started, that of the numbers at hand; None outside, where nothing waits."""
+    return getattr(thread, "call", None)
+
+
+def of_its_call(function, args, kwargs):
+    """function() in the call to which the numbers among the arguments belong, which no other running call may share."""
+    numbers = [a for a in tree_flatten((args, kwargs))[0] if hasattr(type(a), "stack")]
+    owners = {a.call for a in numbers if isinstance(a.call, Call)}   # jets keep a list there
+    here = running()
+    if len(owners | {here} - {None}) > 1:
+        raise NoRule("fastscore.jvp: f computes with the numbers of another jvp that runs at the same time.")
+    if here is not None or not owners:
+        return function()
+    (thread.call,) = owners
+    try:
+        return function()
+    finally:
+        del thread.call
+
+
+def of_several():
+    """Whether numbers may belong to another call than this thread's."""
+    return bool(calls) and (len(calls) > 1 or not hasattr(thread, "call"))
+
+
+def constant_block():
+    """Whether grad mode was switched off inside f. An autograd.Function's forward is no such block: its backward carries gradients."""
+    return not torch.is_grad_enabled() and switched_off()
+
+
+def switched_off():
+    if not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled():
+        raise NoRule("fastscore.jvp: an autograd.Function cannot be carried through with its tangents.")
+    call = running()
+    return call is None or call.grad_mode
+
+
+def settle():
+    """Before a write: compute what waits, for it may read what is written."""
+    call = running()
+    if call is None:
+        return
+    with call.lock:   # until all is computed: another thread may have begun
+        references, call.waiting = call.waiting, []
+        for reference in references:
+            waiting = reference()
+            if waiting is not None:
+                waiting.stack   # noqa: B018
+
+
+def note_copy(*stacks):
+    """What should share memory and does not: from now on neither may be written to."""
+    call = running()
+    if call:
+        call.copied += [weakref.ref(memory(s)) for s in stacks]

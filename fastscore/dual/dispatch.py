@@ -1,0 +1,92 @@
+"""What becomes of a torch function that meets dual numbers."""
+
+import torch
+from torch._functorch.autograd_function import custom_function_call
+
+from fastscore.dual import transposed
+from fastscore.dual.call import NoRule, switched_off
+from fastscore.dual.generic import generic
+from fastscore.dual.norms import REFUSED
+from fastscore.dual.number import ComplexDual, Dual, NoDual
+from fastscore.dual.rules import POINTWISE
+from fastscore.dual.sharded import of_fsdp
+from fastscore.dual.table import BASE, DATA, GRAPH, INPLACE_AT, LIKE, OUT_OF_TORCH, STORAGE, VALUES
+from fastscore.dual.values import new_place, on_constants, on_values, sets_attribute
+from fastscore.dual.writes import in_place, in_place_of, into_out
+
+
+def carried(cls, func, args, kwargs):
+    constant = not torch.is_grad_enabled() and switched_off()   # or it is a Function's forward, and not even a sign is a constant
+    if func in VALUES and kwargs.get("out") is None:
+        if func in OUT_OF_TORCH and not constant:
+            raise RuntimeError("fastscore.jvp: numpy cannot carry derivatives; use x.detach().numpy() for a constant.")
+        if func == DATA:
+            func = torch.Tensor.detach   # whose writes are seen
+        return on_values(func, args, kwargs)
+    if constant and not (isinstance(args[0] if args else None, Dual) and sets_attribute(func)):
+        return on_constants(func, args, kwargs)
+    if kwargs:
+        if kwargs.get("out") is not None:
+            return into_out(func, args, kwargs)
+        if kwargs.get("inplace"):
+            return in_place_of(args[0], func, *args[1:], **{**kwargs, "inplace": False})
+    at = INPLACE_AT.get(func)
+    if at is not None and len(args) > at and args[at]:
+        return in_place_of(args[0], func, *args[1:at], False, *args[at + 1 :], **kwargs)
+    result = _ruled(cls, func, args, kwargs)
+    if result is NotImplemented:
+        result = _special(func, args, kwargs)
+    return generic(func, args, kwargs) if result is NotImplemented else result
+
+
+def _ruled(cls, func, args, kwargs):
+    rule = cls.rules.get(func)
+    if rule is None:
+        return NotImplemented
+    if args and isinstance(args[0], Dual) and func not in POINTWISE and args[0].scalar():
+        return NotImplemented   # a dimension counted from the end of a 0-d value would be that of the stack
+    try:
+        return rule(*args, **kwargs)
+    except (NoDual, TypeError):   # an argument that has no stack, or a spelling that the rule does not know (axis=, input=)
+        return NotImplemented
+
+
+def _special(func, args, kwargs):
+    """In-place operations, the constructors that follow a tensor, gradients asked for inside f."""
+    name = getattr(func, "__name__", "")
+    if func is custom_function_call:   # Function.apply inside a transform
+        raise NoRule(f"fastscore.jvp: the autograd.Function {args[0].__name__} cannot be carried inside a transform of torch.func.")
+    if func in LIKE:
+        return new_place(func, args, kwargs)
+    if func in GRAPH:
+        return func(args[0].stack)
+    if func == BASE:
+        return None   # the stack may be a view, but never one that f has made
+    if name in ("view", "view_copy") and any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
+        return on_values(func, args, kwargs)   # other bits of the same memory: a constant to autograd
+    if name == "register_hook" and of_fsdp(args[1]):
+        return func(args[0].stack, args[1])
+    if type(func).__name__ in ("OpOverload", "OpOverloadPacket", "ScriptFunction", "ScriptMethod"):
+        return _unnamed(func, name, args, kwargs)
+    if func in REFUSED or func in (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward):
+        raise NoRule(f"fastscore.jvp: {name} cannot be carried through with its tangents.")
+    if name in STORAGE or sets_attribute(func):
+        raise NoRule(f"fastscore.jvp: {name} cannot be carried through with its tangents.")
+    return in_place(func, name, args, kwargs)
+
+
+def _unnamed(func, name, args, kwargs):
+    """Operators called by way of torch.ops, and TorchScript."""
+    overloads = [func] if hasattr(func, "_schema") else [getattr(func, n) for n in func.overloads()] if hasattr(func, "overloads") else []
+    if any(overload._schema.is_mutable for overload in overloads) and (name.endswith("_") or "out" in kwargs or len(overloads) == 1):
+        raise NoRule(f"fastscore.jvp: {name} writes into its arguments and cannot be carried through with its tangents.")
+    return transposed.transposed(str(name or func), func, args, kwargs)
+
+
+def carried_complex(cls, func, args, kwargs):
+    if func in (torch.sgn, torch.Tensor.sgn) and torch.is_grad_enabled():   # z / |z|, no constant
+        return generic(func, args, kwargs)
+    return carried(cls, func, args, kwargs)
+
+
+Dual.carried, ComplexDual.carried = classmethod(carried), classmethod(carried_complex)

@@ -1,0 +1,63 @@
+"""Stacks (1 + M, *): a value and its tangents along the first dimension."""
+
+import torch
+
+
+def same_memory(a, b):
+    return a.layout == torch.strided and memory(a) is memory(b)
+
+
+def shares_memory(a, b):
+    return memory(a).data_ptr() == memory(b).data_ptr() and a.numel() > 0
+
+
+def memory(s):
+    """The storage of a stack, inside a transform of torch.func, too."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(s):
+        s = torch._C._functorch.get_unwrapped(s)
+    return s.untyped_storage()
+
+
+def shift(d):
+    """A dimension of the value as one of the stack."""
+    return d if d < 0 else d + 1
+
+
+def shape_of(args):
+    """Sizes given as one sequence or one by one."""
+    return tuple(args[0]) if len(args) == 1 and not isinstance(args[0], int) else tuple(args)
+
+
+def aligned(s, dims):
+    """The stack of a value with at least `dims` dimensions."""
+    missing = dims - (s.dim() - 1)
+    return s.reshape(s.shape[0], *(1,) * missing, *s.shape[1:]) if missing > 0 else s
+
+
+def both(a, b):
+    """Two stacks aligned to broadcast with each other."""
+    if a.dtype != b.dtype:   # by the rules for the values, whose dimensions count
+        dtype = torch.result_type(a[0], b[0])
+        a, b = a.to(dtype), b.to(dtype)
+    dims = max(a.dim(), b.dim()) - 1
+    return aligned(a, dims), aligned(b, dims)
+
+
+def beside(s, c):
+    """A stack and a constant, in the dtype that PyTorch gives to the value and the constant."""
+    if not isinstance(c, torch.Tensor) or c.dtype == s.dtype:
+        return s, c
+    dtype = torch.result_type(s[0], c)
+    return s.to(dtype), c.to(dtype)
+
+
+def parts(s):
+    """Value and tangents: one split, whose gradient is one copy, where two slices' are written into zeros of the whole size and added."""
+    value, tangents = s.split_with_sizes((1, len(s) - 1))
+    return value.squeeze(0), tangents
+
+
+def separated(index, more=1):
+    """Whether an index holds arrays, more than `more` of them, that do not follow each other."""
+    arrays = [i for i, part in enumerate(index) if not isinstance(part, int | slice | None | type(...))]
+    return len(arrays) > 1 and (not more or arrays != list(range(arrays[0], arrays[0] + len(arrays))))
