@@ -24,7 +24,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
-REGISTER_ONLY = {"library"}  # no kernels inside: compiled once
+REGISTER_ONLY = {"door", "library"}  # no kernels inside: compiled once
 
 
 class BuildError(Exception):

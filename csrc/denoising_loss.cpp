@@ -89,6 +89,24 @@ void FS_KERNEL(noise_reduce)(const ReduceArgs& p, int64_t begin, int64_t end) {
 #include "torch_cpu.h"
 
 namespace fastscore {
+
+void launch(ReduceArgs& p, int64_t batch, void* out) {
+  std::vector<double> totals(batch, 0.0), partial;
+  if (p.per_sample > 0) {
+    p.chunks = p.per_sample <= kTile ? 1 : (p.per_sample + kChunk - 1) / kChunk;
+    partial.resize(batch * p.chunks);
+    p.partial = partial.data();
+    const auto kernel = FS_PICK(noise_reduce);
+    const int64_t grain = p.per_sample <= kTile ? (kChunk + p.per_sample - 1) / p.per_sample : 1;
+    torch::stable::parallel_for(0, batch * p.chunks, grain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+    for (int64_t i = 0; i < batch * p.chunks; ++i) totals[i / p.chunks] += partial[i];
+  }
+  for (int64_t b = 0; b < batch; ++b) {
+    if (p.dtype == kFloat64) static_cast<double*>(out)[b] = totals[b];
+    else static_cast<float*>(out)[b] = static_cast<float>(totals[b]);
+  }
+}
+
 namespace {
 
 // out (B,) in the compute dtype.
@@ -98,28 +116,15 @@ void noise_reduce(Tensor out, Tensor score, OptionalTensor sigma_each, double si
   if (batch == 0) return;
   ReduceArgs p{};
   p.dtype = dtype_of(score);
+  STD_TORCH_CHECK((dtype_of(out) == kFloat64) == (p.dtype == kFloat64), "fastscore: a sum must be of the compute dtype");
   p.score = score.const_data_ptr();
   p.per_sample = score.numel() / batch;
   p.sigma = sigma;
   coefficient(sigma_each, p.sigma, p.sigma_each, p.dtype);
   p.mode = static_cast<ReduceMode>(mode);
   p.key = noise_key(key, seed, step, stream, offset);
-  std::vector<double> totals(batch, 0.0), partial;
-  if (p.per_sample > 0) {
-    p.nest = nest_of(score, std::nullopt, std::nullopt);
-    p.chunks = p.per_sample <= kTile ? 1 : (p.per_sample + kChunk - 1) / kChunk;
-    partial.resize(batch * p.chunks);
-    p.partial = partial.data();
-    const auto kernel = FS_PICK(noise_reduce);
-    const int64_t grain = p.per_sample <= kTile ? (kChunk + p.per_sample - 1) / p.per_sample : 1;
-    torch::stable::parallel_for(0, batch * p.chunks, grain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
-    for (int64_t i = 0; i < batch * p.chunks; ++i) totals[i / p.chunks] += partial[i];
-  }
-  const bool wide = dtype_of(out) == kFloat64;
-  for (int64_t b = 0; b < batch; ++b) {
-    if (wide) static_cast<double*>(out.mutable_data_ptr())[b] = totals[b];
-    else static_cast<float*>(out.mutable_data_ptr())[b] = static_cast<float>(totals[b]);
-  }
+  if (p.per_sample > 0) p.nest = nest_of(score, std::nullopt, std::nullopt);
+  launch(p, batch, out.mutable_data_ptr());
 }
 
 }  // namespace

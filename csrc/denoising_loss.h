@@ -24,5 +24,6 @@ constexpr int64_t kChunk = 16384;   // elements per partial sum: fixed, so the r
 
 // Tasks are chunks of long samples, or runs of whole samples that fit a tile.
 FS_DECLARE(noise_reduce, const ReduceArgs&, int64_t begin, int64_t end)
+void launch(ReduceArgs& p, int64_t batch, void* out);   // the copy for this processor, on all threads; out (B,) in the compute type
 
 }  // namespace fastscore

@@ -1,5 +1,4 @@
-// The extension module: empty for Python, which reaches everything through torch.ops.fastscore; and the choice of instruction set.
-#include <Python.h>
+// The choice of instruction set.
 #include <cstdlib>
 #include <cstring>
 
@@ -36,8 +35,3 @@ STABLE_TORCH_LIBRARY(fastscore, m) { m.def("isa(int unused) -> int"); }
 STABLE_TORCH_LIBRARY_IMPL(fastscore, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
 
 }  // namespace fastscore
-
-PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
-}

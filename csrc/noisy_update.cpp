@@ -164,6 +164,15 @@ void FS_KERNEL(noisy_update)(const UpdateArgs& p, int64_t begin, int64_t end) {
 #include "torch_cpu.h"
 
 namespace fastscore {
+
+void launch(UpdateArgs& p) {
+  const int64_t bytes = p.n * (p.dtype == kFloat64 ? 8 : p.dtype == kFloat32 ? 4 : 2);
+  p.bypass_cache = p.dtype == kFloat32 && p.n >= (int64_t{1} << 22) && p.out != p.x;
+  if (p.nest.contiguous) advise_huge_pages(p.out, bytes);
+  const auto kernel = FS_PICK(noisy_update);
+  for_tiles(p.n, kTile, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
 namespace {
 
 void noisy_update(Tensor out, OptionalTensor x, OptionalTensor direction, OptionalTensor drift_each, double drift,
@@ -183,11 +192,8 @@ void noisy_update(Tensor out, OptionalTensor x, OptionalTensor direction, Option
   p.diffusion = diffusion;
   coefficient(drift_each, p.drift, p.drift_each, p.dtype);
   coefficient(diffusion_each, p.diffusion, p.diffusion_each, p.dtype);
-  p.bypass_cache = p.dtype == kFloat32 && n >= (int64_t{1} << 22) && p.out != p.x;
   p.key = noise_key(key, seed, step, stream, offset);
-  if (p.nest.contiguous) advise_huge_pages(p.out, n * static_cast<int64_t>(out.element_size()));
-  const auto kernel = FS_PICK(noisy_update);
-  for_tiles(n, kTile, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  launch(p);
 }
 
 }  // namespace

@@ -20,5 +20,6 @@ struct UpdateArgs {
 };
 
 FS_DECLARE(noisy_update, const UpdateArgs&, int64_t begin, int64_t end)
+void launch(UpdateArgs& p);   // the copy for this processor, on all threads
 
 }  // namespace fastscore

@@ -70,15 +70,20 @@ void FS_KERNEL(fill)(const FillArgs& p, int64_t begin, int64_t end) {
 #include "torch_cpu.h"
 
 namespace fastscore {
+
+void launch(const FillArgs& p, int64_t n) {
+  advise_huge_pages(p.out, n * (p.dtype == kFloat64 || p.dtype == kInt64 ? 8 : p.dtype == kFloat32 ? 4 : 2));
+  const auto kernel = FS_PICK(fill);
+  for_tiles(n, kTile, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
 namespace {
 
 void fill(Tensor out, int64_t kind, OptionalTensor key, int64_t seed, int64_t step, int64_t stream, int64_t offset) {
   STD_TORCH_CHECK(out.is_contiguous(), "fastscore: fill needs a contiguous tensor");
   STD_TORCH_CHECK((kind == kWords) == (dtype_of(out) == kInt64), "fastscore: words are int64, noise is floating point");
   const FillArgs p{out.mutable_data_ptr(), dtype_of(out), static_cast<FillKind>(kind), noise_key(key, seed, step, stream, offset)};
-  advise_huge_pages(p.out, out.numel() * static_cast<int64_t>(out.element_size()));
-  const auto kernel = FS_PICK(fill);
-  for_tiles(out.numel(), kTile, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  launch(p, out.numel());
 }
 
 }  // namespace

@@ -16,5 +16,6 @@ struct FillArgs {
 };
 
 FS_DECLARE(fill, const FillArgs&, int64_t begin, int64_t end)
+void launch(const FillArgs& p, int64_t n);   // the copy for this processor, on all threads
 
 }  // namespace fastscore

@@ -28,24 +28,38 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
+// Of tensors of one shape, at most 12 dimensions; strides null: not there.
+inline Nest nest_of(int64_t dims, const int64_t* sizes, const int64_t* const* strides) {
+  Nest nest{};
+  for (int64_t d = 0; d < dims; ++d) {
+    if (sizes[d] == 1) continue;
+    bool merge = nest.ndim > 0;
+    for (int t = 0; merge && t < kMaxTensors; ++t)
+      merge = nest.strides[t][nest.ndim - 1] == (strides[t] ? strides[t][d] * sizes[d] : 0);
+    if (!merge) nest.sizes[nest.ndim++] = 1;
+    nest.sizes[nest.ndim - 1] *= sizes[d];
+    for (int t = 0; t < kMaxTensors; ++t) nest.strides[t][nest.ndim - 1] = strides[t] ? strides[t][d] : 0;
+  }
+  if (nest.ndim == 0) nest.sizes[nest.ndim++] = 1;
+
+  nest.contiguous = nest.ndim == 1;
+  for (int t = 0; t < kMaxTensors; ++t)
+    if (strides[t] && nest.sizes[0] != 1 && nest.strides[t][0] != 1) nest.contiguous = false;
+  return nest;
+}
+
 inline Nest nest_of(const Tensor& out, const OptionalTensor& a, const OptionalTensor& b) {
   const int64_t dims = out.dim();
   STD_TORCH_CHECK(dims <= kMaxDims, "fastscore: tensors of more than 12 dimensions are not supported");
-  Nest nest{};
+  int64_t sizes[kMaxDims], strides[kMaxTensors][kMaxDims];
   for (int64_t d = 0; d < dims; ++d) {
-    const int64_t size = out.size(d);
-    if (size == 1) continue;
-    const int64_t s[kMaxTensors] = {out.stride(d), a ? a->stride(d) : 0, b ? b->stride(d) : 0};
-    bool merge = nest.ndim > 0;
-    for (int t = 0; merge && t < kMaxTensors; ++t) merge = nest.strides[t][nest.ndim - 1] == s[t] * size;
-    if (!merge) nest.sizes[nest.ndim++] = 1;
-    nest.sizes[nest.ndim - 1] *= size;
-    for (int t = 0; t < kMaxTensors; ++t) nest.strides[t][nest.ndim - 1] = s[t];
+    sizes[d] = out.size(d);
+    strides[0][d] = out.stride(d);
+    strides[1][d] = a ? a->stride(d) : 0;
+    strides[2][d] = b ? b->stride(d) : 0;
   }
-  if (nest.ndim == 0) nest.sizes[nest.ndim++] = 1;
-  const int64_t* last[kMaxTensors] = {nest.strides[0], nest.strides[1], nest.strides[2]};
-  nest.contiguous = nest.ndim == 1 && (nest.sizes[0] == 1 || (last[0][0] == 1 && (!a || last[1][0] == 1) && (!b || last[2][0] == 1)));
-  return nest;
+  const int64_t* each[kMaxTensors] = {strides[0], a ? strides[1] : nullptr, b ? strides[2] : nullptr};
+  return nest_of(dims, sizes, each);
 }
 
 }  // namespace fastscore

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch.autograd import forward_ad
 
+from fastscore import direct
 from fastscore.compiling import constant_result
 from fastscore.messages import shown
 
@@ -54,7 +55,8 @@ def use_backend(name: str):
     torch._C._stash_obj_in_tls(_TLS, name)
     _guarded = name
     try:
-        yield
+        with direct.requested():
+            yield
     finally:
         _requested.reset(token)
         torch._C._stash_obj_in_tls(_TLS, outer)
@@ -101,6 +103,7 @@ def load_extension() -> str | None:
         return f"the extension does not load ({str(error).splitlines()[0]}). Reinstall fastscore"
     for name in RAW_OPS:
         _finish(f"fastscore::{name}")
+    direct.opened(_environment() in ("auto", "cpp"))
     return None
 
 

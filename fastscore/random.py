@@ -10,8 +10,10 @@ import math
 from collections.abc import Iterable
 
 import torch
+from torch.compiler import is_compiling
 
 from fastscore import backend as _backend
+from fastscore import direct
 from fastscore.compiling import allow_in_graph
 from fastscore.messages import shown
 from fastscore.scalars import plain_int, whole
@@ -132,6 +134,12 @@ def _signed(value, name):
 
 def draw(op, kind, shape, seed, step=0, stream=0, substream=0, offset=0, dtype=None, device=None, backend=None):
     """What `normal` and its kin return, for the op in whose name it is drawn: errors speak of that one."""
+    if backend is None and not is_compiling() and (door := direct.automatic) is not None:
+        seed = draw_seed() if seed is None else seed
+        drawn = door.fill(kind, shape, seed, step, stream, substream, offset, dtype, device)
+        if drawn is not None:
+            return drawn
+
     shape = sizes(op, shape)
     dtype = torch.int64 if kind == WORDS else check_dtype(op, dtype)
     device = check_device(op, device)

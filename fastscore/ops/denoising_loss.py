@@ -1,9 +1,10 @@
 """The denoising-score-matching loss per sample, with the noise regenerated in both passes."""
 
 import torch
+from torch.compiler import is_compiling
 
 from fastscore import backend as _backend
-from fastscore import random
+from fastscore import direct, random
 from fastscore.compiling import allow_in_graph
 from fastscore.ops import checks
 from fastscore.ops.functions import plain, quick
@@ -32,6 +33,11 @@ def denoising_loss(score, sigma, *, noise=None, seed=None, step=0, offset=0, bac
     >>> denoising_loss(torch.ones(1, 2), 1.0, noise=torch.ones(1, 2))
     tensor([4.])
     """
+    if noise is backend is None and not is_compiling() and (door := direct.automatic) is not None:
+        loss = door.noise_reduce(LOSS, score, sigma, seed, step, random.PERTURB, offset)
+        if loss is not None:
+            return loss
+
     op = "denoising_loss"
     checks.check_float(op, "score", score)
     if score.dim() == 0:

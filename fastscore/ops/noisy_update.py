@@ -3,9 +3,10 @@
 import math
 
 import torch
+from torch.compiler import is_compiling
 
 from fastscore import backend as _backend
-from fastscore import random
+from fastscore import direct, random
 from fastscore.compiling import allow_in_graph
 from fastscore.ops import checks
 from fastscore.ops.functions import contiguous, plain, quick
@@ -37,6 +38,12 @@ def noisy_update(
     >>> noisy_update(torch.ones(2), torch.ones(2), 0.5, 1.0, noise=torch.zeros(2))
     tensor([1.5000, 1.5000])
     """
+    if noise is backend is None and not is_compiling() and (door := direct.automatic) is not None:
+        seed = random.draw_seed() if seed is None else seed
+        y = door.noisy_update(direct.UPDATE, x, direction, drift, diffusion, seed, step, stream, offset, out)
+        if y is not None:
+            return y
+
     checks.check_float("noisy_update", "x", x)
     a, b = checks.coefficient("noisy_update", "drift", drift, x), checks.coefficient("noisy_update", "diffusion", diffusion, x)
     a, b = checks.in_graph(a, x), checks.in_graph(b, x)
@@ -65,6 +72,12 @@ def langevin_step(
     >>> langevin_step(torch.ones(1), -torch.ones(1), 0.5, noise=torch.zeros(1))
     tensor([0.7500])
     """
+    if noise is step_lr is backend is None and not is_compiling() and (door := direct.automatic) is not None:
+        seed = random.draw_seed() if seed is None else seed
+        y = door.noisy_update(direct.LANGEVIN, x, score, step_size, None, seed, step, stream, offset, out)
+        if y is not None:
+            return y
+
     checks.check_float("langevin_step", "x", x)
     if (step_size is None) == (step_lr is None):
         found = "neither" if step_size is None else "both"
@@ -94,6 +107,12 @@ def perturb(x, sigma, *, noise=None, seed=None, step=0, offset=0, out=None, back
     >>> perturb(torch.ones(1), 0.5, noise=torch.ones(1))
     tensor([1.5000])
     """
+    if noise is backend is None and not is_compiling() and (door := direct.automatic) is not None:
+        seed = random.draw_seed() if seed is None else seed
+        y = door.noisy_update(direct.PERTURB, x, None, 0.0, sigma, seed, step, random.PERTURB, offset, out)
+        if y is not None:
+            return y
+
     checks.check_float("perturb", "x", x)
     b = checks.in_graph(checks.coefficient("perturb", "sigma", sigma, x, minimum=0), x)
     return _door("perturb", x, None, 0.0, b, noise, seed, step, random.PERTURB, offset, out, backend, direction_name=None)
@@ -235,14 +254,21 @@ def _mapped(info, in_dims, args, numbers, backend):
 
 
 def run(x, d, a, b, key, numbers, backend, out=None):
-    """The op itself, with no derivative."""
+    """The op itself, with no derivative; into `out`, which autograd is told of."""
+    if backend == "cpp" and key is None and direct.door is not None and not is_compiling():
+        y = direct.door.noisy_update(direct.TERMS, x, d, a, b, *numbers, out)
+        if y is not None:
+            return y
+
     like = x if x is not None else d
-    out = torch.empty_like(like) if out is None else out
+    y = torch.empty_like(like) if out is None else out
     if backend == "reference":
         z = random.normal_like(like, (key, *numbers), backend, checks.compute_dtype(like.dtype))
-        return out.copy_(noisy_update_ref(x, d, a, b, z))
-    _backend.call(backend, "noisy_update", out, x, d, *_split(a), *_split(b), key, *numbers)
-    return out
+        return y.copy_(noisy_update_ref(x, d, a, b, z))
+    _backend.call(backend, "noisy_update", y, x, d, *_split(a), *_split(b), key, *numbers)
+    if out is not None:
+        torch.autograd.graph.increment_version(out)
+    return y
 
 
 def reduce(s, sigma, key, numbers, backend, mode):
