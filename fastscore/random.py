@@ -8,6 +8,7 @@ Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch.compiler import is_compiling
@@ -37,6 +38,26 @@ LANGEVIN, PERTURB, PROJECTION, INIT, LEVEL, DEQUANTIZE, CORRECTOR = 1, 2, 3, 4, 
 WORDS, UNIFORM, NORMAL, RADEMACHER = 0, 1, 2, 3  # what the raw op `fill` writes
 LARGEST = 6.77   # no normal is larger: the radius of the least u, 2^-33, is 6.764
 _M32 = 0xFFFFFFFF
+
+
+class Key(NamedTuple):
+    """A checked noise key, as the raw ops take it: `stream` holds the substream, too; `tensor`, int64
+    (seed, step), takes the place of the two numbers."""
+
+    tensor: torch.Tensor | None
+    seed: int
+    step: int
+    stream: int
+    offset: int
+
+    def at(self, step: int, stream: int | None = None) -> "Key":
+        """The key of another step, and stream, of the same run: nothing is checked again."""
+        stream = self.stream if stream is None else stream
+        if self.tensor is None:
+            return Key(None, self.seed, step & _M32, stream, self.offset)
+
+        own = torch.full((1,), step, dtype=torch.int64, device=self.tensor.device)
+        return Key(torch.cat([self.tensor[:1], own]), 0, 0, stream, self.offset)
 
 
 def words(n, *, seed, step=0, stream, substream=0, offset=0, device=None, backend=None):
@@ -92,11 +113,11 @@ def draw_seed() -> int:
 
 
 def noise_key(op, seed, step, stream, substream, offset, device):
-    """Check a noise key; returns (tensor or None, seed, step, stream word, offset) as the raw ops take it."""
+    """Check a noise key."""
     # Python's own numbers, as nearly every draw has them.
     plain = type(seed) is type(step) is type(stream) is type(substream) is type(offset) is int
     if plain and 1 <= stream <= 65535 and 0 <= substream <= 65535 and 0 <= offset < 2**63 and not torch.compiler.is_compiling():
-        return None, _signed(seed, "seed"), step & _M32, stream | substream << 16, offset
+        return Key(None, _signed(seed), step & _M32, stream | substream << 16, offset)
 
     if not whole(stream) or not 1 <= stream <= 65535:
         raise ValueError(f"{op}: stream must be an int in 1..65535; got {shown(stream)}.")
@@ -118,13 +139,13 @@ def noise_key(op, seed, step, stream, substream, offset, device):
     word, offset = plain_int(stream) | plain_int(substream) << 16, plain_int(offset)
     if isinstance(seed, torch.Tensor) or isinstance(step, torch.Tensor) or torch.compiler.is_compiling():
         # In a compiled graph a number would be a constant of the graph, and every new step a recompilation.
-        parts = [v if isinstance(v, torch.Tensor) else _signed(v, name) for v, name in ((seed, "seed"), (step, "step"))]
+        parts = [v if isinstance(v, torch.Tensor) else _signed(v) for v in (seed, step)]
         parts = [v.reshape(1) if isinstance(v, torch.Tensor) else torch.full((1,), v, dtype=torch.int64, device=device) for v in parts]
-        return torch.cat(parts), 0, 0, word, offset
-    return None, _signed(seed, "seed"), step & _M32, word, offset
+        return Key(torch.cat(parts), 0, 0, word, offset)
+    return Key(None, _signed(seed), step & _M32, word, offset)
 
 
-def _signed(value, name):
+def _signed(value):
     """Mod 2^64, as the int64 that carries the same bits."""
     if isinstance(value, torch.SymInt) or -(2**63) <= value < 2**63:
         return value
@@ -143,7 +164,8 @@ def draw(op, kind, shape, seed, step=0, stream=0, substream=0, offset=0, dtype=N
     shape = sizes(op, shape)
     dtype = torch.int64 if kind == WORDS else check_dtype(op, dtype)
     device = check_device(op, device)
-    return _filled(kind, shape, noise_key(op, seed, step, stream, substream, offset, device), dtype, device, backend)
+    key = noise_key(op, seed, step, stream, substream, offset, device)
+    return filled(kind, shape, key, dtype, device, _backend.choose(device, backend))
 
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -175,11 +197,18 @@ def sizes(op, shape):
     return shape
 
 
-def _filled(kind, shape, key, dtype, device, backend):
-    chosen = _backend.choose(device, backend)
-    if chosen == "reference":
+def filled(kind, shape, key, dtype, device, backend):
+    """Noise under a checked key, where the back end is chosen."""
+    if backend == "cpp" and not is_compiling() and direct.door is not None and key[0] is None:
+        _, seed, step, word, offset = key
+        stream, substream = word & 0xFFFF, word >> 16
+        drawn = direct.door.fill(kind, shape, seed, step, stream, substream, offset, dtype, device)
+        if drawn is not None:
+            return drawn
+
+    if backend == "reference":
         return fill_ref(kind, shape, key, dtype, device)
-    return _fill_op(chosen, kind, shape, key[0], *key[1:], dtype, device)
+    return _fill_op(backend, kind, shape, *key, dtype, device)
 
 
 @allow_in_graph
@@ -191,7 +220,8 @@ def _fill_op(chosen, kind, shape, key, seed, step, stream, offset, dtype, device
 
 def normal_like(x, key, backend=None, dtype=None):
     """z for the elements of x under a checked key: contiguous, in x's dtype."""
-    return _filled(NORMAL, tuple(x.shape), key, dtype or x.dtype, x.device, backend)
+    chosen = _backend.choose(x.device, backend)
+    return filled(NORMAL, tuple(x.shape), key, dtype or x.dtype, x.device, chosen)
 
 
 def _mulhilo(multiplier: int, c):

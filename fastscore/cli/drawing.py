@@ -12,7 +12,7 @@ import torch
 from fastscore import random, sampling
 from fastscore.cli import checkpoint
 from fastscore.ops import checks
-from fastscore.sampling.run import default_law
+from fastscore.sampling.sample import default_law
 
 NAMES = ("annealed_langevin", "consistent_annealed", "predictor_corrector", "probability_flow")
 STRIP = 64   # states of the path that are kept, at most twice as many

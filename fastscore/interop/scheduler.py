@@ -14,7 +14,7 @@ from fastscore import conversions, random, schedules
 from fastscore.interop.networks import prediction_kind
 from fastscore.messages import shown
 from fastscore.ops import checks, langevin_step
-from fastscore.sampling.state import shifted
+from fastscore.sampling.run import noiseless_update
 from fastscore.scalars import LEVELS, RUN
 from fastscore.schedules.ladders import check_ends, check_ladder
 from fastscore.tensors import valued
@@ -235,7 +235,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         state = self._exact(sample)
         score = self._score(model_output.to(state.dtype), state)
         if self.config.denoise and self._index == self.num_inference_steps - 1:
-            x = shifted(state, score, self._ladder[-1] ** 2)
+            x = noiseless_update(state, score, self._ladder[-1] ** 2)
         else:
             offset = self.config.first_sample * sample[:1].numel()
             step_size = self._step_sizes[self._levels[self._index]]

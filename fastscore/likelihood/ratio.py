@@ -8,7 +8,7 @@ import torch
 from fastscore.losses.projections import check_data, check_score
 from fastscore.modes import evaluated
 from fastscore.ops import checks
-from fastscore.sampling.state import number
+from fastscore.sampling.run import number
 from fastscore.scalars import function
 from fastscore.tensors import fake
 

@@ -11,9 +11,9 @@ from fastscore.sampling.mala import mala
 from fastscore.sampling.predictor_corrector import predictor_corrector
 from fastscore.sampling.presets import PRESETS
 from fastscore.sampling.probability_flow import probability_flow
-from fastscore.sampling.run import sample, states
+from fastscore.sampling.run import State
+from fastscore.sampling.sample import sample, states
 from fastscore.sampling.start import initial, start_law, start_like
-from fastscore.sampling.state import State
 
 __all__ = [
     "PRESETS",

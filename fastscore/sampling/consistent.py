@@ -4,7 +4,15 @@ import math
 
 import torch
 
-from fastscore.sampling.state import State, begin, check_count, epsilon, shifted, spread
+from fastscore.sampling.run import (
+    State,
+    begin,
+    check_count,
+    epsilon,
+    noiseless_update,
+    per_sample,
+    without_gradients,
+)
 from fastscore.schedules import step_size_from_lr
 from fastscore.schedules.ladders import check_ladder
 
@@ -66,16 +74,22 @@ def beta(eta, gamma):
     return rest.sqrt() if isinstance(rest, torch.Tensor) else math.sqrt(rest)
 
 
-@torch.no_grad()
+@without_gradients
 def _consistent(run, x, sigmas, eta, denoise, start):
+    last = len(sigmas) - 1
     for level in range(start, len(sigmas)):
         sigma = sigmas[level]
-        before, s = run.look(x, sigma, spread(sigma, x), level)
-        a, b, to = (1.0 if denoise else eta) * sigma**2, 0.0, 0.0
-        if level + 1 < len(sigmas):
+        x = run.projected(x, sigma, level)
+        s = run.score(x, per_sample(sigma, x))
+        if level < last:
             to = sigmas[level + 1]
-            a, b = eta * sigma**2, beta(eta, to / sigma) * (to * run.root_temperature)
-            x = run.move(before, s, a, b, level)
+            a = eta * sigma**2
+            b = beta(eta, to / sigma) * (to * run.root_temperature)
+            told = run.diagnose(x, s, a, b)
+            x = run.noisy_update(x, s, a, b, level)
         else:
-            x = run.projected(shifted(before, s, a), 0.0, level + 1)
-        yield State(level, to, x, level + 1, run.diagnose(before, s, a, b))
+            to = 0.0
+            a = (1.0 if denoise else eta) * sigma**2
+            told = run.diagnose(x, s, a, 0.0)
+            x = run.projected(noiseless_update(x, s, a), 0.0, level + 1)
+        yield State(level, to, x, level + 1, told)

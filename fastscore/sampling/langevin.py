@@ -1,8 +1,18 @@
 """Langevin dynamics, plain and annealed."""
 
-import torch
 
-from fastscore.sampling.state import LARGEST, State, begin, check_count, check_updates, epsilon, number, shifted, spread
+from fastscore.sampling.run import (
+    LARGEST,
+    State,
+    begin,
+    check_count,
+    check_updates,
+    epsilon,
+    noiseless_update,
+    number,
+    per_sample,
+    without_gradients,
+)
 from fastscore.schedules.ladders import check_ladder
 
 
@@ -33,19 +43,25 @@ def langevin(
     run = begin(op, score, x, temperature=temperature, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample)
     steps = check_updates(op, "steps", steps)
     start = check_count(op, "start", start, steps)
-    each = None if sigma is None else spread(number(op, "sigma", sigma, LARGEST), x)
-    return _langevin(run, x, start, steps, epsilon(op, step_size, step_lr, x), sigma or 0.0, each)
+    each = ()
+    if sigma is not None:
+        sigma = number(op, "sigma", sigma, LARGEST)
+        each = (per_sample(sigma, x),)
+    e = epsilon(op, step_size, step_lr, x)
+    return _langevin(run, x, start, steps, e, sigma or 0.0, each)
 
 
-@torch.no_grad()
+@without_gradients
 def _langevin(run, x, start, steps, e, sigma, each):
-    a, b = run.langevin_coefficients(e)
+    half, root = run.langevin_coefficients(e)
     for step in range(start, steps):
-        before, s = run.look(x, sigma, each, step)
-        x = run.move(before, s, a, b, step)
+        x = run.projected(x, sigma, step)
+        s = run.score(x, *each)
+        told = run.diagnose(x, s, half, root)
+        x = run.noisy_update(x, s, half, root, step)
         if step + 1 == steps:
             x = run.projected(x, 0.0, steps)
-        yield State(0, sigma, x, step + 1, run.diagnose(before, s, a, b))
+        yield State(0, sigma, x, step + 1, told)
 
 
 def annealed_langevin(
@@ -82,19 +98,29 @@ def annealed_langevin(
     return _annealed(run, x, sigmas, steps_per_level, epsilon(op, step_size, step_lr, x), denoise, every_step, start)
 
 
-@torch.no_grad()
+@without_gradients
 def _annealed(run, x, sigmas, n, e, denoise, every_step, start):
-    end, smallest = len(sigmas) * n, sigmas[-1]
+    end = len(sigmas) * n
+    smallest = sigmas[-1]
     for level in range(start // n if n else len(sigmas), len(sigmas)):
-        sigma, each = sigmas[level], spread(sigmas[level], x)
-        a, b = run.langevin_coefficients(e * (sigma / smallest) ** 2)
+        sigma = sigmas[level]
+        each = per_sample(sigma, x)
+        half, root = run.langevin_coefficients(e * (sigma / smallest) ** 2)
         for step in range(max(start, level * n), (level + 1) * n):
-            before, s = run.look(x, sigma, each, step)
-            x = run.move(before, s, a, b, step)
+            shown = every_step or step + 1 == (level + 1) * n
+
+            x = run.projected(x, sigma, step)
+            s = run.score(x, each)
+            told = run.diagnose(x, s, half, root) if shown else None
+            x = run.noisy_update(x, s, half, root, step)
+
             if step + 1 == end and not denoise:
                 x = run.projected(x, 0.0, end)
-            if every_step or step + 1 == (level + 1) * n:
-                yield State(level, sigma, x, step + 1, run.diagnose(before, s, a, b))
+            if shown:
+                yield State(level, sigma, x, step + 1, told)
+
     if denoise and start <= end:
-        x, s = run.look(x, smallest, spread(smallest, x), end)
-        yield State(len(sigmas), 0.0, run.projected(shifted(x, s, smallest**2), 0.0, end + 1), end + 1)
+        x = run.projected(x, smallest, end)
+        s = run.score(x, per_sample(smallest, x))
+        x = noiseless_update(x, s, smallest**2)
+        yield State(len(sigmas), 0.0, run.projected(x, 0.0, end + 1), end + 1)

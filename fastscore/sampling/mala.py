@@ -12,8 +12,15 @@ from fastscore.models.energy import EnergyScore
 from fastscore.modes import Evaluation, networks
 from fastscore.ops import checks
 from fastscore.ops.functions import outside_inference
-from fastscore.sampling.asking import single
-from fastscore.sampling.state import State, begin, check_count, check_updates, epsilon
+from fastscore.sampling.run import (
+    State,
+    begin,
+    check_count,
+    check_updates,
+    epsilon,
+    without_gradients,
+)
+from fastscore.sampling.score import single_values
 
 _REFUSED = 1 - 0.574   # of proposals, at the best acceptance in high dimensions (Roberts & Rosenthal 1998)
 _FALSE_ALARM = 1e-3
@@ -80,7 +87,7 @@ def _energy(log_prob):
     return inner.f if isinstance(inner, EnergyScore) else log_prob
 
 
-@torch.no_grad()
+@without_gradients
 def _mala(run, log_prob, x, start, steps, e, burn_in):
     if burn_in:
         e = torch.as_tensor(e, dtype=checks.compute_dtype(x.dtype), device=x.device).expand(len(x))
@@ -95,19 +102,23 @@ def _mala(run, log_prob, x, start, steps, e, burn_in):
 
     f, s = value_and_score(x)
     moves = torch.zeros_like(f)
+    uniforms = run.key._replace(stream=random.LANGEVIN | 1 << 16, offset=run.first_sample)
     for step in range(start, steps):
-        y = run.projected(run.move(x, s, a, b, step), 0.0, step)
+        y = run.projected(run.noisy_update(x, s, a, b, step), 0.0, step)
         f2, s2 = value_and_score(y)
         ratio = _log_ratio(run, x, f, s, y, f2, s2, a)
-        u = random.uniform(
-            f.shape, seed=run.seed, step=step, stream=random.LANGEVIN, substream=1, offset=run.first_sample, dtype=f.dtype, device=x.device
-        )
+        key = uniforms.at(step)
+        u = random.filled(random.UNIFORM, tuple(f.shape), key, f.dtype, x.device, run.backend)
         accepted = u.log() < ratio   # false for NaN
+
         told = run.diagnose(x, s, a, b)
         if step < burn_in:
-            e = e * ((step + 1) ** -0.6 * (ratio.exp().clamp(max=1).nan_to_num(0.0) - (1 - _REFUSED))).exp()
+            acceptance = ratio.exp().clamp(max=1).nan_to_num(0.0)
+            e = e * ((step + 1) ** -0.6 * (acceptance - (1 - _REFUSED))).exp()
             a, b = run.langevin_coefficients(e)
-        x, s = (torch.where(checks.expand(accepted, x), new, old) for new, old in ((y, x), (s2, s)))
+        each = checks.expand(accepted, x)
+        x = torch.where(each, y, x)
+        s = torch.where(each, s2, s)
         f = torch.where(accepted, f2, f)
         moves = moves + accepted
         if told is not None:
@@ -115,6 +126,7 @@ def _mala(run, log_prob, x, start, steps, e, burn_in):
             told["acceptance_rate"] = moves / (step + 1 - start)
             if burn_in:
                 told["step_size"] = e
+
         if step + 1 == steps:
             x = run.projected(x, 0.0, steps)
         yield State(0, 0.0, x, step + 1, told)
@@ -143,11 +155,11 @@ def _value_and_score(run, x):
     """f(x) (B,) in the compute dtype, and ∇f like x."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        value = run.score(x)
+        value = run.value(x)
         if not isinstance(value, torch.Tensor) or value.shape not in ((len(x),), (len(x), 1)) or not value.requires_grad:
             got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             hint = " (a score? Metropolis needs log p itself)" if got == tuple(x.shape) else ""
-            end = f" for x{single(x)}" if x.dim() == 1 and not hint else "."
+            end = f" for x{single_values(x)}" if x.dim() == 1 and not hint else "."
             raise ValueError(f"{run.op}: log_prob(x) must be one value per sample, ({len(x)},), that depends on x; got {got}{hint}{end}")
         (s,) = torch.autograd.grad(value.sum(), x)
     return value.detach().reshape(-1).to(checks.compute_dtype(x.dtype)), s

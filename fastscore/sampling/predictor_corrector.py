@@ -7,7 +7,18 @@ import torch
 
 from fastscore import random
 from fastscore.ops.noisy_update import LOSS, reduce
-from fastscore.sampling.state import State, begin, check_count, check_updates, choice, norm, number, shifted, spread
+from fastscore.sampling.run import (
+    State,
+    begin,
+    check_count,
+    check_updates,
+    noiseless_update,
+    norm,
+    number,
+    per_sample,
+    without_gradients,
+)
+from fastscore.scalars import choice
 from fastscore.schedules.ladders import check_ladder
 
 PREDICTORS = ("reverse_diffusion", "ancestral", "euler", "none")
@@ -97,30 +108,38 @@ class _Plan:
         return level, "correct" if within < self.corrections else "predict"
 
 
-@torch.no_grad()
+@without_gradients
 def _run(run, x, sigmas, plan, predictor, corrector, snr, norms, every_step, start):
     level = None
-    for step in range(start, len(plan)):
+    end = len(plan)
+    for step in range(start, end):
         if plan[step][0] != level:
             level = plan[step][0]
-            sigma, each = sigmas[level], spread(sigmas[level], x)
-        what, to, ends = plan[step][1], sigma, step + 1 == len(plan)
-        before, s = run.look(x, sigma, each, step)
+            sigma = sigmas[level]
+            each = per_sample(sigma, x)
+        what = plan[step][1]
+        to = sigma
+
+        x = run.projected(x, sigma, step)
+        s = run.score(x, each)
         if what == "correct":
-            a, b = run.langevin_coefficients(_step_size(run, corrector, norms, snr, sigma, s, step))
-            x = run.move(before, s, a, b, step, random.CORRECTOR)
+            e = _step_size(run, corrector, norms, snr, sigma, s, step)
+            a, b = run.langevin_coefficients(e)
+            y = run.noisy_update(x, s, a, b, step, random.CORRECTOR)
         elif what == "predict":
             to = sigmas[level + 1]
             a, b = predict(predictor, sigma, to)
             b *= run.root_temperature
-            x = run.move(before, s, a, b, step)
+            y = run.noisy_update(x, s, a, b, step)
         else:
-            a, b, to = sigma**2, 0.0, 0.0
-            x = shifted(before, s, a)
-        if ends:
-            x = run.projected(x, 0.0, step + 1)
-        if every_step or ends or plan[step + 1][0] != level:
-            yield State(level, to, x, step + 1, run.diagnose(before, s, a, b))
+            to = 0.0
+            a, b = sigma**2, 0.0
+            y = noiseless_update(x, s, a)
+
+        told = run.diagnose(x, s, a, b)
+        x = run.projected(y, 0.0, end) if step + 1 == end else y
+        if every_step or step + 1 == end or plan[step + 1][0] != level:
+            yield State(level, to, x, step + 1, told)
 
 
 def predict(predictor, sigma, to):
@@ -146,7 +165,10 @@ def _from_norms(run, norms, snr, s, step):
     score_norm = norm(s)
     if norms == "dimension":
         return (4 * snr**2 * run.size) / score_norm.square()
-    half = reduce(s, 0.0, *run.key(s, step, random.CORRECTOR), run.backend, LOSS)   # ½ ‖z‖² of the very noise of this step
+
+    # ½ ‖z‖² of the very noise of this step.
+    key, *numbers = run.key.at(step, random.CORRECTOR)
+    half = reduce(s, 0.0, key, tuple(numbers), run.backend, LOSS)
     if norms == "sample":
         return (8 * snr**2) * half / score_norm.square()
     return 4 * (snr * (2 * half).sqrt().mean() / score_norm.mean()).square()

@@ -6,7 +6,16 @@ import math
 import torch
 
 from fastscore.ops import checks
-from fastscore.sampling.state import State, begin, check_count, choice, number, shifted, spread
+from fastscore.sampling.run import (
+    State,
+    begin,
+    check_count,
+    noiseless_update,
+    number,
+    per_sample,
+    without_gradients,
+)
+from fastscore.scalars import choice
 from fastscore.schedules.ladders import check_ladder
 
 METHODS = ("heun", "euler", "adaptive")
@@ -52,31 +61,40 @@ def probability_flow(
     return _flow(run, x, sigmas, solve, denoise, start)
 
 
-@torch.no_grad()
+@without_gradients
 def _flow(run, x, sigmas, solve, denoise, start):
     last = len(sigmas) - 1
-    for level in range(start, last + bool(denoise)):
-        sigma, to = sigmas[level], 0.0 if level == last else sigmas[level + 1]
+    end = last + bool(denoise)
+    for level in range(start, end):
+        sigma = sigmas[level]
+        to = sigmas[level + 1] if level < last else 0.0
         if level < last:
             x, s = solve(run, x, sigma, to, level)
         else:
-            x, s = run.look(x, sigma, spread(sigma, x), level)
-            x = shifted(x, s, sigma**2)
-        if level + 1 == last + bool(denoise):
-            x = run.projected(x, 0.0, level + 1)
+            x = run.projected(x, sigma, level)
+            s = run.score(x, per_sample(sigma, x))
+            x = noiseless_update(x, s, sigma**2)
+        if level + 1 == end:
+            x = run.projected(x, 0.0, end)
         yield State(level, to, x, level + 1, None if s is None else run.norms(x, s))
 
 
 def _euler(run, x, sigma, to, level):
-    x, s = run.look(x, sigma, spread(sigma, x), level)
-    return shifted(x, s, (sigma - to) * sigma), s
+    x = run.projected(x, sigma, level)
+    s = run.score(x, per_sample(sigma, x))
+    return noiseless_update(x, s, (sigma - to) * sigma), s
 
 
 def _heun(run, x, sigma, to, level):
-    x, s = run.look(x, sigma, spread(sigma, x), level)
     h = sigma - to
-    _, s2 = run.look(shifted(x, s, h * sigma), to, spread(to, x), level)
-    return shifted(shifted(x, s, 0.5 * h * sigma), s2, 0.5 * h * to), s
+    x = run.projected(x, sigma, level)
+    s = run.score(x, per_sample(sigma, x))
+
+    ahead = run.projected(noiseless_update(x, s, h * sigma), to, level)
+    s2 = run.score(ahead, per_sample(to, x))
+
+    x = noiseless_update(x, s, 0.5 * h * sigma)
+    return noiseless_update(x, s2, 0.5 * h * to), s
 
 
 def _adaptive(rtol, atol):
@@ -85,7 +103,7 @@ def _adaptive(rtol, atol):
 
         def slope(t, x):   # dx/d(log σ) = -σ² s: the solver's first guess may reach beyond the end, where σ itself would be negative
             each = t.exp().clamp(min=to).to(checks.compute_dtype(x.dtype)).expand(x.shape[0])
-            s = run.answer(x, each)
+            s = run.score(x, each)
             return s * -checks.expand(each.square(), x).to(s.dtype)
 
         x = run.projected(x, sigma, level)

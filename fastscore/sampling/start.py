@@ -9,8 +9,8 @@ import torch
 
 from fastscore import random
 from fastscore.ops import checks
-from fastscore.sampling.state import WATCH, choice, number
-from fastscore.scalars import SQUARE, integer, offset
+from fastscore.sampling.run import WATCH, number
+from fastscore.scalars import SQUARE, choice, integer, offset
 
 FALSE_ALARM = 1e-6
 LAWS = ("uniform", "gaussian")
@@ -118,7 +118,7 @@ class First:
     def __init__(self) -> None:
         self.q, self.seen = None, False
 
-    def see(self, s: torch.Tensor, sigma: torch.Tensor | None) -> None:
+    def see(self, s: torch.Tensor, sigma: torch.Tensor | None = None) -> None:
         if not self.seen and sigma is not None and s.numel():
             self.seen, self.sigma, self.elements = True, sigma, s.numel()
             self.q = (checks.expand(sigma, s) * s.detach().to(sigma.dtype)).square().mean()
