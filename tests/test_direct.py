@@ -185,7 +185,8 @@ def test_tensors_that_are_not_plain_are_refused(name):
 
 ODD_COEFFICIENTS = [
     math.nan, math.inf, -math.inf, 1e39, 10**400, True, "1", None, 1j, torch.ones(3), torch.ones(4, 1), torch.ones(4).double(),
-    torch.tensor([1.0, math.nan, 1, 1]), torch.tensor([1.0, 1, 1, math.inf]), torch.ones(4, requires_grad=True), torch.ones(4, device="meta"),
+    torch.tensor([1.0, math.nan, 1, 1]), torch.tensor([1.0, 1, 1, math.inf]), torch.ones(4, requires_grad=True),
+    torch.ones(4, device="meta"),
 ]  # fmt: skip
 
 
@@ -274,7 +275,11 @@ def test_a_request_of_any_thread_closes_the_door_until_its_end():
 
 def test_without_a_seed_the_draw_is_that_of_the_checked_way():
     x = torch.rand(3, 2)
-    calls = [lambda: fastscore.langevin_step(x, x, 0.1), lambda: fastscore.perturb(x, 0.1), lambda: random.normal((3,), seed=None, stream=1024)]
+    calls = [
+        lambda: fastscore.langevin_step(x, x, 0.1),
+        lambda: fastscore.perturb(x, 0.1),
+        lambda: random.normal((3,), seed=None, stream=1024),
+    ]
     for call in calls:
         torch.manual_seed(5)
         found, after = call(), torch.rand(1)

@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from fastscore.sampling.run import SAMPLERS
+from fastscore.sampling.sample import SAMPLERS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
