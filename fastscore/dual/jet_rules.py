@@ -5,13 +5,13 @@ samples (their coefficients along a joint direction are not those of each sample
 """
 
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
 
 from fastscore.dual import norms, rules, rules_math, rules_shape, table
 from fastscore.dual.call import NoRule
+from fastscore.dual.slopes import SLOPES, function_of
 from fastscore.dual.stacks import shape_of
 from fastscore.dual.table import rule
 from fastscore.ops import normalise as core
@@ -269,46 +269,22 @@ RULES[torch.Tensor.__rmatmul__] = lambda a, b: matmul(b, a)
 # ---- functions of one element
 
 
-def elementwise(x, function, slopes):
-    """f' and f'' from slopes(u, f(u)); f'' None stands for 0."""
+def elementwise(x, function, slope, curvature):
+    """f' from slope(u, f(u)), f'' from curvature(u, f(u), f'), or 0."""
     u, first, second = x.parts()
     y = function(u)
-    d1, d2 = slopes(u, y)
-    bend = torch.zeros_like(first) if d2 is None else d2 * first.square()
-    return joined(x, y, d1 * first, bend if second is None else bend + d1 * second)
+    d = slope(u, y)
+    bend = torch.zeros_like(first) if curvature is None else curvature(u, y, d) * first.square()
+    return joined(x, y, d * first, bend if second is None else bend + d * second)
 
 
-_SLOPES = {
-    "exp": lambda x, y: (y, y),
-    "expm1": lambda x, y: (y + 1, y + 1),
-    "log": lambda x, y: (1 / x, -1 / x.square()),
-    "log1p": lambda x, y: (1 / (x + 1), -1 / (x + 1).square()),
-    "sqrt": lambda x, y: (0.5 / y, -0.25 / (x * y)),
-    "rsqrt": lambda x, y: (-0.5 * y / x, 0.75 * y / x.square()),
-    "square": lambda x, y: (2 * x, 2),
-    "reciprocal": lambda x, y: (-y.square(), 2 * y**3),
-    "sin": lambda x, y: (x.cos(), -y),
-    "cos": lambda x, y: (-x.sin(), -y),
-    "sinh": lambda x, y: (x.cosh(), y),
-    "cosh": lambda x, y: (x.sinh(), y),
-    "abs": lambda x, y: (x.sgn(), None),
-    "erf": lambda x, y: _gauss(x, 2 / math.sqrt(math.pi)),
-    "logsigmoid": lambda x, y: ((-x).sigmoid(), -x.sigmoid() * (-x).sigmoid()),
-}
+def _elementwise(name):
+    function = function_of(name)
+    jet_rule(name)(lambda input: elementwise(input, function, *SLOPES[name]))
 
 
-def _gauss(x, scale):
-    density = scale * (-x.square()).exp()
-    return density, -2 * x * density
-
-
-def _elementwise(name, slopes):
-    function = getattr(torch, name, None) or getattr(F, name)
-    jet_rule(name)(lambda input: elementwise(input, function, slopes))
-
-
-for _name, _slopes in _SLOPES.items():
-    _elementwise(_name, _slopes)
+for _name in SLOPES:
+    _elementwise(_name)
 RULES[torch.Tensor.__abs__] = RULES[torch.abs]
 
 
@@ -322,7 +298,7 @@ def power(x, exponent):
     # A factor of zero wins over x to a negative power at x = 0, as in PyTorch.
     first = (lambda u: n * u ** (n - 1)) if n else torch.zeros_like
     second = (lambda u: n * (n - 1) * u ** (n - 2)) if n not in (0, 1) else torch.zeros_like
-    return elementwise(x, lambda u: u**n, lambda u, y: (first(u), second(u)))
+    return elementwise(x, lambda u: u**n, lambda u, y: first(u), lambda u, y, d: second(u))
 
 
 def _activation(name, same=lambda: True):

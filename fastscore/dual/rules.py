@@ -7,7 +7,7 @@ import torch
 
 from fastscore.dual import compositions, compositions_linalg, rules_attention, rules_layer, rules_linalg, rules_math, rules_shape  # noqa: F401  # noqa: F401
 from fastscore.dual.formulas import FORMULAS, WITHOUT_DERIVATIVE, refused
-from fastscore.dual.rules_math import SLOPES
+from fastscore.dual.slopes import SLOPES
 from fastscore.dual.table import RULES, functions_named
 
 for _function, _composition in FORMULAS.items():

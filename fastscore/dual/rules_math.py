@@ -1,12 +1,12 @@
 """Sums, products, powers, pointwise functions."""
 
-import math
 
 import torch
 
 from fastscore.dual.functions import add_to_value, softmax_stack
 from fastscore.dual.number import dual, is_dual, joined, stack, value
 from fastscore.dual.rules_shape import chunk, constant
+from fastscore.dual.slopes import SLOPES, function_of
 from fastscore.dual.stacks import aligned, beside, both, parts, shift
 from fastscore.dual.table import RULES, rule
 
@@ -151,22 +151,8 @@ def _elementwise(slope):
     return rule_for
 
 
-SLOPES = {
-    "exp": lambda x, y: y,
-    "expm1": lambda x, y: y + 1,
-    "log": lambda x, y: 1 / x,
-    "log1p": lambda x, y: 1 / (x + 1),
-    "sqrt": lambda x, y: 0.5 / y,
-    "rsqrt": lambda x, y: -0.5 * y / x,
-    "square": lambda x, y: 2 * x,
-    "sin": lambda x, y: x.cos(),
-    "cos": lambda x, y: -x.sin(),
-    "abs": lambda x, y: x.sgn(),
-    "reciprocal": lambda x, y: -y.square(),
-    "erf": lambda x, y: (2 / math.sqrt(math.pi)) * (-x.square()).exp(),
-}
-for _name, _slope in SLOPES.items():
-    rule(_name)(_elementwise(_slope)(getattr(torch, _name)))
+for _name, (_slope, _) in SLOPES.items():
+    rule(_name)(_elementwise(_slope)(function_of(_name)))
 reciprocal = RULES[torch.reciprocal]
 RULES[torch.Tensor.__abs__] = RULES[torch.abs]
 
