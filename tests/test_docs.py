@@ -58,6 +58,14 @@ def test_every_shortening_shortens_something():
         assert not missing, pages.name(page)
 
 
+@pytest.mark.parametrize("page", pages.PAGES, ids=pages.name)
+def test_programs_are_no_wider_than_the_page(page):
+    """What a reader sees of a block on the site without scrolling."""
+    for block in pages.blocks(page, "python", "sh"):
+        wide = [line for line in block.text.splitlines() if len(line) > 88]
+        assert not wide
+
+
 def commands():
     """(page, line of a shell block), with continued lines joined."""
     for page in pages.PAGES:
