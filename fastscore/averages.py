@@ -16,17 +16,23 @@ _PREFIX = "average_"   # of the buffers that hold the float32 averages of narrow
 
 
 def averaged(model: torch.nn.Module, decay: float) -> AveragedModel:
-    """A moving average of a model's weights: decay min(decay, (1 + n)/(10 + n)) at update n, so early weights are soon forgotten.
+    """A moving average of a model's weights.
+
+    Decay min(decay, (1 + n)/(10 + n)) at update n, so early weights are soon forgotten.
 
         w̄ ← d w̄ + (1 - d) w
 
-    It is called like the model, in evaluation mode, and has the model's dtypes. bfloat16 and float16 weights are averaged in float32
-    beside it (the change of one update is far below their last bit) and rounded after every update; `state_dict` holds both. Buffers
-    are copied. The copy is of the network itself, without DistributedDataParallel around it.
+    It is called like the model, in evaluation mode, and has the model's dtypes. bfloat16 and
+    float16 weights are averaged in float32 beside it (the change of one update is far below their
+    last bit) and rounded after every update; `state_dict` holds both. Buffers are copied. The copy
+    is of the network itself, without DistributedDataParallel around it.
     """
     for name, p in model.named_parameters():
         if isinstance(p, UninitializedTensorMixin):
-            raise ValueError(f"averaged: the model must have weights; {name} has no shape yet (run its lazy modules once).")
+            raise ValueError(
+                f"averaged: the model must have weights; {name} has no shape yet (run its lazy "
+                "modules once)."
+            )
     return _Averaged(model, number("averaged", "decay", decay, 0, below=1))
 
 
@@ -49,7 +55,10 @@ class _Averaged(AveragedModel):
 
         parameters = list(model.parameters())
         if len(parameters) != len(list(self.module.parameters())):
-            raise ValueError("averaged: the model must have the parameters that it had when its average was made; their number differs.")
+            raise ValueError(
+                "averaged: the model must have the parameters that it had when its average was "
+                "made; their number differs."
+            )
         for average, p in zip(self._averages(), parameters):
             current = p.detach().to(average.device, average.dtype)
             if decay == 0 or not (average.dtype.is_floating_point or average.dtype.is_complex):
@@ -74,7 +83,11 @@ class _Averaged(AveragedModel):
             if kept is not None and kept.shape == b.shape:
                 kept.detach().copy_(b.detach())
             else:
-                ours.register_buffer(leaf, b.detach().clone(), persistent=leaf not in theirs._non_persistent_buffers_set)
+                ours.register_buffer(
+                    leaf,
+                    b.detach().clone(),
+                    persistent=leaf not in theirs._non_persistent_buffers_set,
+                )
 
     def _averages(self):
         """The tensor that averages each parameter: itself, or its float32 shadow."""
@@ -82,7 +95,10 @@ class _Averaged(AveragedModel):
             yield self._shadow(i, p.detach()) if _narrow(p) else p.detach()
 
     def _shadow(self, i, p):
-        """The float32 average whose rounded form is p; where somebody has written into p since, it is p's."""
+        """The float32 average whose rounded form is p.
+
+        Where somebody has written into p since, it is p's.
+        """
         name = f"{_PREFIX}{i}"
         if name not in self._buffers:
             self.register_buffer(name, p.float())
@@ -105,7 +121,10 @@ class _Averaged(AveragedModel):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest):
-        """Averages that were saved without shadows have none to load: they begin as the rounded ones."""
+        """Averages that were saved without shadows have none to load.
+
+        They begin as the rounded ones.
+        """
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         missing[:] = [name for name in missing if not name.startswith(prefix + _PREFIX)]
 
@@ -119,6 +138,12 @@ def _narrow(p):
 
 
 def copied(model: torch.nn.Module) -> torch.nn.Module:
-    """A deep copy, also of a model that keeps results of earlier calls (torch.nn.utils.weight_norm does), as constants."""
-    kept = [t for module in model.modules() for t in tree_leaves(vars(module)) if isinstance(t, torch.Tensor) and not t.is_leaf]
+    """A deep copy, also of a model that keeps results of earlier calls
+    (torch.nn.utils.weight_norm does), as constants."""
+    kept = [
+        t
+        for module in model.modules()
+        for t in tree_leaves(vars(module))
+        if isinstance(t, torch.Tensor) and not t.is_leaf
+    ]
     return copy.deepcopy(model, {id(t): t.detach().clone() for t in kept})

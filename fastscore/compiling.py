@@ -1,14 +1,19 @@
-"""What Dynamo is told of our functions, when it is there: importing it takes longer than importing torch."""
+"""What Dynamo is told of our functions, when it is there.
+
+Importing it takes longer than importing torch.
+"""
 
 import functools
 import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 _DYNAMO = "torch._dynamo"
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def when_dynamo(act: Callable[[], object]) -> None:
@@ -54,25 +59,28 @@ if _DYNAMO not in sys.modules:
     sys.meta_path.insert(0, _Finder())
 
 
-def allow_in_graph(function):
+def allow_in_graph(function: F) -> F:
     """torch.compiler.allow_in_graph."""
     when_dynamo(lambda: sys.modules[_DYNAMO].allow_in_graph(function))
     return function
 
 
-def constant_result(function):
+def constant_result(function: F) -> F:
     """torch.compiler.assume_constant_result."""
     function._dynamo_marked_constant = True
     return function
 
 
-def skip(function):
-    """torch._dynamo.decorators.skip: Dynamo runs this frame as it is, and sees those that it calls."""
+def skip(function: F) -> F:
+    """torch._dynamo.decorators.skip.
+
+    Dynamo runs this frame as it is, and sees those that it calls.
+    """
     when_dynamo(lambda: sys.modules[_DYNAMO].decorators.skip(function))
     return function
 
 
-def eagerly(reason):
+def eagerly(reason: str) -> Callable[[F], F]:
     """torch.compiler.disable, without its cost where Dynamo does not run the caller."""
 
     def decorate(function):

@@ -6,10 +6,13 @@ from torch import nn
 
 
 class KeepsBuffers(nn.Module):
-    """Buffers are constants of the model, not weights that are loaded: to_empty, which leaves memory as it finds it, keeps their values.
+    """Buffers are constants of the model, not weights that are loaded.
 
-    They are made with values also under `with torch.device("meta")`, and remembered where the module moves to the meta device. A buffer
-    whose values nobody knows (it was put there by other means) is NaN after to_empty, which every use refuses, until it is loaded.
+    to_empty, which leaves memory as it finds it, keeps their values.
+
+    They are made with values also under `with torch.device("meta")`, and remembered where the
+    module moves to the meta device. A buffer whose values nobody knows (it was put there by other
+    means) is NaN after to_empty, which every use refuses, until it is loaded.
     """
 
     def _apply(self, fn, recurse=True):

@@ -31,12 +31,15 @@ def shown_ladder(values: list[float]) -> str:
         if not 0 < value < math.inf:
             return f"{shown(values)}: level {i} is {value:g}"
         if i and not value < values[i - 1]:
-            return f"{shown(values)}: level {i}, {value:g}, does not lie below level {i - 1}, {values[i - 1]:g}"
+            above = f"level {i - 1}, {values[i - 1]:g}"
+            return f"{shown(values)}: level {i}, {value:g}, does not lie below {above}"
     return shown(values)
 
 
 def brief(value: object) -> str:
-    """A value as it stands inside a printed object: a tensor by dtype and shape, a module or a function by its name.
+    """A value as it stands inside a printed object.
+
+    a tensor by dtype and shape, a module or a function by its name.
 
     >>> brief(torch.zeros(3, 2)), brief(torch.nn.Linear(2, 2)), brief(0.5)
     ('float32 (3, 2)', 'Linear', '0.5')
@@ -61,5 +64,9 @@ def printed(cls: type) -> type:
 
 def _printed(self):
     names = inspect.signature(type(self)).parameters
-    parts = (f"{name}={brief(getattr(self, name))}" for name in names if getattr(self, name, None) is not None)
+    parts = (
+        f"{name}={brief(getattr(self, name))}"
+        for name in names
+        if getattr(self, name, None) is not None
+    )
     return f"{type(self).__name__.lstrip('_')}({', '.join(parts)})"

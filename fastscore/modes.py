@@ -1,4 +1,5 @@
-"""Networks in evaluation mode while a sampler or a density asks them, and as they were at all other times."""
+"""Networks in evaluation mode while a sampler or a density asks them, and as they were at all
+other times."""
 
 import functools
 import types
@@ -18,10 +19,11 @@ _DEEP = 5   # steps from a callable to a network
 def evaluated(f: Callable) -> Callable:
     """f, called with the networks that it holds in evaluation mode; f itself if it holds none.
 
-    A network is held by being f, by being in its closure, defaults or attributes, by being named in its code, or by being held by
-    something that is. The modes are those of evaluation during a call only: between two states of a sampler, after an exception, and when
-    a sampler is dropped half way they are what they were. A function that sets a mode itself, to sample with dropout for example, has its
-    way until it returns.
+    A network is held by being f, by being in its closure, defaults or attributes, by being named in
+    its code, or by being held by something that is. The modes are those of evaluation during a call
+    only: between two states of a sampler, after an exception, and when a sampler is dropped half
+    way they are what they were. A function that sets a mode itself, to sample with dropout for
+    example, has its way until it returns.
     """
     held = networks(f)
     if not held:
@@ -41,24 +43,31 @@ def evaluated(f: Callable) -> Callable:
 
 
 class Evaluation:
-    """A context in which networks are in evaluation mode, module by module: nobody's train() or eval() is called.
+    """A context in which networks are in evaluation mode, module by module.
 
-    Every call of a score is one. So modules are looked for once, and again where one has got other children.
+    nobody's train() or eval() is called.
+
+    Every call of a score is one. So modules are looked for once, and again where one has got other
+    children.
     """
 
-    def __init__(self, held: list[nn.Module]):
+    def __init__(self, held: list[nn.Module]) -> None:
         self.held, self.switched = held, []
         self._look()
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.switched.append(self.begin())
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         _set(self.switched.pop(), True)
 
     def begin(self) -> list[Any]:
         """Switch to evaluation mode; what has to be switched back."""
-        if self.others or [d for d in self.leaves if d["_modules"]] or [d for d, c in self.parents if [*d["_modules"].values()] != c]:
+        if (
+            self.others
+            or [d for d in self.leaves if d["_modules"]]
+            or [d for d, c in self.parents if [*d["_modules"].values()] != c]
+        ):
             self._look()
         switched = [d for d in self.attributes if d["training"]]
         if self.others:
@@ -73,7 +82,9 @@ class Evaluation:
             own = vars(m)
             if "training" in own and isinstance(own.get("_modules"), dict):
                 self.attributes.append(own)
-            else:   # a scripted module has no such attributes, and a compiled one the mode of the network inside it
+            # a scripted module has no such attributes, and a compiled one the mode of the network
+            # inside it.
+            else:
                 self.others.append(m)
         self.parents = [(d, [*d["_modules"].values()]) for d in self.attributes if d["_modules"]]
         self.leaves = [d for d in self.attributes if not d["_modules"]]
@@ -82,7 +93,8 @@ class Evaluation:
 def _set(switched, mode):
     for a in switched:
         if type(a) is dict:
-            a["training"] = mode   # Module.__setattr__ takes ten times as long, in every call of a score
+            # Module.__setattr__ takes ten times as long, in every call of a score.
+            a["training"] = mode
         else:
             a.training = mode
 
@@ -115,10 +127,15 @@ def networks(*callables: Any) -> list[nn.Module]:
 def _parts(thing) -> Iterator[Any]:
     """What a thing may hold a network in."""
     if isinstance(thing, nn.Module):
-        for m in _modules([thing]):   # its modules are its own; functions and lists among its attributes may hide others
+        # Its modules are its own; functions and lists among its attributes may hide others.
+        for m in _modules([thing]):
             attributes = vars(m)
             if len(attributes) > len(_OWN):
-                yield from [v for name, v in attributes.items() if name not in _OWN and isinstance(v, _CARRIERS)]
+                yield from [
+                    v
+                    for name, v in attributes.items()
+                    if name not in _OWN and isinstance(v, _CARRIERS)
+                ]
     elif isinstance(thing, types.FunctionType):
         yield from _of_function(thing)
     elif isinstance(thing, types.MethodType):
@@ -164,8 +181,12 @@ def _of_function(f):
 
     for name in _names(f.__code__):
         thing = f.__globals__.get(name)
-        if isinstance(thing, types.ModuleType):   # mine.net(x, sigma)
-            yield from (vars(thing)[n] for n in _names(f.__code__) if isinstance(vars(thing).get(n), nn.Module))
+        if isinstance(thing, types.ModuleType):  # mine.net(x, sigma)
+            yield from (
+                vars(thing)[n]
+                for n in _names(f.__code__)
+                if isinstance(vars(thing).get(n), nn.Module)
+            )
         else:
             yield thing
 
@@ -179,7 +200,8 @@ def _names(code):
 def _warn_of_batches(held):
     if any(isinstance(m, _BatchNorm) and m.running_mean is None for m in _modules(held)):
         warnings.warn(
-            "the network has a batch norm without running statistics, which uses those of the batch in evaluation mode, too: "
+            "the network has a batch norm without running statistics, which uses those of the "
+            "batch in evaluation mode, too: "
             "a sample depends on the others of its batch.",
             stacklevel=5,
         )

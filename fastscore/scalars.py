@@ -1,4 +1,7 @@
-"""What counts as a number: Python's, numpy's and, in a compiled graph, PyTorch's symbols; never True and False."""
+"""What counts as a number: Python's, numpy's and, in a compiled graph, PyTorch's symbols.
+
+Never True and False.
+"""
 
 import math
 import numbers
@@ -19,7 +22,10 @@ SQUARE = 1e18   # numbers up to here have a finite square in float32
 def integer(
     op: str, name: str, value: Any, least: int, most: int | None = None, *, limit: int | None = None
 ) -> int:
-    """The value as an int, checked to be one from least to most; limit is what can be carried out."""
+    """The value as an int, checked to be one from least to most.
+
+    Limit is what can be carried out.
+    """
     if limit is not None and whole(value) and value > limit:
         raise ValueError(f"{op}: {name} must be an int of at most {limit}; got {shown(value)}.")
     if not whole(value) or value < least or (most is not None and value > most):
@@ -29,25 +35,38 @@ def integer(
 
 
 def number(
-    op: str, name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf,
+    op: str,
+    name: str,
+    value: Any,
+    least: float = -math.inf,
+    most: float = math.inf,
+    *,
+    above: float = -math.inf,
     below: float = math.inf,
-) -> float:  # fmt: skip
-    """The value as a float, checked to be finite with least <= value <= most and above < value < below.
+) -> float:
+    """The value as a float, checked to be finite with least <= value <= most and above < value <
+    below.
 
-    A tensor of one element that has a value is a number, too, unless it asks for a gradient, which would be lost.
+    A tensor of one element that has a value is a number, too, unless it asks for a gradient, which
+    would be lost.
     """
     if type(value) is float and least <= value <= most and above < value < below:
         return value   # infinities are not between above and below
     found = _plain(value)
     if found is None or not (least <= found <= most and above < found < below):
-        raise ValueError(f"{op}: {name} must be a finite number{_bounds(found, least, most, above, below)}; got {shown(value)}.")
+        raise ValueError(
+            f"{op}: {name} must be a finite number{_bounds(found, least, most, above, below)}; got "
+            f"{shown(value)}."
+        )
     return found
 
 
 def _plain(value):
     """Python's float of a number; None of anything else, and of what no float can hold."""
     if isinstance(value, torch.Tensor):
-        strange = value.numel() != 1 or value.is_meta or value.dtype == torch.bool or value.is_complex()
+        strange = (
+            value.numel() != 1 or value.is_meta or value.dtype == torch.bool or value.is_complex()
+        )
         strange = strange or (value.requires_grad and torch.is_grad_enabled())
         value = None if strange else value.item()
     if not real(value):
@@ -59,12 +78,23 @@ def _plain(value):
 
 
 def _bounds(found, least, most, above, below):
-    """What the number must be; most, which is often a limit of what can be computed, where it is more."""
+    """What the number must be.
+
+    Most, which is often a limit of what can be computed, where it is more.
+    """
     closed = least > above
     if below < math.inf:
         return f" in {'[' if closed else '('}{max(least, above):g}, {below:g})"
-    lower = "" if max(least, above) == -math.inf else f" {'>=' if closed else '>'} {max(least, above):g}"
-    upper = "" if found is None or not most < found < math.inf else f"{' and' if lower else ''} <= {most:g}"
+    lower = (
+        ""
+        if max(least, above) == -math.inf
+        else f" {'>=' if closed else '>'} {max(least, above):g}"
+    )
+    upper = (
+        ""
+        if found is None or not most < found < math.inf
+        else f"{' and' if lower else ''} <= {most:g}"
+    )
     return lower + upper
 
 
@@ -80,7 +110,10 @@ def choice(op: str, name: str, value: Any, known: Iterable[str]) -> None:
 
 
 def named(value: Any, known: Iterable[str]) -> bool:
-    """Whether value is one of the words, whatever it is: an array or a list could not even be compared."""
+    """Whether value is one of the words, whatever it is.
+
+    An array or a list could not even be compared.
+    """
     return isinstance(value, str) and value in known
 
 
@@ -92,11 +125,16 @@ def function(op: str, name: str, value: Any) -> None:
 def whole(value: Any) -> bool:
     """Whether value is an integer."""
     # The first question is the quick one: every draw of noise asks.
-    return type(value) is int or (isinstance(value, torch.SymInt | numbers.Integral) and not isinstance(value, bool))
+    return type(value) is int or (
+        isinstance(value, torch.SymInt | numbers.Integral) and not isinstance(value, bool)
+    )
 
 
 def plain_int(value: Any) -> int:
-    """Python's int of what is `whole`: a numpy scalar wraps round and is no JSON; a compiled graph's symbol stays one."""
+    """Python's int of what is `whole`: a numpy scalar wraps round and is no JSON.
+
+    a compiled graph's symbol stays one.
+    """
     return value if type(value) is int or isinstance(value, torch.SymInt) else int(value)
 
 

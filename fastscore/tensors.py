@@ -1,4 +1,7 @@
-"""Which tensors every back end can read: those whose elements lie in memory where their strides say."""
+"""Which tensors every back end can read.
+
+Those whose elements lie in memory where their strides say.
+"""
 
 import functools
 from typing import Any
@@ -10,7 +13,8 @@ from fastscore.messages import shown
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _STRIDED = torch.strided
-# Subclasses that stand for a plain tensor: those of torch.compile and torch.export, of collectives under way, and dual numbers.
+# Subclasses that stand for a plain tensor: those of torch.compile and torch.export, of collectives
+# under way, and dual numbers.
 _KNOWN = ("torch._subclasses.", "torch.distributed._functional_collectives", "fastscore.")
 
 
@@ -18,8 +22,8 @@ def check_tensor(op: str, name: str, t: torch.Tensor) -> None:
     """t must be an ordinary tensor, of any dtype.
 
     Raises:
-        TypeError: t is no tensor, has another layout than torch.strided (nested, sparse, MKL-DNN), or is a subclass with a dispatch of
-            its own.
+        TypeError: t is no tensor, has another layout than torch.strided (nested, sparse, MKL-DNN),
+            or is a subclass with a dispatch of its own.
     """
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor; got {type(t).__name__}.")
@@ -29,9 +33,14 @@ def check_tensor(op: str, name: str, t: torch.Tensor) -> None:
     if kind not in _PLAIN and kind.__module__.startswith(_KNOWN):
         return _check_mode(op, name, t)
     if t.is_nested:
-        raise TypeError(f"{op}: {name} must be a dense tensor; got a nested one (torch.nested.to_padded_tensor pads it).")
+        raise TypeError(
+            f"{op}: {name} must be a dense tensor; got a nested one (torch.nested.to_padded_tensor "
+            "pads it)."
+        )
     if t.layout is not torch.strided:
-        raise TypeError(f"{op}: {name} must be a dense tensor; got layout {t.layout} (.to_dense() converts it).")
+        raise TypeError(
+            f"{op}: {name} must be a dense tensor; got layout {t.layout} (.to_dense() converts it)."
+        )
     if kind not in _PLAIN:
         _check_subclass(op, name, t)
 
@@ -44,10 +53,15 @@ def dense(t: torch.Tensor) -> bool:
 def _check_subclass(op, name, t):
     kind = type(t)
     if isinstance(t, UninitializedTensorMixin):
-        raise TypeError(f"{op}: {name} must have a shape; got an {kind.__name__} (run its lazy module once).")
+        raise TypeError(
+            f"{op}: {name} must have a shape; got an {kind.__name__} (run its lazy module once)."
+        )
     if kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
-        raise TypeError(f"{op}: {name} must be an ordinary tensor; got a {kind.__name__}, which holds its values elsewhere "
-                        "(hand over the tensor inside it; of a DTensor, to_local() or full_tensor()).")  # fmt: skip
+        raise TypeError(
+            f"{op}: {name} must be an ordinary tensor; got a {kind.__name__}, which holds its "
+            "values elsewhere "
+            "(hand over the tensor inside it; of a DTensor, to_local() or full_tensor())."
+        )
 
 
 def fake(t: torch.Tensor) -> bool:
@@ -61,19 +75,27 @@ def _inside(t):
 
 
 def _check_mode(op, name, t):
-    if fake(t) and not _inside(t).fake_mode.allow_non_fake_inputs and not torch.compiler.is_compiling():
+    if (
+        fake(t)
+        and not _inside(t).fake_mode.allow_non_fake_inputs
+        and not torch.compiler.is_compiling()
+    ):
         if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
             raise TypeError(f"{op}: {name} is a FakeTensor; call {op} inside its FakeTensorMode.")
 
 
 def check_as_real(op: str, name: str, t: torch.Tensor, x: torch.Tensor, of: str = "x") -> None:
-    """t and x must both have values, or both be fakes of torch.compile, torch.export or FakeTensorMode."""
+    """t and x must both have values, or both be fakes of torch.compile, torch.export or
+    FakeTensorMode."""
     if type(t) is not type(x) and fake(t) != fake(x):
         mode = _inside(t if fake(t) else x).fake_mode
         if not mode.allow_non_fake_inputs:
             kinds = ("a FakeTensor", "a tensor with values")
             is_fake, of_fake = kinds if fake(t) else kinds[::-1]
-            raise TypeError(f"{op}: {name} is {is_fake} and {of} {of_fake}; convert both with FakeTensorMode.from_tensor, or neither.")
+            raise TypeError(
+                f"{op}: {name} is {is_fake} and {of} {of_fake}; convert both with "
+                "FakeTensorMode.from_tensor, or neither."
+            )
 
 
 def check_device(op: str, device: torch.device | str | int | None) -> torch.device:
@@ -92,7 +114,9 @@ def _named(op, device):
     try:
         return torch.device(device)
     except (RuntimeError, TypeError, ValueError, AssertionError):
-        raise ValueError(f"{op}: device must name a device, such as 'cpu' or 'cuda:0'; got {shown(device)}.") from None
+        raise ValueError(
+            f"{op}: device must name a device, such as 'cpu' or 'cuda:0'; got {shown(device)}."
+        ) from None
 
 
 @functools.cache
@@ -129,7 +153,9 @@ def numbers(op: str, name: str, value: Any, dtype: torch.dtype | None = None) ->
 
 
 def valued(op: str, name: str, value: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A tensor where it is, numbers at `home`; torch.as_tensor would take both to the default device, meta or another.
+    """A tensor where it is, numbers at `home`.
+
+    torch.as_tensor would take both to the default device, meta or another.
 
     Raises:
         ValueError: a tensor of the meta device, which has no values.
@@ -138,7 +164,9 @@ def valued(op: str, name: str, value: Any, dtype: torch.dtype | None = None) -> 
         try:
             return torch.as_tensor(value, dtype=dtype, device=home())
         except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise TypeError(f"{op}: {name} must be a tensor, or numbers for one; got {shown(value)}.") from None
+            raise TypeError(
+                f"{op}: {name} must be a tensor, or numbers for one; got {shown(value)}."
+            ) from None
     check_tensor(op, name, value)
     if value.is_meta:
         raise ValueError(f"{op}: {name} must have values; it is on the meta device.")

@@ -1,6 +1,9 @@
-"""Conditional sampling by Bayes' rule for scores, ∇ log p(x | y) = ∇ log p(x) + ∇ log p(y | x): guided scores, and hooks for samplers.
+"""Conditional sampling by Bayes' rule for scores, ∇ log p(x | y) = ∇ log p(x) + ∇ log p(y | x).
 
-Guidance is a score like any other, or a hook `project(x, sigma, step)`: both go into every sampler, alone, together, and nested.
+Guided scores, and hooks for samplers.
+
+Guidance is a score like any other, or a hook `project(x, sigma, step)`: both go into every sampler,
+alone, together, and nested.
 """
 
 from fastscore.guidance.bayes import posterior

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastscore.compiling import eagerly
@@ -15,7 +17,13 @@ from fastscore.ops.functions import outside_inference, released
 from fastscore.scalars import function
 
 
-def posterior(score, log_likelihood=None, scale=1.0, *, likelihood_score=None):
+def posterior(
+    score: Callable[..., Tensor],
+    log_likelihood: Callable[..., Tensor] | None = None,
+    scale: float | Tensor = 1.0,
+    *,
+    likelihood_score: Callable[..., Tensor] | None = None,
+) -> Callable[..., Tensor]:
     """The score of x given an observation y.
 
         ∇ log p(x | y) = ∇ log p(x) + scale · ∇ log p(y | x)
@@ -23,23 +31,30 @@ def posterior(score, log_likelihood=None, scale=1.0, *, likelihood_score=None):
     At noise σ both terms are those of the noisy x: p(y | x_σ), not p(y | x₀).
 
     Args:
-        score: called score(x, sigma), or score(x); a posterior score is one too, so that observations add up.
-        log_likelihood: called with the same arguments, log p(y | x) of each sample alone, (B,); differentiated here.
+        score: called score(x, sigma), or score(x); a posterior score is one too, so that
+            observations add up.
+        log_likelihood: called with the same arguments, log p(y | x) of each sample alone, (B,);
+            differentiated here.
         likelihood_score: ∇ₓ log p(y | x) itself, like x, in place of log_likelihood.
-        scale: a float or (B,); 1 is Bayes' rule, more than 1 sharpens the likelihood to p(y | x)^scale.
+        scale: a float or (B,); 1 is Bayes' rule, more than 1 sharpens the likelihood to p(y |
+            x)^scale.
 
     Returns:
-        A function of the arguments of `score`, for any sampler. It works under no_grad and in inference mode, where the
-            result holds no graph; where gradients are enabled the result is differentiable. It can be pickled where its parts can.
+        A function of the arguments of `score`, for any sampler. It works under no_grad and in
+            inference mode, where the result holds no graph; where gradients are enabled the result
+            is differentiable. It can be pickled where its parts can.
 
     Raises:
-        ValueError: not exactly one of log_likelihood and likelihood_score is given; scale is not finite; when called: log_likelihood
-            returns another shape or does not depend on x, score or likelihood_score returns another shape.
+        ValueError: not exactly one of log_likelihood and likelihood_score is given; scale is not
+            finite; when called: log_likelihood returns another shape or does not depend on x, score
+            or likelihood_score returns another shape.
 
     Source: Song et al. 2021, section 5 (arXiv:2011.13456).
 
-    >>> guided = posterior(lambda x: -x, likelihood_score=lambda x: 1 - x)     # prior N(0, 1), y = 1 with noise N(0, 1)
-    >>> guided(torch.tensor([[0.5]])).item()     # the posterior is N(1/2, 1/2)
+    A prior N(0, 1) and y = 1 with noise N(0, 1) have the posterior N(1/2, 1/2):
+
+    >>> guided = posterior(lambda x: -x, likelihood_score=lambda x: 1 - x)
+    >>> guided(torch.tensor([[0.5]])).item()
     0.0
     """
     if (log_likelihood is None) == (likelihood_score is None):
@@ -84,20 +99,28 @@ class _Gradient:
         v = self.log_likelihood(x, *arguments)
         if not isinstance(v, torch.Tensor) or v.shape != x.shape[:1]:
             got = tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__
-            raise ValueError(f"posterior: log_likelihood must return one value per sample, ({len(x)},); got {got}.")
+            raise ValueError(
+                f"posterior: log_likelihood must return one value per sample, ({len(x)},); got "
+                f"{got}."
+            )
         return v, v
 
 
-def gradient(op, f, x):
-    """f(x) returns values (B,) and another tensor; this returns ∇ₓ of the values, and the other tensor.
+def gradient(op: str, f: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor) -> tuple[Tensor, Any]:
+    """f(x) returns values (B,) and another tensor.
 
-    Samples never mix, so the gradient of the sum holds the gradient of each. Both results are differentiable where gradients are enabled.
+    This returns ∇ₓ of the values, and the other tensor.
+
+    Samples never mix, so the gradient of the sum holds the gradient of each. Both results are
+    differentiable where gradients are enabled.
     """
     if not checks.readable():   # inside a transform or torch.compile tensors have no graph to walk
         return torch.func.grad(lambda x: _summed(*f(x)), has_aux=True)(x)
     wanted = torch.is_grad_enabled()
-    leaf = x if wanted and x.requires_grad else x.view_as(x).requires_grad_()   # a view, for detach() would drop a forward-mode tangent
-    # Forward mode over reverse mode needs the formulas that a graph is made of: fused ones carry no tangent.
+    # a view, for detach() would drop a forward-mode tangent.
+    leaf = x if wanted and x.requires_grad else x.view_as(x).requires_grad_()
+    # Forward mode over reverse mode needs the formulas that a graph is made of: fused ones carry no
+    # tangent.
     create_graph = wanted or forward_ad.unpack_dual(leaf).tangent is not None
     g, rest = (_uncompiled if create_graph else _gradient)(op, f, leaf, create_graph)
     return (g, rest) if wanted else (released(g), released(rest))
@@ -107,8 +130,12 @@ def _gradient(op, f, leaf, create_graph):
     with torch.enable_grad():
         values, rest = f(leaf)
         if not values.requires_grad:
-            raise ValueError(f"{op}: log_likelihood must depend on x through differentiable operations.")
-        g = torch.autograd.grad(values.sum(), leaf, create_graph=create_graph, materialize_grads=True)[0]
+            raise ValueError(
+                f"{op}: log_likelihood must depend on x through differentiable operations."
+            )
+        g = torch.autograd.grad(
+            values.sum(), leaf, create_graph=create_graph, materialize_grads=True
+        )[0]
 
     return g, rest
 
@@ -121,20 +148,23 @@ def _summed(values, rest):
     return values.sum(), rest
 
 
-def check_scale(op, scale):
+def check_scale(op: str, scale: float | Tensor) -> None:
     """Finite; the shape of a tensor is checked with the first x."""
-    probe = torch.zeros(scale.shape if isinstance(scale, torch.Tensor) and scale.dim() else (1,), device=getattr(scale, "device", None))
+    probe = torch.zeros(
+        scale.shape if isinstance(scale, torch.Tensor) and scale.dim() else (1,),
+        device=getattr(scale, "device", None),
+    )
     checks.coefficient(op, "scale", scale, probe)
 
 
-def called(op, score, x, arguments):
+def called(op: str, score: Callable[..., Tensor], x: Tensor, arguments: tuple) -> Tensor:
     """The prior's score; another shape would broadcast against the likelihood's."""
     s = score(x, *arguments)
     check_score(op, s, x)
     return s
 
 
-def add(op, s, g, scale):
+def add(op: str, s: Tensor, g: Tensor, scale: float | Tensor) -> Tensor:
     """s + scale · g in the dtype of s."""
     scale = checks.expand(checks.coefficient(op, "scale", scale, s), s)
     return (s + scale * g).to(s.dtype)

@@ -1,19 +1,33 @@
-"""Conjugate gradients for a batch: each sample stops on its own, so that its result does not depend on the others."""
+"""Conjugate gradients for a batch.
+
+Each sample stops on its own, so that its result does not depend on the others.
+"""
+
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 ITERATIONS = 200
 
 
-def conjugate_gradient(multiply, r, *, iterations=ITERATIONS, tolerance=None):
+def conjugate_gradient(
+    multiply: Callable[[Tensor], Tensor],
+    r: Tensor,
+    *,
+    iterations: int = ITERATIONS,
+    tolerance: float | None = None,
+) -> Tensor:
     """Solve M v = r for each sample.
 
     Args:
-        multiply: v -> M v, symmetric positive (semi-)definite, samples apart; constant: no derivative is taken with respect to it.
+        multiply: v -> M v, symmetric positive (semi-)definite, samples apart; constant: no
+            derivative is taken with respect to it.
         r: (B, *). tolerance: on ‖M v - r‖ / ‖r‖; 10 rounding units of r's dtype unless given.
 
     Returns:
-        v like r. Reverse mode of any order is exact (the derivative solves the same system); forward mode is refused by PyTorch.
+        v like r. Reverse mode of any order is exact (the derivative solves the same system);
+        forward mode is refused by PyTorch.
 
     Source: Hestenes & Stiefel 1952.
     """
@@ -45,7 +59,8 @@ def _iterate(multiply, r, iterations, tolerance):
     goal = tolerance**2 * rr
     for count in range(iterations):
         running = rr > goal
-        if count % 8 == 7 and not bool(running.any()):   # seldom: the host waits for the device here
+        # seldom: the host waits for the device here.
+        if count % 8 == 7 and not bool(running.any()):
             break
         q = multiply(p)
         curvature = _dot(p, q)

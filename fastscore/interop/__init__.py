@@ -1,6 +1,9 @@
-"""Networks and pipelines of other packages: their networks serve as score(x, sigma), our sampler as a diffusers scheduler.
+"""Networks and pipelines of other packages.
 
-Nothing foreign is imported: adapters call what they are given. Only the scheduler, a class of diffusers, imports it when it is named.
+Their networks serve as score(x, sigma), our sampler as a diffusers scheduler.
+
+Nothing foreign is imported: adapters call what they are given. Only the scheduler, a class of
+diffusers, imports it when it is named.
 """
 
 import importlib.util
@@ -11,14 +14,24 @@ from fastscore.interop.networks import VeUNet, VpUNet, edm, k_diffusion, score_o
 if TYPE_CHECKING:
     from fastscore.interop.scheduler import AnnealedLangevinScheduler
 
-__all__ = ["AnnealedLangevinScheduler", "VeUNet", "VpUNet", "edm", "k_diffusion", "score_of_pipeline"]
+__all__ = [
+    "AnnealedLangevinScheduler",
+    "VeUNet",
+    "VpUNet",
+    "edm",
+    "k_diffusion",
+    "score_of_pipeline",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name != "AnnealedLangevinScheduler":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if importlib.util.find_spec("diffusers") is None:
-        raise ImportError("AnnealedLangevinScheduler is a scheduler of diffusers, which is not installed: pip install diffusers.")
+        raise ImportError(
+            "AnnealedLangevinScheduler is a scheduler of diffusers, which is not installed: pip "
+            "install diffusers."
+        )
     from fastscore.interop.scheduler import AnnealedLangevinScheduler
 
     return AnnealedLangevinScheduler

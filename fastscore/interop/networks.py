@@ -1,12 +1,16 @@
 """Adapters: a network of diffusers, k-diffusion or EDM as score(x, sigma).
 
-All are Modules that hold the network (parameters, modes and devices follow), pass gradients to x and the parameters, take one σ per
-sample and answer in x's dtype; UNets are called in their own dtype. The score is that of the network's own data, in [-1, 1]
-for most image networks; `conversions.Rescaled(score, 2, -1)` makes it the score of images in [0, 1].
+All are Modules that hold the network (parameters, modes and devices follow), pass gradients to x
+and the parameters, take one σ per sample and answer in x's dtype; UNets are called in their own
+dtype. The score is that of the network's own data, in [-1, 1] for most image networks;
+`conversions.Rescaled(score, 2, -1)` makes it the score of images in [0, 1].
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastscore import conversions, schedules
 from fastscore.messages import shown
@@ -17,11 +21,14 @@ from fastscore.schedules.rescaled import check_table, interpolate
 _DIFFUSERS_NAMES = {"epsilon": "noise", "sample": "denoiser", "v_prediction": "v"}
 
 
-def prediction_kind(op, name):
+def prediction_kind(op: str, name: Any) -> str:
     """The kind of `conversions` for a name of either vocabulary."""
     kind = _DIFFUSERS_NAMES.get(name, name) if isinstance(name, str) else name
     if not named(kind, conversions.KINDS):
-        raise ValueError(f"{op}: a prediction must be one of {', '.join((*conversions.KINDS, *_DIFFUSERS_NAMES))}; got {shown(name)}.")
+        raise ValueError(
+            f"{op}: a prediction must be one of "
+            f"{', '.join((*conversions.KINDS, *_DIFFUSERS_NAMES))}; got {shown(name)}."
+        )
     return kind
 
 
@@ -34,12 +41,25 @@ class _Adapter(nn.Module):
         """σ as (B,), checked, in the compute dtype."""
         checks.check_float(type(self).__name__, "x", x)
         sigma = checks.coefficient(type(self).__name__, "sigma", sigma, x, minimum=1e-30)
-        return (sigma if isinstance(sigma, torch.Tensor) else checks.as_tensor(sigma, x)).expand(x.shape[:1])
+        return (sigma if isinstance(sigma, torch.Tensor) else checks.as_tensor(sigma, x)).expand(
+            x.shape[:1]
+        )
 
     def unet(self, x, condition):
-        """A UNet's answer in x's dtype; of twice the channels (a learned variance) the first half."""
-        answer = self.network(x.to(getattr(self.network, "dtype", x.dtype)), condition, **self.arguments)
-        answer = answer.sample if hasattr(answer, "sample") else answer[0] if isinstance(answer, tuple) else answer
+        """A UNet's answer in x's dtype.
+
+        Of twice the channels (a learned variance) the first half.
+        """
+        answer = self.network(
+            x.to(getattr(self.network, "dtype", x.dtype)), condition, **self.arguments
+        )
+        answer = (
+            answer.sample
+            if hasattr(answer, "sample")
+            else answer[0]
+            if isinstance(answer, tuple)
+            else answer
+        )
         if x.dim() > 1 and answer.dim() == x.dim() and answer.shape[1] == 2 * x.shape[1]:
             answer = answer[:, : x.shape[1]]
         return self.like(answer.to(x.dtype), x)
@@ -52,7 +72,8 @@ class _Adapter(nn.Module):
 class VeUNet(_Adapter):
     """A diffusers UNet2DModel of a VE process (google/ncsnpp-*, ScoreSdeVePipeline).
 
-    With time_embedding_type "fourier" the network is called unet(x, σ), embeds ln σ and divides its output by σ: it returns the score.
+    With time_embedding_type "fourier" the network is called unet(x, σ), embeds ln σ and divides its
+    output by σ: it returns the score.
 
     Args:
         unet: called unet(sample, timestep) -> .sample. arguments: passed on, e.g. class_labels.
@@ -61,46 +82,68 @@ class VeUNet(_Adapter):
         ValueError: the network's config says that it embeds discrete timesteps.
     """
 
-    def __init__(self, unet, **arguments):
+    def __init__(self, unet: Callable[..., Any], **arguments: Any) -> None:
         embedding = getattr(getattr(unet, "config", None), "time_embedding_type", "fourier")
         if embedding != "fourier":
-            raise ValueError(f"VeUNet: the UNet must have time_embedding_type 'fourier'; got {embedding!r}, which VpUNet takes.")
+            raise ValueError(
+                f"VeUNet: the UNet must have time_embedding_type 'fourier'; got {embedding!r}, "
+                "which VpUNet takes."
+            )
         super().__init__(unet, arguments)
 
-    def forward(self, x, sigma):
+    def forward(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         return self.unet(x, self.each(x, sigma).float())
 
 
 class VpUNet(_Adapter):
-    """A diffusers UNet of a discrete VP process (DDPM, DDIM and most others), as the score of x = x₀ + σ z.
+    """A diffusers UNet of a discrete VP process (DDPM, DDIM and most others), as the score of x =
+    x₀ + σ z.
 
-        ᾱ = 1/(1 + σ²),    t: σ(t) = σ,    prediction = unet(√ᾱ x, t),    s = -ẑ/σ for a noise prediction ẑ
+        ᾱ = 1/(1 + σ²),    t: σ(t) = σ,    prediction = unet(√ᾱ x, t),
+        s = -ẑ/σ for a noise prediction ẑ
 
     Args:
-        unet: called unet(sample, timestep) -> .sample. alphas_cumprod: ᾱ of timesteps 0 .. N-1, as its scheduler holds it.
-        prediction: "epsilon", "sample", "v_prediction", or "noise", "denoiser", "v", "score" (of √ᾱ x).
-        round_timesteps: call the network at the nearest whole timestep; fractions are interpolated in ln σ otherwise.
+        unet: called unet(sample, timestep) -> .sample. alphas_cumprod: ᾱ of timesteps 0 .. N-1, as
+            its scheduler holds it.
+        prediction: "epsilon", "sample", "v_prediction", or "noise", "denoiser", "v", "score" (of √ᾱ
+            x).
+        round_timesteps: call the network at the nearest whole timestep; fractions are interpolated
+            in ln σ otherwise.
         arguments: passed on, e.g. class_labels or encoder_hidden_states.
 
     Raises:
-        ValueError: the config says "fourier", an unknown prediction, no ᾱ table; when called, σ outside the table.
+        ValueError: the config says "fourier", an unknown prediction, no ᾱ table; when called, σ
+            outside the table.
     """
 
-    def __init__(self, unet, alphas_cumprod, *, prediction="epsilon", round_timesteps=False, **arguments):
+    def __init__(
+        self,
+        unet: Callable[..., Any],
+        alphas_cumprod: Tensor | Sequence[float],
+        *,
+        prediction: str = "epsilon",
+        round_timesteps: bool = False,
+        **arguments: Any,
+    ) -> None:
         if getattr(getattr(unet, "config", None), "time_embedding_type", None) == "fourier":
-            raise ValueError("VpUNet: the UNet must embed discrete timesteps; its time_embedding_type is 'fourier', which VeUNet takes.")
+            raise ValueError(
+                "VpUNet: the UNet must embed discrete timesteps; its time_embedding_type is "
+                "'fourier', which VeUNet takes."
+            )
         log_table = check_table("VpUNet", alphas_cumprod)
         super().__init__(unet, arguments)
         self.kind, self.round_timesteps = prediction_kind("VpUNet", prediction), round_timesteps
         self._log_tables = {log_table.device: log_table}   # no buffer: .half() must not round it
 
-    def forward(self, x, sigma):
+    def forward(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         sigma = self.each(x, sigma)
         t = interpolate(sigma, self._log_table(sigma.device))
         root = schedules.alphas_cumprod(sigma).sqrt()
         x_vp = (x * checks.expand(root, x)).to(x.dtype)
         prediction = self.unet(x_vp, t.round().long() if self.round_timesteps else t)
-        score = conversions.convert(prediction, x_vp, sigma * root, root, kind=self.kind, to="score")
+        score = conversions.convert(
+            prediction, x_vp, sigma * root, root, kind=self.kind, to="score"
+        )
         return conversions.vp_to_ve(score, root.square())
 
     def _log_table(self, device):
@@ -109,24 +152,37 @@ class VpUNet(_Adapter):
         return self._log_tables[device]
 
 
-def score_of_pipeline(pipeline, **arguments):
-    """The score of an unconditional diffusers pipeline: a VeUNet, or a VpUNet with its scheduler's ᾱ table and prediction_type.
+def score_of_pipeline(pipeline: Any, **arguments: Any) -> VeUNet | VpUNet:
+    """The score of an unconditional diffusers pipeline.
+
+    a VeUNet, or a VpUNet with its scheduler's ᾱ table and prediction_type.
 
     Raises:
-        ValueError: the pipeline has no unet, or a scheduler without alphas_cumprod beside a UNet of discrete timesteps.
+        ValueError: the pipeline has no unet, or a scheduler without alphas_cumprod beside a UNet of
+            discrete timesteps.
     """
     unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
     if unet is None:
-        raise ValueError(f"score_of_pipeline: the pipeline must have a unet; {type(pipeline).__name__} has none.")
+        raise ValueError(
+            f"score_of_pipeline: the pipeline must have a unet; {type(pipeline).__name__} has none."
+        )
     if getattr(unet.config, "time_embedding_type", None) == "fourier":
         return VeUNet(unet, **arguments)
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"score_of_pipeline: the scheduler must have alphas_cumprod; {type(scheduler).__name__} has none.")
-    return VpUNet(unet, scheduler.alphas_cumprod, prediction=scheduler.config.prediction_type, **arguments)
+        raise ValueError(
+            "score_of_pipeline: the scheduler must have alphas_cumprod; "
+            f"{type(scheduler).__name__} has none."
+        )
+    return VpUNet(
+        unet, scheduler.alphas_cumprod, prediction=scheduler.config.prediction_type, **arguments
+    )
 
 
 class _Denoiser(_Adapter):
-    """D = network(x, σ), s = (D - x)/σ². x keeps its dtype: these networks round inside, after the skip connection is split off."""
+    """D = network(x, σ), s = (D - x)/σ².
+
+    x keeps its dtype: these networks round inside, after the skip connection is split off.
+    """
 
     def forward(self, x, sigma):
         sigma = self.each(x, sigma)
@@ -134,18 +190,24 @@ class _Denoiser(_Adapter):
         return conversions.convert(denoised, x, sigma, kind="denoiser", to="score")
 
 
-def k_diffusion(model, **arguments):
+def k_diffusion(model: Callable[..., Tensor], **arguments: Any) -> nn.Module:
     """The score of a k-diffusion denoiser, model(x, sigma) -> denoised. arguments: its extra_args.
 
-    The other way round, a score serves k-diffusion's samplers as `conversions.Converted(score, kind="score", to="denoiser")`.
+    The other way round, a score serves k-diffusion's samplers as `conversions.Converted(score,
+    kind="score", to="denoiser")`.
     """
     return _Denoiser(model, arguments)
 
 
-def edm(net, class_labels=None, **arguments):
-    """The score of an EDM network, net(x, sigma, class_labels) -> D, e.g. the `ema` of a pickle of NVlabs/edm.
+def edm(
+    net: Callable[..., Tensor], class_labels: Tensor | None = None, **arguments: Any
+) -> nn.Module:
+    """The score of an EDM network, net(x, sigma, class_labels) -> D, e.g.
+
+    The `ema` of a pickle of NVlabs/edm.
 
     Args:
-        class_labels: one-hot (B, classes) or (1, classes), or None. arguments: passed on, e.g. force_fp32.
+        class_labels: one-hot (B, classes) or (1, classes), or None. arguments: passed on, e.g.
+            force_fp32.
     """
     return _Denoiser(net, {"class_labels": class_labels, **arguments})

@@ -1,4 +1,7 @@
-"""Densities from scores: the probability-flow ODE, the line integral, and bits per dimension of images."""
+"""Densities from scores.
+
+The probability-flow ODE, the line integral, and bits per dimension of images.
+"""
 
 from fastscore.likelihood.bits import bits_per_dim, dequantize
 from fastscore.likelihood.density import log_density

@@ -1,6 +1,9 @@
 """Exact score matching: the Fisher divergence, explicit or implicit."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from fastscore.compiling import eagerly
 from fastscore.dual.once import Once
@@ -9,17 +12,25 @@ from fastscore.ops import checks
 from fastscore.ops.functions import explained
 
 
-def exact(score, x, *, target=None, chunk=16):
+def exact(
+    score: Callable[..., Tensor],
+    x: Tensor,
+    *,
+    target: Tensor | Callable[[Tensor], Tensor] | None = None,
+    chunk: int = 16,
+) -> Tensor:
     """The Fisher divergence of one score from another, or from the unknown score of the data.
 
         L_b = ½ ‖s(x_b) - t(x_b)‖²                explicit: t is known
-        L_b = ½ ‖s(x_b)‖² + tr ∂s/∂x(x_b)         implicit: differs in expectation by a constant, ½ E‖∇ log p‖²
+        L_b = ½ ‖s(x_b)‖² + tr ∂s/∂x(x_b)
+        implicit: differs in expectation by a constant, ½ E‖∇ log p‖²
 
     Args:
         score: called score(x), or a `models.EnergyScore`. x: data, (B, *), any float dtype.
         target: t, a score called target(x) or a tensor like x; None is the implicit form.
-        chunk: how many of the d unit tangents go through the network together. The value alone takes the memory of 1 + chunk forward
-            passes; a gradient keeps the activations of all d tangents, whatever the chunk.
+        chunk: how many of the d unit tangents go through the network together. The value alone
+            takes the memory of 1 + chunk forward passes; a gradient keeps the activations of all d
+            tangents, whatever the chunk.
 
     Returns:
         (B,), float32 (float64 for float64), differentiable in x and the parameters of score.
@@ -48,13 +59,20 @@ def _explicit(score, x, target):
     return 0.5 * checks.per_sample_sum((s.to(dtype) - t.to(dtype)).square())
 
 
-def implicit(score, x, chunk=16, arguments=()):
+def implicit(
+    score: Callable[..., Tensor], x: Tensor, chunk: int = 16, arguments: tuple = ()
+) -> Tensor:
     s, trace = divergence("exact", score, x, chunk, arguments)
     return trace + 0.5 * checks.per_sample_sum(s.to(trace.dtype).square())
 
 
-def divergence(op, score, x, chunk=16, arguments=()):
-    """s(x) and the trace of its Jacobian, (B,) in the compute dtype: d unit tangents, `chunk` at a time."""
+def divergence(
+    op: str, score: Callable[..., Tensor], x: Tensor, chunk: int = 16, arguments: tuple = ()
+) -> tuple[Tensor, Tensor]:
+    """s(x) and the trace of its Jacobian, (B,) in the compute dtype.
+
+    d unit tangents, `chunk` at a time.
+    """
     dtype, d = checks.compute_dtype(x.dtype), x[:1].numel()
     if d == 0:   # no samples, or samples of no coordinates
         return x, checks.per_sample_sum(x.to(dtype))
@@ -80,5 +98,6 @@ def _part(op, score, x, e, first, arguments):
     """s(x), and the entries of the trace that the units e select."""
     d = x[:1].numel()
     s, js = derivatives(op, score, x, e.view(-1, 1, *x.shape[1:]).expand(-1, *x.shape), arguments)
-    diagonal = js.reshape(len(e), len(x), d)[:, :, first : first + len(e)].diagonal(dim1=0, dim2=2)   # (B, len(e))
+    # (B, len(e)).
+    diagonal = js.reshape(len(e), len(x), d)[:, :, first : first + len(e)].diagonal(dim1=0, dim2=2)
     return s, diagonal.to(checks.compute_dtype(x.dtype)).sum(1)

@@ -2,8 +2,10 @@
 
 import contextlib
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from fastscore import scalars
 from fastscore.compiling import eagerly
@@ -14,32 +16,36 @@ from fastscore.ops.functions import explained
 
 
 def finite_difference_sliced(
-    score,
-    x,
+    score: Callable[..., Tensor],
+    x: Tensor,
     *,
-    projections=1,
-    variance_reduced=True,
-    distribution="rademacher",
-    v=None,
-    mask=None,
-    radius=0.1,
-    seed=None,
-    step=0,
-    first_sample=0,
-):
-    """Sliced score matching from the score at x ± h v: two evaluations, and no derivative of the network but the backward pass.
+    projections: int = 1,
+    variance_reduced: bool = True,
+    distribution: str = "rademacher",
+    v: Tensor | None = None,
+    mask: Tensor | None = None,
+    radius: float = 0.1,
+    seed: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    first_sample: int = 0,
+) -> Tensor:
+    """Sliced score matching from the score at x ± h v.
+
+    Two evaluations, and no derivative of the network but the backward pass.
 
         L_b = 1/M Σ_m v_mᵀ(s₊ - s₋)/(2h) + ½ ‖(s₊ + s₋)/2‖²             variance reduced
         L_b = 1/M Σ_m v_mᵀ(s₊ - s₋)/(2h) + ½ (v_mᵀ(s₊ + s₋)/2)²         plain
         s± = s(x_b ± h v_m),    h = r/√d
 
-    Central differences: s₊ - s₋ = 2h J v + O(h³) and s₊ + s₋ = 2 s + O(h²), so L is `sliced` at the same v up to O(h²). The plain form
-    is d/r² times the paper's v'ᵀ(s₊ - s₋)/2 + (v'ᵀ(s₊ + s₋))²/8, v' = h v of length r. The factor makes the loss that of `sliced`
-    instead of one that shrinks with d. Rounding grows as 1/h: below r ~ 1e-2 float32 loses more than the smaller step gains.
+    Central differences: s₊ - s₋ = 2h J v + O(h³) and s₊ + s₋ = 2 s + O(h²), so L is `sliced` at the
+    same v up to O(h²). The plain form is d/r² times the paper's v'ᵀ(s₊ - s₋)/2 + (v'ᵀ(s₊ + s₋))²/8,
+    v' = h v of length r. The factor makes the loss that of `sliced` instead of one that shrinks
+    with d. Rounding grows as 1/h: below r ~ 1e-2 float32 loses more than the smaller step gains.
 
     Args:
-        radius: r, the length of h v (exactly for signs and the sphere, on average for normals); at least the rounding of x's dtype.
-        Everything else as in `sliced`; 2M evaluations of the score, which draw the same random numbers, and of which the first moves its
+        radius: r, the length of h v (exactly for signs and the sphere, on average for normals); at
+        least the rounding of x's dtype. Everything else as in `sliced`; 2M evaluations of the
+        score, which draw the same random numbers, and of which the first moves its
             state (running statistics, buffers, counters, what hooks note). Hooks run each time.
 
     Returns:
@@ -48,8 +54,9 @@ def finite_difference_sliced(
     Raises:
         ValueError: a shape or value that does not fit. TypeError: x is no float tensor.
 
-    Source: Pang et al. 2020 (arXiv:2007.03317). Its code differs: plain, it squares (s₊ + s₋) ⊙ v element by element, which is not
-        (vᵀs)² but a sum without the cross terms; variance reduced, it fixes d = 3072 whatever the data.
+    Source: Pang et al. 2020 (arXiv:2007.03317). Its code differs: plain, it squares (s₊ + s₋) ⊙ v
+        element by element, which is not (vᵀs)² but a sum without the cross terms; variance reduced,
+        it fixes d = 3072 whatever the data.
 
     >>> finite_difference_sliced(lambda x: -x, torch.zeros(1, 3), seed=0)
     tensor([-3.])
@@ -62,8 +69,10 @@ def finite_difference_sliced(
     radius = checks.coefficient(op, "radius", radius, x, minimum=0)
     if not isinstance(radius, float) or radius == 0:
         raise ValueError(f"{op}: radius must be a number > 0; got {checks.shown(radius)}.")
-    if radius < (least := torch.finfo(x.dtype).eps):   # x ± h v would be x
-        raise ValueError(f"{op}: radius must be at least {least:.3g}, the rounding of {x.dtype}; got {radius}.")
+    if radius < (least := torch.finfo(x.dtype).eps):  # x ± h v would be x
+        raise ValueError(
+            f"{op}: radius must be at least {least:.3g}, the rounding of {x.dtype}; got {radius}."
+        )
     h = radius / math.sqrt(max(1, x[:1].numel()))
     if not torch.compiler.is_compiling():
         return _mean(op, score, x, v, mask, h, variance_reduced, Once(x.device, score))

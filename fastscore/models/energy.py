@@ -1,9 +1,11 @@
 """Energy models: any scalar network as an unnormalised log-density, and its score."""
 
 import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
@@ -35,19 +37,24 @@ def _right_norms():
 
 
 class EnergyMLP(Trunk):
-    """An unnormalised log-density on vectors and small images, about unit scale: p(x) = e^f(x) / Z, and Z is never needed.
+    """An unnormalised log-density on vectors and small images, about unit scale.
+
+    p(x) = e^f(x) / Z, and Z is never needed.
 
         f(x)    = g(x) - ½ ‖x‖²
         f(x, σ) = (c/σ) g(x/c, e(log σ)) - ½ ‖x/c‖²,    c = √(σ² + 1/4)          with sigmas
 
-    g is the network of `ScoreMLP` with one output. It grows at most linearly, so e^f is integrable, and it starts at zero: untrained, the
-    model is N(0, I), or N(0, c² I). The factor c/σ gives the score the size 1/σ that it has at noise σ.
+    g is the network of `ScoreMLP` with one output. It grows at most linearly, so e^f is integrable,
+    and it starts at zero: untrained, the model is N(0, I), or N(0, c² I). The factor c/σ gives the
+    score the size 1/σ that it has at noise σ.
 
     Args:
         dim, width, depth, sigmas: as in `ScoreMLP`.
-        activation: silu, gelu, softplus or tanh; the losses take second derivatives of f, and their gradients third ones.
+        activation: silu, gelu, softplus or tanh; the losses take second derivatives of f, and their
+            gradients third ones.
 
-    Shapes: forward(x[, sigma]): x (B, *) with prod(*) = d; sigma a float, 0-d or (B,). Returns f, (B,).
+    Shapes: forward(x[, sigma]): x (B, *) with prod(*) = d; sigma a float, 0-d or (B,). Returns f,
+        (B,).
 
     Raises:
         ValueError: as `ScoreMLP`, and for an activation that is not smooth.
@@ -57,33 +64,47 @@ class EnergyMLP(Trunk):
     [[-1.0, 2.0]]
     """
 
-    def __init__(self, dim, width=512, depth=4, activation="silu", sigmas=None):
+    def __init__(
+        self,
+        dim: int,
+        width: int = 512,
+        depth: int = 4,
+        activation: str = "silu",
+        sigmas: Tensor | Sequence[float] | None = None,
+    ) -> None:
         if not named(activation, _SMOOTH):
             smooth = ", ".join(_SMOOTH)
             raise ValueError(
-                f"EnergyMLP: activation must be smooth (the score is its derivative), one of {smooth}; got {shown(activation)}."
+                "EnergyMLP: activation must be smooth (the score is its derivative), one of "
+                f"{smooth}; got {shown(activation)}."
             )
         super().__init__(dim, 1, width, depth, activation, sigmas)
 
-    def forward(self, x, sigma=None):
+    def forward(self, x: Tensor, sigma: float | Tensor | None = None) -> Tensor:
         sigma = self.check(x, sigma)
         u, e = self.inputs(x, sigma)
         quadratic = 0.5 * checks.per_sample_sum(u.square())
         g = self.network(u, e)[:, 0]
-        return g - quadratic if sigma is None else g * (1 + 0.25 / sigma[:, 0].square()).sqrt().to(x.dtype) - quadratic
+        return (
+            g - quadratic
+            if sigma is None
+            else g * (1 + 0.25 / sigma[:, 0].square()).sqrt().to(x.dtype) - quadratic
+        )
 
 
 class EnergyScore(nn.Module):
     """The score of an energy model: s(x, ...) = ∇ₓ f(x, ...), by automatic differentiation.
 
-    Every loss and sampler takes it like any other score. A constant added to f changes nothing. The plain sliced loss goes by one forward
-    pass of first and second derivatives where f is made of operations that have rules for it (`along`), by double backprop elsewhere.
+    Every loss and sampler takes it like any other score. A constant added to f changes nothing. The
+    plain sliced loss goes by one forward pass of first and second derivatives where f is made of
+    operations that have rules for it (`along`), by double backprop elsewhere.
 
     Args:
-        f: a module or function, called f(x, ...), the unnormalised log-density of each sample alone, (B,) or (B, 1).
+        f: a module or function, called f(x, ...), the unnormalised log-density of each sample
+            alone, (B,) or (B, 1).
 
-    Shapes: forward(x, ...): x (B, *). Returns like x, differentiable in x and the parameters of f where gradients are enabled. It works in
-    inference mode, too, which it leaves meanwhile.
+    Shapes: forward(x, ...): x (B, *). Returns like x, differentiable in x and the parameters of f
+    where gradients are enabled. It works in inference mode, too, which it leaves meanwhile.
 
     Raises:
         ValueError: f returns another shape, or does not depend on x.
@@ -94,30 +115,36 @@ class EnergyScore(nn.Module):
 
     _chain = None   # whether f is layers and activations in a row, once it has been called
 
-    def __init__(self, f):
+    def __init__(self, f: Callable[..., Tensor]) -> None:
         super().__init__()
         function("EnergyScore", "f", f)
         self.f = f
-        self._without_rule = set()   # samples' shapes for which f has shown an operation without a second-order rule
+        # samples' shapes for which f has shown an operation without a second-order rule.
+        self._without_rule = set()
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return "" if isinstance(self.f, nn.Module) else f"f={brief(self.f)}"
 
     @outside_inference
-    def forward(self, x, *arguments):
+    def forward(self, x: Tensor, *arguments: Any) -> Tensor:
         if torch.compiler.is_exporting():
             raise NotImplementedError(
                 "EnergyScore: torch.export cannot trace a gradient; export what "
                 "torch.fx.experimental.proxy_tensor.make_fx(score)(x) returns, or the energy alone."
             )
-        if not checks.readable():   # inside a transform or torch.compile tensors have no graph to walk
+        # Inside a transform or torch.compile tensors have no graph to walk.
+        if not checks.readable():
             if isinstance(x, Dual):
-                raise NoRule("fastscore.jvp: the gradient of an energy cannot be carried through with its tangents.")
+                raise NoRule(
+                    "fastscore.jvp: the gradient of an energy cannot be carried through with its "
+                    "tangents."
+                )
             return torch.func.grad(lambda x: self._value(x, arguments).sum())(x)
         if self._chain is not False and (s := self._by_hand(x, arguments)) is not None:
             return s
         x, wanted = self._leaf(x)
-        # Forward mode over reverse mode needs the formulas that a graph is made of: fused ones, as of SiLU, carry no tangent.
+        # Forward mode over reverse mode needs the formulas that a graph is made of: fused ones, as
+        # of SiLU, carry no tangent.
         create_graph = wanted or forward_ad._current_level >= 0
         if create_graph:
             return self._differentiable_gradient(x, arguments)
@@ -134,7 +161,7 @@ class EnergyScore(nn.Module):
     @eagerly("products of an energy run eagerly: a compiled graph has one backward pass")
     @as_written
     @outside_inference
-    def jvp(self, x, v, *arguments):
+    def jvp(self, x: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         """s(x), and ∇²f v_m for v (M, B, *), by one backward pass each."""
         if not checks.readable():
             return self._transformed(x, v, arguments)
@@ -146,7 +173,9 @@ class EnergyScore(nn.Module):
             if s.requires_grad:
                 # Forward mode needs the formulas that a graph is made of.
                 graph = wanted or forward_ad._current_level >= 0
-                hv = [torch.autograd.grad(s, x, d, True, graph, materialize_grads=True)[0] for d in v]
+                hv = [
+                    torch.autograd.grad(s, x, d, True, graph, materialize_grads=True)[0] for d in v
+                ]
             else:
                 hv = [torch.zeros_like(x)] * len(v)
         hv = torch.stack(hv)
@@ -155,11 +184,12 @@ class EnergyScore(nn.Module):
     @eagerly("products of an energy run eagerly: a compiled graph has one backward pass")
     @as_written
     @outside_inference
-    def along(self, x, v, *arguments):
+    def along(self, x: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         """vᵀ∇f and vᵀ∇²f v for v (M, B, *): each (M, B), all that the plain sliced loss needs.
 
-        One forward pass of first and second derivatives along v, where f is made of operations that `fastscore.dual.jets` has rules
-        for; f is then called a second time only if it turns out not to be. Otherwise by `jvp`, which is right for every f.
+        One forward pass of first and second derivatives along v, where f is made of operations that
+        `fastscore.dual.jets` has rules for; f is then called a second time only if it turns out not
+        to be. Otherwise by `jvp`, which is right for every f.
         """
         kind = x.shape[1:], x.dtype, self.training
         if kind in self._without_rule or _needs_whole(self.f, x):
@@ -167,14 +197,19 @@ class EnergyScore(nn.Module):
         once = Once(x.device, self.f)
         try:
             with once.watched(), torch.enable_grad():
-                _, slope, curvature = second_order(lambda x: self.f(x, *arguments), x, v, straight=not _writes_in_place(self.f))
+                _, slope, curvature = second_order(
+                    lambda x: self.f(x, *arguments), x, v, straight=not _writes_in_place(self.f)
+                )
         except Exception:
             once.undo()
             products = self._along_by_jvp(x, v, arguments)   # an error of f's own comes again
             self._without_rule.add(kind)
             return products
         wanted = self._leaf(x)[1] or (torch.is_grad_enabled() and v.requires_grad)
-        return tuple((t if wanted else t.detach()).to(checks.compute_dtype(v.dtype)) for t in (slope, curvature))
+        return tuple(
+            (t if wanted else t.detach()).to(checks.compute_dtype(v.dtype))
+            for t in (slope, curvature)
+        )
 
     def _transformed(self, x, v, arguments):
         """The same inside a transform of torch.func, whose tensors have no graph to walk."""
@@ -187,16 +222,30 @@ class EnergyScore(nn.Module):
         return tuple(t.flatten(2).sum(-1) if t.dim() > 2 else t for t in products)
 
     def _by_hand(self, x, arguments):
-        """The score of a chain, whose gradient is one autograd Function; None where f is none, or another path is asked for."""
-        if not torch.is_grad_enabled() or type(x) is not torch.Tensor or x.dim() != 2 or not x.numel():
+        """The score of a chain, whose gradient is one autograd Function.
+
+        None where f is none, or another path is asked for.
+        """
+        if (
+            not torch.is_grad_enabled()
+            or type(x) is not torch.Tensor
+            or x.dim() != 2
+            or not x.numel()
+        ):
             return None
-        if forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled(x.device.type):
+        if (
+            forward_ad._current_level >= 0
+            or torch._C._len_torch_dispatch_stack()
+            or torch.is_autocast_enabled(x.device.type)
+        ):
             return None
         if not arguments and (steps := energy_chain.sequence(self.f)):
             with contextlib.suppress(RuntimeError):   # f's own error comes again
                 if (s := energy_chain.score_of_sequence(steps, x)) is not None:
                     return s
-        if not energy_chain.plain(self.f) or not (x.requires_grad or any(p.requires_grad for p in self.f.parameters())):
+        if not energy_chain.plain(self.f) or not (
+            x.requires_grad or any(p.requires_grad for p in self.f.parameters())
+        ):
             return None
         once = Once(x.device, self.f) if self._chain is None else None
         try:
@@ -211,7 +260,10 @@ class EnergyScore(nn.Module):
         return s
 
     def _leaf(self, x):
-        """x as a variable of its own where it is none yet; and whether the result shall be differentiable."""
+        """x as a variable of its own where it is none yet.
+
+        And whether the result shall be differentiable.
+        """
         wanted = torch.is_grad_enabled() and (x.requires_grad or self._learns())
         # A view, for detach() would drop a forward-mode tangent.
         return (x if wanted and x.requires_grad else x.view_as(x).requires_grad_()), wanted
@@ -223,27 +275,36 @@ class EnergyScore(nn.Module):
     def _gradient(self, x, create_graph, arguments):
         value = self._value(x, arguments, third=create_graph)
         if not value.requires_grad:
-            raise ValueError("EnergyScore: f(x) must depend on x through differentiable operations.")
-        return torch.autograd.grad(value.sum(), x, create_graph=create_graph, materialize_grads=True)[0]
+            raise ValueError(
+                "EnergyScore: f(x) must depend on x through differentiable operations."
+            )
+        return torch.autograd.grad(
+            value.sum(), x, create_graph=create_graph, materialize_grads=True
+        )[0]
 
     def _value(self, x, arguments, third=True):
-        # A loss takes third derivatives of f, which PyTorch gets wrong through its norms and lacks for fused attention.
+        # A loss takes third derivatives of f, which PyTorch gets wrong through its norms and lacks
+        # for fused attention.
         f, compiling = self.f, torch.compiler.is_compiling()
         if not compiling and torch._C._len_torch_dispatch_stack():
             x = x.view_as(x)   # hooks of modes, as of FlopCounterMode, take a leaf for a parameter
-        if not third or compiling or energy_chain.sequence(f):   # linear layers and activations have neither norms nor attention
+        # Linear layers and activations have neither norms nor attention.
+        if not third or compiling or energy_chain.sequence(f):
             value = f(x, *arguments)
         else:
             with _right_norms():
                 value = f(x, *arguments)
         if not isinstance(value, torch.Tensor) or value.shape not in ((len(x),), (len(x), 1)):
             got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ValueError(f"EnergyScore: f(x) must be one value per sample, ({len(x)},); got {got}.")
+            raise ValueError(
+                f"EnergyScore: f(x) must be one value per sample, ({len(x)},); got {got}."
+            )
         return value
 
 
 def _needs_whole(f, x):
-    """Where the second-order rules do not hold (transforms, autocast), or a first attempt that fails would leave traces in f."""
+    """Where the second-order rules do not hold (transforms, autocast), or a first attempt that
+    fails would leave traces in f."""
     if not checks.readable() or forward_ad._current_level >= 0 or not x.numel():
         return True
     if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(x.device.type):
@@ -254,8 +315,14 @@ def _needs_whole(f, x):
 def _remembers(module):
     """Running statistics, or the iterations of a spectral norm."""
     spectral = any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
-    return spectral or isinstance(module, _SpectralNorm) or (isinstance(module, _NormBase) and module.track_running_stats)
+    return (
+        spectral
+        or isinstance(module, _SpectralNorm)
+        or (isinstance(module, _NormBase) and module.track_running_stats)
+    )
 
 
 def _writes_in_place(f):
-    return isinstance(f, nn.Module) and any(getattr(m, "inplace", False) is True for m in f.modules())
+    return isinstance(f, nn.Module) and any(
+        getattr(m, "inplace", False) is True for m in f.modules()
+    )

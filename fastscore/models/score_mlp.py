@@ -1,34 +1,60 @@
 """ScoreMLP: a residual multilayer perceptron for scores of vectors and small images."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fastscore.messages import shown
 from fastscore.ops import checks
 from fastscore.scalars import DEPTH, SIZE, named
 from fastscore.tensors import numbers
 
-_ACTIVATIONS = {"silu": F.silu, "elu": F.elu, "gelu": F.gelu, "relu": F.relu, "softplus": F.softplus, "tanh": torch.tanh}
+_ACTIVATIONS = {
+    "silu": F.silu,
+    "elu": F.elu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "softplus": F.softplus,
+    "tanh": torch.tanh,
+}
 _FREQUENCIES = 16
 _SMALLEST = 1e-30  # sigma; 1/σ is finite in float32
 
 
 class Trunk(nn.Module):
-    """What ScoreMLP and EnergyMLP share: the residual network of x and log σ, and the checks at its door."""
+    """What ScoreMLP and EnergyMLP share.
 
-    def __init__(self, dim, outputs, width, depth, activation, sigmas):
+    The residual network of x and log σ, and the checks at its door.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        outputs: int,
+        width: int,
+        depth: int,
+        activation: str,
+        sigmas: Tensor | Sequence[float] | None,
+    ) -> None:
         super().__init__()
         if not named(activation, _ACTIVATIONS):
-            raise ValueError(f"{self._name}: activation must be one of {', '.join(_ACTIVATIONS)}; got {shown(activation)}.")
+            raise ValueError(
+                f"{self._name}: activation must be one of {', '.join(_ACTIVATIONS)}; got "
+                f"{shown(activation)}."
+            )
         dim = checks.integer(self._name, "dim", dim, 1, limit=2**31)
         width = checks.integer(self._name, "width", width, 1, limit=SIZE)
         depth = checks.integer(self._name, "depth", depth, 0, limit=DEPTH)
         self.dim, self.activation = dim, _ACTIVATIONS[activation]
         self.log_range = None if sigmas is None else _log_range(self._name, sigmas)
-        self.sigma_range = None if sigmas is None else tuple(v.item() for v in numbers(self._name, "sigmas", sigmas).aminmax())
+        self.sigma_range = (
+            None
+            if sigmas is None
+            else tuple(v.item() for v in numbers(self._name, "sigmas", sigmas).aminmax())
+        )
         features = None if sigmas is None else max(16, width // 4)
         if features:
             self.embed = nn.Linear(2 * _FREQUENCIES + 1, features)
@@ -42,21 +68,32 @@ class Trunk(nn.Module):
     def _name(self):
         return type(self).__name__
 
-    def check(self, x, sigma):
+    def check(self, x: Tensor, sigma: float | Tensor | None) -> Tensor | None:
         """sigma as (B, 1) or (1, 1) in the compute dtype, or None."""
         if x.dim() < 2 or math.prod(x.shape[1:]) != self.dim:
-            raise ValueError(f"{self._name}: x must be (B, *) with {self.dim} values per sample; got {tuple(x.shape)}.")
+            raise ValueError(
+                f"{self._name}: x must be (B, *) with {self.dim} values per sample; got "
+                f"{tuple(x.shape)}."
+            )
         if (sigma is None) != (self.log_range is None):
-            case = "without sigmas, but was called with sigma" if self.log_range is None else "with sigmas, but was called without sigma"
-            raise ValueError(f"{self._name}: sigma must be given if and only if the network was built with sigmas; it was built {case}.")
+            case = (
+                "without sigmas, but was called with sigma"
+                if self.log_range is None
+                else "with sigmas, but was called without sigma"
+            )
+            raise ValueError(
+                f"{self._name}: sigma must be given if and only if the network was built with "
+                f"sigmas; it was built {case}."
+            )
         if sigma is None:
             return None
         sigma = checks.coefficient(self._name, "sigma", sigma, x, minimum=_SMALLEST)
-        if not isinstance(sigma, torch.Tensor):   # made on the device: a copy from the host would be waited for
+        # Made on the device: a copy from the host would be waited for.
+        if not isinstance(sigma, torch.Tensor):
             sigma = checks.as_tensor(sigma, x)
         return sigma.reshape(-1, 1)
 
-    def inputs(self, x, sigma):
+    def inputs(self, x: Tensor, sigma: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """u (B, d), x to unit scale, and the embedding e of σ."""
         u = x.flatten(1)
         if sigma is None:
@@ -64,7 +101,7 @@ class Trunk(nn.Module):
         e = self.activation(self.embed(self._fourier(sigma).to(x.dtype)))
         return (u * torch.rsqrt(sigma.square() + 0.25)).to(x.dtype), e
 
-    def network(self, u, e):
+    def network(self, u: Tensor, e: Tensor | None) -> Tensor:
         h = self.first(u)
         for block in self.blocks:
             h = block(h, e)
@@ -84,20 +121,24 @@ class ScoreMLP(Trunk):
         s(x)    = f(x)
         s(x, σ) = f(x / √(σ² + 1/4), e(log σ)) / σ          with sigmas: f predicts -z
 
-    Each block is h ← h + W₂ a((1 + c) W₁ a(h) + b), with c and b linear in e, a small network of Fourier features of log σ. The
-    last layer starts at zero, so the untrained score is 0. Samples never mix.
+    Each block is h ← h + W₂ a((1 + c) W₁ a(h) + b), with c and b linear in e, a small network of
+    Fourier features of log σ. The last layer starts at zero, so the untrained score is 0. Samples
+    never mix.
 
     Args:
         dim: d, the number of values of a sample.
         width, depth: of the hidden layers, and how many residual blocks.
-        activation: a, one of silu, elu, gelu, relu, softplus, tanh; relu has no second derivative (sliced score matching needs it).
-        sigmas: a ladder; its range scales the embedding of log σ, and any sigma > 0 is accepted. None: unconditional.
+        activation: a, one of silu, elu, gelu, relu, softplus, tanh; relu has no second derivative
+            (sliced score matching needs it).
+        sigmas: a ladder; its range scales the embedding of log σ, and any sigma > 0 is accepted.
+            None: unconditional.
 
-    Shapes: forward(x[, sigma]): x (B, *) with prod(*) = d, in the dtype of the parameters; sigma a float, 0-d or (B,).
-        Returns the score, like x.
+    Shapes: forward(x[, sigma]): x (B, *) with prod(*) = d, in the dtype of the parameters; sigma a
+        float, 0-d or (B,). Returns the score, like x.
 
     Raises:
-        ValueError: an unknown activation, sigmas not positive, x of another dimension, sigma missing, superfluous or not positive.
+        ValueError: an unknown activation, sigmas not positive, x of another dimension, sigma
+            missing, superfluous or not positive.
 
     Source: Song & Ermon 2020, technique 3 (division by σ, arXiv:2006.09011);
         Karras et al. 2022, table 1 (input scale, arXiv:2206.00364).
@@ -106,10 +147,17 @@ class ScoreMLP(Trunk):
     torch.Size([2, 1, 8, 8])
     """
 
-    def __init__(self, dim, width=512, depth=4, activation="silu", sigmas=None):
+    def __init__(
+        self,
+        dim: int,
+        width: int = 512,
+        depth: int = 4,
+        activation: str = "silu",
+        sigmas: Tensor | Sequence[float] | None = None,
+    ) -> None:
         super().__init__(dim, dim, width, depth, activation, sigmas)
 
-    def forward(self, x, sigma=None):
+    def forward(self, x: Tensor, sigma: float | Tensor | None = None) -> Tensor:
         sigma = self.check(x, sigma)
         s = self.network(*self.inputs(x, sigma))
         return (s if sigma is None else (s / sigma).to(x.dtype)).view_as(x)
@@ -134,6 +182,8 @@ class _Block(nn.Module):
 def _log_range(name, sigmas):
     sigmas = numbers(name, "sigmas", sigmas, torch.float64)
     if not sigmas.numel() or not bool((sigmas > 0).all() and sigmas.isfinite().all()):
-        raise ValueError(f"{name}: sigmas must be positive and finite; got {shown(sigmas.tolist())}.")
+        raise ValueError(
+            f"{name}: sigmas must be positive and finite; got {shown(sigmas.tolist())}."
+        )
     low, high = sigmas.log().min().item(), sigmas.log().max().item()
     return low, max(high, low + 1)

@@ -2,12 +2,19 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fastscore.nn.tables import check_channels, size, small
 from fastscore.ops import group_norm_modulate
 
-_EMBEDDING_ACTIVATIONS = {None: lambda e: e, "silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
+_EMBEDDING_ACTIVATIONS = {
+    None: lambda e: e,
+    "silu": F.silu,
+    "swish": F.silu,
+    "mish": F.mish,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
 
 
 class GroupNormAct(nn.Module):
@@ -32,27 +39,48 @@ class GroupNormAct(nn.Module):
     Source: Wu & He 2018 (arXiv:1803.08494).
     """
 
-    def __init__(self, num_groups, num_channels, eps=1e-5, affine=True, *, activation=None):
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        activation: str | None = None,
+    ) -> None:
         super().__init__()
-        num_groups, num_channels = size(self, "num_groups", num_groups), size(self, "num_channels", num_channels)
+        num_groups, num_channels = (
+            size(self, "num_groups", num_groups),
+            size(self, "num_channels", num_channels),
+        )
         eps = small(self, eps)
         _check_groups("GroupNormAct", num_groups, num_channels)
-        self.num_groups, self.num_features, self.eps, self.activation = num_groups, num_channels, eps, activation
-        self.register_parameter("weight", nn.Parameter(torch.ones(num_channels)) if affine else None)
+        self.num_groups, self.num_features, self.eps, self.activation = (
+            num_groups,
+            num_channels,
+            eps,
+            activation,
+        )
+        self.register_parameter(
+            "weight", nn.Parameter(torch.ones(num_channels)) if affine else None
+        )
         self.register_parameter("bias", nn.Parameter(torch.zeros(num_channels)) if affine else None)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 2:   # features, as one pixel
             return self(x[..., None])[..., 0]
 
         check_channels(self, x, "*")
-        return group_norm_modulate(x, self.num_groups, self.weight, self.bias, eps=self.eps, activation=self.activation)
+        return group_norm_modulate(
+            x, self.num_groups, self.weight, self.bias, eps=self.eps, activation=self.activation
+        )
 
 
 class AdaGroupNorm(nn.Module):
     """Group normalisation scaled and shifted by an embedding.
 
-        y = a((x - μ_g)/√(var_g x + eps) (1 + scale) + shift),    (scale, shift) = linear(act_fn(emb))
+        y = a((x - μ_g)/√(var_g x + eps) (1 + scale) + shift),
+        (scale, shift) = linear(act_fn(emb))
 
     Args:
         embedding_dim: E, the size of the embedding.
@@ -62,34 +90,55 @@ class AdaGroupNorm(nn.Module):
         eps: added to the variance.
         activation: a, as in GroupNormAct.
 
-    Shapes: x (B, C, *) or (B, C), emb (B, E) -> like x. `linear.weight` (2C, E), rows scale, shift; `linear.bias` (2C,).
+    Shapes: x (B, C, *) or (B, C), emb (B, E) -> like x. `linear.weight` (2C, E), rows scale, shift;
+        `linear.bias` (2C,).
 
     Raises:
         ValueError: num_groups does not divide C, act_fn is unknown, or x does not have C channels.
 
-    Source: Dhariwal & Nichol 2021, section 3.1 (arXiv:2105.05233); arguments and layout as in diffusers' AdaGroupNorm.
+    Source: Dhariwal & Nichol 2021, section 3.1 (arXiv:2105.05233); arguments and layout as in
+        diffusers' AdaGroupNorm.
     """
 
-    def __init__(self, embedding_dim, out_dim, num_groups, act_fn=None, eps=1e-5, *, activation=None):
+    def __init__(
+        self,
+        embedding_dim: int,
+        out_dim: int,
+        num_groups: int,
+        act_fn: str | None = None,
+        eps: float = 1e-5,
+        *,
+        activation: str | None = None,
+    ) -> None:
         super().__init__()
-        embedding_dim, out_dim = size(self, "embedding_dim", embedding_dim), size(self, "out_dim", out_dim)
+        embedding_dim, out_dim = (
+            size(self, "embedding_dim", embedding_dim),
+            size(self, "out_dim", out_dim),
+        )
         num_groups, eps = size(self, "num_groups", num_groups), small(self, eps)
         _check_groups("AdaGroupNorm", num_groups, out_dim)
         if act_fn not in _EMBEDDING_ACTIVATIONS:
-            raise ValueError(f"AdaGroupNorm: act_fn must be None, silu, swish, mish, gelu or relu; got {act_fn!r}.")
+            raise ValueError(
+                "AdaGroupNorm: act_fn must be None, silu, swish, mish, gelu or relu; got "
+                f"{act_fn!r}."
+            )
         self.num_groups, self.num_features, self.eps = num_groups, out_dim, eps
         self.act_fn, self.activation = act_fn, activation
         self.linear = nn.Linear(embedding_dim, 2 * out_dim)
 
-    def forward(self, x, emb):
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if x.dim() == 2:
             return self(x[..., None], emb)[..., 0]
 
         check_channels(self, x, "*")
         scale, shift = self.linear(_EMBEDDING_ACTIVATIONS[self.act_fn](emb)).chunk(2, -1)
-        return group_norm_modulate(x, self.num_groups, scale=scale, shift=shift, eps=self.eps, activation=self.activation)
+        return group_norm_modulate(
+            x, self.num_groups, scale=scale, shift=shift, eps=self.eps, activation=self.activation
+        )
 
 
 def _check_groups(op, groups, channels):
     if channels % groups:
-        raise ValueError(f"{op}: num_groups must divide the number of channels, {channels}; got {groups}.")
+        raise ValueError(
+            f"{op}: num_groups must divide the number of channels, {channels}; got {groups}."
+        )

@@ -15,32 +15,41 @@ from fastscore.nn.ablations import (
     VarianceNorm2d,
 )
 from fastscore.nn.group_norm import GroupNormAct
-from fastscore.nn.instance_norm import ConditionalInstanceNorm2d, ConditionalInstanceNorm2dPlus, InstanceNorm2d, InstanceNorm2dPlus
+from fastscore.nn.instance_norm import (
+    ConditionalInstanceNorm2d,
+    ConditionalInstanceNorm2dPlus,
+    InstanceNorm2d,
+    InstanceNorm2dPlus,
+)
 
 
 class Swap(NamedTuple):
-    """One layer: its qualified name, its class, and the class that took its place (None: left alone)."""
+    """One layer: its qualified name, its class, and the class that took its place (None: left
+    alone)."""
 
     name: str
     old: type
     new: type | None
 
 
-def replace_norms(module, *, fuse_silu=True):
+def replace_norms(module: nn.Module, *, fuse_silu: bool = True) -> list[Swap]:
     """Swap the normalisation layers of a network for ours, in place.
 
-    Known are the classes of ermongroup/ncsn and ncsnv2, by name and state_dict, torch.nn.InstanceNorm2d and torch.nn.GroupNorm.
-    Parameters and buffers are moved, not copied, so optimizers and the state_dict keep working. torch.nn.BatchNorm2d and
-    torch.nn.LayerNorm, whose forward mode is wrong too, are not touched.
+    Known are the classes of ermongroup/ncsn and ncsnv2, by name and state_dict,
+    torch.nn.InstanceNorm2d and torch.nn.GroupNorm. Parameters and buffers are moved, not copied, so
+    optimizers and the state_dict keep working. torch.nn.BatchNorm2d and torch.nn.LayerNorm, whose
+    forward mode is wrong too, are not touched.
 
     Args:
         module: a network; not itself one of these layers.
-        fuse_silu: a torch.nn.SiLU right after a GroupNorm in a torch.nn.Sequential becomes part of it, and torch.nn.Identity in
-            its place. Switch it off for networks that call the layers of a Sequential one by one.
+        fuse_silu: a torch.nn.SiLU right after a GroupNorm in a torch.nn.Sequential becomes part of
+            it, and torch.nn.Identity in its place. Switch it off for networks that call the layers
+            of a Sequential one by one.
 
     Returns:
-        A list of (name, old class, new class), one for each place of a layer. The new class is None where a layer of a known
-        name was left alone: it has running statistics (InstanceNorm2d), hooks, or parameters of other shapes.
+        A list of (name, old class, new class), one for each place of a layer. The new class is None
+        where a layer of a known name was left alone: it has running statistics (InstanceNorm2d),
+        hooks, or parameters of other shapes.
 
     Raises:
         ValueError: module itself is such a layer, which has no place to swap it in.
@@ -52,9 +61,13 @@ def replace_norms(module, *, fuse_silu=True):
     if not isinstance(module, nn.Module):
         raise TypeError(f"replace_norms: module must be a torch.nn.Module; got {shown(module)}.")
     if _known(module):
-        raise ValueError(f"replace_norms: module is itself a {type(module).__name__}; put it into a torch.nn.Sequential.")
+        raise ValueError(
+            f"replace_norms: module is itself a {type(module).__name__}; put it into a "
+            "torch.nn.Sequential."
+        )
     places = Counter(id(child) for parent in module.modules() for child in parent._modules.values())
-    swaps, done = [], {}  # done: id -> (old, new); holding the old layer keeps its id from being used again
+    # done: id -> (old, new); holding the old layer keeps its id from being used again.
+    swaps, done = [], {}
 
     def visit(parent, prefix):
         slots = list(parent._modules.items())
@@ -63,7 +76,12 @@ def replace_norms(module, *, fuse_silu=True):
                 if child is not None and not isinstance(child, _OURS):
                     visit(child, f"{prefix}{key}.")
                 continue
-            fuse = fuse_silu and _calls_in_order(parent) and type(follower) is nn.SiLU and not _hooked(follower)
+            fuse = (
+                fuse_silu
+                and _calls_in_order(parent)
+                and type(follower) is nn.SiLU
+                and not _hooked(follower)
+            )
             fuse = fuse and type(child) is nn.GroupNorm and places[id(child)] == 1
             _, new = done.setdefault(id(child), (child, _twin(child)))
             swaps.append(Swap(prefix + key, type(child), type(new) if new else None))
@@ -80,7 +98,11 @@ def replace_norms(module, *, fuse_silu=True):
 
 def _conditional(cls, blocks):
     """Build cls for an original whose table has `blocks` times C columns with a bias."""
-    return lambda old: cls(old.num_features, old.embed.num_embeddings, bias=old.embed.embedding_dim == blocks * old.num_features)
+    return lambda old: cls(
+        old.num_features,
+        old.embed.num_embeddings,
+        bias=old.embed.embedding_dim == blocks * old.num_features,
+    )
 
 
 _BY_NAME = {
@@ -89,7 +111,9 @@ _BY_NAME = {
     "ConditionalInstanceNorm2dPlus": _conditional(ConditionalInstanceNorm2dPlus, 3),
     "ConditionalNoneNorm2d": _conditional(ConditionalNoneNorm2d, 2),
     "ConditionalVarianceNorm2d": _conditional(ConditionalVarianceNorm2d, 1),
-    "InstanceNorm2dPlus": lambda old: InstanceNorm2dPlus(old.num_features, bias=hasattr(old, "beta")),
+    "InstanceNorm2dPlus": lambda old: InstanceNorm2dPlus(
+        old.num_features, bias=hasattr(old, "beta")
+    ),
     "NoneNorm2d": lambda old: NoneNorm2d(None),
     "VarianceNorm2d": lambda old: VarianceNorm2d(old.num_features),
 }
@@ -98,13 +122,23 @@ _BY_TYPE = {
     nn.InstanceNorm2d: lambda old: InstanceNorm2d(old.num_features, old.eps, affine=old.affine),
 }
 _OURS = (
-    ConditionalBatchNorm2d, ConditionalInstanceNorm2d, ConditionalInstanceNorm2dPlus, ConditionalNoneNorm2d, ConditionalVarianceNorm2d,
-    GroupNormAct, InstanceNorm2d, InstanceNorm2dPlus, NoneNorm2d, VarianceNorm2d,
-)  # fmt: skip
+    ConditionalBatchNorm2d,
+    ConditionalInstanceNorm2d,
+    ConditionalInstanceNorm2dPlus,
+    ConditionalNoneNorm2d,
+    ConditionalVarianceNorm2d,
+    GroupNormAct,
+    InstanceNorm2d,
+    InstanceNorm2dPlus,
+    NoneNorm2d,
+    VarianceNorm2d,
+)
 
 
 def _known(layer):
-    return type(layer) in _BY_TYPE or (type(layer).__name__ in _BY_NAME and not isinstance(layer, _OURS))
+    return type(layer) in _BY_TYPE or (
+        type(layer).__name__ in _BY_NAME and not isinstance(layer, _OURS)
+    )
 
 
 def _twin(old):
@@ -127,7 +161,12 @@ def _shapes(layer):
 
 
 def _hooked(layer):
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
 
 
 def _calls_in_order(parent):

@@ -4,7 +4,7 @@
 |---|---|---|
 | Song & Ermon 2019 as printed, NCSN's toy code, toy_gradlogp | x + ε/2 s + √ε z | ε |
 | NCSN, NCSNv2, CAS (`step_lr`), torchebm, the SDE dx = s dt + √2 dW | x + η s + √(2η) z | 2 η |
-| score_sde's correctors, diffusers' ScoreSdeVe (`snr`) | η = 2 (r ‖z‖/‖s‖)², or 2 (r σ)² | 4 r² σ² |
+| score_sde, diffusers' ScoreSdeVe (`snr`) | η = 2 (r ‖z‖/‖s‖)², or 2 (r σ)² | 4 r² σ² |
 
 `step_size_from_lr` is the second row, `step_size_from_snr` the third.
 """
