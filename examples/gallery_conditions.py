@@ -4,7 +4,9 @@ import numpy as np
 import torch
 
 from fastscore import datasets
-from fastscore.cli import classifier_training, conditions, evaluation, pictures, runs
+from fastscore.cli import draw as drawing
+from fastscore.cli import evaluate, observations, pictures, run_folder, splits
+from fastscore.cli.fit import fit
 
 from gallery_digits import colour, trained
 from gallery_tables import table
@@ -29,7 +31,7 @@ def draw(out, folder, quick):
     net, sigmas, shape, config = trained(folder / "digits", quick)
     classifier = trained_classifier(folder / "classifier", quick)
     n = SAMPLES if quick else 64
-    reader, shown, rows = evaluation.reader(*classifier_training.training_images(config)), [], []
+    reader, shown, rows = evaluate.reader(*splits.part(config, "training")), [], []
     few = {"steps_per_level": 2} if quick else {}
     classes, right = by_class(net, sigmas, shape, config, classifier, n, reader, few)
     pictures.save_grid(out / "classes.png", classes, columns=SAMPLES)
@@ -42,7 +44,7 @@ def draw(out, folder, quick):
     for k in BOTH_CLASSES:
         both, _ = conditioned(net, sigmas, shape, config, BOTH_IMAGE, n, f"class={k}", classifier=classifier, scale=SCALE, **few)
         shown.append(in_row(both))
-        asked[k] = float((evaluation.seen(reader, both.samples) == k).double().mean())
+        asked[k] = float((evaluate.seen(reader, both.samples) == k).double().mean())
     pictures.save_grid(out / "both.png", torch.cat(shown), columns=SAMPLES + 2)
     coloured, error = recoloured(folder, quick, n, few)
     pictures.save_grid(out / "colours.png", coloured, columns=SAMPLES + 2)
@@ -57,41 +59,44 @@ def draw(out, folder, quick):
 
 
 def trained_classifier(folder, quick):
-    config = runs.TrainConfig(task="classifier", out=folder, held_out=300, steps=40 if quick else 3000)
+    config = run_folder.TrainConfig(task="classifier", out=folder, held_out=300, steps=40 if quick else 3000)
     if not (folder / "state.safetensors").exists():
-        for _ in classifier_training.train(config):
+        for _ in fit(config):
             pass
-    return classifier_training.open_classifier(folder)[0]
+    return run_folder.open_run(folder, "classifier").net
 
 
 def by_class(net, sigmas, shape, config, classifier, n, reader, options):
     """Eight samples of each class, and the fraction of all in which a reader sees the class that was asked for."""
-    options = {"config": config, "classifier": classifier, "scale": SCALE, **options}
-    drawn = [
-        conditions.draw(net, sigmas, shape, [conditions.parse(f"class={k}")], n, first_sample=k * n, **options) for k in range(10)
-    ]
-    x, asked = torch.cat([r.samples for r in drawn]), torch.arange(10).repeat_interleave(n)
-    right = float((evaluation.seen(reader, x) == asked).double().mean())
-    return torch.cat([r.samples[:SAMPLES] for r in drawn]), right
+    drawn = []
+    for k in range(10):
+        requests = [observations.parse(f"class={k}")]
+        condition = {"requests": requests, "config": config, "classifier": classifier, "scale": SCALE}
+        job = drawing.prepare(net, sigmas, shape, n, first_sample=k * n, condition=condition, **options)
+        drawn.append(drawing.draw(job).samples)
+    asked = torch.arange(10).repeat_interleave(n)
+    right = float((evaluate.seen(reader, torch.cat(drawn)) == asked).double().mean())
+    return torch.cat([x[:SAMPLES] for x in drawn]), right
 
 
-def conditioned(net, sigmas, shape, config, text, n, *more, noise=0.0, **options):
-    """The `Result` of the conditions, and the root mean square of A x - y."""
-    requests = [conditions.parse(t) for t in (text, *more)]
-    result = conditions.draw(net, sigmas, shape, requests, n, config=config, noise=noise, **options)
-    observed = conditions.observe(requests[0], shape, config, noise=noise)
+def conditioned(net, sigmas, shape, config, text, n, *more, noise=0.0, guide="moments", scale=1.0, classifier=None, **options):
+    """What is drawn under the conditions, and the root mean square of A x - y."""
+    requests = [observations.parse(t) for t in (text, *more)]
+    condition = {"requests": requests, "config": config, "noise": noise, "guide": guide, "scale": scale, "classifier": classifier}
+    result = drawing.draw(drawing.prepare(net, sigmas, shape, n, condition=condition, **options))
+    observed = observations.observe(requests[0], shape, config, noise=noise)
     gap = observed.operator.forward(result.samples) - observed.y
     known = gap if observed.mask is None else gap[:, observed.mask]
     return result, float(known.square().mean().sqrt())
 
 
 def in_row(result):
-    return torch.cat([result.original[None], result.observation[None], result.samples[:SAMPLES]])
+    return torch.cat([result.shown["original"][None], result.shown["observation"][None], result.samples[:SAMPLES]])
 
 
 def row(title, result, error, reader):
-    k = int(evaluation.seen(reader, result.original[None]))
-    share = float((evaluation.seen(reader, result.samples) == k).double().mean())
+    k = int(evaluate.seen(reader, result.shown["original"][None]))
+    share = float((evaluate.seen(reader, result.samples) == k).double().mean())
     apart = float(result.samples.var(0).mean().sqrt())
     return {"condition": title, f"read as the original, a {k}": f"{100 * share:.0f} %", "root mean square of A x - y": error,
             "spread of the samples": apart}  # fmt: skip

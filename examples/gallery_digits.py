@@ -3,7 +3,8 @@
 import torch
 
 from fastscore import datasets
-from fastscore.cli import evaluation, pictures, runs
+from fastscore.cli import evaluate, pictures, run_folder
+from fastscore.cli.fit import fit
 
 from gallery_tables import drawn, samplers, table
 
@@ -11,12 +12,12 @@ SHOWN = 36   # samples of each panel
 
 
 def trained(folder, quick, **options):
-    """A run of the digits in this folder, trained unless it is there; returns what `runs.open_run` does."""
-    config = runs.TrainConfig(out=folder, held_out=300, steps=40 if quick else 9000, **options)
+    """A run of the digits in this folder, trained unless it is there; a `run_folder.TrainedRun`."""
+    config = run_folder.TrainConfig(out=folder, held_out=300, steps=40 if quick else 9000, **options)
     if not (folder / "state.safetensors").exists():
-        for _ in runs.train(config):
+        for _ in fit(config):
             pass
-    return runs.open_run(folder)
+    return run_folder.open_run(folder)
 
 
 def draw(out, folder, quick):
@@ -24,11 +25,11 @@ def draw(out, folder, quick):
     net, sigmas, shape, _ = trained(folder / "digits", quick)
     images, labels = datasets.load("digits")
     train_set, held_out = datasets.split(len(images), 300, seed=0)
-    reader = evaluation.reader(images[train_set], labels[train_set])
+    reader = evaluate.reader(images[train_set], labels[train_set])
     panels, rows = {"held out": images[held_out][:SHOWN]}, []
     for title, options in samplers(float(sigmas[0]), float(sigmas[-1]), quick).items():
         x, calls = drawn(net, (36 if quick else 300, *shape), options)
-        report = evaluation.report(x, images[train_set], labels[train_set], images[held_out], labels[held_out], reader)
+        report = evaluate.report(x, images[train_set], labels[train_set], images[held_out], labels[held_out], reader)
         rows.append({"sampler": title, **figures(report["samples"]), "calls": calls})
         panels[title] = x[:SHOWN]
     first = {"sampler": "held-out real images", **figures(report["held_out"]), "calls": ""}

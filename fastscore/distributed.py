@@ -4,7 +4,9 @@ Noise is a function of the global number of a sample, so a rank needs no message
 before the samples are gathered.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -16,8 +18,8 @@ from fastscore.tensors import check_tensor
 
 __all__ = ["gather", "share"]
 
-# Of a rank that is done, for the others; where one dies torchrun ends them all.
-PATIENCE = timedelta(days=7)
+# How long a rank that is done waits for the others; where one dies torchrun ends them all.
+_LONGEST_WAIT = timedelta(days=7)
 
 
 def environment() -> tuple[int, int]:
@@ -33,11 +35,10 @@ def environment() -> tuple[int, int]:
         rank, world_size = map(int, values)
     except (TypeError, ValueError):
         raise ValueError(
-            f"distributed: RANK and WORLD_SIZE must both be integers; got {values[0]!r} and "
-            f"{values[1]!r}."
+            "distributed: RANK and WORLD_SIZE must both be integers; "
+            f"got {values[0]!r} and {values[1]!r}."
         ) from None
-    _check_rank("distributed", rank, world_size)
-    return rank, world_size
+    return _checked_rank("distributed", rank, world_size)
 
 
 def share(n: int, rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:
@@ -48,7 +49,8 @@ def share(n: int, rank: int | None = None, world_size: int | None = None) -> tup
     single process.
 
     Args:
-        n: number of samples. rank, world_size: those of the environment (torchrun) unless given.
+        n: number of samples.
+        rank, world_size: those of the environment (torchrun) unless given.
 
     Raises:
         ValueError: n is negative, or the rank is not in 0..world_size - 1.
@@ -59,8 +61,9 @@ def share(n: int, rank: int | None = None, world_size: int | None = None) -> tup
     n = checks.integer("share", "n", n, 0, limit=2**53)
     if (rank is None) != (world_size is None):
         raise ValueError("share: give rank and world_size together, or neither.")
-    rank, world_size = environment() if rank is None else (rank, world_size)
-    rank, world_size = _check_rank("share", rank, world_size)
+    if rank is None:
+        rank, world_size = environment()
+    rank, world_size = _checked_rank("share", rank, world_size)
     each, more = divmod(n, world_size)
     return rank * each + min(rank, more), each + (rank < more)
 
@@ -68,11 +71,11 @@ def share(n: int, rank: int | None = None, world_size: int | None = None) -> tup
 def gather(samples: Tensor, n: int) -> Tensor | None:
     """Bring the shares of all ranks together, on the CPU: (n, *) on rank 0, None on the others.
 
-    Args:
-        samples: this rank's share, (count, *), as `share` counts; every rank must call. n: number
-            of samples of all ranks.
-
     Without a process group one is set up (gloo, from torchrun's environment) and taken down again.
+
+    Args:
+        samples: this rank's share, (count, *), as `share` counts; every rank must call.
+        n: number of samples of all ranks.
 
     Raises:
         ValueError: the share has another count, or there is no torchrun environment to meet in.
@@ -80,50 +83,64 @@ def gather(samples: Tensor, n: int) -> Tensor | None:
     check_tensor("gather", "samples", samples)
     if not samples.dim() or samples.is_meta:
         raise ValueError(
-            f"gather: samples must be (count, *) with values; got {tuple(samples.shape)} on "
-            f"{samples.device}."
+            "gather: samples must be (count, *) with values; "
+            f"got {tuple(samples.shape)} on {samples.device}."
         )
     n = checks.integer("gather", "n", n, 0, limit=2**53)
     rank, world_size = environment()
     count = share(n, rank, world_size)[1]
     if len(samples) != count:
         raise ValueError(
-            f"gather: rank {rank} of {world_size} must hold {count} of the {n} samples; got "
-            f"{len(samples)}."
+            f"gather: rank {rank} of {world_size} must hold {count} of the {n} samples; "
+            f"got {len(samples)}."
         )
-    return samples.cpu() if world_size == 1 else _gathered(samples.cpu(), n, rank, world_size)
+    if world_size == 1:
+        return samples.cpu()
+    with process_group() as group:
+        return _gathered(samples.cpu(), n, rank, world_size, group)
 
 
-def _gathered(samples, n, rank, world_size):
+@contextlib.contextmanager
+def process_group() -> Iterator:
+    """A group for tensors on the CPU: one beside the caller's, or (None) the default group.
+
+    The latter is made from torchrun's environment and there as long as the block runs, for several
+    calls of `gather`.
+    """
     import torch.distributed as dist
 
-    own = not dist.is_initialized()
-    if own and "MASTER_ADDR" not in os.environ:
-        raise ValueError(
-            "gather: the ranks meet at MASTER_ADDR and MASTER_PORT, which are not set; start them "
-            "with torchrun."
-        )
-    if own:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=PATIENCE)
-    try:
+    if dist.is_initialized():
         # The caller's may know nothing of CPU tensors.
-        group = None if own else dist.new_group(backend="gloo", timeout=PATIENCE)
-        # Of equal length for all.
-        padded = samples.new_zeros((share(n, 0, world_size)[1], *samples.shape[1:]))
-        padded[: len(samples)] = samples
-        parts = [torch.empty_like(padded) for _ in range(world_size)] if rank == 0 else None
-        dist.gather(padded, parts, dst=0, group=group)
+        yield dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            "gather: the ranks meet at MASTER_ADDR and MASTER_PORT, which are not set; "
+            "start them with torchrun."
+        )
+    rank, world_size = environment()
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=_LONGEST_WAIT)
+    try:
+        # Not the group itself: the last to hold it joins gloo's thread, so it must go by `destroy`.
+        yield None
     finally:
-        if own:
-            dist.destroy_process_group()
-    return (
-        None
-        if parts is None
-        else torch.cat([part[: share(n, r, world_size)[1]] for r, part in enumerate(parts)])
-    )
+        dist.destroy_process_group()
 
 
-def _check_rank(op, rank, world_size):
+def _gathered(samples, n, rank, world_size, group):
+    import torch.distributed as dist
+
+    # Of equal length for all.
+    padded = samples.new_zeros((share(n, 0, world_size)[1], *samples.shape[1:]))
+    padded[: len(samples)] = samples
+    parts = [torch.empty_like(padded) for _ in range(world_size)] if rank == 0 else None
+    dist.gather(padded, parts, dst=0, group=group)
+    if parts is None:
+        return None
+    return torch.cat([part[: share(n, r, world_size)[1]] for r, part in enumerate(parts)])
+
+
+def _checked_rank(op, rank, world_size):
     ints = checks.whole(rank) and checks.whole(world_size)
     if not ints or not 0 <= rank < world_size:
         raise ValueError(

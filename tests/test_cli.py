@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from fastscore import cli, datasets, sampling
-from fastscore.cli import checkpoint, classifier_training, conditions, drawing, runs
+from fastscore.cli import checkpoint, draw, run_folder, sample, train
+from fastscore.cli.fit import fit
+from fastscore.cli.parts import Parts
+from fastscore.cli.run_folder import TrainConfig
 
 
 def run(*arguments):
@@ -53,45 +56,45 @@ def test_train_sample_evaluate(tmp_path):
     assert again.returncode == 2 and "exists already" in again.stderr
 
 
-@pytest.mark.parametrize("module, task", [(runs, "score"), (classifier_training, "classifier")], ids=["score", "classifier"])
+@pytest.mark.parametrize("task", ["score", "classifier"])
 @pytest.mark.processes
-def test_sigterm_saves_like_ctrl_c(tmp_path, monkeypatch, capsys, module, task):
+def test_sigterm_saves_like_ctrl_c(tmp_path, monkeypatch, capsys, task):
     """Where it came, even if Ctrl-C is ignored, as in a script's background; and its handler is gone afterwards."""
     options = {"width": 16, "depth": 1, "levels": 2, "batch_size": 8, "held_out": 0}
-    config, train = runs.TrainConfig(out=tmp_path / "run", task=task, steps=50, **options), module.train
+    config = TrainConfig(out=tmp_path / "run", task=task, steps=50, **options)
 
     def terminated(config):
-        with contextlib.closing(train(config)) as loop:
+        with contextlib.closing(fit(config)) as loop:
             for step, loss in loop:
                 if step == 4:
                     signal.raise_signal(signal.SIGTERM)
                 yield step, loss
 
-    monkeypatch.setattr(module, "train", terminated)
+    monkeypatch.setattr(train, "fit", terminated)
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)   # without the handler the run would go on to its end
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        cli.train(config)
+        train.train(config)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, interrupt)
     assert "interrupted; the run is saved" in capsys.readouterr().out
-    with contextlib.closing(train(runs.TrainConfig(out=tmp_path / "run", task=task, resume=True))) as loop:
+    with contextlib.closing(fit(TrainConfig(out=tmp_path / "run", task=task, resume=True))) as loop:
         assert next(loop)[0] == 5
 
 
 def test_a_resumed_run_ends_where_the_whole_run_ends(tmp_path):
     def config(folder, steps, resume=False):
-        return runs.TrainConfig(out=tmp_path / folder, steps=steps, width=16, depth=1, levels=3, batch_size=32, resume=resume)
+        return TrainConfig(out=tmp_path / folder, steps=steps, width=16, depth=1, levels=3, batch_size=32, resume=resume)
 
-    for _ in runs.train(config("whole", 40)):
+    for _ in fit(config("whole", 40)):
         pass
-    interrupted = runs.train(config("parts", 40))
+    interrupted = fit(config("parts", 40))
     for _ in range(15):
         next(interrupted)
     interrupted.close()
-    for _ in runs.train(config("parts", 40, resume=True)):
+    for _ in fit(config("parts", 40, resume=True)):
         pass
     whole, parts = (checkpoint.load(tmp_path / f / "weights.safetensors") for f in ("whole", "parts"))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
@@ -107,7 +110,7 @@ def test_a_resumed_run_ends_where_the_whole_run_ends(tmp_path):
 )
 def test_options_of_a_loss_are_checked_before_anything_is_written(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        runs.train(runs.TrainConfig(out=tmp_path / "run", **options))
+        fit(TrainConfig(out=tmp_path / "run", **options))
     assert not (tmp_path / "run").exists()
 
 
@@ -116,43 +119,52 @@ def test_the_loss_is_trained_and_recorded(tmp_path):
     for loss in ("sliced", "sliced-vr", "exact"):
         options = {"projections": 2, "distribution": "sphere"} if loss != "exact" else {}
         np.savez(tmp_path / "x.npz", images=np.random.default_rng(0).uniform(0.4, 0.6, (64, 2, 2)).astype(np.float32))
-        config = runs.TrainConfig(
+        config = TrainConfig(
             data=str(tmp_path / "x.npz"), out=tmp_path / loss, loss=loss, steps=120, width=16, depth=1, levels=3, batch_size=64, **options
         )
-        for _ in runs.train(config):
+        for _ in fit(config):
             pass
         assert json.loads((tmp_path / loss / "metrics.jsonl").read_text().splitlines()[-1])["loss"] < -0.05
-        recorded = runs.open_run(tmp_path / loss)[3]
+        recorded = run_folder.open_run(tmp_path / loss).config
         assert [getattr(recorded, k) for k in ("loss", "projections", "distribution")] == [loss, config.projections, config.distribution]
 
 
 def test_resuming_keeps_the_options_of_the_run_and_refuses_others(tmp_path):
     options = {"out": tmp_path / "run", "width": 16, "depth": 1, "levels": 3, "batch_size": 32, "held_out": 300, "loss": "sliced"}
-    for _ in runs.train(runs.TrainConfig(steps=5, **options)):
+    for _ in fit(TrainConfig(steps=5, **options)):
         pass
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 5}\n{"step": 9}\n')   # 9: done after the last save, by a run that was killed
-    for _ in runs.train(runs.TrainConfig(out=tmp_path / "run", steps=8, resume=True)):
+    for _ in fit(TrainConfig(out=tmp_path / "run", steps=8, resume=True)):
         pass
-    config, _ = runs.read_config(tmp_path / "run")
-    assert config == runs.TrainConfig(**{**options, "out": str(options["out"])}, steps=8)
+    config, _ = run_folder.read_config(tmp_path / "run")
+    assert config == TrainConfig(**{**options, "out": str(options["out"])}, steps=8)
     assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [5, 8]
     with pytest.raises(ValueError, match="has held_out 300, which --resume cannot change; got 10"):
-        runs.train(runs.TrainConfig(out=tmp_path / "run", held_out=10, resume=True))
+        fit(TrainConfig(out=tmp_path / "run", held_out=10, resume=True))
     with pytest.raises(ValueError, match="has done 8 steps already; steps must be at least that; got 3"):
-        next(runs.train(runs.TrainConfig(out=tmp_path / "run", steps=3, resume=True)))
+        next(fit(TrainConfig(out=tmp_path / "run", steps=3, resume=True)))
     with pytest.raises(FloatingPointError, match="the state is not finite after level"):
-        runs.draw(tmp_path / "run", 2, step_size=1e6)
+        draw.draw_run(tmp_path / "run", 2, step_size=1e6)
     with pytest.raises(ValueError, match="steps_per_level must be at least 1; got 0"):
-        runs.draw(tmp_path / "run", 2, steps_per_level=0)
+        draw.draw_run(tmp_path / "run", 2, steps_per_level=0)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run folder, barely trained."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    for _ in runs.train(runs.TrainConfig(out=out, width=16, depth=1, levels=3, batch_size=32, steps=20)):
+    for _ in fit(TrainConfig(out=out, width=16, depth=1, levels=3, batch_size=32, steps=20)):
         pass
     return out
+
+
+def job_of(run, n, **options):
+    return draw.prepare(*run_folder.open_run(run)[:3], n, **options)
+
+
+def drawn(job, parts=None, done=None):
+    """(samples, path)."""
+    return draw.draw(job, done=done, parts=None if parts is None else Parts(parts, job.depends_on))[:2]
 
 
 @pytest.mark.parametrize(
@@ -166,13 +178,15 @@ def trained(tmp_path_factory):
         ("probability_flow", {"denoise": False}, 2),
     ],
 )
-def test_an_interrupted_job_goes_on_and_ends_where_the_whole_one_ends(tmp_path, trained, sampler, options, states):
+def test_an_interrupted_job_goes_on_and_ends_where_the_whole_one_ends(
+    tmp_path, trained, sampler, options, states
+):
     """Finished batches are not drawn again; the pictures of the path and the count of states are the same too."""
-    options, total = {"sampler": sampler, "batch_size": 4, "seed": 3, **options}, 3 * states
-    seen = []
-    whole, path = runs.draw(trained, 10, done=seen.append, **options)
-    assert sum(seen) == total == 3 * drawing.states_per_batch(torch.zeros(3), sampler, options.get("denoise", True))
-    assert len(path) == states and torch.equal(path[-1], whole[:8][: path.shape[1]])
+    options = {"sampler": sampler, "batch_size": 4, "seed": 3, **options}
+    job, seen = job_of(trained, 10, **options), []
+    whole, path = drawn(job, done=seen.append)
+    assert sum(seen) == 3 * states == job.batches * job.states
+    assert path.shape[:2] == (states, 8) and torch.equal(path[-1], whole[:8])
 
     def interrupt(count):
         seen.append(count)
@@ -181,16 +195,33 @@ def test_an_interrupted_job_goes_on_and_ends_where_the_whole_one_ends(tmp_path, 
 
     seen.clear()
     with pytest.raises(KeyboardInterrupt):
-        runs.draw(trained, 10, done=interrupt, parts=tmp_path / "parts", **options)
+        drawn(job, tmp_path / "parts", interrupt)
     assert sorted(p.name for p in (tmp_path / "parts").glob("*.safetensors")) == ["0-4.safetensors"]
     seen.clear()
-    rest, path2 = runs.draw(trained, 10, done=seen.append, parts=tmp_path / "parts", **options)
+    rest, path2 = drawn(job, tmp_path / "parts", seen.append)
     assert torch.equal(rest, whole) and torch.equal(path2, path) and seen == [states] + [1] * 2 * states
-    with pytest.raises(ValueError, match=r"holds batches of another job \(seed differ\); remove it or write elsewhere"):
-        runs.draw(trained, 10, parts=tmp_path / "parts", **{**options, "seed": 4})
-    other = {"gaussian": "uniform", "uniform": "gaussian"}[json.loads((tmp_path / "parts" / "job.json").read_text())["initial_law"]]
-    with pytest.raises(ValueError, match=r"holds batches of another job \(initial_law differ\)"):
-        runs.draw(trained, 10, parts=tmp_path / "parts", **options, initial_law=other)
+    assert [p.name for p in tmp_path.iterdir()] == ["parts"]
+
+
+@pytest.mark.parametrize("other", [{"seed": 4}, {"initial_law": "gaussian"}, {"batch_size": 5}, {"denoise": False}])
+def test_batches_of_another_job_are_not_taken(tmp_path, trained, other):
+    options = {"batch_size": 4, "seed": 3, "steps_per_level": 1}
+    drawn(job_of(trained, 10, **options), tmp_path / "parts")
+    (name,) = other
+    with pytest.raises(ValueError, match=rf"holds batches of another job \({name} differ\); remove it or write elsewhere"):
+        drawn(job_of(trained, 10, **{**options, **other}), tmp_path / "parts")
+
+
+def test_ranks_that_finish_a_batch_at_once_share_a_folder(tmp_path):
+    one, two = (Parts(tmp_path / "parts", {"seed": 3}) for _ in range(2))
+    one.save(0, 2, {"x": torch.zeros(2)})
+    two.save(2, 4, {"x": torch.ones(2)})
+    assert torch.equal(one.load(2, 4)["x"], torch.ones(2)) and one.load(4, 6) is None
+    late = Parts(tmp_path / "parts2", {"seed": 4})
+    Parts(tmp_path / "parts2", {"seed": 3}).save(0, 2, {"x": torch.zeros(2)})
+    with pytest.raises(ValueError, match="seed differ"):
+        late._claim()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["parts", "parts2"]
 
 
 @pytest.mark.processes
@@ -198,10 +229,10 @@ def test_the_start_can_be_chosen_on_the_command_line(tmp_path, trained):
     options = ("-n", "3", "--sampler", "annealed_langevin", "--steps-per-level", "1", "--out", tmp_path / "x.npz")
     done = run("sample", trained, *options, "--initial-law", "gaussian")
     assert done.returncode == 0, done.stderr
-    drawn, _ = runs.draw(trained, 3, steps_per_level=1, initial_law="gaussian", seed=0)
-    unlike, _ = runs.draw(trained, 3, steps_per_level=1, seed=0)
+    expected = draw.draw_run(trained, 3, steps_per_level=1, initial_law="gaussian", seed=0).samples
+    unlike = draw.draw_run(trained, 3, steps_per_level=1, seed=0).samples
     found = torch.from_numpy(np.load(tmp_path / "x.npz")["images"])
-    assert torch.equal(found, drawn.clamp(0, 1)) and not torch.equal(found, unlike.clamp(0, 1))
+    assert torch.equal(found, expected.clamp(0, 1)) and not torch.equal(found, unlike.clamp(0, 1))
     done = run("sample", trained, *options, "--initial-law", "normal")
     assert done.returncode == 2 and done.stderr == "error: sample: initial_law must be one of uniform, gaussian; got 'normal'.\n"
 
@@ -213,18 +244,18 @@ def test_sample_takes_a_sampler_and_leaves_nothing_but_its_files(tmp_path, train
                "--path", tmp_path / "path.png")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["path.png", "x.npz"]
-    expected, _ = runs.draw(trained, 5, sampler="predictor_corrector", snr=0.1, batch_size=2)
+    expected = draw.draw_run(trained, 5, sampler="predictor_corrector", snr=0.1, batch_size=2).samples
     assert np.allclose(np.load(out)["images"], expected.clamp(0, 1).numpy(), atol=1e-6)
 
 
 def test_an_interrupted_sample_says_what_it_keeps(tmp_path, trained, monkeypatch):
     def interrupted(*_, parts, **__):
-        parts.mkdir()
+        parts.folder.mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(drawing, "draw_from", interrupted)
+    monkeypatch.setattr(draw, "draw", interrupted)
     with pytest.raises(SystemExit, match=r"x\.npz\.parts keeps the finished batches, the same command goes on"):
-        cli.sample(trained, drawing.SamplerOptions(), conditions.ConditionOptions(), n=3, batch_size=1, out=tmp_path / "x.npz")
+        sample.sample(sample.SampleOptions(trained, n=3, batch_size=1, out=tmp_path / "x.npz"))
     assert not (tmp_path / "x.npz").exists()
 
 
@@ -236,16 +267,16 @@ def test_an_interrupted_sample_says_what_it_keeps(tmp_path, trained, monkeypatch
 def test_a_job_that_ends_without_a_batch_leaves_nothing_that_a_better_one_could_trip_over(tmp_path, trained, options, error):
     job = {"n": 3, "batch_size": 1, "out": tmp_path / "x.npz"}
     with pytest.raises(error):
-        cli.sample(trained, drawing.SamplerOptions(**options), conditions.ConditionOptions(), **job)
+        sample.sample(sample.SampleOptions(trained, draw.SamplerOptions(**options), **job))
     assert not list(tmp_path.iterdir())
-    cli.sample(trained, drawing.SamplerOptions(), conditions.ConditionOptions(), **job)
+    sample.sample(sample.SampleOptions(trained, **job))
     assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
 
 
 def test_an_output_that_is_a_folder_is_refused_before_anything_is_drawn(tmp_path, trained):
     (tmp_path / "x.npz").mkdir()
     with pytest.raises(ValueError, match="is a folder; it must be the name of a file"):
-        cli.sample(trained, drawing.SamplerOptions(), conditions.ConditionOptions(), out=tmp_path / "x.npz")
+        sample.SampleOptions(trained, out=tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize(
@@ -260,7 +291,7 @@ def test_an_output_that_is_a_folder_is_refused_before_anything_is_drawn(tmp_path
 )
 def test_options_of_another_sampler_are_refused(trained, options, message):
     with pytest.raises(ValueError, match=message):
-        runs.draw(trained, 2, **options)
+        draw.draw_run(trained, 2, **options)
 
 
 def test_a_long_path_is_thinned(trained):
@@ -269,7 +300,7 @@ def test_a_long_path_is_thinned(trained):
             yield sampling.State(step, 1.0, torch.full((9, 1, 2, 2), float(step)), step + 1)
 
     for count in (1, 128, 129, 1000):
-        path = drawing._followed(run(count), 8, None)["path"][:, 0, 0, 0, 0]
+        path = draw.followed(run(count), count, 8, lambda states: None)[1][:, 0, 0, 0, 0]
         assert len(path) <= 129 and path[0] == 0 and path[-1] == count - 1 and bool((path.diff() > 0).all())
 
 

@@ -15,7 +15,7 @@ import torch
 
 import fastscore
 from fastscore import cli
-from fastscore.cli import recipe
+from fastscore.cli import evaluate, recipe, sample, train
 
 ROOT = pages.ROOT
 sys.path.insert(0, str(ROOT / "docs"))
@@ -87,10 +87,11 @@ OURS = [*of("fastscore"), *(entry for entry in of("torchrun") if "fastscore" in 
 
 
 @pytest.mark.parametrize(("page", "words"), OURS, ids=[" ".join(words) for _, words in OURS])
-def test_the_commands_of_the_pages_are_understood(page, words, monkeypatch):
+def test_the_functionsof_the_pages_are_understood(page, words, monkeypatch):
     words = words[words.index("fastscore") :]
     called = []
-    for module, name in ((cli, "train"), (cli, "sample"), (cli, "evaluate"), (cli, "demo"), (recipe, "recipe")):
+    functions = ((train, "train"), (sample, "sample"), (evaluate, "evaluate"), (train, "demo"), (recipe, "recipe"))
+    for module, name in functions:
         recorded = functools.wraps(getattr(module, name))(lambda *args, name=name, **options: called.append(name))
         monkeypatch.setattr(module, name, recorded)
     monkeypatch.setattr(cli, "_doctor", lambda: called.append("doctor") or sys.exit(0))

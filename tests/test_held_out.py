@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastscore import cli, models, random, schedules
-from fastscore.cli import held_out, runs
+from fastscore import models, random, schedules
+from fastscore.cli import evaluate, held_out, run_folder
+from fastscore.cli.fit import fit
+from fastscore.cli.run_folder import TrainConfig
 
 
 class Truth(torch.nn.Module):
@@ -28,8 +30,8 @@ def test_the_true_network_reports_the_entropy(tmp_path, monkeypatch):
     """-½ log(2πe (s² + σ²)) nats per dimension; seed 1, five standard errors (once in 1.7 million) and what the fitted prior is off."""
     x = (0.5 + 0.1 * random.normal((600, 2, 2), seed=1, stream=1024)).clamp(0, 1)
     np.savez(tmp_path / "x.npz", images=x.numpy())
-    config, sigmas = runs.TrainConfig(data=str(tmp_path / "x.npz"), held_out=300), schedules.geometric(2.0, 0.05, 8)
-    monkeypatch.setattr(runs, "open_run", lambda folder: (Truth(), sigmas, (1, 2, 2), config))
+    config, sigmas = TrainConfig(data=str(tmp_path / "x.npz"), held_out=300), schedules.geometric(2.0, 0.05, 8)
+    monkeypatch.setattr(run_folder, "open_run", lambda folder: (Truth(), sigmas, (1, 2, 2), config))
     result = held_out.report(tmp_path, 250)
     entropy = 0.5 * math.log(2 * math.pi * math.e * (0.01 + 0.05**2))
     for name in ("held_out", "training"):
@@ -44,7 +46,7 @@ def test_the_true_network_reports_the_entropy(tmp_path, monkeypatch):
 @pytest.mark.processes
 def test_the_command_writes_its_table_and_refuses_in_one_sentence(tmp_path):
     for name, kept in (("run", 20), ("whole", 0)):
-        for _ in runs.train(runs.TrainConfig(out=tmp_path / name, steps=60, width=16, depth=1, levels=4, batch_size=64, held_out=kept)):
+        for _ in fit(TrainConfig(out=tmp_path / name, steps=60, width=16, depth=1, levels=4, batch_size=64, held_out=kept)):
             pass
     command = [sys.executable, "-m", "fastscore", "evaluate", str(tmp_path / "run"), "--likelihood", "-n", "12", "--grey-levels", "17"]
     done = children.run(command)
@@ -60,7 +62,7 @@ def test_the_command_writes_its_table_and_refuses_in_one_sentence(tmp_path):
         with pytest.raises(ValueError, match=message):
             held_out.report(tmp_path / name, **options)
     with pytest.raises(ValueError, match="grey_levels belongs to --likelihood"):
-        cli.evaluate(tmp_path / "run", grey_levels=17)
+        evaluate.evaluate(tmp_path / "run", grey_levels=17)
 
 
 def test_a_network_of_fixed_levels_is_evaluated_on_its_ladder():

@@ -1,5 +1,6 @@
 """A run that goes on: what is given is obeyed or refused, and its images stay what they were."""
 
+import functools
 import sys
 
 import numpy as np
@@ -8,14 +9,15 @@ import torch
 from PIL import Image
 
 from fastscore import cli, datasets
-from fastscore.cli import classifier_training, held_out, observations, runs, splits
+from fastscore.cli import held_out, observations, run_folder, splits, train
+from fastscore.cli.fit import fit
+from fastscore.cli.run_folder import TrainConfig
 
 TINY = {"width": 16, "depth": 1, "levels": 3, "batch_size": 32}
 
 
 def trained(**options):
-    module = classifier_training if options.get("task") == "classifier" else runs
-    return list(module.train(runs.TrainConfig(**options)))
+    return list(fit(TrainConfig(**options)))
 
 
 @pytest.mark.parametrize(
@@ -29,12 +31,12 @@ def test_a_value_that_equals_the_default_is_refused_where_the_run_has_another(tm
     np.savez(tmp_path / "other.npz", images=np.random.default_rng(0).random((40, 4, 4), np.float32))
     kept = str(tmp_path / kept) if option == "data" else kept
     trained(**{**TINY, "out": tmp_path / "run", "steps": 2, option: kept})
-    default = getattr(runs.TrainConfig(), option)
+    default = getattr(TrainConfig(), option)
     assert default != kept
     with pytest.raises(ValueError, match=f"has {option} .*, which --resume cannot change; got {default}"):
-        runs.train(runs.TrainConfig(**{"out": tmp_path / "run", "resume": True, option: default}))
+        fit(TrainConfig(**{"out": tmp_path / "run", "resume": True, option: default}))
     with pytest.raises(ValueError, match="cannot change"):
-        cli.train(runs.TrainConfig(**{"out": tmp_path / "run", "resume": True, option: default}))
+        train.train(TrainConfig(**{"out": tmp_path / "run", "resume": True, option: default}))
 
 
 def test_steps_that_equal_the_default_are_obeyed(tmp_path, monkeypatch):
@@ -42,9 +44,9 @@ def test_steps_that_equal_the_default_are_obeyed(tmp_path, monkeypatch):
     options = {**TINY, "out": tmp_path / "run"}
     trained(**options, steps=3)
     (tmp_path / "run" / "config.toml").write_text((tmp_path / "run" / "config.toml").read_text().replace("steps = 3", "steps = 12000"))
-    assert runs.resumed(runs.TrainConfig(out=tmp_path / "run", resume=True)).steps == 12000
-    assert runs.resumed(runs.TrainConfig(out=tmp_path / "run", resume=True, steps=9000)).steps == 9000
-    assert runs.resumed(runs.TrainConfig(out=tmp_path / "run", resume=True, width=16, seed=0)).steps == 12000   # the run's own values
+    assert run_folder.resumed(TrainConfig(out=tmp_path / "run", resume=True)).steps == 12000
+    assert run_folder.resumed(TrainConfig(out=tmp_path / "run", resume=True, steps=9000)).steps == 9000
+    assert run_folder.resumed(TrainConfig(out=tmp_path / "run", resume=True, width=16, seed=0)).steps == 12000   # the run's own values
 
 
 def test_the_command_line_tells_what_was_given(tmp_path, monkeypatch, capsys):
@@ -58,11 +60,11 @@ def test_the_command_line_tells_what_was_given(tmp_path, monkeypatch, capsys):
 
 def test_the_command_line_takes_every_option_and_fills_in_the_defaults(monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "train", seen.append)
+    monkeypatch.setattr(train, "train", functools.wraps(train.train)(lambda config: seen.append(config)))
     for words in ([], ["--lr", "0.1", "--steps", "5", "--task", "classifier"]):
         monkeypatch.setattr(sys, "argv", ["fastscore", "train", *words])
         cli.main()
-    assert seen[0] == runs.TrainConfig() and seen[0].given == {"out", "resume"}
+    assert seen[0] == TrainConfig() and seen[0].given == {"out", "resume"}
     assert (seen[1].lr, seen[1].steps, seen[1].task, seen[1].width) == (0.1, 5, "classifier", 256)
     assert seen[1].given == {"out", "resume", "lr", "steps", "task"}
 
@@ -88,7 +90,7 @@ def test_held_out_images_stay_held_out_where_the_folder_has_grown(tmp_path):
     wanted = numbers_of(images[training]), numbers_of(images[apart])
 
     folder_of(tmp_path / "images", [*range(20, 60), *range(61, 81, 2), *range(200, 210)])
-    config, _ = runs.read_config(out)
+    config, _ = run_folder.read_config(out)
     grown, _ = datasets.load(data)
     with pytest.warns(UserWarning, match="has 60 images that the run in .* did not begin with; they are neither trained on nor held out"):
         now = splits.split(config, grown)
@@ -133,11 +135,11 @@ def test_images_that_are_there_twice_are_found_twice(tmp_path):
     order = np.random.default_rng(0).permutation(40)
     np.savez(tmp_path / "x.npz", images=images, labels=labels)
     trained(**TINY, data=str(tmp_path / "x.npz"), out=tmp_path / "run", task="classifier", steps=2, held_out=15)
-    config, _ = runs.read_config(tmp_path / "run")
-    before = [classifier_training.training_images(config, held_out=apart) for apart in (False, True)]
+    config, _ = run_folder.read_config(tmp_path / "run")
+    before = [splits.part(config, name) for name in ("training", "held_out")]
 
     np.savez(tmp_path / "x.npz", images=images[order], labels=labels[order])
-    after = [classifier_training.training_images(config, held_out=apart) for apart in (False, True)]
+    after = [splits.part(config, name) for name in ("training", "held_out")]
     assert all(torch.equal(a, b) for one, two in zip(before, after) for a, b in zip(one, two))
 
 
@@ -154,5 +156,5 @@ def test_a_run_without_a_record_says_that_it_has_none(tmp_path):
 def test_a_run_that_was_moved_keeps_its_images(tmp_path):
     trained(**TINY, out=tmp_path / "run", steps=2, held_out=100)
     (tmp_path / "run").rename(tmp_path / "moved")
-    config = runs.open_run(tmp_path / "moved")[3]
+    config = run_folder.open_run(tmp_path / "moved").config
     assert config.out == str(tmp_path / "moved")

@@ -1,27 +1,20 @@
-"""Draw samples under the conditions of `fastscore sample --condition`: a class, an image of which something is known, or both."""
+"""Conditions as a score and a hook: a class, an image of which something is known, or both."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from fastscore import distributed, guidance, random, sampling
-from fastscore.cli import drawing, pictures, runs
-from fastscore.cli.observations import Request, observe, parse
+from fastscore import guidance
+from fastscore.cli import run_folder
+from fastscore.cli.observations import Observed, Request, observe, parse
+from fastscore.cli.parts import digest_of, digest_of_network
 from fastscore.guidance.hooks import check_noise
 
-WAYS = ("replace", "flat", "denoiser", "moments")
-
-
-class Result(NamedTuple):
-    """What `draw` returns: the image that was degraded, the observation as a picture, the mask, (C, H, W) or None each; and the samples."""
-
-    original: torch.Tensor | None
-    observation: torch.Tensor | None
-    mask: torch.Tensor | None
-    samples: torch.Tensor
+GUIDANCE = ("replace", "flat", "denoiser", "moments")
 
 
 @dataclass(frozen=True)
@@ -29,14 +22,17 @@ class ConditionOptions:
     """Conditions of the command line.
 
     Args:
-        condition: class=K, inpaint=IMAGE,MASK, colourise=IMAGE, super_resolution=IMAGE,FACTOR or deblur=IMAGE,SIGMA; a class and an image
-            can be asked for at once. IMAGE is held-out:N or data:N of the run's data, degraded here, or a .png, .jpg or .npy file,
-            which is the observation; MASK is what is hidden, left-half, right-half, top-half, bottom-half or centre, or a file
-            whose black pixels are.
+        condition: class=K, inpaint=IMAGE,MASK, colourise=IMAGE, super_resolution=IMAGE,FACTOR or
+            deblur=IMAGE,SIGMA; a class and an image can be asked for at once. IMAGE is held-out:N
+            or data:N of the run's data, degraded here, or a .png, .jpg or .npy file, which is the
+            observation; MASK is what is hidden, left-half, right-half, top-half, bottom-half or
+            centre, or a file whose black pixels are.
         classifier: run folder of train --task classifier, for class=K.
-        scale: of the class likelihood; 1 is Bayes' rule, more gives clearer and less diverse samples.
+        scale: of the class likelihood; 1 is Bayes' rule, more gives clearer and less diverse
+            samples.
         observation_noise: standard deviation of the noise on the observed image.
-        guidance: how an observed image leads the samples, replace (inpaint only), flat, denoiser or moments.
+        guidance: how an observed image leads the samples, replace (inpaint only), flat, denoiser or
+            moments.
     """
 
     condition: tuple[str, ...] = ()
@@ -45,153 +41,176 @@ class ConditionOptions:
     observation_noise: float = 0.0
     guidance: str = "moments"
 
+    def __post_init__(self):
+        requests = self.requests()
+        if not requests:
+            if any(getattr(self, name) != default for name, default in _DEFAULTS.items()):
+                raise ValueError(
+                    "sample: classifier, scale, observation-noise and guidance belong to a "
+                    "condition."
+                )
+            return
+        check_noise("condition", self.observation_noise)
+        check(requests, self.classifier, self.guidance)
 
-UNCONDITIONAL = ConditionOptions()
+        kinds = {"a class" if request.kind == "class" else "an image" for request in requests}
+        for name, kind in _BELONGS_TO.items():
+            if kind not in kinds and getattr(self, name) != _DEFAULTS[name]:
+                got = " and ".join(kinds)
+                raise ValueError(f"condition: {name} belongs to {kind}; got only {got}.")
 
-
-def prepare(run, asked):
-    """The arguments of `draw` for the conditions of the command line, checked before anything is computed; {} where there are none."""
-    if not asked.condition:
-        if asked != UNCONDITIONAL:
-            raise ValueError("sample: classifier, scale, observation-noise and guidance belong to a condition.")
-        return {}
-    requests = [parse(text) for text in asked.condition]
-    check_noise("condition", asked.observation_noise)
-    check(requests, asked.classifier, asked.guidance)
-    _refuse_unused(requests, asked)
-    config = runs.read_config(run)[0] if Path(run).is_dir() else None
-    classifier = None if asked.classifier is None else _classifier(asked.classifier, requests)
-    options = {"scale": asked.scale, "noise": asked.observation_noise, "guide": asked.guidance}
-    return {"requests": requests, "config": config, "classifier": classifier, **options}
-
-
-def _refuse_unused(requests, asked):
-    """An option that no condition looks at."""
-    default, kinds = ConditionOptions(), {"a class" if r.kind == "class" else "an image" for r in requests}
-    for name, kind in (("classifier", "a class"), ("scale", "a class"), ("observation_noise", "an image"), ("guidance", "an image")):
-        if kind not in kinds and getattr(asked, name) != getattr(default, name):
-            raise ValueError(f"condition: {name} belongs to {kind}; got only {' and '.join(kinds)}.")
+    def requests(self) -> list[Request]:
+        """The conditions, parsed."""
+        return [parse(text) for text in self.condition]
 
 
-def _classifier(folder, requests):
-    from fastscore.cli import classifier_training
-
-    net = classifier_training.open_classifier(folder)[0]
-    for request in requests:
-        if request.kind == "class" and class_number(request) >= net.num_classes:
-            raise ValueError(f"condition class must be in 0..{net.num_classes - 1}; got {request.value}.")
-    return net
-
-
-def described(result):
-    """What the file holds beside the samples."""
-    shown = [name for name in ("original", "observation", "mask") if getattr(result, name) is not None]
-    return f"first the {', '.join(shown)}" if shown else "of the class"
+_BELONGS_TO = {
+    "classifier": "a class",
+    "scale": "a class",
+    "observation_noise": "an image",
+    "guidance": "an image",
+}
+_DEFAULTS = {name: ConditionOptions.__dataclass_fields__[name].default for name in _BELONGS_TO}
 
 
-def save(out, result):
-    """Write a `Result`: as .png the original, the observation, the mask and the samples in one grid, as .npz the arrays of these names."""
-    parts = {name: t for name, t in result._asdict().items() if t is not None}
-    if Path(out).suffix == ".npz":
-        np.savez(out, **{name if name != "samples" else "images": t.float().clamp(0, 1).numpy() for name, t in parts.items()})
-    else:
-        shown = [t.float()[None] for name, t in parts.items() if name != "samples"]
-        pictures.save_grid(out, torch.cat([*shown, result.samples]))
+class Condition(NamedTuple):
+    """A score under conditions.
+
+    score: as samplers call it. hook: called hook(first_sample), returns a sampler's `project` for
+    the batch that begins there, or None. shown: what is written beside the samples, (C, H, W) each:
+    the original that was degraded, the observation as a picture, the mask; those that there are.
+    depends_on: what the score and the hook depend on, by name, for the record of a job.
+    """
+
+    score: Callable
+    hook: Callable
+    shown: dict[str, Tensor]
+    depends_on: dict
 
 
-def draw(
-    net, sigmas, shape, requests, n, *, config=None, classifier=None, scale=1.0, noise=0.0, guide="moments", seed=0, first_sample=0,
-    batch_size=500, done=None, sampler="annealed_langevin", **options,
-):  # fmt: skip
-    """Draw n samples under all conditions at once; returns a `Result`.
-
-    Args:
-        net, sigmas, shape, config: of a run (`runs.open_run`). requests: of `parse`; at most one class and one image.
-        classifier: called classifier(x, sigma) -> logits, for class. scale: of the class likelihood.
-        noise: σ_y of the observation. guide: of the image, replace (`guidance.inpainting`), or a method of `guidance.linear_inverse`.
-        The rest as in `drawing.draw_from`.
+def open_conditions(options: ConditionOptions, run: Path) -> dict:
+    """The arguments of `conditioned` that the options of the command line stand for.
 
     Raises:
-        ValueError: as `observe` and the guidance; two conditions of one sort, a class without classifier, replace without inpaint.
+        ValueError: the classifier's folder holds none, or it knows no such class.
+    """
+    requests = options.requests()
+    classifier = None
+    if options.classifier is not None:
+        classifier = run_folder.open_run(options.classifier, "classifier").net
+        for request in requests:
+            if request.kind == "class" and class_number(request) >= classifier.num_classes:
+                last = classifier.num_classes - 1
+                raise ValueError(f"condition class must be in 0..{last}; got {request.value}.")
+    return {
+        "requests": requests,
+        "config": run_folder.read_config(run)[0] if Path(run).is_dir() else None,
+        "classifier": classifier,
+        "scale": options.scale,
+        "noise": options.observation_noise,
+        "guide": options.guidance,
+    }
+
+
+def conditioned(
+    net: torch.nn.Module,
+    shape: tuple[int, int, int],
+    requests: list[Request],
+    *,
+    config: run_folder.TrainConfig | None = None,
+    classifier: Callable | None = None,
+    scale: float = 1.0,
+    noise: float = 0.0,
+    guide: str = "moments",
+    seed: int = 0,
+) -> Condition:
+    """The score of a network under all conditions at once.
+
+    Args:
+        net, shape, config: of a run (`run_folder.open_run`).
+        requests: of `observations.parse`; at most one class and one image.
+        classifier: called classifier(x, sigma) -> logits, for class.
+        scale: of the class likelihood.
+        noise: σ_y of the observation.
+        guide: of the image, replace (`guidance.inpainting`), or a method of
+            `guidance.linear_inverse`.
+        seed: of the noise on the observation and of the hook.
+
+    Raises:
+        ValueError: as `observe` and the guidance; two conditions of one sort, a class without
+            classifier, replace without inpaint.
     """
     check(requests, classifier, guide)
-    drawing.check_batches(n, batch_size)
-    seed = random.draw_seed() if seed is None else seed   # one for the observation, the hook and all batches
-    score, observed, device = net, None, next(net.parameters()).device
-    classifier = classifier.to(device) if isinstance(classifier, torch.nn.Module) else classifier
+    score = net
+    observed = None
+    shown = {}
+    depends_on = {"condition": [list(request) for request in requests], "scale": scale}
+    depends_on |= {"observation_noise": noise, "guidance": guide}
+
+    # The image first: a class is a likelihood on top of what the image leaves open.
     for request in requests:
         if request.kind != "class":
             observed = observe(request, shape, config, noise=noise, seed=seed)
+            pictures = (observed.original, observed.picture, observed.mask)
+            named = zip(("original", "observation", "mask"), pictures)
+            shown = {name: t for name, t in named if t is not None}
+            depends_on["observation"] = digest_of(observed.y, *shown.values())
             if guide != "replace":
-                score = guidance.linear_inverse(score, observed.operator, observed.y, noise, method=guide)
+                operator, y = observed.operator, observed.y
+                score = guidance.linear_inverse(score, operator, y, noise, method=guide)
     for request in requests:
         if request.kind == "class":
-            score = guidance.posterior(score, guidance.class_likelihood(classifier, class_number(request)), scale)
-    given, parts = drawing.arguments(sampler, sigmas, options), []
-    for start in range(first_sample, first_sample + n, batch_size):
-        m = min(batch_size, first_sample + n - start)
-        hook = _hook(observed, noise, guide, seed, start)
-        for state in sampling.states(score, shape=(m, *shape), seed=seed, first_sample=start, project=hook, device=device, **given):
-            x = state.x
-            if done is not None:
-                done(1)
-        parts.append(x.cpu())
-    known = (None, None, None) if observed is None else (observed.original, observed.picture, observed.mask)
-    return Result(*known, torch.cat(parts))
+            if isinstance(classifier, torch.nn.Module):
+                classifier = classifier.to(next(net.parameters()).device)
+                depends_on["classifier"] = digest_of_network(classifier)
+            likelihood = guidance.class_likelihood(classifier, class_number(request))
+            score = guidance.posterior(score, likelihood, scale)
+
+    def hook(first_sample):
+        return _hook(observed, noise, guide, seed, first_sample)
+
+    return Condition(score, hook, shown, depends_on)
 
 
-def draw_shared(net, sigmas, shape, requests, n, *, first_sample=0, **options):
-    """`draw` with the samples split over the processes of torchrun: its result on rank 0, None on the others."""
-    first, count = distributed.share(n)
-    result = draw(net, sigmas, shape, requests, count, first_sample=first_sample + first, **options) if count else None
-    samples = distributed.gather(result.samples if count else torch.empty((0, *shape)), n)
-    return None if samples is None else result._replace(samples=samples)
-
-
-def classes_as_asked(folder, classifier_folder, *, per_class=50, scale=1.0, seed=0, **options):
-    """Draw samples of each class, and return the fraction in which the classifier of `evaluation` sees it, for each class.
-
-    Args:
-        folder, classifier_folder: runs of one data set. per_class, scale, seed, options: as in `draw`.
-    """
-    from fastscore.cli import classifier_training, evaluation
-
-    net, sigmas, shape, config = runs.open_run(folder)
-    classifier = classifier_training.open_classifier(classifier_folder)[0]
-    options |= {"config": config, "classifier": classifier, "scale": scale, "seed": seed}
-    draws = []
-    for k in range(classifier.num_classes):
-        draws.append(draw(net, sigmas, shape, [Request("class", None, str(k))], per_class, first_sample=k * per_class, **options).samples)
-    asked = torch.arange(classifier.num_classes).repeat_interleave(per_class)
-    right = evaluation.seen(evaluation.reader(*classifier_training.training_images(config)), torch.cat(draws)) == asked
-    return right.double().reshape(-1, per_class).mean(1).tolist()
-
-
-def check(requests, classifier, guide):
+def check(requests: list[Request], classifier: object, guide: str) -> None:
     """What can be said before anything is loaded or computed."""
-    for name, group in (("class", [r for r in requests if r.kind == "class"]), ("image", [r for r in requests if r.kind != "class"])):
+    classes = [request for request in requests if request.kind == "class"]
+    images = [request for request in requests if request.kind != "class"]
+    for name, group in (("class", classes), ("image", images)):
         if len(group) > 1:
-            raise ValueError(f"condition: at most one {name} can be asked for; got {' and '.join(r.kind for r in group)}.")
-    if guide not in WAYS:
-        raise ValueError(f"condition: guidance must be one of {', '.join(WAYS)}; got {guide!r}.")
-    for request in requests:
-        if request.kind == "class":
-            class_number(request)
-            if classifier is None:
-                raise ValueError("condition class needs --classifier RUN, a run of train --task classifier.")
-        elif guide == "replace" and request.kind != "inpaint":
-            raise ValueError(f"condition {request.kind}: guidance replace belongs to inpaint; take flat, denoiser or moments.")
+            kinds = " and ".join(request.kind for request in group)
+            raise ValueError(f"condition: at most one {name} can be asked for; got {kinds}.")
+
+    if guide not in GUIDANCE:
+        listed = ", ".join(GUIDANCE)
+        raise ValueError(f"condition: guidance must be one of {listed}; got {guide!r}.")
+    for request in classes:
+        class_number(request)
+        if classifier is None:
+            raise ValueError(
+                "condition class needs --classifier RUN, a run of train --task classifier."
+            )
+    for request in images:
+        if guide == "replace" and request.kind != "inpaint":
+            raise ValueError(
+                f"condition {request.kind}: guidance replace belongs to inpaint; "
+                "take flat, denoiser or moments."
+            )
 
 
-def class_number(request):
+def class_number(request: Request) -> int:
+    """K of class=K."""
     if not request.value.isdecimal():
-        raise ValueError(f"condition class must be class=K, K a class number; got {request.value!r}.")
+        raise ValueError(
+            f"condition class must be class=K, K a class number; got {request.value!r}."
+        )
     return int(request.value)
 
 
-def _hook(observed, noise, guide, seed, first_sample):
+def _hook(observed: Observed | None, noise, guide, seed, first_sample):
     if observed is None:
         return None
     if guide == "replace":
-        return guidance.inpainting(observed.y, observed.mask, noise=noise, seed=seed, first_sample=first_sample)
+        options = {"noise": noise, "seed": seed, "first_sample": first_sample}
+        return guidance.inpainting(observed.y, observed.mask, **options)
     return None if noise else guidance.data_consistency(observed.operator, observed.y)

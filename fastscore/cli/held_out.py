@@ -1,82 +1,118 @@
 """The log-density of a run's held-out images: what `fastscore evaluate RUN --likelihood` reports."""
 
 import math
+from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from fastscore import datasets, likelihood, models, ops
-from fastscore.cli import runs, splits
+from fastscore.cli import run_folder, splits
 
 BATCH = 100
 STEPS = 64
 
 
-def report(folder, n, *, seed=0, grey_levels=None):
-    """Nats per dimension of at most n held-out and n training images of a run; with grey_levels also bits per dimension.
+def report(
+    folder: str | Path, n: int, *, seed: int = 0, grey_levels: int | None = None
+) -> dict:
+    """Nats per dimension of at most n held-out and n training images of a run.
 
-    The network knows the density of images with noise σ_min, so that is what is measured, and on images with that noise:
-    log p_{σ_min}(x + σ_min z) / d, by 64 Runge-Kutta steps (Heun's on the ladder for a network of fixed levels) and one Rademacher
-    projection, from the prior N(μ, diag v + σ_max²) with the mean and variance of each training pixel. Bits per dimension are those of
-    dequantised images: far too many for a network that never saw such images and whose σ_min is below the width of a grey level.
+    The network knows the density of images with noise σ_min, so that is what is measured, and on
+    images with that noise: log p_{σ_min}(x + σ_min z) / d, by 64 Runge-Kutta steps (Heun's on the
+    ladder for a network of fixed levels) and one Rademacher projection, from the prior
+    N(μ, diag v + σ_max²) with the mean and variance of each training pixel.
 
-    Returns a dict: nats_per_dim and, if asked for, bits_per_dim, each with mean, standard error and number for held_out and training.
+    With grey_levels also bits per dimension. They are those of dequantised images: far too many for
+    a network that never saw such images and whose σ_min is below the width of a grey level.
+
+    Returns a dict: nats_per_dim and, if asked for, bits_per_dim, each with mean, standard error and
+    number for held_out and training.
 
     Raises:
         ValueError: the run keeps no images apart, n < 2, or the images have not grey_levels levels.
     """
-    net, sigmas, shape, config = runs.open_run(folder)
+    net, sigmas, shape, config = run_folder.open_run(folder)
     if config.held_out < 2:
         raise ValueError("evaluate: the run must keep images apart (train --held-out 300).")
     if n < 2:
         raise ValueError(f"evaluate: n must be at least 2 for a standard error; got {n}.")
-    images, labels = datasets.load(config.data)
-    train, held_out = splits.split(config, images, labels)
+
+    data = datasets.load(config.data)
+    train, _ = splits.part(config, "training", data)
+    held_out, _ = splits.part(config, "held_out", data)
     net.to("cuda" if torch.cuda.is_available() else "cpu")
-    sets = {"held_out": images[held_out[:n]], "training": images[train[:n]]}
-    sigma, dim, prior = float(sigmas[-1]), math.prod(shape), fitted(images[train].flatten(1))
+    sets = {"held_out": held_out[:n], "training": train[:n]}
+    sigma = float(sigmas[-1])
+    dim = math.prod(shape)
+    prior = fitted(train.flatten(1))
 
     def nats(x):
         return density(net, sigmas, x, prior, seed)
 
     def bits(x):
-        return likelihood.bits_per_dim(nats(likelihood.dequantize(x, grey_levels, seed=seed)), dim, levels=grey_levels)
+        whole = likelihood.dequantize(x, grey_levels, seed=seed)
+        return likelihood.bits_per_dim(nats(whole), dim, levels=grey_levels)
 
     result = {"sigma_min": sigma}
-    if grey_levels is not None:   # first: images of other levels are refused before anything is computed
-        result |= {"grey_levels": grey_levels, "bits_per_dim": {name: summary(bits(x)) for name, x in sets.items()}}
-    return result | {"nats_per_dim": {name: summary(nats(ops.perturb(x, sigma, seed=seed)) / dim) for name, x in sets.items()}}
+    # First: images of other levels are refused before anything is computed.
+    if grey_levels is not None:
+        result["grey_levels"] = grey_levels
+        result["bits_per_dim"] = {name: summary(bits(x)) for name, x in sets.items()}
+    result["nats_per_dim"] = {
+        name: summary(nats(ops.perturb(x, sigma, seed=seed)) / dim) for name, x in sets.items()
+    }
+    return result
 
 
-def fitted(x):
-    """The Gaussian with the mean and variance of each pixel; a pixel that never changes still has a width."""
+def fitted(x: Tensor) -> models.Gaussian:
+    """The Gaussian with the mean and variance of each pixel, which is never below 10⁻⁶."""
     x = x.double()
     return models.Gaussian(x.mean(0), x.var(0).clamp_min(1e-6))
 
 
 @torch.no_grad()
-def density(net, sigmas, x, prior, seed):
+def density(
+    net: nn.Module, sigmas: Tensor, x: Tensor, prior: models.Gaussian, seed: int
+) -> Tensor:
     """log p_{σ_min}(x), (B,) on the CPU, batch by batch on the network's device."""
-    way = {"steps": STEPS}
-    if hasattr(net, "level"):   # it knows the levels of its ladder only
-        way = {"steps": sigmas, "method": "heun"}
     device = next(net.parameters()).device
-    options = {"sigma_min": float(sigmas[-1]), "sigma_max": float(sigmas[0]), "trace": "rademacher", "prior": prior.to(device)}
-    batches = [(k, x[k : k + BATCH].to(device)) for k in range(0, len(x), BATCH)]
-    return torch.cat([likelihood.log_density(net, batch, first_sample=k, seed=seed, **options, **way).cpu() for k, batch in batches])
+    options = {
+        "sigma_min": float(sigmas[-1]),
+        "sigma_max": float(sigmas[0]),
+        "trace": "rademacher",
+        "prior": prior.to(device),
+        "steps": STEPS,
+        "seed": seed,
+    }
+    # Such a network knows the levels of its ladder only.
+    if hasattr(net, "level"):
+        options |= {"steps": sigmas, "method": "heun"}
+
+    found = []
+    for start in range(0, len(x), BATCH):
+        batch = x[start : start + BATCH].to(device)
+        found.append(likelihood.log_density(net, batch, first_sample=start, **options).cpu())
+    return torch.cat(found)
 
 
-def summary(values):
+def summary(values: Tensor) -> dict:
+    """Mean, standard error and number."""
     values = values.double()
-    return {"mean": float(values.mean()), "standard_error": float(values.std() / math.sqrt(len(values))), "n": len(values)}
+    error = float(values.std() / math.sqrt(len(values)))
+    return {"mean": float(values.mean()), "standard_error": error, "n": len(values)}
 
 
-def markdown(result):
+def markdown(result: dict) -> str:
     """The report as a small table."""
-    rows = [f"| log p per dimension, σ = {result['sigma_min']:.3g}, nats | {_cells(result['nats_per_dim'])} |"]
+    nats = f"log p per dimension, σ = {result['sigma_min']:.3g}, nats"
+    rows = [f"| {nats} | {_cells(result['nats_per_dim'])} |"]
     if "bits_per_dim" in result:
-        rows.append(f"| bits per dimension, {result['grey_levels']} grey levels | {_cells(result['bits_per_dim'])} |")
+        bits = f"bits per dimension, {result['grey_levels']} grey levels"
+        rows.append(f"| {bits} | {_cells(result['bits_per_dim'])} |")
     return "\n".join(["| | held-out images | training images |", "|---|---|---|", *rows]) + "\n"
 
 
 def _cells(row):
-    return " | ".join(f"{row[name]['mean']:.4f} ± {row[name]['standard_error']:.4f}" for name in ("held_out", "training"))
+    values = (row[name] for name in ("held_out", "training"))
+    return " | ".join(f"{v['mean']:.4f} ± {v['standard_error']:.4f}" for v in values)

@@ -1,0 +1,328 @@
+"""The one loop that draws: batches of a network or under conditions, on one process or several.
+
+Batches are the same whatever happens to a job: each rank takes whole ones, and finished ones can be
+kept for a job that goes on. So the samples of a job that was interrupted or split are those of one
+that was not, bit for bit.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastscore import distributed, random, sampling
+from fastscore.cli import run_folder
+from fastscore.cli.conditions import Condition, conditioned
+from fastscore.cli.parts import Parts, digest_of_network
+from fastscore.ops import checks
+from fastscore.sampling.sample import default_law
+
+SAMPLERS = ("annealed_langevin", "consistent_annealed", "predictor_corrector", "probability_flow")
+FOLLOWED = 8   # samples whose path is shown
+LONGEST = 128   # states of a path
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """A sampler of the command line and its options; what is None has the sampler's default.
+
+    Args:
+        sampler: annealed_langevin, consistent_annealed (one network call per level),
+            predictor_corrector or probability_flow.
+        steps_per_level: Langevin steps at each noise level, of annealed_langevin; 20 unless given.
+        step_size: ε at the smallest level, of annealed_langevin (0.2 σ_L² unless given) and
+            consistent_annealed.
+        step_lr: the same in the official configurations' unit, ε/2.
+        denoise: take the last, noise-free step.
+        temperature: scales the noise by its root; not of probability_flow.
+        predictor: reverse_diffusion, ancestral, euler or none.
+        corrector: langevin, annealed or none.
+        corrector_steps: corrections at each level.
+        snr: signal-to-noise ratio of a correction.
+        method: of probability_flow, heun, euler or adaptive.
+        initial_law: of the starts, uniform in [0, 1] or gaussian, N(0, σ_1²); unless given,
+            gaussian where σ_1 > 1.146, and for predictor_corrector and probability_flow, else
+            uniform.
+    """
+
+    sampler: str = "annealed_langevin"
+    steps_per_level: int | None = None
+    step_size: float | None = None
+    step_lr: float | None = None
+    denoise: bool = True
+    temperature: float | None = None
+    predictor: str | None = None
+    corrector: str | None = None
+    corrector_steps: int | None = None
+    snr: float | None = None
+    method: str | None = None
+    initial_law: str | None = None
+
+    def __post_init__(self):
+        if self.sampler not in SAMPLERS:
+            raise ValueError(
+                f"sample: sampler must be one of {', '.join(SAMPLERS)}; got {self.sampler!r}."
+            )
+        takes = inspect.signature(getattr(sampling, self.sampler)).parameters.keys()
+        foreign = sorted(self.given().keys() - takes - {"initial_law"})
+        if foreign:
+            raise ValueError(f"sample: {', '.join(foreign)} cannot be chosen for {self.sampler}.")
+        if self.steps_per_level is not None and self.steps_per_level < 1:
+            raise ValueError(
+                f"sample: steps_per_level must be at least 1; got {self.steps_per_level}."
+            )
+
+    def given(self) -> dict:
+        """The options of the sampler that are not None."""
+        options = asdict(self)
+        del options["sampler"]
+        return {name: value for name, value in options.items() if value is not None}
+
+    def arguments(self, sigmas: Tensor) -> dict:
+        """The arguments of `sampling.states`, with the defaults of the command line."""
+        options = self.given()
+        if self.sampler == "annealed_langevin":
+            options.setdefault("steps_per_level", 20)
+            if "step_lr" not in options:
+                options.setdefault("step_size", 0.2 * float(sigmas[-1]) ** 2)
+        # By name, because it belongs to the job that goes on.
+        options.setdefault("initial_law", default_law(self.sampler, float(sigmas[0])))
+        return {"sampler": self.sampler, "sigmas": sigmas, **options}
+
+    def states(self, sigmas: Tensor) -> int:
+        """How many states a run on these levels has."""
+        last = {"annealed_langevin": self.denoise, "probability_flow": self.denoise - 1}
+        return len(sigmas) + last.get(self.sampler, 0)
+
+
+class Job(NamedTuple):
+    """Samples to draw, checked by `prepare`.
+
+    score: called score(x, sigma). hook: called hook(first_sample), returns `project` of a batch.
+    states: how many a batch has. to_images: from what the score knows to [0, 1].
+    shown: what is written beside the samples. depends_on: what they depend on, by name.
+    """
+
+    score: Callable
+    hook: Callable
+    sampler: dict
+    states: int
+    shape: tuple[int, int, int]
+    device: torch.device
+    n: int
+    batch_size: int
+    seed: int
+    first_sample: int
+    to_images: Callable
+    shown: dict[str, Tensor]
+    depends_on: dict
+
+    @property
+    def batches(self) -> int:
+        """Their number."""
+        return -(-self.n // self.batch_size)
+
+    def bounds(self, batch: int) -> tuple[int, int]:
+        """The first sample of a batch and the one after its last, counted within the job."""
+        start = batch * self.batch_size
+        return start, min(start + self.batch_size, self.n)
+
+
+class Drawn(NamedTuple):
+    """Samples (n, C, H, W) on the CPU, the path of the first eight, (states, 8, C, H, W), thinned
+    where it is long, and what is shown beside them, (C, H, W) each."""
+
+    samples: Tensor
+    path: Tensor
+    shown: dict[str, Tensor]
+
+
+def prepare(
+    net: nn.Module,
+    sigmas: Tensor,
+    shape: tuple[int, int, int],
+    n: int,
+    *,
+    seed: int | None = 0,
+    first_sample: int = 0,
+    batch_size: int = 500,
+    condition: dict | None = None,
+    **sampler,
+) -> Job:
+    """The job of drawing n samples of a network, on its device.
+
+    Args:
+        net, sigmas, shape: of a run (`run_folder.open_run`) or a checkpoint.
+        condition: arguments of `conditions.conditioned`, or None.
+        sampler: fields of `SamplerOptions`.
+
+    Raises:
+        ValueError: whatever the sampler and the conditions refuse.
+    """
+    n = checks.integer("sample", "n", n, 1)
+    batch_size = checks.integer("sample", "batch_size", batch_size, 1)
+    options = SamplerOptions(**sampler)
+    arguments = options.arguments(sigmas)
+    device = next(net.parameters()).device
+    # One for the observation, the hook and all batches.
+    seed = random.draw_seed() if seed is None else seed
+
+    under = Condition(net, lambda first: None, {}, {})
+    if condition is not None:
+        under = conditioned(net, shape, seed=seed, **condition)
+
+    # A run of no samples, which refuses what the sampler does before anything is kept.
+    key = {"seed": seed, "first_sample": first_sample, "device": device}
+    none = {"shape": (0, *shape), "project": under.hook(first_sample)}
+    sampling.states(under.score, **none, **key, **arguments)
+
+    depends_on = {
+        **arguments,
+        **under.depends_on,
+        "sigmas": sigmas.tolist(),
+        "weights": digest_of_network(net),
+        "shape": list(shape),
+        "seed": seed,
+        "first_sample": first_sample,
+        "n": n,
+        "batch_size": batch_size,
+    }
+    return Job(
+        score=under.score,
+        hook=under.hook,
+        sampler=arguments,
+        states=options.states(sigmas),
+        shape=tuple(shape),
+        device=device,
+        n=n,
+        batch_size=batch_size,
+        seed=seed,
+        first_sample=first_sample,
+        to_images=getattr(net, "to_images", lambda x: x),
+        shown=under.shown,
+        depends_on=depends_on,
+    )
+
+
+def draw(
+    job: Job, *, done: Callable[[int], object] | None = None, parts: Parts | None = None
+) -> Drawn | None:
+    """Draw the samples of a job; on several ranks (torchrun), on rank 0, and None on the others.
+
+    Args:
+        done: called with the number of states reported since.
+        parts: keeps finished batches, and has those that are not drawn again.
+    """
+    done = done or (lambda states: None)
+    own = [_batch(job, number, done, parts) for number in own_batches(job)]
+    samples, path = _gathered(job, own)
+    if samples is None:
+        return None
+    return Drawn(job.to_images(samples), job.to_images(path), job.shown)
+
+
+def draw_run(folder: str | Path, n: int, **options) -> Drawn:
+    """n samples of a run folder; options as in `prepare`."""
+    net, sigmas, shape, _ = run_folder.open_run(folder)
+    return draw(prepare(net, sigmas, shape, n, **options))
+
+
+def own_batches(job: Job) -> range:
+    """The numbers of the batches that this rank draws."""
+    first, count = distributed.share(job.batches)
+    return range(first, first + count)
+
+
+def _batch(job, number, done, parts):
+    """One batch, drawn or found: its samples, and the path of those among the first eight."""
+    start, end = job.bounds(number)
+    found = None if parts is None else parts.load(start, end)
+    if found is not None:
+        done(job.states)
+        return found
+
+    first = job.first_sample + start
+    run = sampling.states(
+        job.score,
+        shape=(end - start, *job.shape),
+        project=job.hook(first),
+        seed=job.seed,
+        first_sample=first,
+        device=job.device,
+        **job.sampler,
+    )
+    samples, path = followed(run, job.states, _followed_in(job, number), done)
+    batch = {"samples": samples, "path": path}
+    if parts is not None:
+        parts.save(start, end, batch)
+    return batch
+
+
+def followed(
+    run: Iterator[sampling.State], states: int, count: int, done: Callable[[int], object]
+) -> tuple[Tensor, Tensor]:
+    """Exhaust a run of so many states: the last x, and the path of its first `count` samples."""
+    shown = set(shown_states(states))
+    path = []
+    for number, state in enumerate(run):
+        if number in shown:
+            path.append(state.x[:count].cpu())
+        done(1)
+    assert number + 1 == states, (number + 1, states)
+    return state.x.cpu(), torch.stack(path)
+
+
+def shown_states(states: int) -> list[int]:
+    """Which states of a run its path shows: every one, every second, every fourth, ... and the last."""
+    stride = 1
+    while -(-states // stride) > LONGEST:
+        stride *= 2
+    shown = list(range(0, states, stride))
+    return shown if shown[-1] == states - 1 else [*shown, states - 1]
+
+
+def _followed_in(job, number):
+    """How many samples of a batch are among the first eight of the job."""
+    start, end = job.bounds(number)
+    return max(0, min(FOLLOWED, end) - start)
+
+
+def _gathered(job, own):
+    """(samples, path) of all ranks on rank 0, (None, None) on the others."""
+    rank, world_size = distributed.environment()
+    if world_size == 1:
+        samples = torch.cat([batch["samples"] for batch in own])
+        return samples, torch.cat([batch["path"] for batch in own], 1)
+
+    # As whole batches, of which only the last can be short.
+    padded = torch.zeros(len(own), job.batch_size, *job.shape)
+    for row, batch in zip(padded, own):
+        row[: len(batch["samples"])] = batch["samples"]
+    with distributed.process_group():
+        samples = distributed.gather(padded, job.batches)
+        path = _gathered_path(job, own, rank, world_size)
+    return (None, None) if samples is None else (samples.flatten(0, 1)[: job.n], path)
+
+
+def _gathered_path(job, own, rank, world_size):
+    """The path of the first eight samples, of which small batches leave some to other ranks."""
+    counts = []
+    for other in range(world_size):
+        first, count = distributed.share(job.batches, other, world_size)
+        counts.append(sum(_followed_in(job, number) for number in range(first, first + count)))
+    path = torch.cat([batch["path"] for batch in own], 1) if own else None
+    if not any(counts[1:]):
+        return path
+
+    padded = torch.zeros(FOLLOWED, len(shown_states(job.states)), *job.shape)
+    if counts[rank]:
+        padded[: counts[rank]] = path.transpose(0, 1)
+    every = distributed.gather(padded, FOLLOWED * world_size)
+    if every is None:
+        return None
+    rows = [every[other * FOLLOWED :][:count] for other, count in enumerate(counts)]
+    return torch.cat(rows).transpose(0, 1)

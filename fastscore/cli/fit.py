@@ -1,0 +1,157 @@
+"""The one loop that trains, in a run folder: a score network by any loss, or a classifier."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastscore import datasets, losses, perturb, random, training
+from fastscore.cli import run_folder, splits
+from fastscore.cli.run_folder import TrainConfig
+from fastscore.losses.noise_conditional import draw_labels
+
+BATCHES = 1024   # the stream that picks each step's images
+SAVE_EVERY = 500   # steps: what a killed run may lose
+RECORD_EVERY = 100
+
+
+def fit(config: TrainConfig) -> Iterator[tuple[int, float]]:
+    """Yield (step, mean loss) after each update of what the config trains.
+
+    The loss of a score network is that of `losses.noise_conditional`; of a classifier it is
+
+        L_b = -log p(label_b | x_b + σ_b z, σ_b),    σ_b uniform on the ladder
+
+    The run folder is complete every 500 steps and when the generator is closed.
+
+    Raises:
+        ValueError: an option is out of range; the folder holds a run already (without resume) or
+            none (with it), or one that cannot go on so; the data cannot be read, or have no labels
+            for a classifier.
+    """
+    if config.resume:
+        config = run_folder.resumed(config)
+    out = Path(config.out)
+    if not config.resume and out.exists() and any(out.iterdir()):
+        raise ValueError(f"train: {out} exists already; choose another folder or pass --resume.")
+
+    data = datasets.load(config.data)
+    images, labels = splits.part(config, "training", data)
+    if config.task == "classifier" and labels is None:
+        raise ValueError(f"train: a classifier needs labels; {config.data} has none.")
+    # Where there are none, numbers that no score network looks at.
+    labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+    net, sigmas = run_folder.build(config, images.shape[1:], int(labels.max()) + 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    moved = (t.to(device) for t in (images, labels, net, sigmas))
+    return _updates(config, out, splits.record(config, *data), *moved)
+
+
+def batches(
+    images: Tensor, labels: Tensor, config: TrainConfig, first_step: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each step's images and labels.
+
+    They are a function of the seed and the step: a resumed run sees what the whole one would.
+    """
+    for step in range(first_step, config.steps):
+        w = random.words(config.batch_size, seed=config.seed, step=step, stream=BATCHES)
+        chosen = (w * len(images)) >> 32
+        yield images[chosen], labels[chosen]
+
+
+def _updates(config, out, split, images, labels, net, sigmas):
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
+    ema = training.averaged(net, config.ema_decay)
+    first = run_folder.restore(out, net, ema, optimizer) if config.resume else 0
+    if first > config.steps:
+        raise ValueError(
+            f"train: {out} has done {first} steps already; steps must be at least that; "
+            f"got {config.steps}."
+        )
+    shape = images.shape[1:]
+    out.mkdir(parents=True, exist_ok=True)
+    run_folder.forget_metrics_after(first, out)
+    run_folder.write_config(out, config, shape)
+    splits.keep(out, split)
+    key = {"seed": config.seed, "device": images.device}
+    level = None
+
+    def loss(model, batch, step):
+        nonlocal level
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * learning_rate(step, config.steps)
+        level = draw_labels(len(sigmas), config.batch_size, step=step, **key)
+        return objective(config, model, sigmas, *batch, level, step)
+
+    data = batches(images, labels, config, first)
+    options = {"steps": config.steps, "optimizer": optimizer, "first_step": first, "ema": ema}
+    loop = training.training_loop(net, data, loss, **options)
+    metrics = Metrics(len(sigmas), shape.numel() if config.task == "score" else 1)
+    done = first
+    try:
+        for state in loop:
+            done = state.step + 1
+            metrics.add(level, state.losses)
+            if done % RECORD_EVERY == 0 or done == config.steps:
+                run_folder.add_metrics(out, metrics.record(done))
+            if done % SAVE_EVERY == 0:
+                run_folder.save(out, net, ema, optimizer, done)
+            yield state.step, float(state.losses.mean())
+    finally:
+        run_folder.save(out, net, ema, optimizer, done)
+
+
+def objective(
+    config: TrainConfig,
+    net: nn.Module,
+    sigmas: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    level: Tensor,
+    step: int,
+) -> Tensor:
+    """The loss of each image at its noise level, (B,)."""
+    if config.task == "classifier":
+        noisy = perturb(images, sigmas[level], seed=config.seed, step=step)
+        return F.cross_entropy(net(noisy, sigmas[level]), labels, reduction="none")
+    options = {"projections": config.projections, "distribution": config.distribution}
+    options |= {"method": config.loss, "labels": level, "seed": config.seed, "step": step}
+    return losses.noise_conditional(net, images, sigmas, **options)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Factor on the learning rate: a linear rise over 100 steps, then a cosine to zero."""
+    rise = min(1.0, (step + 1) / 100)
+    return rise * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
+
+
+class Metrics:
+    """The mean loss at each noise level since the last record, divided by dim."""
+
+    def __init__(self, levels: int, dim: int):
+        self.sums = torch.zeros(levels)
+        self.counts = torch.zeros(levels)
+        self.dim = dim
+        self.begin = time.perf_counter()
+
+    def add(self, level: Tensor, values: Tensor) -> None:
+        """Take in the losses of one step, and the level of each."""
+        level = level.cpu()
+        self.sums.index_add_(0, level, values.cpu() / self.dim)
+        self.counts += torch.bincount(level, minlength=len(self.counts))
+
+    def record(self, step: int) -> dict:
+        """A line of metrics.jsonl; the next one begins."""
+        line = {
+            "step": step,
+            "loss": float(self.sums.sum() / self.counts.sum()),
+            "levels": [s / c if c else None for s, c in zip(self.sums.tolist(), self.counts.tolist())],
+            "seconds": round(time.perf_counter() - self.begin, 2),
+        }
+        self.sums.zero_()
+        self.counts.zero_()
+        return line

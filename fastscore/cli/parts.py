@@ -1,0 +1,94 @@
+"""Finished batches of a job of drawing, kept until the whole is written: the job can go on."""
+
+import hashlib
+import json
+import secrets
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastscore.cli import checkpoint
+
+JOB = "job.json"
+
+
+class Parts:
+    """The folder of one job. It is made with the first finished batch: a job without one leaves nothing.
+
+    Several processes may share it: each batch is a file of its own, and the folder appears whole.
+
+    Args:
+        folder: where the batches are kept.
+        job: everything that the samples depend on, by name, of whatever JSON takes.
+
+    Raises:
+        ValueError: the folder holds batches of another job; what differs is named.
+    """
+
+    def __init__(self, folder: Path, job: dict):
+        self.folder = Path(folder)
+        self.job = json.loads(json.dumps(job))
+        if self.folder.exists():
+            self._check()
+
+    def load(self, start: int, end: int) -> dict[str, Tensor] | None:
+        """The batch of samples start to end; None where it is not finished."""
+        file = self._file(start, end)
+        return checkpoint.load(file) if file.exists() else None
+
+    def save(self, start: int, end: int, batch: dict[str, Tensor]) -> None:
+        """Keep a finished batch."""
+        self._claim()
+        checkpoint.save(self._file(start, end), batch)
+
+    def remove(self) -> None:
+        """Once the samples are written."""
+        shutil.rmtree(self.folder)
+
+    def _file(self, start, end):
+        return self.folder / f"{start}-{end}.safetensors"
+
+    def _claim(self):
+        if self.folder.exists():
+            self._check()
+            return
+
+        beside = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(8)}")
+        beside.mkdir()
+        (beside / JOB).write_text(json.dumps(self.job))
+        try:
+            beside.rename(self.folder)
+        except OSError:
+            # Another process was quicker.
+            shutil.rmtree(beside)
+            self._check()
+
+    def _check(self):
+        file = self.folder / JOB
+        found = json.loads(file.read_text()) if file.exists() else {}
+        names = self.job.keys() | found.keys()
+        differing = sorted(name for name in names if self.job.get(name) != found.get(name))
+        if differing:
+            listed = ", ".join(differing)
+            raise ValueError(
+                f"sample: {self.folder} holds batches of another job ({listed} differ); "
+                "remove it or write elsewhere."
+            )
+
+
+def digest_of(*tensors: Tensor) -> str:
+    """SHA-256 of shapes, dtypes and bytes."""
+    total = hashlib.sha256()
+    for t in tensors:
+        t = t.detach().cpu().contiguous()
+        total.update(f"{t.dtype}{tuple(t.shape)}".encode())
+        total.update(t.flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def digest_of_network(net: nn.Module) -> str:
+    """SHA-256 of the names and values of a network's tensors."""
+    state = net.state_dict()
+    return hashlib.sha256(f"{list(state)}{digest_of(*state.values())}".encode()).hexdigest()

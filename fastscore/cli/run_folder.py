@@ -1,0 +1,241 @@
+"""A run folder: config.toml, metrics.jsonl, weights.safetensors (averaged), state.safetensors (to resume)."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastscore import models, schedules
+from fastscore.cli import checkpoint
+from fastscore.losses.noise_conditional import METHODS
+from fastscore.losses.projections import DISTRIBUTIONS
+
+
+def _unless_given(default):
+    """An option that is None until `TrainConfig.given` is known: one that equals the default may have been given."""
+    return field(default=None, metadata={"default": default})
+
+
+@dataclass
+class TrainConfig:
+    """Train a noise-conditional score network, or a classifier of noisy images.
+
+    Options that are not given have their defaults; with resume, the values of the run. `given` holds the names of
+    those that are. They are checked when the config is made; with resume, once those of the run are known.
+
+    Args:
+        task: score (unless given), or classifier (of noisy images; for sample --condition class=K).
+        data: digits (unless given), mnist, fashion, a folder of images, an .npz file with an array named images, or an
+            .npy file; what a file does not say is said behind its name, such as faces:rgb or
+            x.npz:channels-last:max=16.
+        out: run folder to create.
+        network: mlp (residual ScoreMLP; unless given) or ncsn (convolutional RefineNet).
+        loss: denoising (unless given), sliced, sliced-vr (variance reduced) or exact (the whole trace: small images
+            only).
+        projections: random directions per image, of the sliced losses; 1 unless given.
+        distribution: of the directions, rademacher (unless given), gaussian or sphere.
+        steps: number of updates; 9000 unless given.
+        batch_size: images per update; 256 unless given.
+        lr: Adam's learning rate, 2e-3 unless given; it rises over 100 steps and falls to zero along a cosine.
+        levels: number of noise levels; 16 unless given.
+        sigma_max: largest noise, in units of the [0, 1] pixel range; 1 unless given.
+        sigma_min: smallest noise; 0.01 unless given.
+        width: width of the mlp, or ngf of the ncsn; 256 unless given.
+        depth: residual blocks of the mlp; 3 unless given.
+        ema_decay: decay of the averaged weights; 0.999 unless given.
+        held_out: images kept away from training, for evaluation; 0 unless given. The run remembers which.
+        seed: of everything that is random; 0 unless given.
+        resume: go on with the run in `out`, with its options; steps may be others.
+    """
+
+    task: str | None = _unless_given("score")
+    data: str | None = _unless_given("digits")
+    out: Path = Path("runs/digits")
+    network: str | None = _unless_given("mlp")
+    loss: str | None = _unless_given("denoising")
+    projections: int | None = _unless_given(1)
+    distribution: str | None = _unless_given("rademacher")
+    steps: int | None = _unless_given(9000)
+    batch_size: int | None = _unless_given(256)
+    lr: float | None = _unless_given(2e-3)
+    levels: int | None = _unless_given(16)
+    sigma_max: float | None = _unless_given(1.0)
+    sigma_min: float | None = _unless_given(0.01)
+    width: int | None = _unless_given(256)
+    depth: int | None = _unless_given(3)
+    ema_decay: float | None = _unless_given(0.999)
+    held_out: int | None = _unless_given(0)
+    seed: int | None = _unless_given(0)
+    resume: bool = False
+
+    def __post_init__(self):
+        self.given = frozenset(f.name for f in fields(self) if getattr(self, f.name) is not None)
+        for f in fields(self):
+            if f.name not in self.given:
+                setattr(self, f.name, f.metadata["default"])
+        if not self.resume:
+            self.check()
+
+    def check(self) -> None:
+        """Raise ValueError unless the options are in range and fit each other."""
+        for name in ("steps", "batch_size", "levels", "width", "depth", "projections"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train: {name} must be at least 1; got {getattr(self, name)}.")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"train: lr must be positive and finite; got {self.lr}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"train: ema_decay must be in [0, 1); got {self.ema_decay}.")
+
+        choices = {
+            "task": ("score", "classifier"),
+            "network": ("mlp", "ncsn"),
+            "loss": METHODS,
+            "distribution": DISTRIBUTIONS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                *others, last = allowed
+                listed = f"{others[0]} or {last}" if len(others) == 1 else f"one of {', '.join(allowed)}"
+                raise ValueError(f"train: {name} must be {listed}; got {getattr(self, name)!r}.")
+
+        sliced = self.loss.startswith("sliced")
+        if not sliced and (self.projections, self.distribution) != (1, "rademacher"):
+            raise ValueError(
+                f"train: projections and distribution belong to the sliced losses; the loss is {self.loss}."
+            )
+        if self.task == "classifier":
+            for name, value in (("network", "mlp"), ("loss", "denoising")):
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f"train: {name} belongs to task score; a classifier is an mlp trained by cross-entropy."
+                    )
+        schedules.geometric(self.sigma_max, self.sigma_min, self.levels)
+
+
+class TrainedRun(NamedTuple):
+    """What a run folder holds: the averaged network, its ladder, the shape (C, H, W) of an image, the options."""
+
+    net: nn.Module
+    sigmas: Tensor
+    shape: tuple[int, int, int]
+    config: TrainConfig
+
+
+def build(
+    config: TrainConfig, shape: tuple[int, int, int], num_classes: int | None = None
+) -> tuple[nn.Module, Tensor]:
+    """The network for images of `shape` (C, H, W), and its ladder; num_classes is for a classifier."""
+    sigmas = schedules.geometric(config.sigma_max, config.sigma_min, config.levels)
+    channels, height, width = shape
+    dim = channels * height * width
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.task == "score" and config.network == "ncsn":
+            return models.NCSN(channels=channels, ngf=config.width, sigmas=sigmas, image_size=width), sigmas
+        options = {"width": config.width, "depth": config.depth, "sigmas": sigmas}
+        if config.task == "classifier":
+            return models.NoiseClassifier(dim, num_classes, **options), sigmas
+        return models.ScoreMLP(dim, **options), sigmas
+
+
+def open_run(folder: str | Path, task: str = "score") -> TrainedRun:
+    """The network of a run folder, frozen and in evaluation mode, and what belongs to it.
+
+    Raises:
+        ValueError: it is no run folder, its weights are damaged, or the run is of the other task.
+    """
+    config, shape = read_config(folder)
+    if config.task != task == "score":
+        raise ValueError(f"{folder} holds a classifier, not a score network; sample takes it as --classifier.")
+    if config.task != task:
+        raise ValueError(f"{folder} holds a score network, not a classifier (train --task classifier).")
+
+    weights = checkpoint.load(Path(folder) / "weights.safetensors")
+    net, sigmas = build(config, shape, len(weights["last.bias"]) if task == "classifier" else None)
+    net.load_state_dict(weights)
+    return TrainedRun(net.eval().requires_grad_(False), sigmas, shape, config)
+
+
+def resumed(config: TrainConfig) -> TrainConfig:
+    """The options of the run in `out`, with the steps that are asked for now; other values than the run's are refused."""
+    out = Path(config.out)
+    if not (out / "state.safetensors").exists():
+        raise ValueError(f"train: {out} holds no run to resume.")
+
+    stored = read_config(out)[0]
+    for name in sorted(config.given - {"out", "resume", "steps"}):
+        value, of_run = getattr(config, name), getattr(stored, name)
+        if value != of_run:
+            raise ValueError(f"train: the run in {out} has {name} {of_run}, which --resume cannot change; got {value}.")
+
+    steps = config.steps if "steps" in config.given else stored.steps
+    whole = replace(stored, out=config.out, steps=steps, resume=True)
+    whole.check()
+    return whole
+
+
+def write_config(out: Path, config: TrainConfig, shape: tuple[int, int, int]) -> None:
+    """Write the options, and the shape of an image."""
+    import tomli_w
+
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items() if k != "resume"}
+    text = tomli_w.dumps({**options, "shape": list(shape)})
+    checkpoint.write_atomic(out / "config.toml", text.encode())
+
+
+def read_config(folder: str | Path) -> tuple[TrainConfig, tuple[int, int, int]]:
+    """(options, sample shape (C, H, W)) of a run folder."""
+    try:
+        import tomllib
+    except ImportError:
+        import tomli as tomllib
+
+    folder = Path(folder)
+    if not (folder / "config.toml").exists():
+        raise ValueError(f"{folder} is not a run folder: it has no config.toml.")
+    values = tomllib.loads((folder / "config.toml").read_text())
+    known = {f.name for f in fields(TrainConfig)}
+    options = {k: v for k, v in values.items() if k in known}
+    options["out"] = str(folder)   # wherever the folder has been moved to
+    return TrainConfig(**options), tuple(values["shape"])
+
+
+def save(out: Path, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, steps_done: int) -> None:
+    """Write the averaged weights, and everything that `restore` reads."""
+    checkpoint.save(out / "weights.safetensors", ema.module.state_dict())
+    state = {f"net.{k}": v for k, v in net.state_dict().items()}
+    state |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    state |= checkpoint.optimizer_tensors(optimizer) | {"step": torch.tensor(steps_done)}
+    checkpoint.save(out / "state.safetensors", state)
+
+
+def restore(out: Path, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Load what `save` wrote; returns the number of steps that are done."""
+    state = checkpoint.load(out / "state.safetensors")
+    net.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("net.")})
+    ema.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("ema.")})
+    checkpoint.restore_optimizer(optimizer, state)
+    return int(state["step"])
+
+
+def read_metrics(out: Path) -> list[dict]:
+    """The lines of metrics.jsonl; none where the file is missing."""
+    path = out / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def add_metrics(out: Path, record: dict) -> None:
+    """Append a line to metrics.jsonl."""
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def forget_metrics_after(step: int, out: Path) -> None:
+    """Drop the lines of steps that were done after the last save, and are done again."""
+    records = [record for record in read_metrics(out) if record["step"] <= step]
+    if (out / "metrics.jsonl").exists():
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        checkpoint.write_atomic(out / "metrics.jsonl", text.encode())

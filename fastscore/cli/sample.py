@@ -1,0 +1,219 @@
+"""The command `fastscore sample`: job = prepare(options); result = draw(job); write(out, result)."""
+
+import os
+import sys
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+from tyro.conf import Positional, arg
+
+from fastscore import distributed, models, schedules
+from fastscore.cli import draw, pictures, run_folder
+from fastscore.cli.conditions import ConditionOptions, open_conditions
+from fastscore.cli.draw import SamplerOptions
+from fastscore.cli.parts import Parts
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """What an official checkpoint leaves open.
+
+    Args:
+        arch: of a checkpoint, ncsn, ncsnv2, ncsnv2deeper or ncsnv2deepest; unless given it follows
+            from the names in the file.
+        ema: take a checkpoint's averaged weights.
+        sigma_max: largest noise, for checkpoints that store no ladder (NCSN, CAS).
+        sigma_min: smallest noise, likewise.
+        levels: number of noise levels, likewise.
+        image_size: of a checkpoint's samples; 32, 128 (ncsnv2deeper) or 256 (ncsnv2deepest) unless
+            given.
+        nonlinearity: of a checkpoint's config, which the file does not tell: elu, relu, lrelu or
+            swish.
+        rescaled: likewise: its data were in [-1, 1].
+        logit_transform: likewise: its data were logits.
+        std: likewise, of CAS.
+        target: likewise, of CAS: gaussian or dae.
+    """
+
+    arch: str | None = None
+    ema: bool = True
+    sigma_max: float | None = None
+    sigma_min: float | None = None
+    levels: int | None = None
+    image_size: int | None = None
+    nonlinearity: str | None = None
+    rescaled: bool | None = None
+    logit_transform: bool | None = None
+    std: bool | None = None
+    target: str | None = None
+
+    def __post_init__(self):
+        given = [value is not None for value in self._ladder()]
+        if any(given) and not all(given):
+            raise ValueError(
+                "sample: sigma_max, sigma_min and levels are given together or not at all."
+            )
+
+    def open(self, file: Path) -> torch.nn.Module:
+        """The network of a checkpoint."""
+        sigmas = None if self.levels is None else schedules.geometric(*self._ladder())
+        options = asdict(self)
+        for name in ("sigma_max", "sigma_min", "levels"):
+            del options[name]
+        return models.load_official(file, sigmas=sigmas, **options).requires_grad_(False)
+
+    def _ladder(self):
+        return self.sigma_max, self.sigma_min, self.levels
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Draw samples of a trained run, or of an official NCSN, NCSNv2 or CAS checkpoint, as a grid.
+
+    Started by torchrun, the processes share the batches, and one writes the samples that a single
+    process would have drawn.
+
+    Args:
+        run: run folder, or a checkpoint (.pth).
+        sampler: the sampler.
+        conditions: on the samples.
+        checkpoint: what a checkpoint leaves open.
+        n: number of samples.
+        out: a .png for a grid, or a .npz for the samples themselves (array `images`).
+        seed: of the sampler.
+        first_sample: global number of the first sample; splits of one run agree.
+        batch_size: samples computed at a time; a job of several batches goes on where it was
+            interrupted when the command is given again.
+        path: a .png for the way of the first eight samples through the noise levels.
+    """
+
+    run: Positional[Path]
+    sampler: Annotated[SamplerOptions, arg(name="")] = field(default_factory=SamplerOptions)
+    conditions: Annotated[ConditionOptions, arg(name="")] = field(default_factory=ConditionOptions)
+    checkpoint: Annotated[CheckpointOptions, arg(name="")] = field(default_factory=CheckpointOptions)
+    n: Annotated[int, arg(aliases=["-n"])] = 100
+    out: Path = Path("grid.png")
+    seed: int = 0
+    first_sample: int = 0
+    batch_size: int = 100
+    path: Path | None = None
+
+    def __post_init__(self):
+        if self.n < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"sample: n and batch_size must be at least 1; got {self.n} and {self.batch_size}."
+            )
+        if self.out.suffix not in (".png", ".npz"):
+            raise ValueError(f"sample: out must end in .png or .npz; got {self.out}.")
+        if self.path is not None and self.path.suffix != ".png":
+            raise ValueError(f"sample: path must end in .png; got {self.path}.")
+        for file in (self.out, self.path):
+            if file is not None and not file.parent.is_dir():
+                raise ValueError(f"sample: the folder {file.parent} does not exist.")
+            if file is not None and file.is_dir():
+                raise ValueError(f"sample: {file} is a folder; it must be the name of a file.")
+
+        if self.of_checkpoint:
+            transformed = self.checkpoint.rescaled or self.checkpoint.logit_transform
+            if self.conditions.condition and transformed:
+                raise ValueError(
+                    "sample: conditions are for networks of images in [0, 1], not for rescaled or "
+                    "logit-transformed ones."
+                )
+        elif self.checkpoint != CheckpointOptions():
+            *names, last = (f.name for f in fields(CheckpointOptions))
+            raise ValueError(
+                f"sample: {', '.join(names)} and {last} are for checkpoints; {self.run} is none."
+            )
+
+    @property
+    def of_checkpoint(self) -> bool:
+        """Whether it is of an official checkpoint, not of a run folder."""
+        return self.run.is_file() or self.run.suffix == ".pth"
+
+
+def sample(options: Annotated[SampleOptions, arg(name="")]) -> None:
+    """Draw samples of a trained run, or of an official NCSN, NCSNv2 or CAS checkpoint, as a grid.
+
+    Started by torchrun, the processes share the batches, and one writes the samples that a single
+    process would have drawn.
+    """
+    from tqdm import tqdm
+
+    job = prepare(options)
+    rank, world_size = distributed.environment()
+    if rank == 0 and job.batches < world_size:
+        warnings.warn(
+            f"{job.n} samples in batches of {job.batch_size} are work for {job.batches} of "
+            f"{world_size} processes; a smaller batch_size gives some to each.",
+            stacklevel=2,
+        )
+
+    parts = None
+    if job.batches > 1:
+        parts = Parts(options.out.with_name(f"{options.out.name}.parts"), job.depends_on)
+    total = len(draw.own_batches(job)) * job.states
+    try:
+        with tqdm(total=total, unit="level", desc="sample", disable=rank > 0 or None) as bar:
+            result = draw.draw(job, done=bar.update, parts=parts)
+    except KeyboardInterrupt:
+        kept = ""
+        if parts is not None and parts.folder.exists():
+            kept = f"; {parts.folder} keeps the finished batches, the same command goes on"
+        sys.exit("interrupted" + kept)
+
+    # The others have sent theirs.
+    if result is None:
+        return
+    write(options.out, result)
+    if options.path is not None:
+        pictures.save_strip(options.path, result.path)
+    if parts is not None:
+        parts.remove()
+    beside = f" (first the {', '.join(result.shown)})" if result.shown else ""
+    print(f"{job.n} samples: {options.out}{beside}")
+
+
+def prepare(options: SampleOptions) -> draw.Job:
+    """The job that the options stand for, with its networks on this process's device."""
+    under = None
+    if options.conditions.condition:
+        under = open_conditions(options.conditions, options.run)
+    if options.of_checkpoint:
+        net = options.checkpoint.open(options.run)
+        sigmas, shape = net.sigmas, net.sample_shape
+    else:
+        net, sigmas, shape, _ = run_folder.open_run(options.run)
+    return draw.prepare(
+        net.to(_device()),
+        sigmas,
+        shape,
+        options.n,
+        seed=options.seed,
+        first_sample=options.first_sample,
+        batch_size=options.batch_size,
+        condition=under,
+        **asdict(options.sampler),
+    )
+
+
+def _device():
+    """This rank's GPU (LOCAL_RANK, modulo their number), or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def write(out: Path, result: draw.Drawn) -> None:
+    """Write samples and what is shown beside them: a .png as one grid, a .npz as arrays."""
+    shown = {name: t.float() for name, t in result.shown.items()}
+    if out.suffix == ".npz":
+        arrays = {**shown, "images": result.samples}
+        np.savez(out, **{name: t.clamp(0, 1).numpy() for name, t in arrays.items()})
+    else:
+        beside = [t[None] for t in shown.values()]
+        pictures.save_grid(out, torch.cat([*beside, result.samples]))

@@ -1,0 +1,101 @@
+"""The commands `fastscore train` and `fastscore demo`."""
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from fastscore import distributed
+from fastscore.cli import checkpoint, draw, evaluate, pictures, run_folder, splits
+from fastscore.cli.fit import fit
+from fastscore.cli.run_folder import TrainConfig
+
+
+def train(config: Annotated[TrainConfig, arg(name="")]) -> None:
+    """Train a noise-conditional score network, or a classifier of noisy images."""
+    world_size = distributed.environment()[1]
+    if world_size > 1:
+        raise ValueError(
+            f"train: runs as one process; got WORLD_SIZE {world_size} "
+            "(only `sample` is split over processes)."
+        )
+    if config.resume:
+        config = run_folder.resumed(config)
+    try:
+        with terminated_like_interrupted(), contextlib.closing(fit(config)) as updates:
+            _show_progress(updates, config)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the run is saved, go on with --resume")
+
+    if config.task == "classifier":
+        _report_classifier(Path(config.out))
+    else:
+        _draw_pictures(Path(config.out))
+
+
+def demo(out: Path = Path("demo"), steps: int | None = None) -> None:
+    """Train on the 8x8 digits, sample, and report.
+
+    Args:
+        out: run folder; a finished one is only evaluated again, an interrupted one goes on.
+        steps: number of updates; 9000 unless given, or those of the run that goes on.
+    """
+    resume = (out / "state.safetensors").exists()
+    train(TrainConfig(data="digits", out=out, held_out=300, steps=steps, resume=resume))
+    evaluate.evaluate(out)
+
+
+@contextlib.contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """Within: SIGTERM raises KeyboardInterrupt, so that a job that is ended saves like Ctrl-C."""
+    # Not raised through SIGINT, which may be ignored.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _show_progress(updates, config):
+    from tqdm import tqdm
+
+    start = time.perf_counter()
+    first = None
+    with tqdm(total=config.steps, unit="step", desc="train", disable=None) as bar:
+        for step, loss in updates:
+            first = step if first is None else first
+            bar.n = step + 1
+            rate = (step + 1 - first) * config.batch_size / (time.perf_counter() - start)
+            bar.set_postfix(loss=f"{loss:.3f}", images_per_s=f"{rate:.0f}", refresh=False)
+            bar.update(0)
+
+
+def _draw_pictures(out):
+    """Of a score network: the loss of each level, 64 samples and the path of the first eight."""
+    _, sigmas, _, config = run_folder.open_run(out)
+    records = run_folder.read_metrics(out)
+    if records:
+        pictures.save_loss_curve(out / "loss.png", records, sigmas.tolist(), config.loss)
+    drawn = draw.draw_run(out, 64)
+    pictures.save_grid(out / "samples.png", drawn.samples)
+    pictures.save_strip(out / "levels.png", drawn.path)
+    names = ", ".join(str(out / name) for name in ("samples.png", "levels.png", "loss.png"))
+    print(f"run: {out}\npictures: {names}")
+
+
+def _report_classifier(out):
+    """Of a classifier: the fraction of held-out images that it gets right at each level."""
+    net, sigmas, _, config = run_folder.open_run(out, "classifier")
+    if config.held_out:
+        held_out = splits.part(config, "held_out")
+        found = evaluate.accuracy(net, *held_out, sigmas, seed=config.seed)
+        report = {"sigmas": sigmas.tolist(), "accuracy_held_out": found}
+        checkpoint.write_atomic(out / "report.json", json.dumps(report, indent=2).encode())
+        print("noise level   held-out images classified rightly")
+        print("\n".join(f"{sigma:11.4f}   {100 * a:5.1f} %" for sigma, a in zip(sigmas.tolist(), found)))
+    print(f"run: {out}")
