@@ -7,7 +7,7 @@ import griffe
 EXAMPLE = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)
 RAISES = re.compile(r"^Raises:[ \n](.*?)(?=\n\n|\Z)", re.MULTILINE | re.DOTALL)
 NOTE = re.compile(r"^(Source|Sources|Shapes|Methods|Cost|Noise): (.*(?:\n[ \t]+.+)*)", re.MULTILINE)
-FIELDS = re.compile(r"(?<=\n\n)(?:[a-z_][\w, ]*: .*\n(?:[ \t]+.+\n)*){2,}(?=\n|\Z)")
+FIELDS = re.compile(r"(?<=\n\n)(?:[a-z_][\w, ()]*: .*\n(?:[ \t]+.+\n)*){2,}(?=\n|\Z)")
 NEXT_ERROR = re.compile(r"(?<=[.;]) (?=\w+(?:Error|Warning)\b[^:.]*: )")
 
 

@@ -34,8 +34,8 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 def time(seconds: float) -> str:
     if seconds < 1e-3:
-        return f"{seconds * 1e6:.0f} µs"
-    return f"{seconds * 1e3:.3g} ms"
+        return f"{seconds * 1e6:.0f}\u00a0µs"
+    return f"{seconds * 1e3:.3g}\u00a0ms"
 
 
 def times(value: float) -> str:

@@ -18,7 +18,8 @@ from fastscore import cli
 from fastscore.cli import evaluate, recipe, sample, train
 
 ROOT = pages.ROOT
-sys.path.insert(0, str(ROOT / "docs"))
+sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
+import forward_mode  # noqa: E402
 import tables  # noqa: E402
 
 LINKED = [*pages.PAGES, ROOT / "CHANGELOG.md", ROOT / "benchmarks/README.md"]
@@ -119,6 +120,16 @@ def test_the_scripts_that_are_called_exist():
 def test_the_tables_of_speed_are_those_of_the_results():
     for page in tables.PAGES:
         assert tables.updated(page.read_text()) == page.read_text(), "python docs/tables.py"
+
+
+@pytest.mark.slow
+def test_the_table_of_derivatives_says_what_is_measured():
+    page = (ROOT / "docs/derivatives.md").read_text()
+    for network, errors in forward_mode.rows():
+        (line,) = re.findall(rf"^\| {re.escape(network)} \| (.*) \|$", page, re.MULTILINE)
+        for error, cell in zip(errors, line.split(" | "), strict=True):
+            exact = 0 <= error < 1e-13
+            assert (float(cell) < 1e-13) if exact else (cell == forward_mode.written(error)), network
 
 
 def test_every_public_module_has_its_page():
