@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from fastscore import backend as _backend
 from fastscore.dual.call import NoRule
@@ -32,20 +33,22 @@ class Pending:
     __slots__ = ("device", "dtype", "grad_mode", "holder", "result", "shape", "source", "step", "version", "versions")
 
     def __init__(self, source, step, shape):
+        weight, bias, _ = step
         self.source, self.step, self.shape, self.dtype, self.device = source, step, shape, source.dtype, source.device
-        self.holder, self.result, self.grad_mode, self.versions = None, None, torch.is_grad_enabled(), _versions(step)
-        self.version = None if isinstance(source, Pending) else source._version
+        self.holder, self.result, self.grad_mode = None, None, torch.is_grad_enabled()
+        self.version = None if type(source) is Pending else source._version
+        self.versions = None if weight is None else (weight._version, None if bias is None else bias._version)
 
     def stack(self):
         """Compute it, with all that leads to it and that nobody else holds."""
         steps, source, version = [], self, None
-        while isinstance(source, Pending):
+        while type(source) is Pending:
             if source.result is not None:
                 source, version = source.result, source.version
             elif source is not self and (holder := source.holder()) is not None:
                 holder.stack   # noqa: B018  somebody may ask for it, too
             else:
-                if source.versions != _versions(source.step):
+                if source.versions is not None and source.versions != _versions(source.step):
                     raise RuntimeError("fastscore.jvp: f changed the parameters of a linear layer in place after it had used them.")
                 steps.append(source.step)
                 source, version = source.source, source.version
@@ -97,8 +100,6 @@ def _refuse():
 
 def _versions(step):
     weight, bias, _ = step
-    if weight is None:
-        return None
     return weight._version, None if bias is None else bias._version
 
 
@@ -110,10 +111,14 @@ def linear(source, weight, bias):
     for t in (weight, bias):
         if t is not None and (type(t) not in _PLAIN or t.dtype != dtype or t.device != device or t.is_inference()):
             return None
+    if weight is None:
+        return None
     sizes = weight.shape
     if len(sizes) != 2 or source.shape[-1] != sizes[1] or (bias is not None and bias.shape != sizes[:1]):
         return None
-    if torch.is_autocast_enabled(device.type) or _backend.levels() or torch._C._autograd._top_saved_tensors_default_hooks(False):
+    if torch.is_autocast_enabled(device.type) or torch._C._autograd._top_saved_tensors_default_hooks(False):
+        return None
+    if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:   # `backend.levels()`
         return None
     return Pending(source, Step(weight, bias), (*source.shape[:-1], sizes[0]))
 
@@ -123,12 +128,15 @@ _PLAIN = (torch.nn.Parameter, torch.Tensor)
 
 def run(s, steps):
     """All steps on the stack s (1 + M, *)."""
-    parameters = [t for step in steps for t in step[:2]]
-    activated = any([step.name is not None for step in steps])
+    names, parameters = [], []
+    for weight, bias, name in steps:
+        names.append(name)
+        parameters += (weight, bias)
+    activated = names.count(None) < len(names)
     chosen = _backend.choose(s.device, cuda=False) if activated else None   # the back end of both passes
     if _backend.derivative_possible(s, *parameters):
-        return _Chain.apply(s, [step.name for step in steps], chosen, *parameters)
-    return _values(s, steps, chosen)[-1]
+        return _Chain.apply(s, names, chosen, *parameters)
+    return _values(s, names, parameters, chosen)[-1]
 
 
 class _Chain(Direct):
@@ -136,77 +144,77 @@ class _Chain(Direct):
 
     @staticmethod
     def forward(ctx, s, names, backend, *parameters):
-        steps = _steps(names, parameters)
-        values = _values(s, steps, backend)
-        wanted = [step.name is not None or ctx.needs_input_grad[3 + 2 * k] for k, step in enumerate(steps)]
-        ctx.names, ctx.backend, ctx.kept = names, backend, [0] + [k for k, kept in enumerate(wanted) if kept and k]
-        ctx.present = [p is not None for p in parameters]
-        ctx.save_for_backward(*(p for p in parameters if p is not None), *(values[k] for k in ctx.kept))
+        values, needed = _values(s, names, parameters, backend), ctx.needs_input_grad
+        ctx.names, ctx.backend, ctx.kept, kept = names, backend, [0], [s]
+        for k, name in enumerate(names):
+            if k and (name is not None or needed[3 + 2 * k]):
+                ctx.kept.append(k)
+                kept.append(values[k])
+        ctx.save_for_backward(*parameters, *kept)
         return values[-1]
 
     @staticmethod
     def backward(ctx, g):
-        saved = list(ctx.saved_tensors)
-        parameters = [saved.pop(0) if present else None for present in ctx.present]
-        values, needed = dict(zip(ctx.kept, saved)), [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
+        saved, names = ctx.saved_tensors, ctx.names
+        parameters, kept = saved[: 2 * len(names)], saved[2 * len(names) :]
+        values, needed = dict(zip(ctx.kept, kept)), [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
         pull = _differentiable if torch.is_grad_enabled() else _pull
         try:
-            gs, *rest = pull(values, _steps(ctx.names, parameters), g, needed, ctx.backend)
+            gs, *rest = pull(values, names, parameters, g, needed, ctx.backend)
         except RuntimeError as error:
             _backend.refuse_batched(error)
             raise
         return gs, None, None, *rest
 
 
-def _steps(names, parameters):
-    return [Step(weight, bias, name) for name, weight, bias in zip(names, parameters[::2], parameters[1::2])]
-
-
-def _values(s, steps, backend):
+def _values(s, names, parameters, backend):
     """s, and what every step makes of it."""
-    values = [s]
-    for weight, bias, name in steps:
-        s = activated(s, name, backend) if weight is None else _linear(s, weight, bias)
+    values, half = [s], in_half(s)
+    for k, name in enumerate(names):
+        if name is not None:
+            s = activated(s, name, backend)
+        else:
+            weight, bias = parameters[2 * k : 2 * k + 2]
+            if bias is not None and half:
+                s = linear_in_half(s, weight, bias)
+            else:
+                s = F.linear(s, weight)
+                if bias is not None:
+                    s[0].add_(bias)
         values.append(s)
     return values
 
 
-def _linear(s, weight, bias):
-    if bias is not None and in_half(s):
-        return linear_in_half(s, weight, bias)
-    y = F.linear(s, weight)
-    if bias is not None:
-        y[0].add_(bias)
-    return y
-
-
-def _pull(values, steps, g, needed, backend):
+def _pull(values, names, parameters, g, needed, backend):
     """Cotangents of s and of all weights and biases."""
-    grads, g = [None] * len(needed), g.contiguous()
-    for k in range(len(steps) - 1, -1, -1):
-        weight, _, name = steps[k]
-        further = any(needed[: 1 + 2 * k])
-        if weight is None:
-            g = activation_gradient(values[k], g, name, backend, overwrite=k < len(steps) - 1)   # the last one's is the caller's
+    grads, g, last = [None] * len(needed), g.contiguous(), len(names) - 1
+    for k in range(last, -1, -1):
+        name = names[k]
+        further = True in needed[: 1 + 2 * k]
+        if name is not None:
+            g = activation_gradient(values[k], g, name, backend, overwrite=k < last)   # the last one's is the caller's
         else:
+            weight = parameters[2 * k]
             if needed[1 + 2 * k]:
                 grads[1 + 2 * k] = _gradient_of_weight(g.flatten(0, -2), values[k].flatten(0, -2))
             if needed[2 + 2 * k]:
                 grads[2 + 2 * k] = g[:1].flatten(0, -2).sum(0)
-            g = _times(g, weight) if further else None
+            if further:
+                narrow = _NARROW[0] < len(weight) <= _NARROW[1] and weight.device.type == "cpu"
+                g = torch.matmul(g, weight.t().contiguous().t() if narrow else weight)
         if not further:
             break
     grads[0] = g if needed[0] else None
     return grads
 
 
-def _differentiable(values, steps, g, needed, backend):
+def _differentiable(values, names, parameters, g, needed, backend):
     """The same, made of operations that can be differentiated again: on views, for the parameters may depend on s."""
     with torch.enable_grad():
         s = first = values[0].view_as(values[0])
-        own = [None if p is None else p.view_as(p) for step in steps for p in step[:2]]
-        for weight, bias, name in _steps([step.name for step in steps], own):
-            if weight is None:
+        own = [None if p is None else p.view_as(p) for p in parameters]
+        for name, weight, bias in zip(names, own[::2], own[1::2]):
+            if name is not None:
                 s = activate_stack(s, name, backend)
             else:
                 s = F.linear(s, weight)
@@ -216,14 +224,12 @@ def _differentiable(values, steps, g, needed, backend):
     return [next(found) if need else None for need in needed]
 
 
-def _narrow(n, device):
-    """Widths at which a BLAS falls to a sixth of its rate where they are rows, and keeps it where they are columns."""
-    return 1 < n <= 8 and device.type == "cpu"
-
-
-def _times(g, weight):
-    return torch.matmul(g, weight.t().contiguous().t() if _narrow(len(weight), g.device) else weight)
+# More than the first and at most the second: widths at which a BLAS of the CPU falls to a sixth of its rate where they are rows, and
+# keeps it where they are columns.
+_NARROW = 1, 8
 
 
 def _gradient_of_weight(g, s):
-    return torch.mm(s.t(), g).t().contiguous() if _narrow(s.shape[1], s.device) else torch.mm(g.t(), s)
+    if _NARROW[0] < s.shape[1] <= _NARROW[1] and s.device.type == "cpu":
+        return torch.mm(s.t(), g).t().contiguous()
+    return torch.mm(g.t(), s)

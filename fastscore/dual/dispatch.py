@@ -33,22 +33,18 @@ def carried(cls, func, args, kwargs):
     at = INPLACE_AT.get(func)
     if at is not None and len(args) > at and args[at]:
         return in_place_of(args[0], func, *args[1:at], False, *args[at + 1 :], **kwargs)
-    result = _ruled(cls, func, args, kwargs)
-    if result is NotImplemented:
-        result = _special(func, args, kwargs)
-    return generic(func, args, kwargs) if result is NotImplemented else result
 
-
-def _ruled(cls, func, args, kwargs):
     rule = cls.rules.get(func)
-    if rule is None:
-        return NotImplemented
-    if args and isinstance(args[0], Dual) and func not in POINTWISE and args[0].scalar():
-        return NotImplemented   # a dimension counted from the end of a 0-d value would be that of the stack
-    try:
-        return rule(*args, **kwargs)
-    except (NoDual, TypeError):   # an argument that has no stack, or a spelling that the rule does not know (axis=, input=)
-        return NotImplemented
+    # A dimension counted from the end of a 0-d value would be that of the stack.
+    if rule is not None and (func in POINTWISE or not (args and isinstance(args[0], Dual) and args[0].scalar())):
+        try:
+            result = rule(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        except (NoDual, TypeError):   # an argument that has no stack, or a spelling that the rule does not know (axis=, input=)
+            pass
+    result = _special(func, args, kwargs)
+    return generic(func, args, kwargs) if result is NotImplemented else result
 
 
 def _special(func, args, kwargs):

@@ -7,7 +7,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from fastscore.compiling import skip
 from fastscore.dual import kept
-from fastscore.dual.call import NoRule, calls, of_its_call, of_several, running, thread
+from fastscore.dual.call import NoRule, calls, of_its_call, of_several, thread
 from fastscore.dual.compiled import undisturbed
 from fastscore.dual.table import METADATA, RULES, metadata
 
@@ -47,7 +47,7 @@ class Dual(torch.Tensor):
     @classmethod
     def later(cls, pending):
         """Dual numbers that wait in a chain (of `dual.chains`)."""
-        call = running()
+        call = getattr(thread, "call", None)
         if call is None or not call.waits:
             return cls(pending.stack())
         result = _shell(cls, pending.shape[1:], None, None, None, pending.dtype, _UNLIKE_DENSE, pending.device)
@@ -115,10 +115,6 @@ def stack(a):
 
 def dual(s):
     return Dual(s)
-
-
-def later(x, pending):
-    return Dual.later(pending) if type(x) is Dual else dual(pending.stack())   # other kinds do not wait
 
 
 def value(a):

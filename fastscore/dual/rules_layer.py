@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from fastscore.dual import chains, norms
 from fastscore.dual.functions import activate_stack, add_bias, add_to_value, in_half, linear_in_half, normalise_stack
-from fastscore.dual.number import dual, is_dual, later, stack
+from fastscore.dual.number import Dual, dual, is_dual, stack
 from fastscore.dual.rules_math import add, mul
 from fastscore.dual.rules_shape import reshape
 from fastscore.dual.table import RULES, rule
@@ -75,12 +75,16 @@ for _name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2
 
 @rule("linear")
 def linear(input, weight, bias=None):
+    kind = type(input)
+    if kind is Dual:
+        pending = chains.linear(input.pending or input.computed, weight, bias)
+        if pending is not None:
+            return Dual.later(pending)
     if is_dual(weight) or is_dual(bias):
         return NotImplemented
-    pending = chains.linear(input.pending or input.computed, weight, bias)
-    if pending is not None:
-        return later(input, pending)
     s = stack(input)
+    if kind is not Dual and (pending := chains.linear(s, weight, bias)) is not None:   # other kinds do not wait
+        return dual(pending.stack())
     if bias is not None and weight.dim() == 2 and in_half(s):
         return dual(linear_in_half(s, weight, bias))
     y = F.linear(s, weight)
@@ -113,13 +117,15 @@ def pad(input, pad, mode="constant", value=None):
     return dual(y)
 
 
-def _activation(name, unless=lambda *args, **kwargs: False):
+def _activation(name, unless=None):
+    step = chains.Step(name=name)
+
     def apply(input, *args, inplace=False, **kwargs):
-        if unless(*args, **kwargs):
+        if unless is not None and unless(*args, **kwargs):
             return NotImplemented
         pending = input.pending   # which another thread may compute meanwhile
-        if pending:   # of a linear layer
-            return later(input, chains.Pending(pending, chains.Step(name=name), pending.shape))
+        if pending and type(input) is Dual:   # of a linear layer
+            return Dual.later(chains.Pending(pending, step, pending.shape))
         return dual(activate_stack(stack(input), name))
 
     return apply
