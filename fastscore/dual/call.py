@@ -15,7 +15,7 @@ class NoRule(NotImplementedError):
 
 
 class Call:
-    """One jvp that runs: the caller's grad mode, and references to whose stack is not computed yet and to memory not to be written to.
+    """One jvp that runs, and the context in which it does: the caller's grad mode, and references to whose stack is not computed yet and to memory not to be written to.
 
     `shown`: memory that ordinary tensors share, as of a detached value.
     `lock`: what waits is computed by one thread, once; who writes, waits until it is. `waits`: nothing does where weights come and go.
@@ -25,7 +25,23 @@ class Call:
     def __init__(self, grad_mode, waits):
         self.grad_mode, self.waits, self.waiting, self.copied, self.made = grad_mode, waits, [], [], []
         self.lock, self.shown, self.carriers = threading.RLock(), [], None
-        self.hooks, self.thread = saved_tensors_hooks(), threading.get_ident()
+        self.hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        self.thread = threading.get_ident()
+
+    def __enter__(self):
+        if kept.outside:
+            kept.keep(kept.outside)
+        thread.call = self
+        calls.append(self)
+
+    def __exit__(self, kind, error, trace):
+        try:
+            if self.carriers is not None:
+                self.carriers.close(keep=kind is None)
+        finally:
+            del thread.call
+            calls.remove(self)
+            kept.keep(self.made)
 
     def numbers(self):
         """All that are alive."""
@@ -34,39 +50,8 @@ class Call:
         return [n for n in found if n is not None and hasattr(type(n), "stack")]
 
 
-def saved_tensors_hooks():
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
 thread = threading.local()
 calls = []   # of all threads
-
-
-class Inside:
-    """A call's duration. No generator, whose context costs a microsecond."""
-
-    __slots__ = ("call",)
-
-    def __init__(self, grad_mode, waits=True):
-        self.call = Call(grad_mode, waits)
-
-    def __enter__(self):
-        if kept.outside:
-            kept.keep(kept.outside)
-        thread.call = self.call
-        calls.append(self.call)
-
-    def __exit__(self, kind, error, trace):
-        try:
-            if self.call.carriers is not None:
-                self.call.carriers.close(keep=kind is None)
-        finally:
-            self.leave()
-
-    def leave(self):
-        del thread.call
-        calls.remove(self.call)
-        kept.keep(self.call.made)
 
 
 def running():

@@ -6,7 +6,7 @@ import weakref
 
 import torch
 
-from fastscore.dual.call import NoRule, running, saved_tensors_hooks
+from fastscore.dual.call import NoRule, running
 from fastscore.dual.number import Dual
 from fastscore.dual.stacks import aligned
 
@@ -140,7 +140,7 @@ def check(name, target, views=0):
     """
     call = running()
     # The backward pass would call a checkpoint again when nothing turns this back; another thread may hold a tensor while it is swapped.
-    if call is None or call.hooks != saved_tensors_hooks() or call.thread != threading.get_ident():
+    if call is None or call.hooks != torch._C._autograd._top_saved_tensors_default_hooks(True) or call.thread != threading.get_ident():
         _refuse(f"{name} would write dual numbers into an ordinary tensor inside a checkpoint or another thread.")
     leaf = target.requires_grad and (target.is_leaf or (target._is_view() and target._base.is_leaf))
     if target.is_inference() and not torch.is_inference_mode_enabled():

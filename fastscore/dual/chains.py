@@ -48,7 +48,8 @@ class Pending:
             elif source is not self and (holder := source.holder()) is not None:
                 holder.stack   # noqa: B018  somebody may ask for it, too
             else:
-                if source.versions is not None and source.versions != _versions(source.step):
+                weight, bias, _ = source.step
+                if weight is not None and source.versions != (weight._version, None if bias is None else bias._version):
                     raise RuntimeError("fastscore.jvp: f changed the parameters of a linear layer in place after it had used them.")
                 steps.append(source.step)
                 source, version = source.source, source.version
@@ -96,11 +97,6 @@ def saved_as_they_are():
 
 def _refuse():
     raise NoRule("fastscore.jvp: f wrote into the input of a linear layer, through a detached tensor, after it had used it.")
-
-
-def _versions(step):
-    weight, bias, _ = step
-    return weight._version, None if bias is None else bias._version
 
 
 def linear(source, weight, bias):

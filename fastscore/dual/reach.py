@@ -60,7 +60,8 @@ def reached(functions):
         kind = type(a)
         if (still := _STILL[kind]) is not None:   # most of a network, in every call
             own = vars(a)
-            if still(own) and not own["_forward_hooks"] and not own["_forward_pre_hooks"] and "forward" not in own:
+            quietly = not own["_buffers"] if still is _WITHOUT_BUFFERS else still is _ALWAYS or not own["training"]
+            if quietly and not own["_forward_hooks"] and not own["_forward_pre_hooks"] and "forward" not in own:
                 if children := own["_modules"]:
                     if id(a) not in seen:
                         seen.add(id(a))
@@ -173,27 +174,22 @@ _DRAWLESS = frozenset(
 _OURS = "fastscore.nn.", "fastscore.models.refinenet", "fastscore.models.ncsn", "fastscore.models.score_mlp"
 
 
+_WITHOUT_BUFFERS, _IN_EVALUATION, _ALWAYS = "without buffers", "in evaluation", "always"
+
+
 class _Still(dict):
-    """{class: when one of its modules, given as its attributes, neither draws nor writes}; None for what is no such module."""
+    """{class: when its modules neither draw nor write}; None for what is no such module."""
 
     def __missing__(self, cls):
         still = None
         if cls in _QUIET:
-            still = _without_buffers
+            still = _WITHOUT_BUFFERS
         elif cls in _STILL_IN_EVALUATION:
-            still = _in_evaluation
+            still = _IN_EVALUATION
         elif issubclass(cls, nn.Module) and cls.__module__.startswith(_OURS):   # whose buffers are constants
-            still = bool
+            still = _ALWAYS
         self[cls] = still
         return still
-
-
-def _without_buffers(attributes):
-    return not attributes["_buffers"]
-
-
-def _in_evaluation(attributes):
-    return not attributes["training"]
 
 
 _STILL = _Still()

@@ -9,7 +9,7 @@ from fastscore import scalars
 from fastscore.compiling import eagerly
 from fastscore.dual import dispatch as dispatch
 from fastscore.dual import fallback, transposed
-from fastscore.dual.call import Inside, NoRule, thread
+from fastscore.dual.call import Call, NoRule, thread
 from fastscore.dual.compiled import as_written
 from fastscore.dual.norms import FACTORISED, NATIVE_NORMS
 from fastscore.dual.number import Dual
@@ -165,7 +165,7 @@ def _stacked(f, x, v):
     s = torch.cat([x[None], v])
     if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         s = s.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, s.shape[:2])
-    with Inside(torch.is_grad_enabled(), waits=not sharded(f)):
+    with Call(torch.is_grad_enabled(), waits=not sharded(f)):
         y = f(Dual(s))
         if isinstance(y, Dual):
             s = y.stack

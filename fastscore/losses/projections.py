@@ -34,9 +34,9 @@ def observed(t, mask):
     return t.masked_fill(mask == 0, 0)
 
 
-def check_data(op, x, *score):
-    for f in score:
-        scalars.function(op, "score", f)
+def check_data(op, x, score=None):
+    if score is not None and not callable(score):
+        scalars.function(op, "score", score)
     checks.check_float(op, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must be (B, *); got a 0-d tensor.")
@@ -48,7 +48,8 @@ def check_key(op, seed, step, offset, x):
 
 
 def check_projections(op, projections, distribution):
-    checks.integer(op, "projections", projections, 1, 65536)
+    if type(projections) is not int or not 1 <= projections <= 65536:
+        checks.integer(op, "projections", projections, 1, 65536)
     if not isinstance(distribution, str) or distribution not in DISTRIBUTIONS:
         raise ValueError(f"{op}: distribution must be one of {', '.join(DISTRIBUTIONS)}; got {checks.shown(distribution)}.")
 
@@ -126,7 +127,8 @@ def _checked_score(op, score, x, arguments):
     def f(x):
         s = score(x, *arguments)
         check_score(op, s, x)
-        if _cut_off(s, x):   # detach(), a no_grad block or numpy: the trace would silently be zero
+        carried = type(s) is type(x) is dual.Dual
+        if not carried and _cut_off(s, x):   # detach(), a no_grad block or numpy: the trace would silently be zero
             raise ValueError(f"{op}: score(x) must depend on x through differentiable operations; it is cut off from x.")
         return s
 
@@ -147,8 +149,8 @@ def sliced_estimate(op, score, x, projections, variance_reduced, distribution, v
     score = _as_energy(score)
     check_projections(op, projections, distribution)
     if distribution == "rademacher" and v is None and mask is None and not isinstance(score, EnergyScore):
-        check_data(op, x)
-        variance_reduced = checks.flag(op, "variance_reduced", variance_reduced)
+        if type(variance_reduced) is not bool:
+            variance_reduced = checks.flag(op, "variance_reduced", variance_reduced)
         return signed_mean(op, score, x, projections, variance_reduced, arguments, **key)
     v = directions(op, x, projections, distribution, v, mask, **key)
     variance_reduced = checks.flag(op, "variance_reduced", variance_reduced)
@@ -159,11 +161,12 @@ def signed_mean(op, score, x, projections, variance_reduced, arguments, seed, st
     """`sliced_mean` along signs: projection and reduction read s and Jv once, and the signs are never stored for the backward pass."""
     chosen = backends.choose(x.device, cuda=False)   # a GPU runs the Triton kernels
     key, *numbers = random.noise_key(op, seed, step, random.PROJECTION, 0, offset, x.device)
-    stack = dual.stacked_jvp(_checked_score(op, score, x, arguments), x, signs(x, projections, key, tuple(numbers), chosen))
-    dtype = checks.compute_dtype(x.dtype)
-    if checks.compute_dtype(stack.dtype) != dtype:
-        stack = stack.to(dtype)
-    vjv, vs, ss = project_stack(stack, key, tuple(numbers), chosen)
+    numbers = tuple(numbers)
+    stack = dual.stacked_jvp(_checked_score(op, score, x, arguments), x, signs(x, projections, key, numbers, chosen))
+    if stack.dtype != x.dtype:
+        dtype = checks.compute_dtype(x.dtype)
+        stack = stack if checks.compute_dtype(stack.dtype) == dtype else stack.to(dtype)
+    vjv, vs, ss = project_stack(stack, key, numbers, chosen)
     if not variance_reduced:
         return (vjv + 0.5 * vs.square()).mean(0)
     return torch.add(vjv[0] if projections == 1 else vjv.mean(0), ss, alpha=0.5)

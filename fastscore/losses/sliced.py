@@ -59,7 +59,9 @@ def sliced(
     tensor([-1.5000])
     """
     check_data("sliced", x, score)
-    offset = scalars.offset("sliced", first_sample, x[:1].numel())
+    offset = 0
+    if type(first_sample) is not int or first_sample:
+        offset = scalars.offset("sliced", first_sample, x[:1].numel())
     key = {"seed": seed, "step": step, "offset": offset}
     return sliced_estimate(
         "sliced", score, x, projections, variance_reduced, distribution, v, mask, **key

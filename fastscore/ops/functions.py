@@ -44,7 +44,9 @@ def contiguous(t):
     """
     if t is None:
         return None
-    return t.clone() if without_memory(t) else t.contiguous()
+    if not torch.compiler.is_compiling() and t._is_zerotensor():
+        return t.clone()
+    return t.contiguous()
 
 
 def without_memory(t):

@@ -176,9 +176,12 @@ def run_project(js, s, projections, key, numbers, backend):
         return tuple(o for o in project_ref(s, js, signs(like, projections, key, numbers, backend)) if o is not None)
     dtype, (B, *_) = checks.compute_dtype(like.dtype), like.shape
     vjv = None if js is None else torch.empty((projections, B), dtype=dtype, device=like.device)
-    vs, ss = (None, None) if s is None else (torch.empty(shape, dtype=dtype, device=like.device) for shape in ((projections, B), (B,)))
+    vs = None if s is None else torch.empty((projections, B), dtype=dtype, device=like.device)
+    ss = None if s is None else torch.empty((B,), dtype=dtype, device=like.device)
     _backend.call(backend, "rademacher_project", vjv, vs, ss, js, s, projections, key, *numbers)
-    return tuple(o for o in (vjv, vs, ss) if o is not None)
+    if vjv is None:
+        return vs, ss
+    return (vjv,) if vs is None else (vjv, vs, ss)
 
 
 def run_spread(g_vjv, g_vs, g_ss, s, layouts, projections, key, numbers, backend):
