@@ -15,7 +15,9 @@ class NoRule(NotImplementedError):
 
 
 class Call:
-    """One jvp that runs, and the context in which it does: the caller's grad mode, and references to whose stack is not computed yet and to memory not to be written to.
+    """One jvp that runs, and the context in which it does.
+
+    It holds the caller's grad mode, and references to whose stack is not computed yet and to memory not to be written to.
 
     `shown`: memory that ordinary tensors share, as of a detached value.
     `lock`: what waits is computed by one thread, once; who writes, waits until it is. `waits`: nothing does where weights come and go.
