@@ -59,6 +59,7 @@ class _Averaged(AveragedModel):
                 "averaged: the model must have the parameters that it had when its average was "
                 "made; their number differs."
             )
+
         for average, p in zip(self._averages(), parameters):
             current = p.detach().to(average.device, average.dtype)
             if decay == 0 or not (average.dtype.is_floating_point or average.dtype.is_complex):
@@ -78,7 +79,8 @@ class _Averaged(AveragedModel):
         """By name, for a model may make buffers as it runs."""
         for name, b in model.named_buffers():
             path, _, leaf = name.rpartition(".")
-            ours, theirs = self.module.get_submodule(path), model.get_submodule(path)
+            ours = self.module.get_submodule(path)
+            theirs = model.get_submodule(path)
             kept = ours._buffers.get(leaf)
             if kept is not None and kept.shape == b.shape:
                 kept.detach().copy_(b.detach())

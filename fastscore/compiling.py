@@ -33,12 +33,14 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name != _DYNAMO:
             return None
+
         sys.meta_path.remove(self)
         try:
             spec = importlib.util.find_spec(name)
         except BaseException:
             sys.meta_path.insert(0, self)
             raise
+
         execute = spec.loader.exec_module
 
         def exec_module(module):

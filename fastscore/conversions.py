@@ -123,6 +123,9 @@ class Converted(nn.Module):
     tensor([[-0.7500]])
     """
 
+    kind: str
+    to_kind: str
+
     def __init__(self, network: Callable[..., Tensor], *, kind: str, to: str = "score") -> None:
         super().__init__()
         function("Converted", "network", network)
@@ -152,6 +155,9 @@ class Rescaled(nn.Module):
     Raises:
         ValueError: scale is 0.
     """
+
+    scale: float
+    shift: float | Tensor
 
     def __init__(
         self, score: Callable[..., Tensor], scale: float, shift: float | Tensor = 0.0

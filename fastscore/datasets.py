@@ -21,7 +21,7 @@ __all__ = ["load", "split"]
 FASHION = ("/usr/share/datasets/fashion-mnist", "/usr/local/share/datasets/fashion-mnist")
 
 
-def load(source: str | os.PathLike) -> tuple[torch.Tensor, torch.Tensor | None]:
+def load(source: str | os.PathLike[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Load images by name or path.
 
     Args:
@@ -41,6 +41,7 @@ def load(source: str | os.PathLike) -> tuple[torch.Tensor, torch.Tensor | None]:
     named = {"digits": _digits, "mnist": _mnist, "fashion": _fashion}
     if str(source) in named:
         return named[str(source)]()
+
     path, _ = images.parse(source)
     if path.is_dir():
         return torch.from_numpy(images.read_folder(source)), None
@@ -48,6 +49,7 @@ def load(source: str | os.PathLike) -> tuple[torch.Tensor, torch.Tensor | None]:
         return _npz(source, path)
     if path.suffix == ".npy" and path.exists():
         return torch.from_numpy(images.from_array(images.load_array(path), source)), None
+
     raise ValueError(
         "data must be digits, mnist, fashion, a folder of images or an .npz or .npy file; got "
         f"{str(source)!r}."
@@ -126,6 +128,7 @@ def _npz(source, path):
         ) from None
     if "images" not in found:
         raise ValueError(f"{path} must hold an array named images; got {names}.")
+
     pixels = torch.from_numpy(images.from_array(found["images"], source))
     return pixels, _labels(found["labels"], len(pixels), path) if "labels" in found else None
 

@@ -26,6 +26,7 @@ class KeepsBuffers(nn.Module):
             elif _empties(fn) and not new.is_meta:
                 known = remembered.get(name) if old.is_meta else old
                 new.copy_(known) if known is not None else new.fill_(math.nan)
+
         return self
 
 

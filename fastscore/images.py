@@ -143,10 +143,12 @@ def read_folder(source: str | Path) -> np.ndarray:
         array = np.stack([raw.array for raw in raws])
         _check_white(array.max(), array.dtype, reading, folder)
         return _unit(_Raw(array), reading, folder)
+
     for dtype in dtypes:
         _check_white(
             max(raw.array.max() for raw in raws if raw.array.dtype == dtype), dtype, reading, folder
         )
+
     return np.stack(
         [_to_channels(_unit(raw, reading, file), reading, file) for file, raw in zip(files, raws)]
     )
@@ -177,6 +179,7 @@ def _pictures_of(folder):
             f"{folder} holds images that are not read, such as {others[0].name}; make them .png "
             "files or take them out."
         )
+
     return files
 
 
@@ -197,6 +200,7 @@ def from_array(array: np.ndarray, source: str | Path) -> np.ndarray:
         raise ValueError(
             f"{path} may hold {n} grey images of {h} x {w} pixels, or one image: {way}."
         )
+
     array = _channels_first(array, 3, reading, path)
     _check_white(array.max(), array.dtype, reading, path)
     return _to_channels(_unit(_Raw(array), reading, path), reading, path)
@@ -241,6 +245,7 @@ def _picture(path, reading):
 
     if reading.first is not None:
         raise ValueError(f"{path} is a picture; channels-first and channels-last are for arrays.")
+
     try:
         with open(path, "rb") as file:
             head = file.read(25)
@@ -269,6 +274,7 @@ def _picture(path, reading):
             f"{path} has transparent pixels: say what shows behind them, {path}:on-white or "
             f"{path}:on-black."
         )
+
     return _Raw(array, alpha.astype(np.float32) / 255)
 
 
@@ -283,6 +289,7 @@ def _pixels(image, depth, path):
             f"{path} has 16 bits for each colour, of which Pillow reads 8; store 8 bits, or an "
             "array (.npy, .npz)."
         )
+
     transparent = image.info.get("transparency")
     if image.mode == "P":
         image = image.convert("RGB" if transparent is None else "RGBA")
@@ -299,6 +306,7 @@ def _pixels(image, depth, path):
     array = array.astype(np.uint16) if depth == 16 else array
     if transparent is None:
         return array, None
+
     white = 1 if array.dtype == bool else np.iinfo(array.dtype).max
     hidden = array == np.multiply(transparent, white) // (2**depth - 1)
     hidden = hidden.all(-1) if array.ndim == 3 else hidden
@@ -313,6 +321,7 @@ def _channels_first(array, axes, reading, path):
         return np.expand_dims(array, -3) if axes == 3 else array[None]
     if array.ndim != axes + 1 or not array.size:
         raise ValueError(f"{path} must hold (H, W), (H, W, C) or (C, H, W); got {_outline(array)}.")
+
     first = reading.first
     if first is None:
         first, last = (1 <= n <= 4 for n in (array.shape[-3], array.shape[-1]))
@@ -322,6 +331,7 @@ def _channels_first(array, axes, reading, path):
                 f"{path} holds an array {array.shape}, whose channels may be the first or the last "
                 f"axis of an image: {ask}."
             )
+
     return array if first else np.moveaxis(array, -1, -3)
 
 
@@ -330,6 +340,7 @@ def _unit(raw, reading, path, slack=0.0):
     array, kind = raw.array, raw.array.dtype.kind
     if kind == "f" and not np.isfinite(array).all():
         raise ValueError(f"{path} must hold finite numbers; it holds NaN or infinity.")
+
     white = 1 if kind == "b" else reading.white
     if white is None:
         white = np.iinfo(array.dtype).max if kind in "iu" else 1
@@ -345,8 +356,10 @@ def _unit(raw, reading, path, slack=0.0):
             f"{path} must have values in {within}, or say {path}:max=N; got {low:.6g} to "
             f"{high:.6g}."
         )
+
     if raw.alpha is not None:
         array = array * raw.alpha + np.float32(reading.background) * (1 - raw.alpha)
+
     return array
 
 
@@ -359,6 +372,7 @@ def _check_white(top, dtype, reading, path):
             f"{path} holds {dtype} up to {top}, which does not tell white: say {path}:max=255 or "
             "what it is, or store uint8."
         )
+
     full = np.iinfo(dtype).max
     if 0 < top < full / 8:
         way = f"say {path}:max={top} or what it is; {path}:max={full} if the images are so dark"
@@ -377,6 +391,7 @@ def _to_channels(array, reading, path):
         raise ValueError(f"{path}:{name} must have 1 or 3 channels to go by; it has {found}.")
     if wanted == 3:
         return np.repeat(array, 3, axis=-3)
+
     weights = np.array(LUMA, np.float32)[:, None, None]
     return (array * weights).sum(-3, keepdims=True, dtype=np.float32)
 

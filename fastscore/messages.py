@@ -2,8 +2,11 @@
 
 import inspect
 import math
+from typing import TypeVar
 
 import torch
+
+C = TypeVar("C", bound=type)
 
 
 def shown(value: object) -> str:
@@ -53,10 +56,11 @@ def brief(value: object) -> str:
         return "{" + ", ".join(f"{key}: {brief(item)}" for key, item in value.items()) + "}"
     if isinstance(value, tuple | list):
         return "(" + ", ".join(map(brief, value)) + ")"
+
     return getattr(value, "__qualname__", None) or shown(value)
 
 
-def printed(cls: type) -> type:
+def printed(cls: C) -> C:
     """A class decorator: objects print as their name and what they were made of, each in brief."""
     cls.__repr__ = _printed
     return cls

@@ -28,6 +28,7 @@ def evaluated(f: Callable) -> Callable:
     held = networks(f)
     if not held:
         return f
+
     _warn_of_batches(held)
     evaluation = Evaluation(held)
 
@@ -51,8 +52,16 @@ class Evaluation:
     children.
     """
 
+    held: list[nn.Module]
+    switched: list[Any]
+    attributes: list[Any]
+    others: list[Any]
+    parents: list[Any]
+    leaves: list[Any]
+
     def __init__(self, held: list[nn.Module]) -> None:
-        self.held, self.switched = held, []
+        self.held = held
+        self.switched = []
         self._look()
 
     def __enter__(self) -> None:
@@ -69,15 +78,18 @@ class Evaluation:
             or [d for d, c in self.parents if [*d["_modules"].values()] != c]
         ):
             self._look()
+
         switched = [d for d in self.attributes if d["training"]]
         if self.others:
             switched += [m for m in self.others if m.training]
         if switched:
             _set(switched, False)
+
         return switched
 
     def _look(self):
-        self.attributes, self.others = [], []
+        self.attributes = []
+        self.others = []
         for m in _modules(self.held):
             own = vars(m)
             if "training" in own and isinstance(own.get("_modules"), dict):
@@ -86,6 +98,7 @@ class Evaluation:
             # inside it.
             else:
                 self.others.append(m)
+
         self.parents = [(d, [*d["_modules"].values()]) for d in self.attributes if d["_modules"]]
         self.leaves = [d for d in self.attributes if not d["_modules"]]
 
@@ -112,7 +125,9 @@ def _modules(networks):
 
 def networks(*callables: Any) -> list[nn.Module]:
     """The networks that callables hold."""
-    found, seen, waiting = [], {}, [(f, 0) for f in callables]
+    found = []
+    seen = {}
+    waiting = [(f, 0) for f in callables]
     while waiting:
         thing, depth = waiting.pop()
         if id(thing) in seen or depth > _DEEP:
@@ -121,6 +136,7 @@ def networks(*callables: Any) -> list[nn.Module]:
         if isinstance(thing, nn.Module):
             found.append(thing)
         waiting.extend((part, depth + 1) for part in _parts(thing))
+
     return found
 
 
@@ -175,6 +191,7 @@ def _of_function(f):
             yield cell.cell_contents
         except ValueError:   # not yet filled
             pass
+
     yield from f.__defaults__ or ()
     yield from (f.__kwdefaults__ or {}).values()
     yield from vars(f).values()

@@ -85,6 +85,7 @@ def _bounds(found, least, most, above, below):
     closed = least > above
     if below < math.inf:
         return f" in {'[' if closed else '('}{max(least, above):g}, {below:g})"
+
     lower = (
         ""
         if max(least, above) == -math.inf

@@ -27,6 +27,7 @@ def check_tensor(op: str, name: str, t: torch.Tensor) -> None:
     """
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor; got {type(t).__name__}.")
+
     kind = type(t)
     if kind in _PLAIN and dense(t):
         return
@@ -41,6 +42,7 @@ def check_tensor(op: str, name: str, t: torch.Tensor) -> None:
         raise TypeError(
             f"{op}: {name} must be a dense tensor; got layout {t.layout} (.to_dense() converts it)."
         )
+
     if kind not in _PLAIN:
         _check_subclass(op, name, t)
 
@@ -149,6 +151,7 @@ def numbers(op: str, name: str, value: Any, dtype: torch.dtype | None = None) ->
         raise TypeError(f"{op}: {name} must be real numbers; got {shown(value)}.")
     if dtype is None and found.is_floating_point():
         return found
+
     return torch.as_tensor(value, dtype=dtype or torch.get_default_dtype(), device=found.device)
 
 
@@ -167,7 +170,9 @@ def valued(op: str, name: str, value: Any, dtype: torch.dtype | None = None) -> 
             raise TypeError(
                 f"{op}: {name} must be a tensor, or numbers for one; got {shown(value)}."
             ) from None
+
     check_tensor(op, name, value)
     if value.is_meta:
         raise ValueError(f"{op}: {name} must have values; it is on the meta device.")
+
     return value if dtype is None else value.to(dtype)

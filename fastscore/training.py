@@ -66,6 +66,7 @@ def training_loop(
         raise TypeError(f"{op}: model must be a torch.nn.Module; got {shown(model)}.")
     if not isinstance(loader, Iterable):
         raise TypeError(f"{op}: loader must be an iterable of batches; got {shown(loader)}.")
+
     function(op, "loss", loss)
     ema_decay = None if ema_decay is None else checks.number(op, "ema_decay", ema_decay, 0, below=1)
     if optimizer is not None and lr is not None:
@@ -77,6 +78,7 @@ def training_loop(
             f"{op}: ema_decay must be that of the ema that is given, "
             f"{getattr(ema, 'decay', None)}; got {ema_decay}."
         )
+
     steps = checks.integer(op, "steps", steps, 0, limit=RUN)
     first_step = checks.integer(op, "first_step", first_step, 0, limit=RUN)
     if grad_clip is not None and not (type(grad_clip) is float and grad_clip == math.inf):
@@ -87,6 +89,7 @@ def training_loop(
         optimizer = torch.optim.Adam(
             model.parameters(), lr=lr if isinstance(lr, torch.Tensor) else rate
         )
+
     ema = averaged(model, 0.999 if ema_decay is None else ema_decay) if ema is None else ema
     return _loop(model, loader, loss, range(first_step, steps), optimizer, ema, grad_clip)
 

@@ -116,6 +116,7 @@ def gradient(op: str, f: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor) -> t
     """
     if not checks.readable():   # inside a transform or torch.compile tensors have no graph to walk
         return torch.func.grad(lambda x: _summed(*f(x)), has_aux=True)(x)
+
     wanted = torch.is_grad_enabled()
     # a view, for detach() would drop a forward-mode tangent.
     leaf = x if wanted and x.requires_grad else x.view_as(x).requires_grad_()
@@ -157,7 +158,7 @@ def check_scale(op: str, scale: float | Tensor) -> None:
     checks.coefficient(op, "scale", scale, probe)
 
 
-def called(op: str, score: Callable[..., Tensor], x: Tensor, arguments: tuple) -> Tensor:
+def called(op: str, score: Callable[..., Tensor], x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
     """The prior's score; another shape would broadcast against the likelihood's."""
     s = score(x, *arguments)
     check_score(op, s, x)

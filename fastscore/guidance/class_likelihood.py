@@ -50,6 +50,7 @@ def class_likelihood(net: Callable[..., Tensor], labels: int | Tensor) -> Callab
             "class_likelihood: labels must be a class number, or int64 (B,), not negative; got "
             f"{shown(labels.tolist())}."
         )
+
     return _LogLikelihood(net, labels, highest=int(labels.max()) if labels.numel() else 0)
 
 
@@ -61,7 +62,8 @@ class _LogLikelihood:
     highest: int
 
     def __call__(self, x, *arguments):
-        logits, labels = self.net(x, *arguments), self.labels
+        logits = self.net(x, *arguments)
+        labels = self.labels
         if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != len(x):
             got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
             raise ValueError(
@@ -76,5 +78,6 @@ class _LogLikelihood:
                 f"class_likelihood: labels must be one for each of the {len(x)} samples; got "
                 f"{len(labels)}."
             )
+
         index = labels.to(logits.device, torch.int64).expand(len(x))[:, None]
         return logits.log_softmax(1).gather(1, index)[:, 0]

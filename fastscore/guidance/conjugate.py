@@ -69,4 +69,5 @@ def _iterate(multiply, r, iterations, tolerance):
         v, r = v + alpha * p, r - alpha * q
         previous, rr = rr, torch.where(running, _dot(r, r), 0)   # 0: done
         p = r + torch.where(running, rr / previous, 0) * p
+
     return v

@@ -61,7 +61,8 @@ def inpainting(
     """
     op = "inpainting"
     checks.check_float(op, "the observation", observation)
-    mask, noise = check_mask(op, mask), check_noise(op, noise)
+    mask = check_mask(op, mask)
+    noise = check_noise(op, noise)
     seed = random.draw_seed() if seed is None else seed  # one for all calls
     random.check_seed(
         op, seed, seed.device if isinstance(seed, torch.Tensor) else observation.device
@@ -141,6 +142,7 @@ class _DataConsistency:
     def __call__(self, x, sigma, step):
         if sigma > 0:
             return x
+
         ax = self.operator.forward(x)
         r = (
             range_of(
@@ -191,4 +193,5 @@ def fitted_observation(op: str, y: Tensor, like: Tensor, of: str = "x") -> Tenso
             f"{op}: the observation must have the shape of {of}, {want} or {tuple(like.shape)}; "
             f"got {tuple(y.shape)}."
         )
+
     return y.to(like.device, like.dtype)

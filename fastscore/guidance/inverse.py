@@ -111,6 +111,7 @@ class _LinearInverse:
         if not self.checked and checks.readable():   # once, where numbers can be looked at
             check_adjoint("linear_inverse", self.operator, x)
             self.checked = True
+
         variance = _variance(x, arguments, self.noise)
         s, g = self.likelihood(
             self.score,
@@ -135,6 +136,7 @@ def _variance(x, arguments, noise):
         return x.new_zeros((1,) * x.dim(), dtype=checks.compute_dtype(x.dtype))
     if isinstance(arguments[0], torch.Tensor) and _tracked(arguments[0]):
         raise ValueError("linear_inverse: there is no derivative with respect to sigma; detach it.")
+
     sigma = checks.coefficient("linear_inverse", "sigma", arguments[0], x, minimum=0)
     sigma = sigma if isinstance(sigma, torch.Tensor) else checks.as_tensor(sigma, x)
     return sigma.square().reshape(-1, *[1] * (x.dim() - 1))
@@ -188,6 +190,7 @@ def _moments(score, operator, y, noise2, iterations, x, arguments, variance):
             'linear_inverse: method "moments" holds the covariance constant and cannot be '
             'differentiated; take "denoiser".'
         )
+
     leaf = x.detach().requires_grad_()
     with torch.enable_grad():
         s = called("linear_inverse", score, leaf, arguments)

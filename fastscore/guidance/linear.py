@@ -57,11 +57,12 @@ class LinearOperator:
 class Composition(LinearOperator):
     """A x = first(second(x)); solved by conjugate gradients."""
 
+    first: LinearOperator
+    second: LinearOperator
+
     def __init__(self, first: LinearOperator, second: LinearOperator) -> None:
-        self.first, self.second = (
-            check_operator("Composition", first),
-            check_operator("Composition", second),
-        )
+        self.first = check_operator("Composition", first)
+        self.second = check_operator("Composition", second)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.first.forward(self.second.forward(x))
@@ -75,7 +76,9 @@ class Composition(LinearOperator):
 
 class _Function(LinearOperator):
     def __init__(self, forward, adjoint, shape):
-        self._forward, self._adjoint, self.shape = forward, adjoint, shape
+        self._forward = forward
+        self._adjoint = adjoint
+        self.shape = shape
 
     def forward(self, x):
         return self._forward(x)
@@ -113,14 +116,17 @@ def from_function(
     function(op, "forward", forward)
     if adjoint is not None:
         function(op, "adjoint", adjoint)
+
     operator = _Function(forward, adjoint, random.sizes(op, shape))
     key = {"seed": 0, "stream": _CHECKS, "device": device}
     x, z = (random.draw(op, random.NORMAL, (1, *operator.shape), step=i, **key) for i in range(2))
-    both, apart = forward(2 * x - 3 * z), 2 * forward(x) - 3 * forward(z)
+    both = forward(2 * x - 3 * z)
+    apart = 2 * forward(x) - 3 * forward(z)
     if not float((both - apart).abs().max()) <= 1e-4 * float(apart.abs().max() + both.abs().max()):
         raise ValueError(
             "from_function: forward must be linear; f(2x - 3z) is not 2 f(x) - 3 f(z)."
         )
+
     try:
         gap = adjoint_gap(operator, operator.shape, device=device)
     except RuntimeError:
@@ -134,6 +140,7 @@ def from_function(
             else "forward cannot be differentiated by PyTorch, so give its adjoint"
         )
         raise ValueError(f"from_function: {found}: ⟨A x, y⟩ = ⟨x, Aᵀ y⟩ does not hold.")
+
     return operator
 
 
@@ -159,7 +166,8 @@ def adjoint_gap(
     x = random.draw("adjoint_gap", random.NORMAL, (1, *shape), step=2, **key)
     ax = operator.forward(x)
     y = random.draw("adjoint_gap", random.NORMAL, ax.shape, step=3, **key)
-    left, right = (ax * y).sum(), (x * operator.adjoint(y)).sum()
+    left = (ax * y).sum()
+    right = (x * operator.adjoint(y)).sum()
     return float(
         (left - right).abs() / (ax.norm() * y.norm()).clamp(min=torch.finfo(ax.dtype).tiny)
     )

@@ -39,13 +39,19 @@ class Mask(_OrthogonalRows):
         ValueError: other values, nothing is observed, or (when called) a shape that does not fit.
     """
 
-    def __init__(self, mask: Tensor | Sequence) -> None:
+    mask: Tensor
+
+    def __init__(self, mask: Tensor | Sequence[Any]) -> None:
         self.mask = check_mask("Mask", mask)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.where(fitted_mask("Mask", self.mask, x), x, 0)
 
-    adjoint = observed = forward
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self.forward(y)
+
+    def observed(self, y: Tensor) -> Tensor:
+        return self.forward(y)
 
 
 class Downsample(_OrthogonalRows):
@@ -57,9 +63,13 @@ class Downsample(_OrthogonalRows):
         ValueError: factor < 1, or (when called) the height or width is not a multiple of it.
     """
 
+    factor: int
+    gram: float
+
     def __init__(self, factor: int) -> None:
         factor = checks.integer("Downsample", "factor", factor, 1, limit=2**31)
-        self.factor, self.gram = factor, 1 / factor**2
+        self.factor = factor
+        self.gram = 1 / factor**2
 
     def forward(self, x: Tensor) -> Tensor:
         check_images("Downsample", x)
@@ -85,12 +95,15 @@ class Grey(_OrthogonalRows):
         ValueError: other weights, or (when called) another number of channels.
     """
 
+    weights: Tensor | None
+
     def __init__(self, weights: str | Sequence[float] | Tensor = "mean") -> None:
         if isinstance(weights, str) and weights not in ("mean", "luma"):
             raise ValueError(f"Grey: weights must be mean, luma or numbers; got {weights!r}.")
         if isinstance(weights, str) and weights == "mean":
             self.weights = None   # until the number of channels is seen
             return
+
         self.weights = valued(
             "Grey", "weights", LUMA if isinstance(weights, str) else weights
         ).double()
@@ -132,6 +145,9 @@ class Blur(LinearOperator):
             x is not (B, C, H, W) or, circular, smaller than k.
     """
 
+    kernel: Tensor
+    padding: str
+
     def __init__(self, kernel: Tensor, padding: str = "circular") -> None:
         kernel = valued("Blur", "kernel", kernel).detach().double()
         if (
@@ -146,7 +162,9 @@ class Blur(LinearOperator):
             )
         if not named(padding, ("circular", "zero")):
             raise ValueError(f"Blur: padding must be circular or zero; got {shown(padding)}.")
-        self.kernel, self.padding = kernel, padding
+
+        self.kernel = kernel
+        self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
         check_images("Blur", x)
@@ -175,6 +193,7 @@ class Blur(LinearOperator):
         """x times f(k̂) in the Fourier basis."""
         if not x.numel():   # which the FFT refuses
             return x
+
         (height, width), (h, w), dtype = (
             x.shape[-2:],
             self.kernel.shape,
@@ -184,6 +203,7 @@ class Blur(LinearOperator):
             raise ValueError(
                 f"Blur: the kernel, {(h, w)}, must not be larger than the image, {(height, width)}."
             )
+
         k = F.pad(self.kernel, (0, width - w, 0, height - h)).roll((-(h // 2), -(w // 2)), (0, 1))
         factor = f(torch.fft.rfft2(k.to(x.device))).to(
             torch.complex128 if dtype == torch.float64 else torch.complex64
@@ -204,15 +224,22 @@ class Matrix(LinearOperator):
             another shape.
     """
 
+    shape: Sequence[int]
+    matrix: Tensor
+    eigenvalues: Tensor
+    axes: Tensor
+
     def __init__(self, matrix: Tensor, shape: Sequence[int] | None = None) -> None:
         matrix = valued("Matrix", "matrix", matrix).detach().double()
         if matrix.dim() != 2 or not matrix.numel() or not bool(matrix.isfinite().all()):
             raise ValueError(
                 f"Matrix: matrix must be (m, n) and finite; got shape {tuple(matrix.shape)}."
             )
+
         self.shape = matrix.shape[1:] if shape is None else sizes("Matrix", shape)
         if math.prod(self.shape) != matrix.shape[1]:
             raise ValueError(f"Matrix: shape must hold {matrix.shape[1]} values; got {self.shape}.")
+
         self.matrix = matrix
         self.eigenvalues, self.axes = torch.linalg.eigh(matrix @ matrix.mT)
 
@@ -279,4 +306,5 @@ def fitted_mask(op: str, mask: Tensor, x: Tensor) -> Tensor:
             f"{op}: mask must have the shape of a sample, {tuple(shape)}, or broadcast to it; got "
             f"{tuple(mask.shape)}."
         )
+
     return mask.to(x.device)

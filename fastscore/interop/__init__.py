@@ -32,6 +32,7 @@ def __getattr__(name: str) -> Any:
             "AnnealedLangevinScheduler is a scheduler of diffusers, which is not installed: pip "
             "install diffusers."
         )
+
     from fastscore.interop.scheduler import AnnealedLangevinScheduler
 
     return AnnealedLangevinScheduler

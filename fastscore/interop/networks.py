@@ -9,7 +9,6 @@ dtype. The score is that of the network's own data, in [-1, 1] for most image ne
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastscore import conversions, schedules
@@ -33,38 +32,41 @@ def prediction_kind(op: str, name: Any) -> str:
 
 
 class _Adapter(nn.Module):
-    def __init__(self, network, arguments):
-        super().__init__()
-        self.network, self.arguments = network, arguments
+    network: Callable[..., Any]
+    arguments: dict[str, Any]
 
-    def each(self, x, sigma):
+    def __init__(self, network: Callable[..., Any], arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.network = network
+        self.arguments = arguments
+
+    def each(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         """σ as (B,), checked, in the compute dtype."""
         checks.check_float(type(self).__name__, "x", x)
         sigma = checks.coefficient(type(self).__name__, "sigma", sigma, x, minimum=1e-30)
-        return (sigma if isinstance(sigma, torch.Tensor) else checks.as_tensor(sigma, x)).expand(
-            x.shape[:1]
-        )
+        if not isinstance(sigma, Tensor):
+            sigma = checks.as_tensor(sigma, x)
+        return sigma.expand(x.shape[:1])
 
-    def unet(self, x, condition):
+    def unet(self, x: Tensor, condition: Tensor) -> Tensor:
         """A UNet's answer in x's dtype.
 
         Of twice the channels (a learned variance) the first half.
         """
-        answer = self.network(
-            x.to(getattr(self.network, "dtype", x.dtype)), condition, **self.arguments
-        )
-        answer = (
-            answer.sample
-            if hasattr(answer, "sample")
-            else answer[0]
-            if isinstance(answer, tuple)
-            else answer
-        )
+        theirs = x.to(getattr(self.network, "dtype", x.dtype))
+        answer = self.network(theirs, condition, **self.arguments)
+        if hasattr(answer, "sample"):
+            answer = answer.sample
+        elif isinstance(answer, tuple):
+            answer = answer[0]
+
         if x.dim() > 1 and answer.dim() == x.dim() and answer.shape[1] == 2 * x.shape[1]:
             answer = answer[:, : x.shape[1]]
+
         return self.like(answer.to(x.dtype), x)
 
-    def like(self, answer, x):
+    def like(self, answer: Tensor, x: Tensor) -> Tensor:
+        """The answer, checked to be like x."""
         checks.check_like(type(self).__name__, "the network's answer", answer, x)
         return answer
 
@@ -116,6 +118,9 @@ class VpUNet(_Adapter):
             outside the table.
     """
 
+    kind: str
+    round_timesteps: bool
+
     def __init__(
         self,
         unet: Callable[..., Any],
@@ -130,9 +135,11 @@ class VpUNet(_Adapter):
                 "VpUNet: the UNet must embed discrete timesteps; its time_embedding_type is "
                 "'fourier', which VeUNet takes."
             )
+
         log_table = check_table("VpUNet", alphas_cumprod)
         super().__init__(unet, arguments)
-        self.kind, self.round_timesteps = prediction_kind("VpUNet", prediction), round_timesteps
+        self.kind = prediction_kind("VpUNet", prediction)
+        self.round_timesteps = round_timesteps
         self._log_tables = {log_table.device: log_table}   # no buffer: .half() must not round it
 
     def forward(self, x: Tensor, sigma: float | Tensor) -> Tensor:
@@ -161,7 +168,8 @@ def score_of_pipeline(pipeline: Any, **arguments: Any) -> VeUNet | VpUNet:
         ValueError: the pipeline has no unet, or a scheduler without alphas_cumprod beside a UNet of
             discrete timesteps.
     """
-    unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
+    unet = getattr(pipeline, "unet", None)
+    scheduler = getattr(pipeline, "scheduler", None)
     if unet is None:
         raise ValueError(
             f"score_of_pipeline: the pipeline must have a unet; {type(pipeline).__name__} has none."
@@ -173,6 +181,7 @@ def score_of_pipeline(pipeline: Any, **arguments: Any) -> VeUNet | VpUNet:
             "score_of_pipeline: the scheduler must have alphas_cumprod; "
             f"{type(scheduler).__name__} has none."
         )
+
     return VpUNet(
         unet, scheduler.alphas_cumprod, prediction=scheduler.config.prediction_type, **arguments
     )
@@ -184,7 +193,7 @@ class _Denoiser(_Adapter):
     x keeps its dtype: these networks round inside, after the skip connection is split off.
     """
 
-    def forward(self, x, sigma):
+    def forward(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         sigma = self.each(x, sigma)
         denoised = self.like(self.network(x, sigma, **self.arguments).to(x.dtype), x)
         return conversions.convert(denoised, x, sigma, kind="denoiser", to="score")

@@ -1,6 +1,5 @@
 """Annealed Langevin dynamics as a diffusers scheduler."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,30 +11,24 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 
 from fastscore import conversions, random, schedules
 from fastscore.interop.networks import prediction_kind
+from fastscore.interop.scheduler_config import (
+    MARK,
+    VE,
+    VP,
+    betas_of,
+    completed,
+    given_ladder,
+    own_defaults,
+    positive,
+    whole_number,
+    with_true_defaults,
+)
 from fastscore.messages import shown
 from fastscore.ops import checks, langevin_step
 from fastscore.sampling.run import noiseless_update
 from fastscore.scalars import LEVELS, RUN
-from fastscore.schedules.ladders import check_ends, check_ladder
+from fastscore.schedules.ladders import check_ladder
 from fastscore.tensors import valued
-
-_MARK = "_annealed_langevin"   # stays in the config of a scheduler that was made from ours
-_VP = [
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
-]
-_VE = ["ScoreSdeVeScheduler"]
 
 
 class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
@@ -78,7 +71,12 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
     """
 
     order = 1
-    _compatibles = [*_VP, *_VE]
+    sigmas: torch.Tensor
+    timesteps: torch.Tensor | None
+    num_inference_steps: int | None
+    init_noise_sigma: float
+
+    _compatibles = [*VP, *VE]
 
     @register_to_config
     def __init__(
@@ -96,54 +94,46 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         first_sample: int = 0,
     ) -> None:
         op = type(self).__name__
-        ladder = _ladder(op, sigmas, sigma_max, sigma_min)
+        ladder = given_ladder(op, sigmas, sigma_max, sigma_min)
         self._kind = prediction_kind(op, prediction_type)
-        table = (
-            None
-            if alphas_cumprod is None
-            else valued(op, "alphas_cumprod", alphas_cumprod).detach().cpu()
-        )
-        if table is not None:
+        table = None
+        if alphas_cumprod is not None:
+            table = valued(op, "alphas_cumprod", alphas_cumprod).detach().cpu()
             # Refuses a ladder that the network does not know.
             schedules.timesteps_of(ladder[[0, -1]], table)
+
         self.register_to_config(**{
             "sigmas": None if sigmas is None else ladder.tolist(),
             "sigma_max": ladder[0].item() if sigmas is not None else float(sigma_max),
             "sigma_min": ladder[-1].item() if sigmas is not None else float(sigma_min),
             "steps_per_level": checks.integer(op, "steps_per_level", steps_per_level, 1, limit=RUN),
-            "step_size": None if step_size is None else _positive(op, "step_size", step_size),
+            "step_size": None if step_size is None else positive(op, "step_size", step_size),
             "denoise": bool(denoise),
             "alphas_cumprod": None if table is None else table.tolist(),
-            "seed": None if seed is None else _whole(op, "seed", seed),
+            "seed": None if seed is None else whole_number(op, "seed", seed),
             "first_sample": checks.integer(op, "first_sample", first_sample, 0, limit=2**62),
-            _MARK: True,
+            MARK: True,
         })  # fmt: skip
         if table is not None:
-            self.register_to_config(**_betas(table))
+            self.register_to_config(**betas_of(table))
+
         self._forget_false_defaults()
 
         # Of the state: pipelines multiply their first draw by it, DDPMPipeline does not.
         self.init_noise_sigma = ladder[0].item()
-        self._table, self.timesteps, self.num_inference_steps, self._state = table, None, None, None
+        self._table = table
+        self.timesteps = None
+        self.num_inference_steps = None
+        self._state = None
 
     def _forget_false_defaults(self):
         """diffusers drops what a config calls a default when another class is made from it.
 
         These would be other values there.
         """
-        defaults = _defaults(type(self))
         if "_use_default_values" in self.config:
-            own = {
-                name
-                for name, default in defaults.items()
-                if name in self.config and self.config[name] == default
-            }
-            true = own & set(self.config["_use_default_values"]) - {
-                "sigma_max",
-                "sigma_min",
-                "prediction_type",
-            }
-            self.register_to_config(_use_default_values=sorted(true))
+            true = own_defaults(type(self), self.config)
+            self.register_to_config(_use_default_values=true)
 
     @classmethod
     def from_config(
@@ -156,32 +146,15 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             ValueError: the config is of a scheduler whose networks are neither VE nor VP.
         """
         if isinstance(config, Mapping):
-            # A ladder that is given takes the place of the ends in the config, and ends that of its
-            # ladder.
-            others = (
-                {"sigma_max": None, "sigma_min": None} if kwargs.get("sigmas") is not None else {}
-            )
-            others |= {"sigmas": None} if {"sigma_max", "sigma_min"} & set(kwargs) else {}
-            kwargs = {**_arguments_of(cls, config), **others, **kwargs}
-            changed = {
-                k for k, default in _defaults(cls).items() if k in config and config[k] != default
-            }
-            if _class_of(cls, config)[0] is cls and "_use_default_values" in config:
-                config = {
-                    **config,
-                    "_use_default_values": [
-                        k for k in config["_use_default_values"] if k not in changed
-                    ],
-                }
+            kwargs = completed(cls, config, kwargs)
+            config = with_true_defaults(cls, config)
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @property
     def compatibles(self) -> list[type]:
         """The schedulers that can be made from this one's config for the same network."""
-        return [
-            type(self),
-            *(getattr(diffusers, name) for name in (_VE if self._table is None else _VP)),
-        ]
+        names = VE if self._table is None else VP
+        return [type(self), *(getattr(diffusers, name) for name in names)]
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: torch.device | str | None = None
@@ -206,19 +179,25 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
                 f"set_timesteps: num_inference_steps must be {len(levels)} for this ladder; got "
                 f"{shown(num_inference_steps)}."
             )
+
         step_size = (
             schedules.technique4_step_size(self.sigmas, c.steps_per_level)
             if c.step_size is None
             else float(c.step_size)
         )
-        self._ladder, self._levels = self.sigmas.tolist(), levels.tolist()
+        self._ladder = self.sigmas.tolist()
+        self._levels = levels.tolist()
         self._step_sizes = [step_size * (sigma / self._ladder[-1]) ** 2 for sigma in self._ladder]
         each = (
             self.sigmas if self._table is None else schedules.timesteps_of(self.sigmas, self._table)
         )
-        self.timesteps, self.num_inference_steps = each[levels].to(device), len(levels)
+        self.timesteps = each[levels].to(device)
+        self.num_inference_steps = len(levels)
         self._expected = each[levels].tolist()
-        self._index, self._scaled, self._seed, self._state = 0, None, c.seed, None
+        self._index = 0
+        self._scaled = None
+        self._seed = c.seed
+        self._state = None
 
     def _fit(self, calls):
         c = self.config
@@ -231,6 +210,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
                 f"set_timesteps: num_inference_steps must be {form} with at least 2 levels L, at "
                 f"most {LEVELS}; got {shown(calls)}."
             )
+
         return schedules.geometric(c.sigma_max, c.sigma_min, levels)
 
     def scale_model_input(
@@ -361,6 +341,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
                 "step: a VP network's input must come from scale_model_input, which was not called "
                 "for this step."
             )
+
         root = self._root()
         return conversions.vp_to_ve(
             conversions.convert(
@@ -379,11 +360,8 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
             if generator is None:
                 self._seed = random.draw_seed()
             else:
-                self._seed = int(
-                    torch.randint(
-                        0, 2**63 - 1, (), generator=generator, device=generator.device
-                    ).item()
-                )
+                key = {"generator": generator, "device": generator.device}
+                self._seed = int(torch.randint(0, 2**63 - 1, (), **key).item())
         return self._seed
 
     def add_noise(
@@ -396,6 +374,7 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
         """
         if self.timesteps is None:
             raise ValueError("add_noise: call set_timesteps first.")
+
         asked = torch.as_tensor(timesteps, dtype=torch.float32).reshape(-1).tolist()
         checks.check_float("add_noise", "original_samples", original_samples)
         checks.check_like("add_noise", "noise", noise, original_samples, of="original_samples")
@@ -404,107 +383,18 @@ class AnnealedLangevinScheduler(SchedulerMixin, ConfigMixin):
                 f"add_noise: timesteps must be one or one for each of the {len(original_samples)} "
                 f"samples; got {len(asked)}."
             )
+
         of = dict(zip(self._expected, (self._ladder[level] for level in self._levels)))
         if any(t not in of for t in asked):
             raise ValueError(
                 f"add_noise: timesteps must be of this run, {self._expected[0]:.6g} to "
                 f"{self._expected[-1]:.6g}; got {asked}."
             )
+
         sigma = torch.tensor(
             [of[t] for t in asked],
             dtype=checks.compute_dtype(original_samples.dtype),
             device=original_samples.device,
         )
-        return (original_samples + checks.expand(sigma, original_samples) * noise).to(
-            original_samples.dtype
-        )
-
-
-def _positive(op, name, value):
-    return checks.number(op, name, value, above=0, most=torch.finfo(torch.float32).max)
-
-
-def _whole(op, name, value):
-    number = value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
-    if not checks.whole(number):
-        raise ValueError(f"{op}: {name} must be an int; got {shown(value)}.")
-    return checks.plain_int(number)
-
-
-def _ladder(op, sigmas, sigma_max, sigma_min):
-    """The ladder, or its two ends; both may be given if they agree, as in a saved config."""
-    ends = (sigma_max, sigma_min)
-    if (sigmas is None and None in ends) or (None in ends and ends != (None, None)):
-        raise ValueError(f"{op}: give either sigmas, or sigma_max and sigma_min.")
-    if sigmas is None:
-        sigma_max, sigma_min, _ = check_ends(op, sigma_max, sigma_min, 2)
-        return schedules.geometric(sigma_max, sigma_min, 2)
-    ladder = check_ladder(op, sigmas)
-    if ends not in ((None, None), (ladder[0].item(), ladder[-1].item())):
-        found = (
-            f"{ladder[0].item():.6g} to {ladder[-1].item():.6g}, and {sigma_max} and {sigma_min}"
-        )
-        raise ValueError(
-            f"{op}: sigmas and sigma_max, sigma_min must agree if both are given; got {found}."
-        )
-    return ladder
-
-
-def _betas(table):
-    """What VP schedulers call the same table, so that one that is made from our config has it."""
-    table = table.double()
-    ratios = torch.cat([table[:1], table[1:] / table[:-1]])
-    return {"trained_betas": (1 - ratios).tolist(), "num_train_timesteps": len(table)}
-
-
-def _defaults(cls):
-    parameters = inspect.signature(cls.__init__).parameters
-    return {name: p.default for name, p in parameters.items() if name != "self"}
-
-
-def _arguments_of(cls, config):
-    """Our arguments from the config of another class of diffusers."""
-    kind, name = _class_of(cls, config)
-    if kind is cls:
-        return {}
-    other = (
-        None if kind is None or config.get("use_flow_sigmas") else kind.from_config(dict(config))
-    )
-    table = getattr(other, "alphas_cumprod", None)
-    if isinstance(other, diffusers.ScoreSdeVeScheduler):
-        ends = {"sigma_max": other.config.sigma_max, "sigma_min": other.config.sigma_min}
-        found = {"prediction_type": "score"}
-    elif isinstance(table, torch.Tensor):
-        sigmas = schedules.sigmas_of(table.double()).float()
-        ends = {"sigma_max": sigmas[-1].item(), "sigma_min": sigmas[0].item()}
-        found = {
-            "prediction_type": other.config.get("prediction_type", "epsilon"),
-            "alphas_cumprod": table,
-        }
-    else:
-        raise ValueError(
-            "from_config: the config must be of ScoreSdeVeScheduler or of a VP scheduler (with "
-            f"alphas_cumprod); got {name}."
-        )
-    return found | ends
-
-
-def _class_of(cls, config):
-    """The class whose config it is, or None, and what to call it.
-
-    A config that was never saved holds no name.
-    """
-    name = config.get("_class_name")
-    if name == cls.__name__ or config.get(_MARK):
-        return cls, cls.__name__
-    if name is not None:
-        return getattr(diffusers, name, None) if isinstance(name, str) else None, repr(name)
-    keys = {key for key in config if not key.startswith("_")}
-    if keys <= set(_defaults(cls)):
-        return cls, cls.__name__
-    matches = (getattr(diffusers, each) for each in (*_VE, *_VP))
-    # Schedulers that were made from one another's configs hold the arguments of both, and the same
-    # betas.
-    return next(
-        (kind for kind in matches if set(_defaults(kind)) <= keys), None
-    ), f"one with {', '.join(sorted(keys)[:6])}, ..."
+        noisy = original_samples + checks.expand(sigma, original_samples) * noise
+        return noisy.to(original_samples.dtype)

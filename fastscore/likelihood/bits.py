@@ -52,6 +52,7 @@ def dequantize(
     )
     if not x.dim():
         raise ValueError(f"{op}: x must be (B, *); got shape ().")
+
     begin = offset(op, first_sample, math.prod(x.shape[1:]))
     scaled = x.to(checks.compute_dtype(x.dtype)) * (levels - 1)
     k = scaled.round()
@@ -63,6 +64,7 @@ def dequantize(
         raise ValueError(
             f"{op}: x must hold multiples of 1/{levels - 1} in [0, 1], {levels} levels."
         )
+
     key = {"seed": seed, "step": step, "stream": random.DEQUANTIZE, "offset": begin}
     return (
         k + random.draw(op, random.UNIFORM, x.shape, dtype=k.dtype, device=x.device, **key)

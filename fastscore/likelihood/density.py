@@ -106,6 +106,7 @@ def log_density(
     check_data(_OP, x)
     if not x.numel():
         raise ValueError(f"{_OP}: x must hold samples; got {tuple(x.shape)}.")
+
     low, high = _range(sigma_min, sigma_max)
     method = _method(method, steps)
     jacobian_trace = evaluated(_trace(score, x, trace, projections, chunk, seed, first_sample))
@@ -119,6 +120,7 @@ def log_density(
         end, change = solvers.adaptive(_OP, rhs, x.double(), low, high, method, atol, rtol)
     else:
         end, change = solvers.fixed(rhs, x.double(), _grid(steps, low, high), method)
+
     return (log_prior(end) + x[0].numel() * change).to(checks.compute_dtype(x.dtype))
 
 
@@ -150,6 +152,7 @@ def _trace(score, x, trace, projections, chunk, seed, first_sample):
                 "exact trace."
             )
         return lambda x, sigma: divergence(_OP, score, x, chunk, (sigma,))
+
     # once: the integrand stays a smooth function.
     v = directions(_OP, x, projections, seed=seed, offset=begin)
 
@@ -192,6 +195,7 @@ def _grid(steps, low, high):
             bound = "at least 1" if steps < 1 else f"at most {STEPS}"
             raise ValueError(f"{_OP}: steps must be {bound}; got {shown(steps)}.")
         return [low * (high / low) ** (k / steps) for k in range(steps)] + [high]
+
     try:
         sigmas = check_ladder(_OP, steps).tolist()[::-1]
     except (TypeError, ValueError) as error:
@@ -203,6 +207,7 @@ def _grid(steps, low, high):
             f"{_OP}: a ladder of steps must go from sigma_max to sigma_min, {high:g} to {low:g}; "
             f"got {shown(sigmas[::-1])}."
         )
+
     return sigmas
 
 

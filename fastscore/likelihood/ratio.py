@@ -122,6 +122,7 @@ def log_ratio(
         value, error, _ = _quadrature(
             score, x0, x1, sigma, checks.integer(_OP, "nodes", nodes, least, limit=NODES), chunk
         )
+
     return (value, error) if return_error else value
 
 
@@ -141,7 +142,8 @@ def _adaptive(score, x0, x1, sigma, chunk, atol, told):
         nodes *= 2
         each = None if sigma is None else sigma[rest]
         finer, left, _ = _quadrature(score, x0[rest], x1[rest], each, nodes, chunk)
-        value, error = value.index_copy(0, rest, finer), error.index_copy(0, rest, left)
+        value = value.index_copy(0, rest, finer)
+        error = error.index_copy(0, rest, left)
         rest = rest[left > tolerance[rest]]
 
     lost = int(value.isfinite().logical_not().sum())
@@ -153,6 +155,7 @@ def _adaptive(score, x0, x1, sigma, chunk, atol, told):
         )
     if len(rest) and not told:
         _warn(len(rest), len(x0), float(error.max()))
+
     return value, error
 
 
@@ -200,6 +203,7 @@ def _tail(slopes, points, weights):
     degrees = np.arange(max(1, n - max(2, n // 4)), n)
     if not len(degrees):
         return torch.full_like(slopes[0], torch.inf)
+
     polynomials = np.polynomial.legendre.legvander(points, n - 1)[:, degrees]
     return (
         (_tensor((polynomials * weights[:, None]).T * (degrees[:, None] + 0.5), slopes) @ slopes)

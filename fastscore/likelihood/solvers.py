@@ -99,4 +99,5 @@ def adaptive(
         raise FloatingPointError(
             f"{op}: the adaptive solver stopped ({error}); look at the score, or give steps=64."
         ) from error
+
     return xs[-1], totals[-1]

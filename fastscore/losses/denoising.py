@@ -50,6 +50,7 @@ def denoising(
             (x.shape[0],), sigma, dtype=checks.compute_dtype(x.dtype), device=x.device
         )
         return weighted("denoising", score, x, each, seed, step, offset, sigma) / sigma**2
+
     each = _each(x, sigma)
     return weighted("denoising", score, x, each, seed, step, offset) / each**2
 

@@ -1,6 +1,7 @@
 """Exact score matching: the Fisher divergence, explicit or implicit."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,8 @@ def exact(
 
 
 def _explicit(score, x, target):
-    s, t = explained(score, x), target(x) if callable(target) else target
+    s = explained(score, x)
+    t = target(x) if callable(target) else target
     check_score("exact", s, x)
     checks.check_like("exact", "target", t, x)
     dtype = checks.compute_dtype(x.dtype)
@@ -60,14 +62,18 @@ def _explicit(score, x, target):
 
 
 def implicit(
-    score: Callable[..., Tensor], x: Tensor, chunk: int = 16, arguments: tuple = ()
+    score: Callable[..., Tensor], x: Tensor, chunk: int = 16, arguments: tuple[Any, ...] = ()
 ) -> Tensor:
     s, trace = divergence("exact", score, x, chunk, arguments)
     return trace + 0.5 * checks.per_sample_sum(s.to(trace.dtype).square())
 
 
 def divergence(
-    op: str, score: Callable[..., Tensor], x: Tensor, chunk: int = 16, arguments: tuple = ()
+    op: str,
+    score: Callable[..., Tensor],
+    x: Tensor,
+    chunk: int = 16,
+    arguments: tuple[Any, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """s(x) and the trace of its Jacobian, (B,) in the compute dtype.
 
@@ -84,13 +90,17 @@ def divergence(
 @eagerly("the parts of an exact trace count as one evaluation of the network, eagerly")
 def _in_parts(op, score, x, chunk, arguments):
     """Of one draw and one state of the network: its first evaluation moves them."""
-    d, trace, value, once = x[:1].numel(), 0, None, Once(x.device, score)
+    d = x[:1].numel()
+    trace = 0
+    value = None
+    once = Once(x.device, score)
     units = torch.eye(d, dtype=x.dtype, device=x.device)
     for first in range(0, d, chunk):
         with once:
             s, part = _part(op, score, x, units[first : first + chunk], first, arguments)
         value = s if value is None else value
         trace = trace + part
+
     return value, trace
 
 

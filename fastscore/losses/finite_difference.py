@@ -73,12 +73,15 @@ def finite_difference_sliced(
         raise ValueError(
             f"{op}: radius must be at least {least:.3g}, the rounding of {x.dtype}; got {radius}."
         )
+
     h = radius / math.sqrt(max(1, x[:1].numel()))
     if not torch.compiler.is_compiling():
         return _mean(op, score, x, v, mask, h, variance_reduced, Once(x.device, score))
+
     h = checks.in_graph(h, x)
     if moves(score):   # a graph cannot set the generators back
         return _eagerly(op, score, x, v, mask, h, variance_reduced)
+
     return _mean(op, score, x, v, mask, h, variance_reduced, contextlib.nullcontext())
 
 
@@ -100,15 +103,20 @@ def _one(op, score, x, v, mask, h, variance_reduced, once):
         plus = explained(score, (x + step).to(x.dtype))
     with once:
         minus = explained(score, (x - step).to(x.dtype))
+
     check_score(op, plus, x)
 
     dtype = checks.compute_dtype(x.dtype)
     plus, minus, v = (t if t.dtype == dtype else t.to(dtype) for t in (plus, minus, v))
     if mask is not None:
-        plus, minus = observed(plus, mask), observed(minus, mask)
-    trace, middle = _dot(v, plus - minus) / (2 * h), 0.5 * (plus + minus)
+        plus = observed(plus, mask)
+        minus = observed(minus, mask)
+
+    trace = _dot(v, plus - minus) / (2 * h)
+    middle = 0.5 * (plus + minus)
     if variance_reduced:
         return torch.add(trace, checks.per_sample_sum(middle.square()), alpha=0.5)
+
     return torch.add(trace, _dot(v, middle).square(), alpha=0.5)
 
 

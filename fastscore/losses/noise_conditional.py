@@ -66,6 +66,7 @@ def noise_conditional(
         raise ValueError(
             f"{op}: method must be one of {', '.join(METHODS)}; got {checks.shown(method)}."
         )
+
     check_projections(op, projections, distribution)
     check_data(op, x, score)
     offset = scalars.offset(op, first_sample, x[:1].numel())
@@ -85,9 +86,11 @@ def noise_conditional(
         )
     elif not _fit(op, labels, x, len(sigmas)):
         raise ValueError(f"{op}: labels must be int64 ({x.shape[0]},) in 0..{len(sigmas) - 1}.")
+
     each = sigmas[labels]
     if method == "denoising":
         return _weighted(weighted(op, score, x, each, seed, step, offset), each, power - 2)
+
     key = {"seed": seed, "step": step, "offset": offset}
     noisy = perturb(x, each, **key)
     if method == "exact":
@@ -103,6 +106,7 @@ def noise_conditional(
             arguments=(each,),
             **key,
         )
+
     return _weighted(loss, each.to(checks.compute_dtype(x.dtype)), power)
 
 
@@ -127,6 +131,7 @@ def _fit(op, labels, x, levels):
         or labels.dtype != torch.int64
     ):
         return False
+
     # On a GPU the indexing itself refuses them, without waiting.
     unread = labels.device.type != "cpu" or not checks.readable() or fake(labels)
     return unread or not bool(((labels < 0) | (labels >= levels)).any())
@@ -143,10 +148,8 @@ def draw_labels(
 ) -> Tensor:
     """Uniform level numbers, int64 (n,), from stream LEVEL."""
     op = "draw_labels"
-    levels, n = (
-        checks.integer(op, "levels", levels, 1, limit=2**31),
-        checks.integer(op, "n", n, 0, limit=2**40),
-    )
+    levels = checks.integer(op, "levels", levels, 1, limit=2**31)
+    n = checks.integer(op, "n", n, 0, limit=2**40)
     first_sample = scalars.offset(op, first_sample, 1)
     return (
         random.draw(

@@ -30,14 +30,14 @@ class Estimator(NamedTuple):
     mean: float
     projection_variance: float
     data_variance: float
-    standard_errors: tuple
+    standard_errors: tuple[float, ...]
 
 
 class VarianceReport(NamedTuple):
     samples: int
     draws: int
-    projections: tuple
-    rows: tuple
+    projections: tuple[int, ...]
+    rows: tuple[Estimator, ...]
 
     def __str__(self) -> str:
         numbers = "".join(f"{f'M = {m}':>11}" for m in self.projections)
@@ -54,6 +54,7 @@ class VarianceReport(NamedTuple):
                 f"{r.distribution:<12} {form:<17}{r.mean:>11.4g}"
                 f"{r.projection_variance:>12.4g}{r.data_variance:>11.4g}{errors}"
             )
+
         return "\n".join(lines)
 
 
@@ -98,13 +99,17 @@ def variance_report(
         raise ValueError(
             f"{op}: projections must be ints of at least 1; got {checks.shown(given)}."
         )
+
     projections = tuple(map(checks.plain_int, projections))
     check_data(op, x, score)
     if x.is_meta:
         raise ValueError(f"{op}: x must have values to measure; got a tensor on meta.")
     if len(x) < 2:
         raise ValueError(f"{op}: x must hold at least 2 samples.")
-    seed, rows, once = random.draw_seed() if seed is None else seed, [], Once(x.device, score)
+
+    seed = random.draw_seed() if seed is None else seed
+    rows = []
+    once = Once(x.device, score)
     for distribution in DISTRIBUTIONS:
         v = directions(op, x, draws, distribution, seed=seed)
         measured = []
@@ -114,6 +119,7 @@ def variance_report(
         for form, variance_reduced in enumerate((False, True)):
             losses = torch.stack([m[form] for m in measured]).double()   # (draws, B)
             rows.append(_row(losses, distribution, variance_reduced, projections))
+
     return VarianceReport(len(x), draws, projections, tuple(rows))
 
 

@@ -5,6 +5,7 @@ The Gaussian and the mixture of Gaussians.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,11 +48,16 @@ class GaussianMixture(KeepsBuffers):
     [[0.0], [-99.0]]
     """
 
+    log_weights: Tensor
+    means: Tensor
+    variances: Tensor
+    axes: Tensor | None
+
     def __init__(
         self,
         weights: Tensor | Sequence[float],
         means: Tensor | Sequence[Sequence[float]],
-        covariances: float | Tensor | Sequence,
+        covariances: float | Tensor | Sequence[Any],
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -74,6 +80,7 @@ class GaussianMixture(KeepsBuffers):
             )
         if not bool(means.isfinite().all()):
             raise ValueError(f"{name}: means must be finite.")
+
         variances, axes = _diagonalised(name, covariances, *means.shape)
         self.register_buffer("log_weights", (weights / weights.sum()).log())
         self.register_buffer("means", means)
@@ -128,8 +135,11 @@ class GaussianMixture(KeepsBuffers):
         Returns:
             (n, d), on the device of the buffers.
         """
-        device, d, op = self.means.device, self.dim, type(self).__name__
-        n, begin = checks.integer(op, "n", n, 0, limit=2**40), offset(op, first_sample, d)
+        device = self.means.device
+        d = self.dim
+        op = type(self).__name__
+        n = checks.integer(op, "n", n, 0, limit=2**40)
+        begin = offset(op, first_sample, d)
         dtype = random.check_dtype(op, dtype)
         key = {"seed": random.draw_seed() if seed is None else seed, "step": step, "device": device}
         u = random.draw(
@@ -172,6 +182,7 @@ class GaussianMixture(KeepsBuffers):
             raise ValueError(
                 f"{name}: x must be (B, *) with {self.dim} values per sample; got {tuple(x.shape)}."
             )
+
         variance = _squared(name, checks.coefficient(name, "sigma", sigma, x, minimum=0))
         dtype = checks.compute_dtype(x.dtype)
         log_w, means, variances = (
@@ -180,6 +191,7 @@ class GaussianMixture(KeepsBuffers):
         u = means - x.to(dtype).reshape(-1, 1, self.dim)  # (B, K, d)
         if self.axes is not None:
             u = torch.einsum("kij,bki->bkj", self.axes.to(dtype), u)
+
         total = variances + variance  # (K, d) or (B, K, d)
         pull = u / total
         return log_w - 0.5 * (
@@ -203,7 +215,7 @@ class Gaussian(GaussianMixture):
     """
 
     def __init__(
-        self, mean: Tensor | Sequence[float], covariance: float | Tensor | Sequence
+        self, mean: Tensor | Sequence[float], covariance: float | Tensor | Sequence[Any]
     ) -> None:
         mean = _float64("Gaussian", "mean", mean)
         covariance = _float64("Gaussian", "covariance", covariance, mean.device)
@@ -235,9 +247,11 @@ def _diagonalised(name, covariances, K, d):
         raise ValueError(
             f"{name}: covariances must be (), ({K},), ({K}, {d}) or ({K}, {d}, {d}); got {found}."
         )
+
     axes, floor = None, 0.0
     if not bool(covariances.isfinite().all()):
         raise ValueError(f"{name}: covariances must be finite.")
+
     if covariances.dim() == 3:
         if not torch.allclose(
             covariances, covariances.mT, rtol=1e-6, atol=1e-6 * covariances.abs().max().item()
@@ -257,4 +271,5 @@ def _diagonalised(name, covariances, K, d):
             f"{name}: covariances must be positive definite; the smallest eigenvalue is "
             f"{variances.min().item():g}."
         )
+
     return variances, axes

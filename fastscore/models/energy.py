@@ -132,6 +132,7 @@ class EnergyScore(nn.Module):
                 "EnergyScore: torch.export cannot trace a gradient; export what "
                 "torch.fx.experimental.proxy_tensor.make_fx(score)(x) returns, or the energy alone."
             )
+
         # Inside a transform or torch.compile tensors have no graph to walk.
         if not checks.readable():
             if isinstance(x, Dual):
@@ -142,12 +143,14 @@ class EnergyScore(nn.Module):
             return torch.func.grad(lambda x: self._value(x, arguments).sum())(x)
         if self._chain is not False and (s := self._by_hand(x, arguments)) is not None:
             return s
+
         x, wanted = self._leaf(x)
         # Forward mode over reverse mode needs the formulas that a graph is made of: fused ones, as
         # of SiLU, carry no tangent.
         create_graph = wanted or forward_ad._current_level >= 0
         if create_graph:
             return self._differentiable_gradient(x, arguments)
+
         with torch.enable_grad():
             return self._gradient(x, False, arguments)
 
@@ -165,6 +168,7 @@ class EnergyScore(nn.Module):
         """s(x), and ∇²f v_m for v (M, B, *), by one backward pass each."""
         if not checks.readable():
             return self._transformed(x, v, arguments)
+
         check_once("the derivative of an energy's score", self.f)
         x, wanted = self._leaf(x)
         wanted = wanted or (torch.is_grad_enabled() and v.requires_grad)
@@ -178,6 +182,7 @@ class EnergyScore(nn.Module):
                 ]
             else:
                 hv = [torch.zeros_like(x)] * len(v)
+
         hv = torch.stack(hv)
         return (s, hv) if wanted else (released(s), released(hv))
 
@@ -194,6 +199,7 @@ class EnergyScore(nn.Module):
         kind = x.shape[1:], x.dtype, self.training
         if kind in self._without_rule or _needs_whole(self.f, x):
             return self._along_by_jvp(x, v, arguments)
+
         once = Once(x.device, self.f)
         try:
             with once.watched(), torch.enable_grad():
@@ -205,6 +211,7 @@ class EnergyScore(nn.Module):
             products = self._along_by_jvp(x, v, arguments)   # an error of f's own comes again
             self._without_rule.add(kind)
             return products
+
         wanted = self._leaf(x)[1] or (torch.is_grad_enabled() and v.requires_grad)
         return tuple(
             (t if wanted else t.detach()).to(checks.compute_dtype(v.dtype))
@@ -239,6 +246,7 @@ class EnergyScore(nn.Module):
             or torch.is_autocast_enabled(x.device.type)
         ):
             return None
+
         if not arguments and (steps := energy_chain.sequence(self.f)):
             with contextlib.suppress(RuntimeError):   # f's own error comes again
                 if (s := energy_chain.score_of_sequence(steps, x)) is not None:
@@ -247,6 +255,7 @@ class EnergyScore(nn.Module):
             x.requires_grad or any(p.requires_grad for p in self.f.parameters())
         ):
             return None
+
         once = Once(x.device, self.f) if self._chain is None else None
         try:
             with once.watched() if once else contextlib.nullcontext():
@@ -256,6 +265,7 @@ class EnergyScore(nn.Module):
             if once:
                 once.undo()
             return None
+
         self._chain = True
         return s
 
@@ -288,6 +298,7 @@ class EnergyScore(nn.Module):
         f, compiling = self.f, torch.compiler.is_compiling()
         if not compiling and torch._C._len_torch_dispatch_stack():
             x = x.view_as(x)   # hooks of modes, as of FlopCounterMode, take a leaf for a parameter
+
         # Linear layers and activations have neither norms nor attention.
         if not third or compiling or energy_chain.sequence(f):
             value = f(x, *arguments)
@@ -299,6 +310,7 @@ class EnergyScore(nn.Module):
             raise ValueError(
                 f"EnergyScore: f(x) must be one value per sample, ({len(x)},); got {got}."
             )
+
         return value
 
 

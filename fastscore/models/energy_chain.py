@@ -68,14 +68,15 @@ class Recorder(torch.Tensor):
     """
 
     @staticmethod
-    def of(value: torch.Tensor, steps: list) -> "Recorder":
+    def of(value: torch.Tensor, steps: list[Any]) -> "Recorder":
         recorder = torch.Tensor._make_subclass(Recorder, value)
-        recorder.value, recorder.steps = value, steps
+        recorder.value = value
+        recorder.steps = steps
         return recorder
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
@@ -108,6 +109,7 @@ def _step(func, h, rest, kwargs):
         return Recorder.of(y, (*h.steps, Step(None, None, _ACTIVATIONS[func], y)))
     if value.dim() == 2 and value.shape[1] == 1 and _takes_the_column(func, rest, kwargs):
         return Recorder.of(value[:, 0], h.steps)
+
     raise NoChain
 
 
@@ -129,6 +131,7 @@ def _usual(func, rest, kwargs):
 def _takes_the_column(func, rest, kwargs):
     if kwargs:
         return False
+
     name = getattr(func, "__name__", "")
     if name == "__getitem__":
         index = rest[0]
@@ -138,6 +141,7 @@ def _takes_the_column(func, rest, kwargs):
             and index[0] in (slice(None), Ellipsis)
             and index[1] in (0, -1)
         )
+
     return (name, rest) in (
         ("squeeze", (-1,)),
         ("squeeze", (1,)),
@@ -171,6 +175,7 @@ def sequence(f: Callable[..., Tensor]) -> Any:
     """
     if type(f) is not nn.Sequential or any(_OF_ALL) or _listened_to(vars(f)):
         return None
+
     steps = []
     for m in f._modules.values():
         kind, own = type(m), vars(m)
@@ -178,7 +183,8 @@ def sequence(f: Callable[..., Tensor]) -> Any:
             return None
         if kind is nn.Linear:
             parameters = own["_parameters"]
-            weight, bias = parameters.get("weight"), parameters.get("bias")
+            weight = parameters.get("weight")
+            bias = parameters.get("bias")
             if (
                 type(weight) is not nn.Parameter
                 or type(bias) not in (nn.Parameter, type(None))
@@ -192,6 +198,7 @@ def sequence(f: Callable[..., Tensor]) -> Any:
             steps.append((None, None, _NAMED[kind][0]))
         else:
             return None
+
     return steps or None
 
 
@@ -252,12 +259,13 @@ def score_of_sequence(steps: Any, x: Tensor) -> Tensor | None:
             values.append(h)
     if not wanted or h.shape != (len(x), 1):
         return None
+
     return _Score.apply(
         x, [step[2] for step in steps], values, *[t for step in steps for t in step[:2]]
     )
 
 
-def score(f: Callable[..., Tensor], x: Tensor, arguments: tuple) -> Tensor:
+def score(f: Callable[..., Tensor], x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
     """∇f(x) of a chain, differentiable; f is called once.
 
     Raises:
@@ -287,7 +295,10 @@ class _Score(Direct):
                 if names[k]
                 else g @ weights[k]
             )
-        ctx.names, ctx.backend, ctx.present = names, chosen, [p is not None for p in parameters]
+
+        ctx.names = names
+        ctx.backend = chosen
+        ctx.present = [p is not None for p in parameters]
         ctx.save_for_backward(
             x, *values[:-1], *cotangents[::-1], *(p for p in parameters if p is not None)
         )
@@ -296,21 +307,21 @@ class _Score(Direct):
     @staticmethod
     def backward(ctx, u):
         names, n = ctx.names, len(ctx.names)
-        inputs, cotangents, rest = (
-            ctx.saved_tensors[:n],
-            ctx.saved_tensors[n : 2 * n],
-            iter(ctx.saved_tensors[2 * n :]),
-        )
+        inputs = ctx.saved_tensors[:n]
+        cotangents = ctx.saved_tensors[n : 2 * n]
+        rest = iter(ctx.saved_tensors[2 * n :])
         parameters = [next(rest) if present else None for present in ctx.present]
         if torch.is_grad_enabled():   # somebody differentiates the gradient
             return _differentiable(ctx, inputs[0], names, parameters, u)
+
         return _gradient(
             ctx.needs_input_grad, names, ctx.backend, inputs, cotangents, parameters, u
         )
 
 
 def _gradient(needs, names, backend, inputs, cotangents, parameters, u):
-    weights, grads = parameters[::2], [None] * len(parameters)
+    weights = parameters[::2]
+    grads = [None] * len(parameters)
     stacks, t = [None] * len(names), u
     for k, name in enumerate(names):   # up: tangents along u
         if name is None:
@@ -322,6 +333,7 @@ def _gradient(needs, names, backend, inputs, cotangents, parameters, u):
             stacks[k] = torch.stack([inputs[k], t])
             if k < len(names) - 1:
                 t = activated(stacks[k], name, backend)[1]
+
     g = None   # down: the cotangents of the values, zero above the last activation
     for k in range(len(names) - 1, -1, -1):
         if names[k] is not None:
@@ -335,12 +347,14 @@ def _gradient(needs, names, backend, inputs, cotangents, parameters, u):
             if parameters[2 * k + 1] is not None and needs[4 + 2 * k]:
                 grads[2 * k + 1] = g.sum(0)
             g = g @ weights[k] if any(needs[: 3 + 2 * k]) else None
+
     return g if needs[0] else None, None, None, *grads
 
 
 def _differentiable(ctx, x, names, parameters, u):
     with torch.enable_grad():
-        x, own = x.view_as(x), [None if p is None else p.view_as(p) for p in parameters]
+        x = x.view_as(x)
+        own = [None if p is None else p.view_as(p) for p in parameters]
         h = x
         for k, name in enumerate(names):
             h = _SLOPES[name][0](h) if name else F.linear(h, own[2 * k], own[2 * k + 1])
@@ -351,6 +365,7 @@ def _differentiable(ctx, x, names, parameters, u):
             if need
         ]
         found = torch.autograd.grad(s, inputs, u, create_graph=True, allow_unused=True)
+
     found = iter(found)
     needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
     gx, *rest = [next(found) if need else None for need in needed]

@@ -46,7 +46,10 @@ class NCSN(RefineNet):
     torch.Size([2, 1, 8, 8])
     """
 
-    published = 1.0, 0.01, 10  # the ladder: σ_max, σ_min, L
+    sigmas: Tensor
+    sample_shape: tuple[int, int, int]
+
+    published: tuple[float, float, int] = 1.0, 0.01, 10  # the ladder: σ_max, σ_min, L
 
     def __init__(
         self,
@@ -86,7 +89,8 @@ class NCSN(RefineNet):
         far = ~(distance.detach() <= max(1e-3, torch.finfo(self.sigmas.dtype).eps))  # NaN is far
         if bool(far.any()):
             wrong = sigma.detach()[far].flatten()[0].item()
-            first, last = self.sigmas[0].item(), self.sigmas[-1].item()
+            first = self.sigmas[0].item()
+            last = self.sigmas[-1].item()
             raise ValueError(
                 f"NCSN: sigma must be one of the {len(self.sigmas)} levels from {first:g} to "
                 f"{last:g}; got {wrong:g}."

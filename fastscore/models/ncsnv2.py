@@ -65,8 +65,14 @@ class NCSNv2(RefineNet):
     True
     """
 
+    sigmas: Tensor
+    sample_shape: tuple[int, int, int] | None
+    std: bool
+    target: str
+    scale_by_sigma: bool
+
     _stages, _refines = ncsn.STAGES, ncsn.REFINES
-    published = 50.0, 0.01, 232
+    published: tuple[float, float, int] = 50.0, 0.01, 232
     image_size = 32
 
     def __init__(
@@ -90,29 +96,31 @@ class NCSNv2(RefineNet):
             raise ValueError(
                 f"{type(self).__name__}: target must be gaussian or dae; got {shown(target)}."
             )
+
         stages = self._stages if dilated else [(name, width, 1) for name, width, _ in self._stages]
         super().__init__(
             channels, ngf, stages, self._refines, None, nonlinearity, rescaled, logit_transform
         )
-        self.std, self.target = bool(std), target
+        self.std = bool(std)
+        self.target = target
         image_size = self.image_size if image_size is None else image_size
         image_size = checks.integer(type(self).__name__, "image_size", image_size, 1, limit=2**31)
-        self.sample_shape, self.scale_by_sigma = (
-            (self.channels, image_size, image_size),
-            scale_by_sigma,
-        )
+        self.sample_shape = (self.channels, image_size, image_size)
+        self.scale_by_sigma = scale_by_sigma
         self.register_buffer("sigmas", sigmas, persistent=scale_by_sigma)
 
     def forward(self, x: Tensor, sigma: float | Tensor | None = None) -> Tensor:
         self.check_images(x)
         if not self.scale_by_sigma:
             return self.output(x).to(x.dtype)
+
         sigma = checks.expand(
             checks.coefficient(type(self).__name__, "sigma", sigma, x, minimum=_SMALLEST), x
         )
         output = self.output(x)
         if self.target == "dae":
             return ((output - x) / sigma / sigma).to(x.dtype)
+
         return (output / sigma).to(x.dtype)
 
     def output(self, x: torch.Tensor) -> torch.Tensor:
@@ -132,7 +140,7 @@ class NCSNv2Deeper(NCSNv2):
 
     _stages = (("res1", 1, 1), ("res2", 2, 1), ("res3", 2, 1), ("res4", 4, 2), ("res5", 4, 4))
     _refines = (("refine1", 4), ("refine2", 2), ("refine3", 2), ("refine4", 1), ("refine5", 1))
-    published = 190.0, 0.01, 1086
+    published: tuple[float, float, int] = 190.0, 0.01, 1086
     image_size = 128
 
 
@@ -159,5 +167,5 @@ class NCSNv2Deepest(NCSNv2):
         ("refine4", 1),
         ("refine5", 1),
     )
-    published = 348.0, 0.01, 2311
+    published: tuple[float, float, int] = 348.0, 0.01, 2311
     image_size = 256

@@ -14,7 +14,7 @@ from fastscore.models.ncsn import NCSN
 from fastscore.models.ncsnv2 import NCSNv2, NCSNv2Deeper, NCSNv2Deepest
 from fastscore.models.refinenet import ladder
 
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, type[Any]] = {
     "ncsn": NCSN,
     "ncsnv2": NCSNv2,
     "ncsnv2deeper": NCSNv2Deeper,
@@ -27,7 +27,7 @@ _UNSEEN_CAS = ("std", "target")   # and of CAS
 
 
 def load_official(
-    source: str | PathLike | list | tuple | Mapping,
+    source: str | PathLike[str] | list[Any] | tuple[Any, ...] | Mapping[str, Any],
     *,
     ema: bool = True,
     arch: str | None = None,
@@ -74,12 +74,14 @@ def load_official(
     """
     if arch is not None and arch not in ARCHITECTURES:
         raise ValueError(f"{_OP}: arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}.")
+
     weights, sigmas = _weights(
         _read(source) if isinstance(source, (str, PathLike)) else source, ema
     )
     unsupported = _unsupported(weights)
     if unsupported:
         raise ValueError(f"{_OP}: unsupported option {unsupported}.")
+
     arch = arch or _architecture(weights)
     known = list(inspect.signature(ARCHITECTURES[arch]).parameters)
     given = {name: value for name, value in hyper_parameters.items() if value is not None}
@@ -88,19 +90,23 @@ def load_official(
         raise TypeError(
             f"{_OP}: the hyper-parameters of {arch} are {', '.join(known)}; got {unknown}."
         )
+
     stores_ladder = sigmas is not None
     if stores_ladder and (given.get("std") or given.get("target", "gaussian") != "gaussian"):
         raise ValueError(
             f"{_OP}: std and target are options of CAS; the checkpoint stores a ladder, so it is "
             "NCSNv2's."
         )
+
     options = {**_inferred(weights), **given}
     if arch != "ncsn":
         options["dilated"] = not _pooled(weights)
+
     options["sigmas"] = _ladder(options, sigmas, weights, arch)
     # The initial values are thrown away, and so are their random numbers.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         net = ARCHITECTURES[arch](**options)
+
     _check_fit(net, weights)
     net.load_state_dict(
         {**weights, **({"sigmas": net.sigmas} if "sigmas" in net.state_dict() else {})}
@@ -136,7 +142,8 @@ def _weights(container, ema):
     """The chosen {name: tensor} without the names of wrappers and without sigmas, and sigmas or
     None."""
     if isinstance(container, (list, tuple)) and len(container) >= 2:
-        state, average = container[0], container[4] if len(container) > 4 else None
+        state = container[0]
+        average = container[4] if len(container) > 4 else None
         if ema and average is None and len(container) > 2:
             raise ValueError(
                 f"{_OP}: the checkpoint has no averaged weights; pass ema=False to take the others."
@@ -155,6 +162,7 @@ def _weights(container, ema):
             f"{_OP}: the checkpoint must be a list [state_dict, optimizer] or [state_dict, "
             f"optimizer, epoch, step, ema], or a dict of tensors; got {_outline(container)}."
         )
+
     state, chosen = (_unwrapped(each) for each in (state, chosen))
     sigmas = chosen.pop("sigmas", state.get("sigmas"))
     return chosen, sigmas
@@ -205,7 +213,9 @@ def _unsupported(weights):
         return "spec_norm: the weights are those of spectral normalisation"
     if "begin_conv.weight" not in weights:
         return None
-    table, ngf = weights.get("normalizer.embed.weight"), len(weights["begin_conv.weight"])
+
+    table = weights.get("normalizer.embed.weight")
+    ngf = len(weights["begin_conv.weight"])
     # One missing name is a damaged file; a norm whose last layer has no γ is another norm.
     if table is None and not {"normalizer.gamma", "res1.0.normalize1.gamma"} & set(weights):
         return "normalization: the norms are not InstanceNorm++"
@@ -219,6 +229,7 @@ def _unsupported(weights):
         return "model RefineNetDilated: it is the baseline of one noise level"
     if any(name.endswith(".conv2.conv.1.weight") for name in weights):
         return "--no_dilation with images of 28 pixels, which it pads"
+
     return None
 
 
@@ -262,11 +273,13 @@ def _ladder(options, sigmas, weights, arch):
         )
     if sigmas is None:
         return None
+
     sigmas = ladder(_OP, sigmas)
     if levels and len(sigmas) != levels:
         raise ValueError(
             f"{_OP}: sigmas must have the {levels} levels of the checkpoint; got {len(sigmas)}."
         )
+
     return sigmas
 
 

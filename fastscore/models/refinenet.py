@@ -5,7 +5,7 @@ levels=None the refinement has no normalisation at all, its pooling takes the ma
 mean, and the modules are called (x).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from fastscore.tensors import numbers
 
 _leaky = partial(F.leaky_relu, negative_slope=0.2)
 # As the official configs call them.
-ACTIVATIONS = {"elu": F.elu, "relu": F.relu, "lrelu": _leaky, "swish": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"elu": F.elu, "relu": F.relu, "lrelu": _leaky, "swish": F.silu}
 _FUSED = {"elu": "elu", "relu": "relu", "swish": "silu"}   # as the norms call them
 _LOGIT = 1e-6   # λ of the official logit transform
 
@@ -47,6 +47,16 @@ class RefineNet(KeepsBuffers):
             `to_images` go between them and images in [0, 1].
     """
 
+    nonlinearity: str
+    rescaled: bool
+    logit_transform: bool
+    stages: list[Any]
+    refines: list[Any]
+    side: int
+    begin_conv: nn.Conv2d
+    normalizer: nn.Module
+    end_conv: nn.Conv2d
+
     def __init__(
         self,
         channels: int,
@@ -68,16 +78,16 @@ class RefineNet(KeepsBuffers):
             raise ValueError(
                 f"{type(self).__name__}: at most one of rescaled and logit_transform can be true."
             )
+
         act = nonlinearity
-        self.nonlinearity, self.rescaled, self.logit_transform = (
-            nonlinearity,
-            bool(rescaled),
-            bool(logit_transform),
-        )
+        self.nonlinearity = nonlinearity
+        self.rescaled = bool(rescaled)
+        self.logit_transform = bool(logit_transform)
         channels = checks.integer(type(self).__name__, "channels", channels, 1, limit=SIZE)
         ngf = checks.integer(type(self).__name__, "ngf", ngf, 1, limit=SIZE)
         self.channels = channels
-        self.stages, self.refines = [name for name, *_ in stages], [name for name, _ in refines]
+        self.stages = [name for name, *_ in stages]
+        self.refines = [name for name, _ in refines]
         # Both sides are multiples of it.
         self.side = 2 ** sum(dilation == 1 for _, _, dilation in stages[1:])
         self.begin_conv = nn.Conv2d(channels, ngf, 3, padding=1)
@@ -93,11 +103,13 @@ class RefineNet(KeepsBuffers):
             )
             inputs = width * ngf
             widths.append(inputs)
+
         below = []
         for name, width in refines:
             blocks = 3 if name == refines[-1][0] else 1
             setattr(self, name, Refine([widths.pop(), *below], width * ngf, levels, blocks, act))
             below = [width * ngf]
+
         self.normalizer = norm(ngf, levels, act)
         self.end_conv = nn.Conv2d(ngf, channels, 3, padding=1)
 
@@ -125,6 +137,7 @@ class RefineNet(KeepsBuffers):
         for name in self.refines:
             h = getattr(self, name)([layers.pop(), *below], *labels)
             below = [h]
+
         return self.end_conv(self.normalizer(h, *labels))
 
     def from_images(self, x: torch.Tensor) -> torch.Tensor:
@@ -175,6 +188,12 @@ class Residual(nn.Module):
     `down` halves the sides, or only projects if dilated.
     """
 
+    normalize1: nn.Module
+    conv1: nn.Conv2d
+    normalize2: nn.Module
+    conv2: nn.Module
+    shortcut: nn.Module
+
     def __init__(
         self,
         inputs: int,
@@ -185,7 +204,8 @@ class Residual(nn.Module):
         act: str = "elu",
     ) -> None:
         super().__init__()
-        middle, pool = inputs if down else outputs, down and dilation == 1
+        middle = inputs if down else outputs
+        pool = down and dilation == 1
         self.normalize1 = norm(inputs, levels, act)
         self.conv1 = nn.Conv2d(inputs, middle, 3, padding=dilation, dilation=dilation)
         self.normalize2 = norm(middle, levels, act)
@@ -204,6 +224,8 @@ class Residual(nn.Module):
 
 
 class ConvMeanPool(nn.Module):
+    conv: nn.Conv2d
+
     def __init__(self, inputs: int, outputs: int, kernel: int, **options: Any) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, **options)
@@ -214,6 +236,11 @@ class ConvMeanPool(nn.Module):
 
 class Refine(nn.Module):
     """Adapt each input, fuse them at the size of the first, pool in a chain, adapt the result."""
+
+    adapt_convs: nn.ModuleList
+    msf: "Fusion"
+    crp: "ChainedPooling"
+    output_convs: "ResidualUnits"
 
     def __init__(
         self,
@@ -266,6 +293,9 @@ class Fusion(nn.Module):
     Summed in the network's dtype, where the original sums in float32.
     """
 
+    convs: nn.ModuleList
+    norms: nn.ModuleList
+
     def __init__(self, inputs: Sequence[int], features: int, levels: int | None) -> None:
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(c, features, 3, padding=1) for c in inputs)
@@ -290,6 +320,10 @@ class ChainedPooling(nn.Module):
 
     The original calls its pool `maxpool` also where it takes the mean.
     """
+
+    convs: nn.ModuleList
+    norms: nn.ModuleList
+    unconditional: bool
 
     def __init__(self, features: int, levels: int | None, act: str = "elu") -> None:
         super().__init__()
@@ -319,10 +353,12 @@ def ladder(op: str, sigmas: Tensor | Sequence[float] | None) -> Tensor | None:
             f"{op}: sigmas must be a descending ladder (L,) of positive levels; got shape "
             f"{tuple(sigmas.shape)}."
         )
+
     positive = bool(((sigmas > 0) & sigmas.isfinite()).all())
     if not positive or not bool((sigmas[1:] < sigmas[:-1]).all()):
         raise ValueError(
             f"{op}: sigmas must be a descending ladder (L,) of positive levels; got "
             f"{shown_ladder(sigmas.tolist())}."
         )
+
     return sigmas

@@ -1,7 +1,7 @@
 """ScoreMLP: a residual multilayer perceptron for scores of vectors and small images."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,15 @@ class Trunk(nn.Module):
     The residual network of x and log σ, and the checks at its door.
     """
 
+    dim: int
+    activation: Callable[[Tensor], Tensor]
+    log_range: tuple[float, float]
+    sigma_range: tuple[float, float]
+    embed: nn.Linear
+    first: nn.Linear
+    blocks: nn.ModuleList
+    last: nn.Linear
+
     def __init__(
         self,
         dim: int,
@@ -45,10 +54,12 @@ class Trunk(nn.Module):
                 f"{self._name}: activation must be one of {', '.join(_ACTIVATIONS)}; got "
                 f"{shown(activation)}."
             )
+
         dim = checks.integer(self._name, "dim", dim, 1, limit=2**31)
         width = checks.integer(self._name, "width", width, 1, limit=SIZE)
         depth = checks.integer(self._name, "depth", depth, 0, limit=DEPTH)
-        self.dim, self.activation = dim, _ACTIVATIONS[activation]
+        self.dim = dim
+        self.activation = _ACTIVATIONS[activation]
         self.log_range = None if sigmas is None else _log_range(self._name, sigmas)
         self.sigma_range = (
             None
@@ -58,6 +69,7 @@ class Trunk(nn.Module):
         features = None if sigmas is None else max(16, width // 4)
         if features:
             self.embed = nn.Linear(2 * _FREQUENCIES + 1, features)
+
         self.first = nn.Linear(dim, width)
         self.blocks = nn.ModuleList(_Block(width, features, self.activation) for _ in range(depth))
         self.last = nn.Linear(width, outputs)
@@ -87,10 +99,12 @@ class Trunk(nn.Module):
             )
         if sigma is None:
             return None
+
         sigma = checks.coefficient(self._name, "sigma", sigma, x, minimum=_SMALLEST)
         # Made on the device: a copy from the host would be waited for.
         if not isinstance(sigma, torch.Tensor):
             sigma = checks.as_tensor(sigma, x)
+
         return sigma.reshape(-1, 1)
 
     def inputs(self, x: Tensor, sigma: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -167,7 +181,8 @@ class _Block(nn.Module):
     def __init__(self, width, features, activation):
         super().__init__()
         self.activation = activation
-        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
         if features:
             self.modulate = nn.Linear(features, 2 * width)  # c and b
 
@@ -185,5 +200,6 @@ def _log_range(name, sigmas):
         raise ValueError(
             f"{name}: sigmas must be positive and finite; got {shown(sigmas.tolist())}."
         )
-    low, high = sigmas.log().min().item(), sigmas.log().max().item()
+    low = sigmas.log().min().item()
+    high = sigmas.log().max().item()
     return low, max(high, low + 1)

@@ -41,6 +41,12 @@ class ConditionalBatchNorm2d(nn.Module):
         ermongroup/ncsnv2.
     """
 
+    num_features: int
+    num_classes: int
+    bias: bool
+    bn: nn.BatchNorm2d
+    embed: nn.Embedding
+
     def __init__(self, num_features: int, num_classes: int, bias: bool = True) -> None:
         super().__init__()
         self.num_features = size(self, "num_features", num_features)
@@ -116,6 +122,9 @@ class VarianceNorm2d(nn.Module):
     Source: ermongroup/ncsnv2, normalization "VarianceNorm".
     """
 
+    num_features: int
+    alpha: nn.Parameter
+
     def __init__(self, num_features: int, bias: bool = False) -> None:
         super().__init__()
         self.num_features = size(self, "num_features", num_features)
@@ -144,6 +153,10 @@ class ConditionalVarianceNorm2d(nn.Module):
 
     Source: ermongroup/ncsnv2, normalization "VarianceNorm".
     """
+
+    num_features: int
+    num_classes: int
+    embed: nn.Embedding
 
     def __init__(self, num_features: int, num_classes: int, bias: bool = False) -> None:
         super().__init__()
@@ -175,6 +188,11 @@ class ConditionalNoneNorm2d(nn.Module):
 
     Source: ermongroup/ncsnv2, normalization "NoneNorm".
     """
+
+    num_features: int
+    num_classes: int
+    bias: bool
+    embed: nn.Embedding
 
     def __init__(self, num_features: int, num_classes: int, bias: bool = True) -> None:
         super().__init__()

@@ -39,6 +39,11 @@ class GroupNormAct(nn.Module):
     Source: Wu & He 2018 (arXiv:1803.08494).
     """
 
+    num_groups: int
+    num_features: int
+    eps: float
+    activation: str | None
+
     def __init__(
         self,
         num_groups: int,
@@ -49,18 +54,14 @@ class GroupNormAct(nn.Module):
         activation: str | None = None,
     ) -> None:
         super().__init__()
-        num_groups, num_channels = (
-            size(self, "num_groups", num_groups),
-            size(self, "num_channels", num_channels),
-        )
+        num_groups = size(self, "num_groups", num_groups)
+        num_channels = size(self, "num_channels", num_channels)
         eps = small(self, eps)
         _check_groups("GroupNormAct", num_groups, num_channels)
-        self.num_groups, self.num_features, self.eps, self.activation = (
-            num_groups,
-            num_channels,
-            eps,
-            activation,
-        )
+        self.num_groups = num_groups
+        self.num_features = num_channels
+        self.eps = eps
+        self.activation = activation
         self.register_parameter(
             "weight", nn.Parameter(torch.ones(num_channels)) if affine else None
         )
@@ -100,6 +101,13 @@ class AdaGroupNorm(nn.Module):
         diffusers' AdaGroupNorm.
     """
 
+    num_groups: int
+    num_features: int
+    eps: float
+    act_fn: str | None
+    activation: str | None
+    linear: nn.Linear
+
     def __init__(
         self,
         embedding_dim: int,
@@ -111,19 +119,22 @@ class AdaGroupNorm(nn.Module):
         activation: str | None = None,
     ) -> None:
         super().__init__()
-        embedding_dim, out_dim = (
-            size(self, "embedding_dim", embedding_dim),
-            size(self, "out_dim", out_dim),
-        )
-        num_groups, eps = size(self, "num_groups", num_groups), small(self, eps)
+        embedding_dim = size(self, "embedding_dim", embedding_dim)
+        out_dim = size(self, "out_dim", out_dim)
+        num_groups = size(self, "num_groups", num_groups)
+        eps = small(self, eps)
         _check_groups("AdaGroupNorm", num_groups, out_dim)
         if act_fn not in _EMBEDDING_ACTIVATIONS:
             raise ValueError(
                 "AdaGroupNorm: act_fn must be None, silu, swish, mish, gelu or relu; got "
                 f"{act_fn!r}."
             )
-        self.num_groups, self.num_features, self.eps = num_groups, out_dim, eps
-        self.act_fn, self.activation = act_fn, activation
+
+        self.num_groups = num_groups
+        self.num_features = out_dim
+        self.eps = eps
+        self.act_fn = act_fn
+        self.activation = activation
         self.linear = nn.Linear(embedding_dim, 2 * out_dim)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:

@@ -34,12 +34,21 @@ class InstanceNorm2dPlus(nn.Module):
     0.0
     """
 
+    num_features: int
+    bias: bool
+    activation: str | None
+    alpha: nn.Parameter
+    gamma: nn.Parameter
+    beta: nn.Parameter
+
     def __init__(
         self, num_features: int, bias: bool = True, *, activation: str | None = None
     ) -> None:
         super().__init__()
         num_features = size(self, "num_features", num_features)
-        self.num_features, self.bias, self.activation = num_features, bool(bias), activation
+        self.num_features = num_features
+        self.bias = bool(bias)
+        self.activation = activation
         self.alpha = nn.Parameter(near_one_(torch.empty(num_features)))
         self.gamma = nn.Parameter(near_one_(torch.empty(num_features)))
         if bias:
@@ -76,6 +85,12 @@ class ConditionalInstanceNorm2dPlus(nn.Module):
     (['embed.weight'], torch.Size([10, 24]))
     """
 
+    num_features: int
+    num_classes: int
+    bias: bool
+    activation: str | None
+    embed: nn.Embedding
+
     def __init__(
         self,
         num_features: int,
@@ -87,7 +102,9 @@ class ConditionalInstanceNorm2dPlus(nn.Module):
         super().__init__()
         num_features = size(self, "num_features", num_features)
         num_classes = size(self, "num_classes", num_classes)
-        self.num_features, self.num_classes, self.bias = num_features, num_classes, bool(bias)
+        self.num_features = num_features
+        self.num_classes = num_classes
+        self.bias = bool(bias)
         self.activation = activation
         self.embed = table(num_classes, num_features, 2, bias, near_one_)
 
@@ -119,6 +136,12 @@ class ConditionalInstanceNorm2d(nn.Module):
         ermongroup/ncsnv2.
     """
 
+    num_features: int
+    num_classes: int
+    bias: bool
+    activation: str | None
+    embed: nn.Embedding
+
     def __init__(
         self,
         num_features: int,
@@ -130,7 +153,9 @@ class ConditionalInstanceNorm2d(nn.Module):
         super().__init__()
         num_features = size(self, "num_features", num_features)
         num_classes = size(self, "num_classes", num_classes)
-        self.num_features, self.num_classes, self.bias = num_features, num_classes, bool(bias)
+        self.num_features = num_features
+        self.num_classes = num_classes
+        self.bias = bool(bias)
         self.activation = activation
         self.embed = table(num_classes, num_features, 1, bias, nn.init.uniform_)
 
@@ -161,6 +186,11 @@ class InstanceNorm2d(nn.Module):
     Source: Ulyanov et al. 2016 (arXiv:1607.08022).
     """
 
+    num_features: int
+    eps: float
+    affine: bool
+    activation: str | None
+
     def __init__(
         self,
         num_features: int,
@@ -172,12 +202,10 @@ class InstanceNorm2d(nn.Module):
         super().__init__()
         num_features = size(self, "num_features", num_features)
         eps = small(self, eps)
-        self.num_features, self.eps, self.affine, self.activation = (
-            num_features,
-            eps,
-            affine,
-            activation,
-        )
+        self.num_features = num_features
+        self.eps = eps
+        self.affine = affine
+        self.activation = activation
         self.register_parameter(
             "weight", nn.Parameter(torch.ones(num_features)) if affine else None
         )

@@ -65,6 +65,7 @@ def replace_norms(module: nn.Module, *, fuse_silu: bool = True) -> list[Swap]:
             f"replace_norms: module is itself a {type(module).__name__}; put it into a "
             "torch.nn.Sequential."
         )
+
     places = Counter(id(child) for parent in module.modules() for child in parent._modules.values())
     # done: id -> (old, new); holding the old layer keeps its id from being used again.
     swaps, done = [], {}
@@ -151,6 +152,7 @@ def _twin(old):
         return None
     if _hooked(old) or _shapes(new) != _shapes(old):
         return None
+
     new._parameters.update({name: old._parameters.get(name) for name in new._parameters})
     new._modules.update({name: old._modules[name] for name in new._modules})
     return new.train(old.training)

@@ -62,7 +62,9 @@ def max_pairwise_distance(data: Tensor, *, chunk: int | None = None) -> float:
             tile = torch.addmm(norms_a[:, None] + norms_b, a, b.T, alpha=-2)
             value, at = tile.flatten().max(0)
             if value.item() > best:
-                best, pair = value.item(), (i + at.item() // len(b), j + at.item() % len(b))
+                best = value.item()
+                pair = (i + at.item() // len(b), j + at.item() % len(b))
+
     return _distance(x, *pair)
 
 
@@ -103,6 +105,7 @@ def distance_bounds(
         far = _distances_to(x, x[sweep].double(), chunk)
         sweep = far.argmax().item()
         lower.append(far[sweep].item())
+
     return DistanceBounds(max(lower), max(*lower, r1 + r2))
 
 
@@ -115,14 +118,17 @@ def _prepare(op, data, chunk):
         )
     if data.is_meta:
         raise ValueError(f"{op}: data must have values; it is on the meta device.")
+
     if chunk is not None:
         chunk = checks.integer(op, "chunk", chunk, 1)
+
     x = data.detach().flatten(1) if data.dim() > 1 else data.detach()[:, None]
     chunk = chunk or max(64, min(1024, 2**24 // x.shape[1]))
     centre = sum(x[i : i + chunk].double().sum(0) for i in range(0, len(x), chunk)) / len(x)
     # a sum of finite float32 values is finite in float64
     if not math.isfinite(centre.sum().item()):
         raise ValueError(f"{op}: data must be finite; it holds NaN or infinite values.")
+
     return x, centre, chunk
 
 

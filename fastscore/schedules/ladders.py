@@ -57,7 +57,8 @@ def karras(sigma_max: float, sigma_min: float, n: int, rho: float = 7.0) -> Tens
     """
     sigma_max, sigma_min, n = check_ends("karras", sigma_max, sigma_min, n)
     rho = checks.number("karras", "rho", rho, above=0)
-    high, low = math.log(sigma_max) / rho, math.log(sigma_min) / rho
+    high = math.log(sigma_max) / rho
+    low = math.log(sigma_min) / rho
     # log of a sum of two exponentials: σ^(1/ρ) itself is 1 - 1e-16 for a large ρ.
     t = torch.linspace(0, 1, n, dtype=torch.float64, device=home())
     return _with_ends(
@@ -127,6 +128,7 @@ def check_ladder(op: str, sigmas: Tensor | Sequence[float], wait: bool = True) -
         )
     if not wait and sigmas.device.type != "cpu":
         return sigmas
+
     if checks.readable() and not fake(sigmas):
         good = bool((sigmas.isfinite() & (sigmas > 0)).all()) and not bool(
             (sigmas.diff() >= 0).any()
@@ -143,4 +145,5 @@ def check_ladder(op: str, sigmas: Tensor | Sequence[float], wait: bool = True) -
             f"{op}: sigmas must be positive, finite and strictly descending; got "
             f"{shown_ladder(values)}."
         )
+
     return sigmas

@@ -108,6 +108,7 @@ def recipe(
         )
     if data.is_meta:
         raise ValueError("recipe: data must have values; it is on the meta device.")
+
     least = 2 + bool(denoise)
     if not checks.whole(budget) or not least <= budget <= RUN:
         bound = (
@@ -116,10 +117,9 @@ def recipe(
         raise ValueError(
             f"recipe: budget must be an int of {bound} network calls; got {shown(budget)}."
         )
-    seed, sigma_min = (
-        check_seed("recipe", seed, data.device),
-        checks.number("recipe", "sigma_min", sigma_min),
-    )
+
+    seed = check_seed("recipe", seed, data.device)
+    sigma_min = checks.number("recipe", "sigma_min", sigma_min)
     if sigma_max is None:
         sigma_max = _largest_noise(data, seed)
         if sigma_max <= sigma_min:
@@ -127,6 +127,7 @@ def recipe(
                 f"recipe: the data's largest distance, {sigma_max:.4g}, must exceed sigma_min; got "
                 f"{sigma_min}."
             )
+
     dim = math.prod(data.shape[1:])
     steps = checks.plain_int(budget) - bool(denoise)
     levels = _wanted_levels(dim, sigma_max, sigma_min, overlap)

@@ -66,6 +66,7 @@ def vp(n: int, *, beta_min: float = 0.1, beta_max: float = 20.0, t_min: float = 
             "vp: 0 < t_min < 1 and 0 <= beta_min <= beta_max, beta_max > 0, must hold; got t_min "
             f"{t_min}, betas {beta_min} and {beta_max}."
         )
+
     t = torch.linspace(1, t_min, n, dtype=torch.float64, device=home())
     return check_ladder(
         "vp", torch.expm1(beta_min * t + 0.5 * (beta_max - beta_min) * t.square()).sqrt().float()
@@ -108,6 +109,7 @@ def interpolate(sigma: Tensor, log_table: Tensor) -> Tensor:
             f"timesteps_of: sigma must lie in the model's range, {low:.4g} to {high:.4g}; got "
             f"{got}."
         )
+
     log_sigma = log_sigma.clamp(log_table[0], log_table[-1])
     right = torch.searchsorted(log_table, log_sigma).clamp(1, len(log_table) - 1)
     left = right - 1

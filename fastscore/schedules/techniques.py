@@ -124,10 +124,8 @@ def variance_ratio(gamma: float, steps_per_level: int, eta: float, start: float 
     Source: section 3.4, proposition 3.
     """
     op = "variance_ratio"
-    gamma, start = (
-        checks.number(op, "gamma", gamma, most=1e100, above=0),
-        checks.number(op, "start", start, 0, 1e100),
-    )
+    gamma = checks.number(op, "gamma", gamma, most=1e100, above=0)
+    start = checks.number(op, "start", start, 0, 1e100)
     a = 1 - checks.number(op, "eta", eta, 0, below=2)
     keep = a ** (2 * checks.integer(op, "steps_per_level", steps_per_level, 0, limit=RUN))
     return keep * gamma**2 * start + 2 * (1 - keep) / (1 + a)
@@ -166,6 +164,7 @@ def technique4_step_size(sigmas: Tensor | Sequence[float], steps_per_level: int)
     steps_per_level = _check_steps(op, steps_per_level)
     if len(sigmas) < 2:
         raise ValueError(f"{op}: sigmas must hold at least 2 levels; got 1.")
+
     gaps = -sigmas.log().diff()
     low, high = gaps.min().item(), gaps.max().item()
     if high - low > 0.01 * high + 4 * torch.finfo(torch.float32).eps:
@@ -173,6 +172,7 @@ def technique4_step_size(sigmas: Tensor | Sequence[float], steps_per_level: int)
             f"{op}: sigmas must be geometric; neighbouring ratios run from {math.exp(low):.4g} to "
             f"{math.exp(high):.4g}."
         )
+
     return 2 * _best_eta(math.exp(gaps.mean().item()), steps_per_level) * sigmas[-1].item() ** 2
 
 
@@ -184,7 +184,8 @@ def _best_eta(gamma, steps):
 
         In powers of η so that γ near 1 loses nothing.
         """
-        a, rest = 1 - eta, -math.expm1(2 * steps * math.log1p(-eta)) if eta < 1 else 1.0
+        a = 1 - eta
+        rest = -math.expm1(2 * steps * math.log1p(-eta)) if eta < 1 else 1.0
         # γ²(1 + a) - 2 = (γ² - 1)(1 + a) - η
         return (
             steps * a ** (2 * steps - 1) * (1 + a) * ((gamma - 1) * (gamma + 1) * (1 + a) - eta)
@@ -207,15 +208,19 @@ def variance_ratios(
     sigmas = check_ladder(op, sigmas).tolist()
     steps_per_level = _check_steps(op, steps_per_level)
     step_size = checks.number(op, "step_size", step_size)
-    eta, ratios, v = step_size / 2 / sigmas[-1] ** 2, [], 1.0
+    eta = step_size / 2 / sigmas[-1] ** 2
+    ratios = []
+    v = 1.0
     if not 0 <= eta < 2:
         raise ValueError(
             f"{op}: step_size must lie in [0, 4 σ_L²), {4 * sigmas[-1] ** 2:.4g}, or the chain "
             f"diverges; got {step_size}."
         )
+
     for before, sigma in zip(sigmas[:1] + sigmas, sigmas):
         v = variance_ratio(before / sigma, steps_per_level, eta, start=v)
         ratios.append(v)
+
     return torch.tensor(ratios, dtype=torch.float64, device=home())
 
 
