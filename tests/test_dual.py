@@ -309,3 +309,27 @@ def test_refusals_are_one_sentence(call, error, message):
     with pytest.raises(error, match=message) as found:
         call()
     assert "\n" not in str(found.value)
+
+
+def test_a_rules_own_type_error_comes_through(monkeypatch):
+    """Taken for a spelling that the rule does not know, it would hide a fault behind a slower path."""
+    from fastscore.dual.table import RULES
+
+    def broken(x):
+        return x + None
+
+    monkeypatch.setitem(RULES, torch.Tensor.asinh, broken)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        jvp(lambda x: x.asinh(), torch.ones(2), torch.ones(2))
+
+
+def test_arguments_by_their_other_names():
+    x = torch.randn(3, 4, dtype=torch.float64)
+    for f in (
+        lambda x: torch.sum(input=x, axis=1, keepdims=True),
+        lambda x: x.mean(axis=0),
+        lambda x: torch.slogdet(input=x[:, :3])[1][None],
+        lambda x: torch.softmax(input=x, dim=1),
+    ):
+        found, expected = jvp(f, x, x.sin()), torch.func.jvp(f, (x,), (x.sin(),))
+        assert torch.allclose(found[0], expected[0]) and torch.allclose(found[1], expected[1])

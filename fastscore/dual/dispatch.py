@@ -41,8 +41,11 @@ def carried(cls, func, args, kwargs):
             result = rule(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        except (NoDual, TypeError):   # an argument that has no stack, or a spelling that the rule does not know (axis=, input=)
+        except NoDual:   # an argument that has no stack
             pass
+        except TypeError as error:   # a spelling that the rule does not know, as axis= or input=; its own errors come through
+            if not kwargs and error.__traceback__.tb_next is not None:
+                raise
     result = _special(func, args, kwargs)
     return generic(func, args, kwargs) if result is NotImplemented else result
 

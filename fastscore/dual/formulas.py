@@ -4,6 +4,7 @@ Dual numbers flow through them, and stock forward mode takes them in their stead
 """
 
 import functools
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,12 @@ def formula(*names, holders=HOLDERS):
     """Register a composition under every function of that name."""
 
     def register(function):
+        parameters = list(inspect.signature(function).parameters)
+        spellings = _SPELLINGS | {other: parameters[0] for other in ("input", "A") if other not in parameters}
+
         @functools.wraps(function)
         def spelled(*args, **kwargs):
-            return function(*args, **{_SPELLINGS.get(key, key): argument for key, argument in kwargs.items()})
+            return function(*args, **{spellings.get(key, key): argument for key, argument in kwargs.items()})
 
         for name in names:
             for holder in holders:
