@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: test test-slow test-slow-sample test-processes demo lint docs bench gpu clean
+.PHONY: test test-slow test-slow-sample test-processes demo lint types docs bench gpu clean
 
 # make test ISA=avx2 or ISA=default: PyTorch's kernels, oneDNN's and ours as a processor with no more than that runs them.
 ISA_avx2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 FASTSCORE_ISA=avx2
@@ -30,6 +30,10 @@ demo: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+
+# How much of the public interface has types, and what a strict client sees of them.
+types: $(STAMP)
+	$(BIN)/python build_support/type_completeness.py
 
 # The site in build/site, which opens from disk; any warning is an error.
 docs: $(STAMP)
