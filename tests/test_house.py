@@ -28,7 +28,12 @@ def imports(path):
         yield from (name for name in named if name in MODULES)
 
 
-IMPORTERS = {module: {other for other, path in MODULES.items() if module in imports(path) and other != module} for module in MODULES}
+# Each file is parsed once: for every pair it would take the better part of a minute.
+IMPORTED = {module: set(imports(path)) for module, path in MODULES.items()}
+IMPORTERS = {
+    module: {other for other, imported in IMPORTED.items() if module in imported and other != module}
+    for module in MODULES
+}
 
 
 def of_the_command_line(module):
