@@ -20,6 +20,7 @@ from fastscore.cli import evaluate, recipe, sample, train
 ROOT = pages.ROOT
 sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
 import forward_mode  # noqa: E402
+import harness  # noqa: E402
 import tables  # noqa: E402
 
 LINKED = [*pages.PAGES, ROOT / "CHANGELOG.md", ROOT / "benchmarks/README.md"]
@@ -120,6 +121,30 @@ def test_the_scripts_that_are_called_exist():
 def test_the_tables_of_speed_are_those_of_the_results():
     for page in tables.PAGES:
         assert tables.updated(page.read_text()) == page.read_text(), "python docs/tables.py"
+
+
+def test_the_gains_in_the_text_are_those_of_the_results():
+    def times(file, op, elements, peer):
+        rows = tables.results(file)["rows"]
+        (row,) = [r for r in rows if (r["op"], r["elements"], r["dtype"]) == (op, elements, "float32")]
+        return row["seconds"][peer] / min(row["seconds"][name] for name in harness.OURS if name in row["seconds"])
+
+    eager, compiled = (times("cpu.json", "langevin_step", 2**24, peer) for peer in ("eager", "torch.compile"))
+    h100 = times("nvidia-h100-80gb-hbm3.json", "langevin_step", 2**24, "eager")
+    mlp = times("cpu.json", "sliced loss + gradient, MLP 2×128×128×2, M=1, 1 thread", 2048, "compiled func.vjp")
+
+    readme, why, performance = (
+        " ".join((ROOT / name).read_text().split()) for name in ("README.md", "docs/why.md", "docs/performance.md")
+    )
+    assert f"{eager:.0f} times as fast on two CPU cores, {h100:.1f} times on an H100" in readme
+    assert f"{eager:.0f} times as fast as eager PyTorch and {compiled:.0f} times as fast as `torch.compile`" in why
+    assert f"takes {mlp:.2f} of our time" in performance
+
+
+def test_the_streams_of_the_contract_have_their_numbers():
+    page = (ROOT / "docs/noise.md").read_text()
+    listed = {name: int(number) for name, number in re.findall(r"^\| `([A-Z]+)` \| (\d+) \|", page, re.MULTILINE)}
+    assert listed and all(getattr(fastscore.random, name) == number for name, number in listed.items())
 
 
 @pytest.mark.slow
