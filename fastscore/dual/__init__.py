@@ -1,4 +1,5 @@
-"""Dual numbers: a value with its tangents along several directions, carried through any function by one forward pass."""
+"""Dual numbers: a value with its tangents along several directions, carried through any function
+by one forward pass."""
 
 from fastscore.dual.fallback import FallbackWarning
 from fastscore.dual.number import Dual

@@ -1,5 +1,8 @@
 """What becomes of a torch function that meets dual numbers."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch._functorch.autograd_function import custom_function_call
 
@@ -15,37 +18,47 @@ from fastscore.dual.values import new_place, on_constants, on_values, sets_attri
 from fastscore.dual.writes import in_place, in_place_of, into_out
 
 
-def carried(cls, func, args, kwargs):
-    constant = not torch.is_grad_enabled() and switched_off()   # or it is a Function's forward, and not even a sign is a constant
+def carried(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # Or it is a Function's forward, and not even a sign is a constant.
+    constant = not torch.is_grad_enabled() and switched_off()
     if func in VALUES and kwargs.get("out") is None:
         if func in OUT_OF_TORCH and not constant:
-            raise RuntimeError("fastscore.jvp: numpy cannot carry derivatives; use x.detach().numpy() for a constant.")
+            raise RuntimeError(
+                "fastscore.jvp: numpy cannot carry derivatives; "
+                "use x.detach().numpy() for a constant."
+            )
         if func == DATA:
             func = torch.Tensor.detach   # whose writes are seen
         return on_values(func, args, kwargs)
     if constant and not (isinstance(args[0] if args else None, Dual) and sets_attribute(func)):
         return on_constants(func, args, kwargs)
+
     if kwargs:
         if kwargs.get("out") is not None:
             return into_out(func, args, kwargs)
         if kwargs.get("inplace"):
             return in_place_of(args[0], func, *args[1:], **{**kwargs, "inplace": False})
+
     at = INPLACE_AT.get(func)
     if at is not None and len(args) > at and args[at]:
         return in_place_of(args[0], func, *args[1:at], False, *args[at + 1 :], **kwargs)
 
     rule = cls.rules.get(func)
     # A dimension counted from the end of a 0-d value would be that of the stack.
-    if rule is not None and (func in POINTWISE or not (args and isinstance(args[0], Dual) and args[0].scalar())):
+    if rule is not None and (
+        func in POINTWISE or not (args and isinstance(args[0], Dual) and args[0].scalar())
+    ):
         try:
             result = rule(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         except NoDual:   # an argument that has no stack
             pass
-        except TypeError as error:   # a spelling that the rule does not know, as axis= or input=; its own errors come through
+        # a spelling that the rule does not know, as axis= or input=; its own errors come through.
+        except TypeError as error:
             if not kwargs and error.__traceback__.tb_next is not None:
                 raise
+
     result = _special(func, args, kwargs)
     return generic(func, args, kwargs) if result is NotImplemented else result
 
@@ -53,39 +66,64 @@ def carried(cls, func, args, kwargs):
 def _special(func, args, kwargs):
     """In-place operations, the constructors that follow a tensor, gradients asked for inside f."""
     name = getattr(func, "__name__", "")
-    if func is custom_function_call:   # Function.apply inside a transform
-        raise NoRule(f"fastscore.jvp: the autograd.Function {args[0].__name__} cannot be carried inside a transform of torch.func.")
+    if func is custom_function_call:  # Function.apply inside a transform
+        raise NoRule(
+            f"fastscore.jvp: the autograd.Function {args[0].__name__} cannot be carried inside a "
+            "transform of torch.func."
+        )
     if func in LIKE:
         return new_place(func, args, kwargs)
     if func in GRAPH:
         return func(args[0].stack)
     if func == BASE:
-        return None   # the stack may be a view, but never one that f has made
-    if name in ("view", "view_copy") and any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
-        return on_values(func, args, kwargs)   # other bits of the same memory: a constant to autograd
+        return None  # the stack may be a view, but never one that f has made
+    if name in ("view", "view_copy") and any(
+        isinstance(a, torch.dtype) for a in (*args, *kwargs.values())
+    ):
+        # Other bits of the same memory: a constant to autograd.
+        return on_values(func, args, kwargs)
     if name == "register_hook" and of_fsdp(args[1]):
         return func(args[0].stack, args[1])
     if type(func).__name__ in ("OpOverload", "OpOverloadPacket", "ScriptFunction", "ScriptMethod"):
         return _unnamed(func, name, args, kwargs)
-    if func in REFUSED or func in (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward):
+    if func in REFUSED or func in (
+        torch.autograd.grad,
+        torch.autograd.backward,
+        torch.Tensor.backward,
+    ):
         raise NoRule(f"fastscore.jvp: {name} cannot be carried through with its tangents.")
     if name in STORAGE or sets_attribute(func):
         raise NoRule(f"fastscore.jvp: {name} cannot be carried through with its tangents.")
+
     return in_place(func, name, args, kwargs)
 
 
 def _unnamed(func, name, args, kwargs):
     """Operators called by way of torch.ops, and TorchScript."""
-    overloads = [func] if hasattr(func, "_schema") else [getattr(func, n) for n in func.overloads()] if hasattr(func, "overloads") else []
-    if any(overload._schema.is_mutable for overload in overloads) and (name.endswith("_") or "out" in kwargs or len(overloads) == 1):
-        raise NoRule(f"fastscore.jvp: {name} writes into its arguments and cannot be carried through with its tangents.")
+    overloads = (
+        [func]
+        if hasattr(func, "_schema")
+        else [getattr(func, n) for n in func.overloads()]
+        if hasattr(func, "overloads")
+        else []
+    )
+    if any(overload._schema.is_mutable for overload in overloads) and (
+        name.endswith("_") or "out" in kwargs or len(overloads) == 1
+    ):
+        raise NoRule(
+            f"fastscore.jvp: {name} writes into its arguments and cannot be carried through with "
+            "its tangents."
+        )
     return transposed.transposed(str(name or func), func, args, kwargs)
 
 
-def carried_complex(cls, func, args, kwargs):
+def carried_complex(
+    cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     if func in (torch.sgn, torch.Tensor.sgn) and torch.is_grad_enabled():   # z / |z|, no constant
         return generic(func, args, kwargs)
     return carried(cls, func, args, kwargs)
 
 
-Dual.carried, ComplexDual.carried = classmethod(carried), classmethod(carried_complex)
+Dual.carried = classmethod(carried)
+ComplexDual.carried = classmethod(carried_complex)

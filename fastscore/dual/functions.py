@@ -1,6 +1,12 @@
-"""The autograd Functions of the stack (1 + M, *): what is quicker or leaner as one step than as torch operations."""
+"""The autograd Functions of the stack (1 + M, *).
+
+What is quicker or leaner as one step than as torch operations.
+"""
+
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastscore import backend as _backend
 from fastscore.ops import normalise as core
@@ -13,22 +19,22 @@ class _AddBias(torch.autograd.Function):
     """y[:count] += bias, in place, without the copies of a view's gradient."""
 
     @staticmethod
-    def forward(y, bias, count):
+    def forward(y: Any, bias: Any, count: Any) -> Any:
         y[:count] += bias
         return y
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         y, bias, ctx.count = inputs
         ctx.shape = bias.shape
         ctx.mark_dirty(y)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Any) -> Any:
         return g, g[: ctx.count].sum_to_size(ctx.shape) if ctx.needs_input_grad[1] else None, None
 
 
-def add_bias(y, bias, count):
+def add_bias(y: Any, bias: Any, count: Any) -> Any:
     """Add a bias to the first `count` entries of y, a fresh result that nobody else holds."""
     if _backend.levels():   # our Functions here have neither forward mode nor vmap
         return torch.cat([y[:count] + bias, y[count:]])
@@ -38,17 +44,22 @@ def add_bias(y, bias, count):
     return y
 
 
-def in_half(s):
-    """Whether a layer rounds its result to half precision, where a bias that is added afterwards is rounded once more.
+def in_half(s: Tensor) -> Any:
+    """Whether a layer rounds its result to half precision, where a bias that is added afterwards is
+    rounded once more.
 
-    Then the values, close to each other, are rounded alike: their mean, which is the gradient of a score's last bias, is off by up to 2^-9
-    of them, where roundings at random come to 2^-9 / √(3 N).
+    Then the values, close to each other, are rounded alike: their mean, which is the gradient of a
+    score's last bias, is off by up to 2^-9 of them, where roundings at random come to 2^-9 / √(3
+    N).
     """
-    return s.dtype in (torch.bfloat16, torch.float16) or (s.dtype == torch.float32 and torch.is_autocast_enabled(s.device.type))
+    return s.dtype in (torch.bfloat16, torch.float16) or (
+        s.dtype == torch.float32 and torch.is_autocast_enabled(s.device.type)
+    )
 
 
-def linear_in_half(s, weight, bias):
-    """F.linear of a stack, whose bias, of the value alone, goes into the product before it is rounded."""
+def linear_in_half(s: Tensor, weight: Any, bias: Any) -> Any:
+    """F.linear of a stack, whose bias, of the value alone, goes into the product before it is
+    rounded."""
     rows = s.flatten(0, -2)
     n = len(rows) // len(s)
     start = torch.cat([bias.expand(n, -1), bias.new_zeros(len(rows) - n, len(bias))])
@@ -64,7 +75,7 @@ class _SoftmaxStack(Direct):
     """
 
     @staticmethod
-    def forward(ctx, s, dim):
+    def forward(ctx: Any, s: Tensor, dim: Any) -> Any:
         out, tangents = torch.empty_like(s), s[1:]
         p, tp = out[0], out[1:]
         torch.softmax(s[0], dim, out=p)
@@ -75,10 +86,13 @@ class _SoftmaxStack(Direct):
         return out
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Any) -> Any:
         s, out = ctx.saved_tensors
         if _plainly(g):
-            return *_plain_gradients(lambda s: _softmax_stack_ref(s, ctx.dim), (s,), (True,), g), None
+            return *_plain_gradients(
+                lambda s: _softmax_stack_ref(s, ctx.dim), (s,), (True,), g
+            ), None
+
         p, tp, gp, gtp = out[0], out[1:], g[0], g[1:]
         gs = torch.empty_like(out)
         q, gtx = gs[0], gs[1:]
@@ -89,9 +103,11 @@ class _SoftmaxStack(Direct):
         torch.mul(p, gp, out=total)
         for m in range(len(tp)):
             total.addcmul_(tp[m], gtp[m] - k[m])
+
         total.addcmul_(p, total.sum(ctx.dim, keepdim=True), value=-1)
         if total is not q:
             q.copy_(total)
+
         return gs, None
 
 
@@ -101,7 +117,7 @@ def _softmax_stack_ref(s, dim):
     return torch.cat([p[None], p * (tangents - (p * tangents).sum(along, keepdim=True))])
 
 
-def softmax_stack(s, dim):
+def softmax_stack(s: Tensor, dim: Any) -> Any:
     """softmax of a value and of its tangents along a dimension of the value."""
     dim -= s.dim() - 1 if dim >= 0 else 0   # the same in value and stack
     if _by_hand(s):
@@ -110,18 +126,20 @@ def softmax_stack(s, dim):
 
 
 class _MatmulStack(Direct):
-    """Products of stacks of matrices (1 + M, B, n, k) and (1 + M, B, k, m): y = a b, ẏ = ȧ b + a ḃ, each written once, in its place.
+    """Products of stacks of matrices (1 + M, B, n, k) and (1 + M, B, k, m).
+
+    y = a b, ẏ = ȧ b + a ḃ, each written once, in its place.
 
     Cotangents: ga = gy bᵀ + Σ gẏ ḃᵀ,  gȧ = gẏ bᵀ, and so for b.
     """
 
     @staticmethod
-    def forward(ctx, a, b):
+    def forward(ctx: Any, a: Any, b: Any) -> Any:
         ctx.save_for_backward(a, b)
         return _products(a, b)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Any) -> Any:
         a, b = ctx.saved_tensors
         if _plainly(g):
             return _plain_gradients(_matmul_stack_ref, (a, b), ctx.needs_input_grad, g)
@@ -140,7 +158,8 @@ def _products(a, b):
 
 
 def _correlations(left, right, left_stays):
-    """The sum of left_m right_m over value and tangents, and for each tangent left_0 right_m or left_m right_0."""
+    """The sum of left_m right_m over value and tangents, and for each tangent left_0 right_m or
+    left_m right_0."""
     out = left.new_empty(*left.shape[:-1], right.shape[-1])
     value = torch.bmm(left[0], right[0], out=out[0])
     total = _for_sums(value)
@@ -154,30 +173,46 @@ def _correlations(left, right, left_stays):
             total += left[m].bmm(right[m])
     if total is not value:
         value.copy_(total)
+
     return out
 
 
 def _for_sums(t):
-    """t itself, or where it is of half precision, which a sum over the tangents would be rounded to M times, memory like it in float32."""
-    return torch.empty_like(t, dtype=torch.float32) if t.dtype in (torch.bfloat16, torch.float16) else t
+    """t itself, or where it is of half precision, which a sum over the tangents would be rounded
+    to M times, memory like it in float32."""
+    return (
+        torch.empty_like(t, dtype=torch.float32)
+        if t.dtype in (torch.bfloat16, torch.float16)
+        else t
+    )
 
 
-_BATCHED = torch._C._parse_dispatch_key("Batched")   # by is_grads_batched or vectorize=True, which take no out=
+# By is_grads_batched or vectorize=True, which take no out=
+_BATCHED = torch._C._parse_dispatch_key("Batched")
 
 
 def _plainly(g):
-    """Whether a gradient is to be made of plain PyTorch: somebody differentiates it, or takes many of them at once."""
+    """Whether a gradient is to be made of plain PyTorch.
+
+    Somebody differentiates it, or takes many of them at once.
+    """
     return torch.is_grad_enabled() or _backend.levels() or torch._C._dispatch_keys(g).has(_BATCHED)
 
 
 def _plain_gradients(function, inputs, needed, g):
-    """The gradients of function(*inputs) where they are needed, None elsewhere, with their graph if autograd keeps one."""
-    if _backend.levels():   # whose own autograd it takes
-        return tuple(found if n else None for found, n in zip(torch.func.vjp(function, *inputs)[1](g), needed))
+    """The gradients of function(*inputs) where they are needed, None elsewhere, with their graph
+    if autograd keeps one."""
+    if _backend.levels():  # whose own autograd it takes
+        return tuple(
+            found if n else None
+            for found, n in zip(torch.func.vjp(function, *inputs)[1](g), needed)
+        )
+
     differentiated = torch.is_grad_enabled()
     with torch.enable_grad():
         wanted = [t for t, n in zip(inputs, needed) if n]
         found = iter(torch.autograd.grad(function(*inputs), wanted, g, create_graph=differentiated))
+
     return tuple(next(found) if n else None for n in needed)
 
 
@@ -185,8 +220,11 @@ def _matmul_stack_ref(a, b):
     return torch.cat([a[:1] @ b[:1], a[1:] @ b[:1] + a[:1] @ b[1:]])
 
 
-def matmul_stack(a, b):
-    """Matrix products of values, and of values and tangents; a and b have as many dimensions as each other."""
+def matmul_stack(a: Any, b: Any) -> Any:
+    """Matrix products of values, and of values and tangents.
+
+    a and b have as many dimensions as each other.
+    """
     if a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2] or not _by_hand(a, b):
         return _matmul_stack_ref(a, b)
     flat = [t.reshape(len(t), -1, *t.shape[-2:]) for t in (a, b)]
@@ -194,50 +232,74 @@ def matmul_stack(a, b):
 
 
 def _by_hand(*stacks):
-    """Whether a Function may stand for torch operations: ours have no forward mode and no vmap, and autocast does not see into them."""
-    if any(type(s) is not torch.Tensor for s in stacks) or _backend.levels() or torch.is_autocast_enabled(stacks[0].device.type):
+    """Whether a Function may stand for torch operations.
+
+    Ours have no forward mode and no vmap, and autocast does not see into them.
+    """
+    if (
+        any(type(s) is not torch.Tensor for s in stacks)
+        or _backend.levels()
+        or torch.is_autocast_enabled(stacks[0].device.type)
+    ):
         return False
     if any(s.numel() == 0 for s in stacks):
         return False
     return _backend.derivative_possible(*stacks)
 
 
-def add_to_value(s, c):
+def add_to_value(s: Tensor, c: Any) -> Any:
     """The stack with c added to its value."""
     return torch.cat([s[:1] + c, s[1:]])
 
 
 @quick
 class _NormaliseStack(torch.autograd.Function):
-    """ops.normalise on a stack: value and tangents side by side in memory, going in and coming out."""
+    """ops.normalise on a stack.
+
+    Value and tangents side by side in memory, going in and coming out.
+    """
 
     @staticmethod
-    def forward(s, coef, labels, form, backend):
+    def forward(s: Tensor, coef: Tensor, labels: Tensor | None, form: Any, backend: str) -> Any:
         s = _stack_layout(s)
         out = torch.empty_like(s)
-        stats = core.run_forward(s[0], s[1:], coef, None, labels, form, backend, True, into=(out[0], out[1:]))[-1]
+        stats = core.run_forward(
+            s[0], s[1:], coef, None, labels, form, backend, True, into=(out[0], out[1:])
+        )[-1]
         return out, stats
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         s, coef, labels, ctx.form, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         save(ctx, s, coef, labels, output[1])
 
     @staticmethod
-    def backward(ctx, g, _):
+    def backward(ctx: Any, g: Any, _: Any) -> Any:
         s, coef, labels, stats = saved(ctx)
         if g is None:
             return (None,) * 5
+
         if torch.is_grad_enabled():   # somebody differentiates the gradient: plain PyTorch
             gs, gcoef = _plain_gradient(s, coef, labels, g, ctx.form)
         else:
             s = _stack_layout(s)
             gs = torch.empty_like(s)
             *_, gcoef, _ = core.run_backward(
-                s[0], s[1:], stats, coef, None, labels, g[0], g[1:], ctx.form, ctx.backend, into=(gs[0], gs[1:])
+                s[0],
+                s[1:],
+                stats,
+                coef,
+                None,
+                labels,
+                g[0],
+                g[1:],
+                ctx.form,
+                ctx.backend,
+                into=(gs[0], gs[1:]),
             )
+
         return gs, gcoef, None, None, None
 
 
@@ -247,16 +309,23 @@ def _plain_gradient(s, coef, labels, g, form):
 
 
 def _stack_layout(s):
-    """Each entry of the stack contiguous, or channels-last if the first is, and all of them one after another."""
+    """Each entry of the stack contiguous, or channels-last if the first is, and all of them one
+    after another."""
     return core._in_layout_of(s, core._dense(s[0]))
 
 
-def normalise_stack(s, coef, labels, form, backend):
+def normalise_stack(s: Tensor, coef: Tensor, labels: Tensor | None, form: Any, backend: str) -> Any:
     chosen = _backend.choose(s.device, backend, cuda=False)
     if chosen == "reference" or _backend.levels():
-        return torch.cat([core.normalise_ref(s[0], coef, labels, form)[None], core._dual_ref(s[0], s[1:], coef, None, labels, form)])
+        return torch.cat(
+            [
+                core.normalise_ref(s[0], coef, labels, form)[None],
+                core._dual_ref(s[0], s[1:], coef, None, labels, form),
+            ]
+        )
     if _backend.derivative_possible(s, coef):
         return _NormaliseStack.apply(s, coef, labels, form, chosen)[0]
+
     s = _stack_layout(s)
     out = torch.empty_like(s)
     core.run_forward(s[0], s[1:], coef, None, labels, form, chosen, True, into=(out[0], out[1:]))

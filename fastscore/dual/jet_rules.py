@@ -1,13 +1,18 @@
-"""What each torch function does to jets, on the stack (1 + 2M, B, *) of values, first and second derivatives.
+"""What each torch function does to jets, on the stack (1 + 2M, B, *) of values, first and second
+derivatives.
 
-Linear maps do not know which coefficient they carry, so their rules are those of the dual numbers. Every rule refuses what would mix
-samples (their coefficients along a joint direction are not those of each sample alone) and is made of differentiable operations.
+Linear maps do not know which coefficient they carry, so their rules are those of the dual numbers.
+Every rule refuses what would mix samples (their coefficients along a joint direction are not those
+of each sample alone) and is made of differentiable operations.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastscore.dual import norms, rules, rules_math, rules_shape, table
 from fastscore.dual.call import NoRule
@@ -17,21 +22,24 @@ from fastscore.dual.table import rule
 from fastscore.ops import normalise as core
 from fastscore.ops.activate import activate_jet
 
-RULES = {}
-VALUES = table.VALUES - {torch.Tensor.numpy, table.DATA}   # which a variable refuses, or whose writes nobody sees
-jet_rule = functools.partial(rule, table=RULES)
+RULES: dict[Any, Any] = {}
+# Which a variable refuses, or whose writes nobody sees.
+VALUES: Any = table.VALUES - {torch.Tensor.numpy, table.DATA}
+jet_rule: Any = functools.partial(rule, table=RULES)
 
 
-def is_jet(a):
+def is_jet(a: Any) -> bool:
     return hasattr(a, "stack")
 
 
-def kept(x, made):
-    """Jets from what a rule of the dual numbers made, where the samples are still the first dimension."""
+def kept(x: Any, made: Any) -> Any:
+    """Jets from what a rule of the dual numbers made, where the samples are still the first
+    dimension."""
     if made is NotImplemented or made is x:
         return made
     if isinstance(made, tuple):
         return tuple(kept(x, m) for m in made)
+
     s = made.stack if is_jet(made) else made
     if s.is_complex():
         raise NoRule("second_order: no rule carries complex numbers.")
@@ -39,15 +47,16 @@ def kept(x, made):
         return s
     if s.dim() < 2 or s.shape[1] != x.stack.shape[1]:
         raise NoRule("second_order: the samples would not stay the first dimension.")
+
     return x.like(s)
 
 
-def bent(x):
+def bent(x: Any) -> Any:
     """x with room for second derivatives."""
     return x.like(torch.cat([x.stack, torch.zeros_like(x.stack[1:])])) if x.straight else x
 
 
-def joined(x, y, first, second):
+def joined(x: Any, y: Any, first: Any, second: Any) -> Any:
     return kept(x, torch.cat([y, first, second]))
 
 
@@ -63,8 +72,17 @@ def _linear(predicate, *names, holders=table.HOLDERS):
 
 def _guarded(linear, predicate):
     def apply(*args, **kwargs):
-        x = args[0] if args else next(kwargs.pop(name) for name in ("input", "x", "tensor") if name in kwargs)
-        if not is_jet(x) or any(map(is_jet, args[1:])) or any(map(is_jet, kwargs.values())) or not predicate(x, *args[1:], **kwargs):
+        x = (
+            args[0]
+            if args
+            else next(kwargs.pop(name) for name in ("input", "x", "tensor") if name in kwargs)
+        )
+        if (
+            not is_jet(x)
+            or any(map(is_jet, args[1:]))
+            or any(map(is_jet, kwargs.values()))
+            or not predicate(x, *args[1:], **kwargs)
+        ):
             return NotImplemented
         return kept(x, linear(x, *args[1:], **kwargs))
 
@@ -93,14 +111,20 @@ def _whole(index, x):
     """Whether an index leaves the samples alone."""
     index = index if isinstance(index, tuple) else (index,)
     if index[0] is Ellipsis:
-        used = sum(i.dim() if isinstance(i, torch.Tensor) and i.dtype == torch.bool else i is not None for i in index[1:])
+        used = sum(
+            i.dim() if isinstance(i, torch.Tensor) and i.dtype == torch.bool else i is not None
+            for i in index[1:]
+        )
         return used < x.dim()
     return isinstance(index[0], slice) and index[0] == slice(None)
 
 
 # In C order a first dimension of B is that of the samples.
-_linear(_at_least(1), "reshape", "view", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous", "clone", "neg", "negative",
-        "__neg__", "to", "type", "float", "double", "half", "bfloat16", "cuda", "cpu")  # fmt: skip
+_linear(
+    _at_least(1), "reshape", "view", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous",
+    "clone", "neg", "negative", "__neg__", "to", "type", "float", "double", "half", "bfloat16",
+    "cuda", "cpu",
+)
 _linear(lambda x, *shape: len(shape_of(shape)) == x.dim(), "expand", "repeat", "tile")
 _linear(_along, "sum", "mean", "select", "narrow", "index_select", "gather", "cumsum")
 _linear(lambda x, *dims: _inner(x, shape_of(dims)), "flip")
@@ -109,12 +133,19 @@ _linear(lambda x, repeats, dim=None, **kwargs: _inner(x, dim), "repeat_interleav
 _linear(lambda x, dim=0: _inner(x, dim), "unbind")
 _linear(lambda x, n, dim=0: _inner(x, dim), "chunk", "split")
 _linear(lambda x, dim0, dim1: _inner(x, (dim0, dim1)), "transpose", "swapaxes", "swapdims")
-_linear(lambda x, source, destination: _inner(x, source) and _inner(x, destination), "movedim", "moveaxis")
+_linear(
+    lambda x, source, destination: _inner(x, source) and _inner(x, destination),
+    "movedim",
+    "moveaxis",
+)
 _linear(lambda x, *dims: shape_of(dims)[0] % x.dim() == 0, "permute")
 _linear(lambda x, index: _whole(index, x), "__getitem__", holders=(torch.Tensor,))
 _linear(lambda x, mask, value: mask.dim() <= x.dim(), "masked_fill")
 _linear(lambda x, weight, bias=None: x.dim() > 1, "linear")
-_linear(lambda x, weight, *args, **kwargs: x.dim() == weight.dim(), *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)))
+_linear(
+    lambda x, weight, *args, **kwargs: x.dim() == weight.dim(),
+    *(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)),
+)
 for _n in (1, 2, 3):
     _linear(_exactly(_n + 2), f"avg_pool{_n}d", f"adaptive_avg_pool{_n}d")
 _linear(_exactly(4), "pixel_shuffle", "pixel_unshuffle")
@@ -127,7 +158,9 @@ RULES[torch.Tensor.mT.__get__] = _guarded(rules.RULES[torch.Tensor.mT.__get__], 
 
 def _dropout(function):
     masked = _guarded(rules.RULES[function], _at_least(1))
-    return lambda input, p=0.5, training=True, inplace=False: masked(input, p, training) if training and p else input
+    return lambda input, p=0.5, training=True, inplace=False: (
+        masked(input, p, training) if training and p else input
+    )
 
 
 for _name in ("dropout", "dropout1d", "dropout2d", "dropout3d"):
@@ -165,25 +198,39 @@ jet_rule("stack")(_several(rules_shape.stack_of))
 
 
 @jet_rule("where")
-def where(condition, input=None, other=None):
+def where(condition: Any, input: Any = None, other: Any = None) -> Any:
     jets = [a for a in (input, other) if is_jet(a)]
-    if input is None or is_jet(condition) or not jets or not _aligned(jets[0], condition, input, other):
+    if (
+        input is None
+        or is_jet(condition)
+        or not jets
+        or not _aligned(jets[0], condition, input, other)
+    ):
         return NotImplemented
+
     if not all(a.straight for a in jets):
         input, other = (bent(a) if is_jet(a) else a for a in (input, other))
+
     return kept(jets[0], rules_math.where(condition, input, other))
 
 
 def _aligned(x, *others):
-    """Whether broadcasting leaves the samples the first dimension: other jets have as many dimensions, constants no more."""
-    return all(a.dim() == x.dim() if is_jet(a) else a.dim() <= x.dim() for a in others if isinstance(a, torch.Tensor))
+    """Whether broadcasting leaves the samples the first dimension.
+
+    Other jets have as many dimensions, constants no more.
+    """
+    return all(
+        a.dim() == x.dim() if is_jet(a) else a.dim() <= x.dim()
+        for a in others
+        if isinstance(a, torch.Tensor)
+    )
 
 
 # ---- arithmetic
 
 
 @jet_rule("add", "__add__", "__radd__")
-def add(a, b, *, alpha=1):
+def add(a: Any, b: Any, *, alpha: Any = 1) -> Any:
     b = b * alpha if alpha != 1 else b
     x, c = (a, b) if is_jet(a) else (b, a)
     if not _aligned(x, c):
@@ -194,6 +241,7 @@ def add(a, b, *, alpha=1):
         return kept(x, torch.cat([value, rest.expand(len(rest), *value.shape[1:])]))
     if x.straight == c.straight:
         return kept(x, x.stack + c.stack)
+
     full, straight = (c, x) if x.straight else (x, c)
     M = x.directions
     head, second = full.stack.split([1 + M, M])
@@ -202,17 +250,17 @@ def add(a, b, *, alpha=1):
 
 
 @jet_rule("sub", "subtract", "__sub__")
-def sub(a, b, *, alpha=1):
+def sub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
     return add(a, -b if alpha == 1 else b * -alpha)
 
 
 @jet_rule("rsub", "__rsub__")
-def rsub(a, b, *, alpha=1):
+def rsub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
     return sub(b, a, alpha=alpha)
 
 
 @jet_rule("mul", "multiply", "__mul__", "__rmul__")
-def mul(a, b):
+def mul(a: Any, b: Any) -> Any:
     x, c = (a, b) if is_jet(a) else (b, a)
     if not _aligned(x, c):
         return NotImplemented
@@ -231,7 +279,7 @@ def _product(times, a, b):
 
 
 @jet_rule("div", "divide", "true_divide", "__truediv__")
-def div(a, b, *, rounding_mode=None):
+def div(a: Any, b: Any, *, rounding_mode: Any = None) -> Any:
     if rounding_mode is not None:
         return NotImplemented
     if is_jet(b):
@@ -240,22 +288,22 @@ def div(a, b, *, rounding_mode=None):
 
 
 @jet_rule("__rdiv__", "__rtruediv__")
-def rdiv(a, b):
+def rdiv(a: Any, b: Any) -> Any:
     return div(b, a)
 
 
 @jet_rule("addcmul")
-def addcmul(input, tensor1, tensor2, *, value=1):
+def addcmul(input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
     return input + value * (tensor1 * tensor2)
 
 
 @jet_rule("lerp")
-def lerp(input, end, weight):
+def lerp(input: Any, end: Any, weight: Any) -> Any:
     return input + weight * (end - input)
 
 
 @jet_rule("matmul", "__matmul__", "bmm", "mm")
-def matmul(a, b):
+def matmul(a: Any, b: Any) -> Any:
     if is_jet(a) and is_jet(b):
         return _product(torch.matmul, a, b) if a.dim() == b.dim() > 2 else NotImplemented
     if is_jet(a):
@@ -269,7 +317,7 @@ RULES[torch.Tensor.__rmatmul__] = lambda a, b: matmul(b, a)
 # ---- functions of one element
 
 
-def elementwise(x, function, slope, curvature):
+def elementwise(x: Any, function: Callable[..., Any], slope: Any, curvature: Any) -> Any:
     """f' from slope(u, f(u)), f'' from curvature(u, f(u), f'), or 0."""
     u, first, second = x.parts()
     y = function(u)
@@ -289,7 +337,7 @@ RULES[torch.Tensor.__abs__] = RULES[torch.abs]
 
 
 @jet_rule("pow", "__pow__")
-def power(x, exponent):
+def power(x: Any, exponent: Any) -> Any:
     n = exponent
     if not is_jet(x) or not isinstance(n, int | float):
         return NotImplemented
@@ -303,7 +351,11 @@ def power(x, exponent):
 
 def _activation(name, same=lambda: True):
     def apply(input, *options, inplace=False, **named):
-        return kept(input, activate_jet(input.stack, input.directions, name)) if same(*options, **named) else NotImplemented
+        return (
+            kept(input, activate_jet(input.stack, input.directions, name))
+            if same(*options, **named)
+            else NotImplemented
+        )
 
     return apply
 
@@ -311,23 +363,25 @@ def _activation(name, same=lambda: True):
 for _name in ("relu", "silu", "tanh", "sigmoid"):
     jet_rule(_name)(_activation(_name))
 jet_rule("elu")(_activation("elu", lambda alpha=1.0: alpha == 1))
-jet_rule("softplus")(_activation("softplus", lambda beta=1, threshold=20: beta == 1 and threshold >= 20))
+jet_rule("softplus")(
+    _activation("softplus", lambda beta=1, threshold=20: beta == 1 and threshold >= 20)
+)
 _GELUS = {"none": _activation("gelu"), "tanh": _activation("gelu_tanh")}
 
 
 @jet_rule("gelu")
-def gelu(input, *, approximate="none"):
+def gelu(input: Any, *, approximate: str = "none") -> Any:
     return _GELUS[approximate](input) if approximate in _GELUS else NotImplemented
 
 
 @jet_rule("leaky_relu")
-def leaky_relu(input, negative_slope=0.01, inplace=False):
+def leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     u = input.stack[:1]
     return kept(input, torch.where(u > 0, input.stack, negative_slope * input.stack))
 
 
 @jet_rule("logsumexp")
-def logsumexp(input, dim, keepdim=False):
+def logsumexp(input: Any, dim: Any, keepdim: bool = False) -> Any:
     top = input.detach().amax(dim, keepdim=True)
     top = torch.where(top.isfinite(), top, 0)
     y = (input - top).exp().sum(dim, keepdim=True).log() + top
@@ -335,14 +389,18 @@ def logsumexp(input, dim, keepdim=False):
 
 
 @jet_rule("log_softmax")
-def log_softmax(input, dim=None, _stacklevel=3, dtype=None):
+def log_softmax(
+    input: Any, dim: Any = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Any:
     if dim is None or dtype is not None:
         return NotImplemented
     return input - input.logsumexp(dim, keepdim=True)
 
 
 @jet_rule("softmax")
-def softmax(input, dim=None, _stacklevel=3, dtype=None):
+def softmax(
+    input: Any, dim: Any = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Any:
     y = log_softmax(input, dim, dtype=dtype)
     return y if y is NotImplemented else y.exp()
 
@@ -378,19 +436,28 @@ def _evaluated(function, place):
     return apply
 
 
-RULES[F.batch_norm], RULES[torch.batch_norm] = _evaluated(F.batch_norm, 5), _evaluated(torch.batch_norm, 5)
+RULES[F.batch_norm], RULES[torch.batch_norm] = (
+    _evaluated(F.batch_norm, 5),
+    _evaluated(torch.batch_norm, 5),
+)
 
 
-def normalise(x, coef, labels, form, backend):
+def normalise(x: Any, coef: Tensor, labels: Tensor | None, form: Any, backend: str) -> Any:
     """ops.normalise on a jet."""
     B, C = x.shape[:2]
     u = x.to(coef.dtype).reshape(B, form.groups or C, -1)
-    gamma, alpha, beta = (None if c is None else c[..., None] for c in core._columns(core.rows(coef, labels), C, form))
+    gamma, alpha, beta = (
+        None if c is None else c[..., None] for c in core._columns(core.rows(coef, labels), C, form)
+    )
     h = norms._standardised(u, (2,), form.eps).reshape(B, C, -1)
     if alpha is not None:
         mean = u.mean(2, keepdim=True)
         deviation = mean - mean.mean(1, keepdim=True)
-        h = h + alpha * (deviation * torch.rsqrt(deviation.square().sum(1, keepdim=True) / max(C - 1, 1) + form.eps))
+        h = h + alpha * (
+            deviation
+            * torch.rsqrt(deviation.square().sum(1, keepdim=True) / max(C - 1, 1) + form.eps)
+        )
+
     y = gamma * h if beta is None else gamma * h + beta
     return core.ACTIVATIONS[form.activation](y).to(x.dtype).reshape(tuple(x.shape))
 

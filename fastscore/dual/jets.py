@@ -1,10 +1,16 @@
-"""Second-order forward propagation: a value with its first and second derivatives along M directions, carried through any function."""
+"""Second-order forward propagation.
+
+a value with its first and second derivatives along M directions, carried through any function.
+"""
 
 import contextlib
 import threading
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.utils._pytree import tree_leaves
 
@@ -20,32 +26,46 @@ from fastscore.dual.values import new_place, on_values
 from fastscore.dual.writes import copy_of, in_place, write
 
 
-def second_order(f, x, v, straight=True):
-    """f of samples that do not mix, and its first and second derivatives along v, in one forward pass.
+def second_order(
+    f: Callable[..., Any], x: Tensor, v: Tensor, straight: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """f of samples that do not mix, and its first and second derivatives along v, in one forward
+    pass.
 
         f(x + t v_m) = f(x) + t f'_m + ½ t² f''_m + ...,    f'_m = v_mᵀ∇f,    f''_m = v_mᵀ∇²f v_m
 
-    The 1 + 2M coefficients go through each linear layer or convolution as one batch, and through activations by Faà di Bruno's formula;
-    until the first bend f'' = 0 and only 1 + M of them exist.
+    The 1 + 2M coefficients go through each linear layer or convolution as one batch, and through
+    activations by Faà di Bruno's formula; until the first bend f'' = 0 and only 1 + M of them
+    exist.
 
     Args:
         f: called f(x); (B,) or (B, 1). x: (B, *). v: (M, B, *).
-        straight: begin without f''. An in-place activation right after a linear layer then finds no room for it.
+        straight: begin without f''. An in-place activation right after a linear layer then finds no
+            room for it.
 
     Returns:
-        f(x) (B,), f' and f'' (M, B), differentiable in x, v and the parameters of f. Gradients must be enabled.
+        f(x) (B,), f' and f'' (M, B), differentiable in x, v and the parameters of f. Gradients must
+        be enabled.
 
     Raises:
-        NoRule: f holds an operation that no rule covers, or one that mixes samples. What else f raises comes through.
+        NoRule: f holds an operation that no rule covers, or one that mixes samples. What else f
+            raises comes through.
 
-    Source: Griewank & Walther 2008, chapter 13; Bettencourt, Johnson & Duvenaud 2019 (Taylor-mode automatic differentiation).
+    Source: Griewank & Walther 2008, chapter 13; Bettencourt, Johnson & Duvenaud 2019 (Taylor-mode
+        automatic differentiation).
 
-    >>> value, first, second = second_order(lambda x: x.square().sum(1), torch.tensor([[3.0]]), torch.ones(1, 1, 1))
+    >>> x, v = torch.tensor([[3.0]]), torch.ones(1, 1, 1)
+    >>> value, first, second = second_order(lambda x: x.square().sum(1), x, v)
     >>> value.item(), first.item(), second.item()
     (9.0, 6.0, 2.0)
     """
-    if torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0 or not x.numel():
+    if (
+        torch._C._functorch.maybe_current_level() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or not x.numel()
+    ):
         raise NoRule("second_order: transforms, forward mode and empty tensors take another way.")
+
     parts = [x[None], v] if straight else [x[None], v, torch.zeros_like(v)]
     with _inside():
         y = f(Jet(torch.cat(parts), len(v)))
@@ -64,11 +84,13 @@ _local = threading.local()
 def _inside():
     """What f keeps is its value afterwards."""
     kept.keep(kept.outside)
-    before, _local.made = getattr(_local, "made", None), []
+    before = getattr(_local, "made", None)
+    _local.made = []
     try:
         yield
     finally:
-        made, _local.made = _local.made, before
+        made = _local.made
+        _local.made = before
         kept.keep(made)
 
 
@@ -83,54 +105,71 @@ def _of_its_call(function, args, kwargs):
 
 
 class Jet(Dual):
-    """A value whose first dimension is the batch, with M first and M second derivatives: `stack` (1 + 2M, B, *).
+    """A value whose first dimension is the batch, with M first and M second derivatives.
+
+    `stack` (1 + 2M, B, *).
 
     A straight one, of second derivative zero, holds (1 + M, B, *).
     """
 
+    call: Any
+
     @staticmethod
-    def __new__(cls, stack, directions):
+    def __new__(cls, stack: Any, directions: Any) -> Any:
         return Dual.__new__(cls, stack)
 
-    def __init__(self, stack, directions):
-        self.stack, self.directions = stack, directions
+    def __init__(self, stack: Any, directions: Any) -> None:
+        self.stack = stack
+        self.directions = directions
         made = self.call = getattr(_local, "made", None)
         (kept.outside if made is None else made).append(weakref.ref(self))
 
     @property
-    def straight(self):
+    def straight(self) -> bool:
         return len(self.stack) == 1 + self.directions
 
-    def like(self, stack):
+    def like(self, stack: Any) -> Any:
         return Jet(stack, self.directions)
 
-    def parts(self):
-        """Value (1, B, *), first and second derivatives (M, B, *), the second None for a straight one."""
+    def parts(self) -> Any:
+        """Value (1, B, *), first and second derivatives (M, B, *), the second None for a
+        straight one."""
         M = self.directions
         return (*self.stack.split([1, M]), None) if self.straight else self.stack.split([1, M, M])
 
     @classmethod
-    @skip   # by Dynamo
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    @skip  # by Dynamo
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if func in METADATA:
             return metadata(func, args, kwargs)
-        if get_eval_frame_callback() is not None:   # a checkpoint in f calls a compiled part again during the backward pass
+        # a checkpoint in f calls a compiled part again during the backward pass.
+        if get_eval_frame_callback() is not None:
             return undisturbed(cls.__torch_function__, func, types, args, kwargs)
         if getattr(_local, "made", None) is None:
             return _of_its_call(lambda: cls.carried(func, args, kwargs), args, kwargs)
         return cls.carried(func, args, kwargs)
 
     @classmethod
-    def carried(cls, func, args, kwargs):
+    def carried(
+        cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if func == torch.Tensor.requires_grad.__get__:
             return True
         if func in GRAPH:
             return func(args[0].stack)
         if func == BASE:
             return None
+
         name = getattr(func, "__name__", str(func))
-        # Without gradients we may stand inside an autograd.Function, whose result would look like a constant.
+        # Without gradients we may stand inside an autograd.Function, whose result would look like a
+        # constant.
         if not torch.is_grad_enabled() or kwargs.get("out") is not None:
             raise NoRule(f"second_order: {name} without gradients, or with out=.")
         if func in VALUES:
@@ -146,15 +185,24 @@ class Jet(Dual):
             return func(args[0].stack, args[1])
         if name == "__setitem__" and is_jet(args[0]) and is_jet(args[2]) and not args[0].straight:
             return in_place(func, name, (*args[:2], bent(args[2])), kwargs)
-        if name == "__setitem__" or (name.endswith("_") and name not in _OTHERS and is_jet(args[0])):
+        if name == "__setitem__" or (
+            name.endswith("_") and name not in _OTHERS and is_jet(args[0])
+        ):
             return in_place(func, name, args, kwargs)
+
         return _refuse(name)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> None:
         _refuse(func)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Jet({self.directions} directions at {self.stack[0]!r})"
 
 

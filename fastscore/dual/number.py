@@ -1,8 +1,12 @@
-"""Dual numbers: a tensor subclass that flows through unmodified modules with its tangents beside it."""
+"""Dual numbers: a tensor subclass that flows through unmodified modules with its tangents beside
+it."""
 
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from fastscore.compiling import skip
@@ -12,114 +16,155 @@ from fastscore.dual.compiled import undisturbed
 from fastscore.dual.table import METADATA, RULES, metadata
 
 _shell = torch.Tensor._make_wrapper_subclass
-# What PyTorch takes for sparse no ordinary tensor's .data or .grad can be set to: C++ asks nobody, and would find no memory.
+# What PyTorch takes for sparse no ordinary tensor's .data or .grad can be set to: C++ asks nobody,
+# and would find no memory.
 _UNLIKE_DENSE = torch.sparse_coo
 
 
 class Dual(torch.Tensor):
-    """A value with M tangents: looks like the value, holds `stack` (1 + M, *shape), which may be computed when it is asked for."""
+    """A value with M tangents.
 
-    rules = RULES
-    call = None   # of other kinds
+    Looks like the value, holds `stack` (1 + M, *shape), which may be computed when it is asked for.
+    """
+
+    computed: Any
+    pending: Any
+
+    rules: Any = RULES
+    call: Any = None   # of other kinds
 
     @staticmethod
-    def __new__(cls, stack):
+    def __new__(cls, stack: Any) -> Any:
         cls = ComplexDual if stack.is_complex() else cls
-        return _shell(cls, stack.shape[1:], stack.stride()[1:], None, None, stack.dtype, _UNLIKE_DENSE, stack.device)
+        return _shell(
+            cls, stack.shape[1:], stack.stride()[1:], None, None, stack.dtype, _UNLIKE_DENSE,
+            stack.device,
+        )
 
-    def __init__(self, stack):
-        self.computed, self.pending = stack, None
+    def __init__(self, stack: Any) -> None:
+        self.computed = stack
+        self.pending = None
         call = self.call = getattr(thread, "call", None)
         (kept.outside if call is None else call.made).append(weakref.ref(self))
 
     @property
-    def stack(self):
+    def stack(self) -> None:
         if self.computed is None:
             with self.call.lock:   # a second result would lose what was written to the first
                 if self.computed is None:
-                    self.computed, self.pending = self.pending.stack(), None
+                    self.computed = self.pending.stack()
+                    self.pending = None
         return self.computed
 
     @stack.setter
-    def stack(self, stack):
-        self.computed, self.pending = stack, None
+    def stack(self, stack: Any) -> None:
+        self.computed = stack
+        self.pending = None
 
     @classmethod
-    def later(cls, pending):
+    def later(cls, pending: Any) -> Any:
         """Dual numbers that wait in a chain (of `dual.chains`)."""
         call = getattr(thread, "call", None)
         if call is None or not call.waits:
             return cls(pending.stack())
-        result = _shell(cls, pending.shape[1:], None, None, None, pending.dtype, _UNLIKE_DENSE, pending.device)
-        result.computed, result.pending, result.call = None, pending, call
+
+        result = _shell(
+            cls, pending.shape[1:], None, None, None, pending.dtype, _UNLIKE_DENSE, pending.device
+        )
+        result.computed = None
+        result.pending = pending
+        result.call = call
         pending.holder = weakref.ref(result)
         with call.lock:   # no list that another thread has just taken away
             call.waiting.append(pending.holder)
+
         call.made.append(pending.holder)
         return result
 
-    def like(self, stack):
+    def like(self, stack: Any) -> Any:
         """Another number of this kind."""
         return type(self)(stack)
 
-    def scalar(self):
-        """Whether its value has no dimensions, asked without the way through `__torch_function__`."""
+    def scalar(self) -> Any:
+        """Whether its value has no dimensions, asked without the way through
+        `__torch_function__`."""
         pending = self.pending   # which another thread may compute meanwhile
         return self.stack.dim() == 1 if pending is None else not pending.shape[1:]
 
     @classmethod
-    @skip   # by Dynamo; torch.compiler.disable(recursive=False) is a call more for each operation
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    @skip  # by Dynamo; torch.compiler.disable(recursive=False) is a call more for each operation
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if func in METADATA:
             return metadata(func, args, kwargs)
-        if get_eval_frame_callback() is not None:   # a checkpoint in f calls a compiled part again during the backward pass
+        # a checkpoint in f calls a compiled part again during the backward pass.
+        if get_eval_frame_callback() is not None:
             return undisturbed(cls.__torch_function__, func, types, args, kwargs)
         if (len(calls) != 1 or not hasattr(thread, "call")) and of_several():
             return of_its_call(lambda: cls.carried(func, args, kwargs), args, kwargs)
         return cls.carried(func, args, kwargs)
 
     @classmethod
-    def carried(cls, func, args, kwargs):
-        """What becomes of an operation. `dual.dispatch`, which stands on the rules, which stand on this class, puts its own here."""
+    def carried(
+        cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """What becomes of an operation.
+
+        `dual.dispatch`, which stands on the rules, which stand on this class, puts its own here.
+        """
         raise NotImplementedError
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> None:
         raise NoRule(f"fastscore.jvp: {func} cannot be carried through with its tangents.")
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Dual({len(self.stack) - 1} tangents of {self.stack[0]!r})"
 
 
 class ComplexDual(Dual):
-    """Complex values take stock forward mode for everything: the rules are those of real numbers."""
+    """Complex values take stock forward mode for everything.
 
-    rules = {}
+    The rules are those of real numbers.
+    """
+
+    rules: dict[Any, Any] = {}
 
 
 class NoDual(Exception):
     """A rule's first argument is an ordinary tensor; stock forward mode takes the operation."""
 
 
-def is_dual(a):
+def is_dual(a: Any) -> bool:
     return hasattr(type(a), "stack")
 
 
-def stack(a):
+def stack(a: Any) -> Any:
     try:
         return a.stack
     except AttributeError:
         raise NoDual from None
 
 
-def dual(s):
+def dual(s: Tensor) -> Any:
     return Dual(s)
 
 
-def value(a):
+def value(a: Any) -> Any:
     return a.stack[0] if is_dual(a) else a
 
 
-def joined(y, ty):
+def joined(y: Any, ty: Any) -> Any:
     return dual(torch.cat([y[None], ty]))

@@ -1,4 +1,7 @@
-"""What a function can reach: the modules, cells, containers and generators that it may draw from or write to."""
+"""What a function can reach.
+
+The modules, cells, containers and generators that it may draw from or write to.
+"""
 
 import dis
 import functools
@@ -8,6 +11,7 @@ import sysconfig
 import types
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,23 +20,38 @@ from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hoo
 
 CONTAINERS = list, dict, set, deque
 NUMPY = sys.modules.get("numpy")
-FOREIGN = (random.Random,) if NUMPY is None else (random.Random, NUMPY.random.Generator, NUMPY.random.RandomState)
+FOREIGN = (
+    (random.Random,)
+    if NUMPY is None
+    else (random.Random, NUMPY.random.Generator, NUMPY.random.RandomState)
+)
 GENERATORS = (torch.Generator, *FOREIGN)
 # Of Python and of NumPy, those that serve who names none.
 _COMMON = (random._inst,) if NUMPY is None else (random._inst, NUMPY.random.mtrand._rand)
 KEEPING = (*CONTAINERS, *GENERATORS)
-_FUNCTIONS = types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial, types.ModuleType, types.CellType
+_FUNCTIONS = (
+    types.FunctionType,
+    types.MethodType,
+    types.BuiltinFunctionType,
+    functools.partial,
+    types.ModuleType,
+    types.CellType,
+)
 OWN = frozenset(vars(nn.Module()))   # what every module holds
 
 
 class Part:
-    """What some functions use of an object of the user's, or of the globals of a file: the names in `held`, which their code mentions."""
+    """What some functions use of an object of the user's, or of the globals of a file.
 
-    def __init__(self, held, names):
-        self.held, self.names = held, names
+    The names in `held`, which their code mentions.
+    """
+
+    def __init__(self, held: Any, names: Any) -> None:
+        self.held = held
+        self.names = names
 
 
-def filled(cell):
+def filled(cell: Any) -> bool:
     try:
         cell.cell_contents   # noqa: B018
     except ValueError:
@@ -45,13 +64,19 @@ def _of_torch(cls):
     return cls.__module__.startswith(("torch.nn.", "fastscore."))
 
 
-def built_in(module):
+def built_in(module: Any) -> Any:
     return _of_torch(type(module))
 
 
-def reached(functions):
-    """Modules, cells of closures and containers that the functions can reach; and whether all is known to neither draw nor remember."""
-    seen, found, waiting, quiet = set(), [], list(functions), True
+def reached(functions: Any) -> Any:
+    """Modules, cells of closures and containers that the functions can reach.
+
+    And whether all is known to neither draw nor remember.
+    """
+    seen = set()
+    found = []
+    waiting = list(functions)
+    quiet = True
     if _global_hooks or _global_pre_hooks:
         waiting += [*_global_hooks.values(), *_global_pre_hooks.values()]
         quiet = False
@@ -60,8 +85,17 @@ def reached(functions):
         kind = type(a)
         if (still := _STILL[kind]) is not None:   # most of a network, in every call
             own = vars(a)
-            quietly = not own["_buffers"] if still is _WITHOUT_BUFFERS else still is _ALWAYS or not own["training"]
-            if quietly and not own["_forward_hooks"] and not own["_forward_pre_hooks"] and "forward" not in own:
+            quietly = (
+                not own["_buffers"]
+                if still is _WITHOUT_BUFFERS
+                else still is _ALWAYS or not own["training"]
+            )
+            if (
+                quietly
+                and not own["_forward_hooks"]
+                and not own["_forward_pre_hooks"]
+                and "forward" not in own
+            ):
                 if children := own["_modules"]:
                     if id(a) not in seen:
                         seen.add(id(a))
@@ -107,9 +141,11 @@ def reached(functions):
             continue
         if isinstance(a, nn.Module):
             if isinstance(a, nn.parallel.DistributedDataParallel) and a.static_graph:
-                # PyTorch's double backprop through it does the same; without static_graph the gradients are those of all ranks.
+                # PyTorch's double backprop through it does the same; without static_graph the
+                # gradients are those of all ranks.
                 raise ValueError(
-                    "fastscore: DistributedDataParallel(static_graph=True) leaves the gradients of a network's derivatives on their own "
+                    "fastscore: DistributedDataParallel(static_graph=True) leaves the gradients of "
+                    "a network's derivatives on their own "
                     "rank; build it without static_graph."
                 )
             if a._buffers or not built_in(a):
@@ -119,11 +155,13 @@ def reached(functions):
                 found.append(a)
         elif isinstance(a, KEEPING):
             found.append(a)
+
     return found, quiet
 
 
 def _modules_of(function):
-    """The modules that a function of a few torch operations calls, which draws and remembers nothing else; None of any other."""
+    """The modules that a function of a few torch operations calls, which draws and remembers
+    nothing else; None of any other."""
     code = function.__code__
     unknown = _foreign_names(code)
     if unknown is None or function.__defaults__ or function.__kwdefaults__:
@@ -133,7 +171,10 @@ def _modules_of(function):
     for name in unknown:
         found.append(reachable.get(name))
     for name in code.co_names:
-        if name not in unknown and type(reachable.get(name)) not in (types.NoneType, types.ModuleType):
+        if name not in unknown and type(reachable.get(name)) not in (
+            types.NoneType,
+            types.ModuleType,
+        ):
             return None   # the user's own function of that name
     for cell in function.__closure__ or ():
         if not filled(cell):
@@ -142,12 +183,16 @@ def _modules_of(function):
     for a in found:
         if not isinstance(a, nn.Module) or isinstance(a, nn.parallel.DistributedDataParallel):
             return None
+
     return found
 
 
 @functools.cache
 def _foreign_names(code):
-    """The names of a function beside those of PyTorch's that neither draw nor write; None where it stores or holds functions itself."""
+    """The names of a function beside those of PyTorch's that neither draw nor write.
+
+    None where it stores or holds functions itself.
+    """
     if any(isinstance(c, types.CodeType) for c in code.co_consts):
         return None
     if any(i.opname.startswith(_STORING) for i in dis.get_instructions(code)):
@@ -155,23 +200,33 @@ def _foreign_names(code):
     return tuple(n for n in code.co_names if n not in _DRAWLESS_NAMES)
 
 
-_STORING = "STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR", "STORE_SUBSCR", "STORE_SLICE", "STORE_NAME", "DELETE", "IMPORT"
-_DRAWLESS_NAMES = frozenset("""
-    torch nn functional F
-    abs acos asin atan clamp cos cosh cumsum erf exp expm1 gelu hypot log log1p log_softmax logsigmoid logsumexp neg pow reciprocal relu
-    rsqrt selu sigmoid sign silu sin sinh softmax softplus sqrt square tan tanh
-    add div lerp maximum minimum mul sub
-    amax amin max mean min norm prod std sum var
-    addmm baddbmm bmm dot einsum linear matmul mm mv
-    cat chunk clone contiguous detach expand expand_as flatten flip movedim narrow permute repeat reshape roll select split squeeze stack
-    swapaxes t transpose unbind unflatten unsqueeze view view_as T mT
-    double float new_ones new_zeros ones ones_like to type_as zeros zeros_like
-    device dim dtype ndim numel shape size len range
-""".split())
-_DRAWLESS = frozenset(
-    f for name in _DRAWLESS_NAMES if isinstance(f := getattr(torch, name, None), types.BuiltinFunctionType)
+_STORING = (
+    "STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR", "STORE_SUBSCR", "STORE_SLICE", "STORE_NAME",
+    "DELETE", "IMPORT",
 )
-_OURS = "fastscore.nn.", "fastscore.models.refinenet", "fastscore.models.ncsn", "fastscore.models.score_mlp"
+_DRAWLESS_NAMES = frozenset(
+    """
+    torch nn functional F abs acos asin atan clamp cos cosh cumsum erf exp expm1 gelu hypot log
+    log1p log_softmax logsigmoid logsumexp neg pow reciprocal relu rsqrt selu sigmoid sign silu
+    sin sinh softmax softplus sqrt square tan tanh add div lerp maximum minimum mul sub amax amin
+    max mean min norm prod std sum var addmm baddbmm bmm dot einsum linear matmul mm mv cat chunk
+    clone contiguous detach expand expand_as flatten flip movedim narrow permute repeat reshape
+    roll select split squeeze stack swapaxes t transpose unbind unflatten unsqueeze view view_as T
+    mT double float new_ones new_zeros ones ones_like to type_as zeros zeros_like device dim dtype
+    ndim numel shape size len range
+""".split()
+)
+_DRAWLESS = frozenset(
+    f
+    for name in _DRAWLESS_NAMES
+    if isinstance(f := getattr(torch, name, None), types.BuiltinFunctionType)
+)
+_OURS = (
+    "fastscore.nn.",
+    "fastscore.models.refinenet",
+    "fastscore.models.ncsn",
+    "fastscore.models.score_mlp",
+)
 
 
 _WITHOUT_BUFFERS, _IN_EVALUATION, _ALWAYS = "without buffers", "in evaluation", "always"
@@ -180,14 +235,16 @@ _WITHOUT_BUFFERS, _IN_EVALUATION, _ALWAYS = "without buffers", "in evaluation", 
 class _Still(dict):
     """{class: when its modules neither draw nor write}; None for what is no such module."""
 
-    def __missing__(self, cls):
+    def __missing__(self, cls) -> Any:
         still = None
         if cls in _QUIET:
             still = _WITHOUT_BUFFERS
         elif cls in _STILL_IN_EVALUATION:
             still = _IN_EVALUATION
-        elif issubclass(cls, nn.Module) and cls.__module__.startswith(_OURS):   # whose buffers are constants
+        # Whose buffers are constants.
+        elif issubclass(cls, nn.Module) and cls.__module__.startswith(_OURS):
             still = _ALWAYS
+
         self[cls] = still
         return still
 
@@ -197,16 +254,29 @@ _STILL = _Still()
 
 @functools.cache
 def _plain(cls):
-    """Modules of PyTorch and of our own, which keep nothing but buffers; DistributedDataParallel has its options."""
-    return issubclass(cls, nn.Module) and _of_torch(cls) and not issubclass(cls, nn.parallel.DistributedDataParallel)
+    """Modules of PyTorch and of our own, which keep nothing but buffers.
+
+    DistributedDataParallel has its options.
+    """
+    return (
+        issubclass(cls, nn.Module)
+        and _of_torch(cls)
+        and not issubclass(cls, nn.parallel.DistributedDataParallel)
+    )
 
 
 def _behind(a):
     if isinstance(a, types.FunctionType):
-        if (a.__module__ or "").startswith("fastscore."):   # remembers nothing itself
-            return [c.cell_contents for c in a.__closure__ or () if filled(c) and _may_lead(c.cell_contents)]
+        if (a.__module__ or "").startswith("fastscore."):  # remembers nothing itself
+            return [
+                c.cell_contents
+                for c in a.__closure__ or ()
+                if filled(c) and _may_lead(c.cell_contents)
+            ]
         reachable, names = a.__globals__, _names(a.__code__)
-        values = [reachable.get(n) for n in names] + [c.cell_contents for c in a.__closure__ or () if filled(c)]
+        values = [reachable.get(n) for n in names] + [
+            c.cell_contents for c in a.__closure__ or () if filled(c)
+        ]
         parts = [c for b in values if _own(type(b)) for c in _used(b, names)]
         parts += _elsewhere(a)
         named = [b for b in values if _may_lead(b) and not _own(type(b))]
@@ -218,7 +288,11 @@ def _behind(a):
             more += hooks.values()
         if built_in(a):
             return more
-        return more + [b for name, b in vars(a).items() if name not in OWN and _may_lead(b)] + _of_class(type(a))
+        return (
+            more
+            + [b for name, b in vars(a).items() if name not in OWN and _may_lead(b)]
+            + _of_class(type(a))
+        )
     if isinstance(a, types.MethodType):
         if _own(type(a.__self__)) and isinstance(a.__func__, types.FunctionType):
             names = frozenset().union(*(_names(f.__code__) for f in _unwrapped(a.__func__)))
@@ -226,12 +300,21 @@ def _behind(a):
         return [a.__func__, a.__self__] if _may_lead(a.__self__) else [a.__func__]
     if isinstance(a, functools.partial):
         return [a.func, *filter(_may_lead, a.args), *filter(_may_lead, a.keywords.values())]
-    if isinstance(a, types.CellType):   # of an object of the user's, what the function names
-        return [a.cell_contents] if filled(a) and _may_lead(a.cell_contents) and not _own(type(a.cell_contents)) else []
+    if isinstance(a, types.CellType):  # of an object of the user's, what the function names
+        return (
+            [a.cell_contents]
+            if filled(a) and _may_lead(a.cell_contents) and not _own(type(a.cell_contents))
+            else []
+        )
     if isinstance(a, CONTAINERS):
-        return [b for b in (a.values() if isinstance(a, dict) else a) if _may_lead(b)] if len(a) <= 1000 else []
+        return (
+            [b for b in (a.values() if isinstance(a, dict) else a) if _may_lead(b)]
+            if len(a) <= 1000
+            else []
+        )
     if _own(type(a)):
         return _used(a, frozenset(vars(a)) | _defined(type(a)))
+
     call = vars(type(a)).get("__call__")
     attributes = [b for b in vars(a).values() if _may_lead(b)] if hasattr(a, "__dict__") else []
     return [*attributes, *([call] if isinstance(call, types.FunctionType) else [])]
@@ -251,7 +334,10 @@ def _behind_part(part):
 
 @functools.cache
 def _own(cls):
-    """Whether its objects are the user's and hold attributes: it is neither Python's nor of an installed package, and no module."""
+    """Whether its objects are the user's and hold attributes.
+
+    It is neither Python's nor of an installed package, and no module.
+    """
     if issubclass(cls, (nn.Module, torch.Tensor, type, *KEEPING, *_FUNCTIONS)):
         return False
     if cls is types.SimpleNamespace:
@@ -265,18 +351,25 @@ def _written_here(cls):
     return cls.__module__ == "__main__" or (file is not None and not file.startswith(_INSTALLED))
 
 
-_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {str(Path(__file__).parents[1])})
+_INSTALLED = tuple(
+    {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    | {str(Path(__file__).parents[1])}
+)
 
 
 def _used(a, names):
-    """What code with these names uses of an object of the user's: attributes, and all that its methods lead to."""
+    """What code with these names uses of an object of the user's.
+
+    Attributes, and all that its methods lead to.
+    """
     names = _all_names(type(a), names)
     return [Part(vars(a), names), *_methods(type(a), names)]
 
 
 @functools.cache
 def _all_names(cls, names):
-    """The names, and those in the code of the methods of cls among them and of those that Python calls by itself."""
+    """The names, and those in the code of the methods of cls among them and of those that Python
+    calls by itself."""
     waiting = [*names, *_special(cls)]
     found = set(waiting)
     while waiting:
@@ -294,10 +387,14 @@ def _methods(cls, names):
 
 
 def _behind_name(cls, name):
-    """The functions behind a method or a property: what super() leads to, too, and what a decorator has wrapped."""
+    """The functions behind a method or a property.
+
+    What super() leads to, too, and what a decorator has wrapped.
+    """
     found = []
     for method in (vars(c)[name] for c in cls.__mro__ if name in vars(c)):
-        for attribute in ("fget", "func", "__func__"):   # of properties, cached ones, static and class methods
+        # Of properties, cached ones, static and class methods.
+        for attribute in ("fget", "func", "__func__"):
             method = getattr(method, attribute, None) or method
         found += _unwrapped(method)
     return found
@@ -328,19 +425,31 @@ def _defined(cls):
 
 
 # Those that make an object, or show it.
-_MAKING = {"__init__", "__new__", "__post_init__", "__init_subclass__", "__class_getitem__", "__repr__", "__str__", "__del__", "__dict__",
-           "__reduce__", "__getstate__", "__setstate__", "__copy__", "__deepcopy__"}  # fmt: skip
+_MAKING = {
+    "__init__", "__new__", "__post_init__", "__init_subclass__", "__class_getitem__", "__repr__",
+    "__str__", "__del__", "__dict__", "__reduce__", "__getstate__", "__setstate__", "__copy__",
+    "__deepcopy__",
+}
 
 
 @functools.cache
 def _stored_globals(code):
     """The names of the module level that it assigns to, by `global`."""
-    own = {i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
-    return frozenset(own.union(*(_stored_globals(c) for c in code.co_consts if isinstance(c, types.CodeType))))
+    own = {
+        i.argval
+        for i in dis.get_instructions(code)
+        if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")
+    }
+    return frozenset(
+        own.union(*(_stored_globals(c) for c in code.co_consts if isinstance(c, types.CodeType)))
+    )
 
 
 def _elsewhere(function):
-    """What its code names beside its arguments: the globals that it assigns to, the generators of Python and NumPy."""
+    """What its code names beside its arguments.
+
+    The globals that it assigns to, the generators of Python and NumPy.
+    """
     stored = _stored_globals(function.__code__)
     parts = [Part(function.__globals__, stored)] if stored else []
     return [*parts, *_COMMON] if "random" in _names(function.__code__) else parts
@@ -348,15 +457,27 @@ def _elsewhere(function):
 
 @functools.cache
 def _of_class(cls):
-    """What a module's methods use beside it: of a class of the user's its functions, which are followed; of a package's what is global."""
+    """What a module's methods use beside it.
+
+    Of a class of the user's its functions, which are followed; of a package's what is global.
+    """
     names = _all_names(cls, frozenset({"forward"}))
     if _written_here(cls):
         return list(_methods(cls, names))
     return [b for m in _methods(cls, names) for b in _elsewhere(m)]
 
 
-_LEADING = (nn.Module, types.FunctionType, types.MethodType, functools.partial, *GENERATORS, *CONTAINERS)
-_SILENT = (type, types.BuiltinFunctionType, torch.Tensor, types.ModuleType, str, int, float, type(None))
+_LEADING = (
+    nn.Module,
+    types.FunctionType,
+    types.MethodType,
+    functools.partial,
+    *GENERATORS,
+    *CONTAINERS,
+)
+_SILENT = (
+    type, types.BuiltinFunctionType, torch.Tensor, types.ModuleType, str, int, float, type(None),
+)
 
 
 def _may_lead(a):
@@ -365,22 +486,33 @@ def _may_lead(a):
         return False
     if isinstance(a, types.BuiltinFunctionType):
         return isinstance(a.__self__, GENERATORS)
-    return isinstance(a, _LEADING) or _own(type(a)) or (not isinstance(a, _SILENT) and callable(a) and hasattr(a, "__dict__"))
+    return (
+        isinstance(a, _LEADING)
+        or _own(type(a))
+        or (not isinstance(a, _SILENT) and callable(a) and hasattr(a, "__dict__"))
+    )
 
 
 @functools.cache
 def _names(code):
     """Of the module level and of attributes, those of the functions inside it too."""
-    return frozenset({*code.co_names, *(n for c in code.co_consts if isinstance(c, types.CodeType) for n in _names(c))})
+    return frozenset(
+        {
+            *code.co_names,
+            *(n for c in code.co_consts if isinstance(c, types.CodeType) for n in _names(c)),
+        }
+    )
 
 
 _QUIET = {
-    nn.Sequential, nn.ModuleList, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear,
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    nn.ReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.LeakyReLU, nn.GroupNorm, nn.LayerNorm,
-    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Upsample,
-}  # fmt: skip
+    nn.Sequential, nn.ModuleList, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear, nn.Conv1d,
+    nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.ReLU,
+    nn.ELU, nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.LeakyReLU, nn.GroupNorm,
+    nn.LayerNorm, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d,
+    nn.MaxPool3d, nn.Upsample,
+}
 _STILL_IN_EVALUATION = {
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
-}  # fmt: skip
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+}

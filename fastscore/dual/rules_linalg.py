@@ -1,5 +1,7 @@
 """Products of matrices, solutions, determinants, eigenvalues."""
 
+from typing import Any
+
 import torch
 
 from fastscore import backend as backends
@@ -13,7 +15,7 @@ from fastscore.dual.table import RULES, rule
 
 
 @rule("matmul", "__matmul__", "bmm", "mm", "mv", "dot")
-def matmul(a, b):
+def matmul(a: Any, b: Any) -> Any:
     if is_dual(a) and is_dual(b):
         if a.dim() < 2 or b.dim() < 2:
             return NotImplemented
@@ -26,6 +28,7 @@ def matmul(a, b):
         return _sparse_times(a, b)
     if b.dim() < 2 or a.dim() > b.dim() or a.dim() < 2:
         return NotImplemented
+
     return dual(a @ stack(b))
 
 
@@ -40,7 +43,7 @@ RULES[torch.Tensor.__rmatmul__] = lambda a, b: matmul(b, a)
 
 
 @rule("baddbmm")
-def baddbmm(input, batch1, batch2, *, beta=1, alpha=1):
+def baddbmm(input: Any, batch1: Any, batch2: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
     product = matmul(batch1, batch2) if is_dual(batch1) or is_dual(batch2) else batch1 @ batch2
     scaled = mul(product, alpha) if is_dual(product) else product * alpha
     return scaled if beta == 0 else add(scaled, input * beta)
@@ -49,12 +52,15 @@ def baddbmm(input, batch1, batch2, *, beta=1, alpha=1):
 def _solve(A, B, *, left=True):
     if backends.levels():
         return compositions_linalg.solve(A, B, left=left)
+
     n = len(stack(A if is_dual(A) else B))
     A, B = (stack(a) if is_dual(a) else constant(a, n) for a in (A, B))
-    vector = B.dim() == 2 or (A.dim() - 1 == B.dim() and B.shape[1:] == A.shape[1:-1])   # as torch tells them apart
+    # As torch tells them apart.
+    vector = B.dim() == 2 or (A.dim() - 1 == B.dim() and B.shape[1:] == A.shape[1:-1])
     A, B = both(A, B[..., None] if vector else B)
     if not left and not vector:   # X A = B
         A, B = A.mT, B.mT
+
     y = torch.linalg.solve(A[0], B[0])
     s = torch.cat([y[None], torch.linalg.solve(A[0], B[1:] - A[1:] @ y)])
     return dual(s[..., 0] if vector else s if left else s.mT)
@@ -67,7 +73,8 @@ def _log_slope(s):
 
 def _det(A):
     s = stack(A)
-    if backends.levels() or not _invertible(s[0].detach()):   # a singular matrix has no inverse, but its determinant has slopes
+    # a singular matrix has no inverse, but its determinant has slopes.
+    if backends.levels() or not _invertible(s[0].detach()):
         return compositions_linalg.det(A)
     y = torch.linalg.det(s[0])
     return joined(y, y * _log_slope(s))
@@ -76,7 +83,11 @@ def _det(A):
 def _invertible(A):
     """Far enough from singular for det A · A⁻¹ to have half its digits."""
     inverse, info = torch.linalg.inv_ex(A)
-    condition = torch.linalg.matrix_norm(A, 1) * torch.linalg.matrix_norm(inverse, 1) if A.shape[-1] else A.new_ones(A.shape[:-2])
+    condition = (
+        torch.linalg.matrix_norm(A, 1) * torch.linalg.matrix_norm(inverse, 1)
+        if A.shape[-1]
+        else A.new_ones(A.shape[:-2])
+    )
     return bool(((info == 0) & (condition < torch.finfo(A.dtype).eps ** -0.5)).all())
 
 

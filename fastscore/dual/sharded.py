@@ -1,8 +1,9 @@
 """Networks whose weights are spread over processes: FSDP2's `fully_shard`, and DTensors.
 
-FSDP has weights from the forward pass of a module to its end, and in one backward pass. It hangs its hooks on tensors: those that numbers
-carry here are their stacks, which go forward once and backward once. DTensors have no second derivatives: PyTorch's conversions to and from
-them lose those in silence.
+FSDP has weights from the forward pass of a module to its end, and in one backward pass. It hangs
+its hooks on tensors: those that numbers carry here are their stacks, which go forward once and
+backward once. DTensors have no second derivatives: PyTorch's conversions to and from them lose
+those in silence.
 """
 
 import sys
@@ -16,14 +17,17 @@ _FSDP, _DTENSOR = "torch.distributed.fsdp", "torch.distributed.tensor"
 def sharded(*functions: Callable) -> bool:
     """Whether functions hold a network of fully_shard."""
     kind = getattr(sys.modules.get(_FSDP), "FSDPModule", None)
-    if kind is None or not kind.__subclasses__():   # fully_shard makes one of each class that it is applied to
+    # fully_shard makes one of each class that it is applied to.
+    if kind is None or not kind.__subclasses__():
         return False
     return any(isinstance(m, kind) for net in networks(*functions) for m in net.modules())
 
 
 def _of_dtensors(functions):
     kind = getattr(sys.modules.get(_DTENSOR), "DTensor", None)
-    return kind is not None and any(isinstance(p, kind) for net in networks(*functions) for p in net.parameters())
+    return kind is not None and any(
+        isinstance(p, kind) for net in networks(*functions) for p in net.parameters()
+    )
 
 
 def of_fsdp(thing: object) -> bool:
@@ -34,7 +38,10 @@ def of_fsdp(thing: object) -> bool:
 def check_conversion(function: type) -> None:
     """Refuse the conversions between numbers and DTensors."""
     if _module(function).startswith(_DTENSOR):
-        raise NotImplementedError("fastscore.jvp: DTensors, as of tensor parallelism, have no jvp; shard the network by fully_shard.")
+        raise NotImplementedError(
+            "fastscore.jvp: DTensors, as of tensor parallelism, have no jvp; "
+            "shard the network by fully_shard."
+        )
 
 
 def _module(thing):
@@ -49,11 +56,13 @@ def check_once(what: str, *functions: Callable) -> None:
     """
     if sharded(*functions):
         raise NotImplementedError(
-            f"fastscore: {what} needs two backward passes through the network, and fully_shard frees its weights after the first; "
+            f"fastscore: {what} needs two backward passes through the network, and fully_shard "
+            "frees its weights after the first; "
             "DistributedDataParallel keeps them."
         )
     if _of_dtensors(functions):
         raise NotImplementedError(
-            f"fastscore: {what} needs two backward passes through the network, and those of DTensors, as of tensor parallelism, lose "
+            f"fastscore: {what} needs two backward passes through the network, and those of "
+            "DTensors, as of tensor parallelism, lose "
             "second derivatives; take DistributedDataParallel."
         )

@@ -1,4 +1,7 @@
-"""Pointwise functions by their first and second derivatives: one table for dual numbers and for jets."""
+"""Pointwise functions by their first and second derivatives.
+
+One table for dual numbers and for jets.
+"""
 
 import math
 from collections.abc import Callable
@@ -20,7 +23,10 @@ SLOPES: dict[str, tuple[Callable, Callable | None]] = {
     "sinh": (lambda x, y: x.cosh(), lambda x, y, d: y),
     "cosh": (lambda x, y: x.sinh(), lambda x, y, d: y),
     "abs": (lambda x, y: x.sgn(), None),
-    "erf": (lambda x, y: (2 / math.sqrt(math.pi)) * (-x.square()).exp(), lambda x, y, d: -2 * x * d),
+    "erf": (
+        lambda x, y: (2 / math.sqrt(math.pi)) * (-x.square()).exp(),
+        lambda x, y, d: -2 * x * d,
+    ),
     "logsigmoid": (lambda x, y: (-x).sigmoid(), lambda x, y, d: -x.sigmoid() * d),
 }
 

@@ -1,9 +1,14 @@
-"""Operations without a rule, an autograd.Function above all: the transpose of their transpose, reverse mode twice through them alone.
+"""Operations without a rule, an autograd.Function above all.
 
-f as a whole is called once then, and the operation, too: what it draws and what it remembers is as in an ordinary call.
+The transpose of their transpose, reverse mode twice through them alone.
+
+f as a whole is called once then, and the operation, too: what it draws and what it remembers is as
+in an ordinary call.
 """
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -30,11 +35,13 @@ class NotLinear(NotImplementedError):
     """A backward that is no transpose: it hides its cotangent, or bends it."""
 
 
-def see_functions():
-    """From now on an autograd.Function that is applied to dual numbers is carried by `apply_function`.
+def see_functions() -> None:
+    """From now on an autograd.Function that is applied to dual numbers is carried by
+    `apply_function`.
 
-    Python's part of Function.apply ends in the apply of the C++ class, which takes dual numbers for ordinary tensors and their result for
-    a constant. The class between the two has none of its own, and is reached by `op = MyFunction.apply`, too, whenever that was made.
+    Python's part of Function.apply ends in the apply of the C++ class, which takes dual numbers for
+    ordinary tensors and their result for a constant. The class between the two has none of its own,
+    and is reached by `op = MyFunction.apply`, too, whenever that was made.
     """
     if "apply" not in vars(_SingleLevelFunction):
         _SingleLevelFunction.apply = classmethod(_apply)
@@ -44,14 +51,16 @@ def _apply(cls, *args, **kwargs):
     for a in args:
         if type(a) in _ORDINARY:
             continue
-        if isinstance(a, kept.Kept) and torch._C._current_graph_task_id() != -1:   # a checkpoint calls f once more
+        # a checkpoint calls f once more.
+        if isinstance(a, kept.Kept) and torch._C._current_graph_task_id() != -1:
             kept.take_up(a)
         if _is_dual(a):
             return _apply_to_numbers(cls, args, kwargs)
     return super(_SingleLevelFunction, cls).apply(*args, **kwargs)
 
 
-_ORDINARY = {torch.Tensor, torch.nn.Parameter, type(None), str, int, float, bool, tuple, list}   # most arguments of all Functions
+# Most arguments of all Functions.
+_ORDINARY = {torch.Tensor, torch.nn.Parameter, type(None), str, int, float, bool, tuple, list}
 
 
 def _is_dual(a):
@@ -65,7 +74,8 @@ def _value(a):
 def _apply_to_numbers(cls, args, kwargs):
     plain = super(_SingleLevelFunction, cls).apply
     args, kwargs = tree_map(kept.value_of, (args, kwargs))
-    # Autograd looks at arguments, not into the lists and dictionaries among them, which are constants to it.
+    # Autograd looks at arguments, not into the lists and dictionaries among them, which are
+    # constants to it.
     args = [a if isinstance(a, torch.Tensor) else tree_map(_value, a) for a in args]
     if of_several():
         return of_its_call(lambda: _carried_function(cls, plain, args, kwargs), args, kwargs)
@@ -76,6 +86,7 @@ def _carried_function(cls, plain, args, kwargs):
     if of_fsdp(cls):   # the identity, whose backward frees the weights
         outputs = plain(*(a.stack if _is_dual(a) else a for a in args))
         return tuple(a.like(o) for a, o in zip(filter(_is_dual, args), outputs, strict=True))
+
     check_conversion(cls)
     if any(type(a) not in (Dual, ComplexDual) for a in args if _is_dual(a)):
         raise NoRule(f"second_order: no rule carries the autograd.Function {cls.__name__}.")
@@ -84,17 +95,27 @@ def _carried_function(cls, plain, args, kwargs):
         return plain(*map(_value, args), **kwargs)
     if cls is CheckpointFunction:   # its forward is f's, and its backward is there to save memory
         return args[0](*args[2:])
+
     has_jvp = cls.jvp is not torch.autograd.Function.jvp
     return transposed(cls.__name__, plain, args, kwargs, has_jvp)
 
 
-def transposed(name, function, args, kwargs, has_jvp=False):
+def transposed(
+    name: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    has_jvp: bool = False,
+) -> Any:
     """function(*args, **kwargs), where its outputs depend on dual numbers as dual numbers.
 
-    has_jvp: function has a forward mode of its own, which serves where its backward has no transpose.
+    has_jvp: function has a forward mode of its own, which serves where its backward has no
+        transpose.
     """
-    if torch._C._functorch.maybe_current_level() is not None or linearized():   # who have reverse modes of their own
+    # Who have reverse modes of their own.
+    if torch._C._functorch.maybe_current_level() is not None or linearized():
         raise NoRule(f"fastscore.jvp: {name} cannot be carried inside a transform of torch.func.")
+
     leaves, spec = tree_flatten((list(args), kwargs))
     places = [i for i, a in enumerate(leaves) if _is_dual(a)]
     draws = Draws(leaves[places[0]].device)
@@ -112,11 +133,18 @@ def transposed(name, function, args, kwargs, has_jvp=False):
             return tree_flatten(function(*arguments, **keywords))
 
     # Without a checkpoint's hooks, who would call f again at once.
-    with torch.inference_mode(False), torch.enable_grad(), saved_as_they_are(), right_derivatives(NATIVE_NORMS):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        saved_as_they_are(),
+        right_derivatives(NATIVE_NORMS),
+    ):
         stacks = [_usable(leaves[i].stack, wanted) for i in places]
         try:
             with draws.watched():
-                outputs, tree, found = _by_reverse_mode(name, of_values, stacks, wanted or backends._dual_level())
+                outputs, tree, found = _by_reverse_mode(
+                    name, of_values, stacks, wanted or backends._dual_level()
+                )
         except NotLinear:
             if not has_jvp or backends._dual_level():
                 raise
@@ -124,7 +152,9 @@ def transposed(name, function, args, kwargs, has_jvp=False):
             outputs, tree, found = _by_forward_mode(of_values, stacks, draws)
     for k, (tangents, written) in found.items():
         if outputs[k].layout != torch.strided:
-            raise NoRule(f"fastscore.jvp: the sparse result of {name} cannot be carried with its tangents.")
+            raise NoRule(
+                f"fastscore.jvp: the sparse result of {name} cannot be carried with its tangents."
+            )
         stack = torch.stack([outputs[k], *tangents])
         number = Dual(stack if wanted else released(stack))
         if written is not None:
@@ -132,12 +162,16 @@ def transposed(name, function, args, kwargs, has_jvp=False):
         elif shared := [i for i, s in zip(places, stacks) if shares_memory(outputs[k], s)]:
             note_copy(number.stack, *(leaves[i].stack for i in shared))
         outputs[k] = number
+
     return tree_unflatten(outputs, tree)
 
 
-def check_nested(name, outputs):
+def check_nested(name: str, outputs: Any) -> None:
     if any(isinstance(o, torch.Tensor) and o.is_nested for o in outputs):
-        raise NoRule(f"fastscore.jvp: the nested tensor that {name} makes cannot be carried with its tangents.")
+        raise NoRule(
+            f"fastscore.jvp: the nested tensor that {name} makes cannot be carried with its "
+            "tangents."
+        )
 
 
 def _usable(s, wanted):
@@ -147,15 +181,25 @@ def _usable(s, wanted):
 
 
 def _by_reverse_mode(name, function, stacks, keep):
-    """Outputs, their tree, and for those that depend on the stacks {number: (tangents, which of the inputs it was written into)}."""
+    """Outputs, their tree, and for those that depend on the stacks {number.
+
+    (tangents, which of the inputs it was written into)}.
+    """
     inputs = [_variable(s) for s in stacks]
     given = [t.clone() for t in inputs]   # they may be written to
     versions = [t._version for t in given]
     outputs, tree = function(*given)
     check_nested(name, outputs)
     written = {k: i for k, o in enumerate(outputs) for i, t in enumerate(given) if o is t}
-    if any(t._version != n and i not in written.values() for i, (t, n) in enumerate(zip(given, versions))):
-        raise NotImplementedError(f"fastscore.jvp: {name} writes into its input without mark_dirty, which no derivative knows of.")
+    if any(
+        t._version != n and i not in written.values()
+        for i, (t, n) in enumerate(zip(given, versions))
+    ):
+        raise NotImplementedError(
+            f"fastscore.jvp: {name} writes into its input without mark_dirty, which no derivative "
+            "knows of."
+        )
+
     bent = [k for k, o in enumerate(outputs) if isinstance(o, torch.Tensor) and o.requires_grad]
     along = products(name, [outputs[k] for k in bent], inputs, stacks, keep) if bent else ()
     return outputs, tree, {k: (tangents, written.get(k)) for k, tangents in zip(bent, along)}
@@ -167,24 +211,36 @@ def _by_forward_mode(function, stacks, draws):
         draws.again()
         with draws.watched(), forward_ad.dual_level():
             found, tree = function(*(forward_ad.make_dual(s[0], s[m]) for s in stacks))
-            found = [forward_ad.unpack_dual(o) if isinstance(o, torch.Tensor) else (o, None) for o in found]
+            found = [
+                forward_ad.unpack_dual(o) if isinstance(o, torch.Tensor) else (o, None)
+                for o in found
+            ]
         outputs = [value for value, _ in found] if outputs is None else outputs
         for k, (value, tangent) in enumerate(found):
-            if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
-                tangents.setdefault(k, []).append(torch.zeros_like(value) if tangent is None else tangent)
+            if isinstance(value, torch.Tensor) and (
+                value.is_floating_point() or value.is_complex()
+            ):
+                tangents.setdefault(k, []).append(
+                    torch.zeros_like(value) if tangent is None else tangent
+                )
     return outputs, tree, {k: (along, None) for k, along in tangents.items()}
 
 
 def _variable(s):
-    """The value as a variable: a view, for detach() would drop the tangent of a level around this."""
+    """The value as a variable.
+
+    a view, for detach() would drop the tangent of a level around this.
+    """
     return s[0] if s.requires_grad else s[0].requires_grad_()
 
 
-def products(name, outputs, inputs, stacks, keep):
+def products(name: str, outputs: Any, inputs: Any, stacks: Any, keep: Any) -> Any:
     """For each output its tangents along all directions."""
-    us = [_scattered(o).requires_grad_() for o in outputs]   # not zero: what bends, clips or forgets the cotangent would not be seen
+    # Not zero: what bends, clips or forgets the cotangent would not be seen.
+    us = [_scattered(o).requires_grad_() for o in outputs]
     with _in_words(name):
         gradients = torch.autograd.grad(outputs, inputs, us, create_graph=True, allow_unused=True)
+
     reached = [(g, s) for g, s in zip(gradients, stacks) if g is not None]
     linear = [(g, s) for g, s in reached if g.requires_grad]
     along = []
@@ -193,11 +249,17 @@ def products(name, outputs, inputs, stacks, keep):
         if linear:
             with _in_words(name):
                 found = torch.autograd.grad(
-                    [g for g, _ in linear], us, [s[m] for _, s in linear], retain_graph=True, create_graph=keep, allow_unused=True
+                    [g for g, _ in linear],
+                    us,
+                    [s[m] for _, s in linear],
+                    retain_graph=True,
+                    create_graph=keep,
+                    allow_unused=True,
                 )
         found = [torch.zeros_like(o) if t is None else t for o, t in zip(outputs, found)]
         _check_transpose(name, [(g, s[m]) for g, s in reached], list(zip(us, found)))
         along.append(found)
+
     return list(zip(*along))
 
 
@@ -213,14 +275,18 @@ def _check_transpose(name, gradients, products):
     if not gradients or not checks.readable():
         return
     with torch.no_grad():
-        left, right = ([(a.detach() * b.detach().conj()).real.to(_wide(a)) for a, b in pairs] for pairs in (gradients, products))
+        left, right = (
+            [(a.detach() * b.detach().conj()).real.to(_wide(a)) for a, b in pairs]
+            for pairs in (gradients, products)
+        )
         difference = sum(t.sum() for t in left) - sum(t.sum() for t in right)
         size = sum(t.square().sum() for t in (*left, *right)).sqrt()
         eps = max(torch.finfo(b.dtype).eps for _, b in (*gradients, *products))
         wrong = bool(difference.abs() > 3 * eps**0.5 * size)
     if wrong:
         raise NotLinear(
-            f"fastscore.jvp: the backward of {name} is no linear function of its cotangent that can be differentiated (detach, .data, "
+            f"fastscore.jvp: the backward of {name} is no linear function of its cotangent that "
+            "can be differentiated (detach, .data, "
             "numpy, clipping); write it in differentiable operations."
         )
 
@@ -238,5 +304,7 @@ def _in_words(name):
         if isinstance(error, NotLinear) or str(error).startswith("fastscore"):
             raise
         first = (str(error).splitlines() or [""])[0].rstrip(".")
-        raise NotLinear(f"fastscore.jvp: {name} cannot be differentiated twice: {first}.") from error
+        raise NotLinear(
+            f"fastscore.jvp: {name} cannot be differentiated twice: {first}."
+        ) from error
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -12,7 +14,7 @@ from fastscore.dual.stacks import memory, same_memory
 from fastscore.dual.table import STEPS
 
 
-def on_values(func, args, kwargs):
+def on_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     leaves, spec = tree_flatten((args, kwargs))
     args, kwargs = tree_unflatten([a.stack[0] if isinstance(a, Dual) else a for a in leaves], spec)
     with torch.no_grad() if func in STEPS else contextlib.nullcontext():
@@ -21,12 +23,16 @@ def on_values(func, args, kwargs):
     return result
 
 
-def on_constants(func, args, kwargs):
-    """In a block without gradients: an operation on the values. What hands back its argument, hands back the number."""
+def on_constants(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """In a block without gradients: an operation on the values.
+
+    What hands back its argument, hands back the number.
+    """
     settle()   # it may be written to
     leaves, spec = tree_flatten((args, kwargs))
     with torch.enable_grad():   # views that may be written to as the numbers themselves
         values = [a.stack[0] if isinstance(a, Dual) else a for a in leaves]
+
     args, kwargs = tree_unflatten(values, spec)
     result = func(*args, **kwargs)
     numbers = {id(value): a for a, value in zip(leaves, values) if isinstance(a, Dual)}
@@ -38,22 +44,31 @@ def on_constants(func, args, kwargs):
 def _show(result, leaves):
     """Note the memory that f sees from now on in ordinary tensors, or in arrays."""
     call = running()
-    if call is None or result is None or isinstance(result, bool | int | float | torch.Size | torch.dtype):
+    if (
+        call is None
+        or result is None
+        or isinstance(result, bool | int | float | torch.Size | torch.dtype)
+    ):
         return
+
     results = [t for t in tree_flatten(result)[0] if not isinstance(t, bool | int | float | Dual)]
     for a in leaves:
-        if isinstance(a, Dual) and any(not isinstance(t, torch.Tensor) or same_memory(t, a.stack) for t in results):
+        if isinstance(a, Dual) and any(
+            not isinstance(t, torch.Tensor) or same_memory(t, a.stack) for t in results
+        ):
             call.shown.append(weakref.ref(memory(a.stack)))
 
 
-def sets_attribute(func):
+def sets_attribute(func: Callable[..., Any]) -> bool:
     """Whether it assigns to an attribute, as t.data = x does."""
     return getattr(func, "__name__", "") == "__set__"
 
 
-def new_place(func, args, kwargs):
+def new_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A place to write dual numbers into."""
     value = func(args[0].stack[0], *args[1:], **kwargs)
     if not value.is_floating_point():
         return value
-    return args[0].like(torch.cat([value[None], value.new_zeros(len(args[0].stack) - 1, *value.shape)]))
+    return args[0].like(
+        torch.cat([value[None], value.new_zeros(len(args[0].stack) - 1, *value.shape)])
+    )
