@@ -17,6 +17,7 @@ from fastscore.cli import checkpoint, draw, run_folder, sample, train
 from fastscore.cli.fit import fit
 from fastscore.cli.parts import Parts
 from fastscore.cli.run_folder import TrainConfig
+from fastscore.cli.sampler_options import SamplerOptions
 
 
 def run(*arguments):
@@ -267,7 +268,7 @@ def test_an_interrupted_sample_says_what_it_keeps(tmp_path, trained, monkeypatch
 def test_a_job_that_ends_without_a_batch_leaves_nothing_that_a_better_one_could_trip_over(tmp_path, trained, options, error):
     job = {"n": 3, "batch_size": 1, "out": tmp_path / "x.npz"}
     with pytest.raises(error):
-        sample.sample(sample.SampleOptions(trained, draw.SamplerOptions(**options), **job))
+        sample.sample(sample.SampleOptions(trained, SamplerOptions(**options), **job))
     assert not list(tmp_path.iterdir())
     sample.sample(sample.SampleOptions(trained, **job))
     assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
@@ -359,3 +360,21 @@ def test_folders_and_archives_of_images(tmp_path):
 def test_doctor_passes():
     result = run("doctor")
     assert result.returncode == 0 and "denoising_loss                 cpp        yes  self-test ok" in result.stdout
+
+
+@pytest.mark.processes
+def test_help_loads_what_it_shows_and_nothing_heavy():
+    """`fastscore --help` takes 1.2 times the processor time of `import torch`."""
+    heavy = ("torch._dynamo", "PIL", "matplotlib", "sklearn", "mlxtend", "safetensors", "diffusers", "scipy", "tomli_w")
+    program = f"""if True:
+        import sys
+        from fastscore.cli import main
+        sys.argv = ["fastscore", "--help"]
+        try:
+            main()
+        finally:
+            print([name for name in {heavy} if name in sys.modules], file=sys.stderr)
+    """
+    result = children.run([sys.executable, "-c", program])
+    assert result.returncode == 0 and "{train,sample,evaluate,recipe,demo,doctor}" in result.stdout
+    assert result.stderr.strip() == "[]"

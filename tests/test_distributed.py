@@ -12,6 +12,7 @@ from fastscore import distributed, models, schedules
 from fastscore.cli import draw, observations, train
 from fastscore.cli.fit import fit
 from fastscore.cli.run_folder import TrainConfig
+from fastscore.cli.sampler_options import SAMPLERS
 
 SIGMAS = schedules.geometric(1.0, 0.1, 4)
 
@@ -57,7 +58,7 @@ def split(job, world_size, monkeypatch):
     return results[-1]
 
 
-@pytest.mark.parametrize("sampler", draw.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("world_size", [2, 4, 7])
 def test_ranks_draw_what_one_process_draws(monkeypatch, world_size, sampler):
     """Bit for bit, also of a network, whose sums depend on the size of the batch: five batches on up to seven ranks."""

@@ -1,4 +1,4 @@
-"""Weights as safetensors, written whole or not at all, with a digest that loading checks. No pickle."""
+"""Weights as safetensors, written whole or not at all, with a digest. No pickle."""
 
 import hashlib
 import json

@@ -1,6 +1,7 @@
-"""What is installed, which back end serves which op and why not, and whether each agrees with the reference."""
+"""What is installed, which back end serves which op, and whether each agrees with the reference."""
 
 import platform
+from collections.abc import Iterator
 
 import torch
 
@@ -31,8 +32,10 @@ def _version(package):
 def _calls(device):
     """A small call of every op."""
     x = torch.linspace(-1, 1, 600, device=device).reshape(6, 100)
-    image, row = x.reshape(2, 6, 5, 10), torch.linspace(0.5, 1.5, 36, device=device).reshape(2, 18)
-    gamma, alpha, beta = row[0].split(6)
+    image = x.reshape(2, 6, 5, 10)
+    table = torch.linspace(0.5, 1.5, 36, device=device).reshape(2, 18)
+    label = torch.tensor([1, 0], device=device)
+    gamma, alpha, beta = table[0].split(6)
     key = {"seed": 2**40 + 7, "step": 3, "offset": 5}
     return {
         "words": lambda: random.words(1000, stream=1024, device=device, **key),
@@ -43,16 +46,22 @@ def _calls(device):
         "langevin_step": lambda: langevin_step(x, -x, 0.1, **key),
         "perturb": lambda: perturb(x, 0.3, **key),
         "denoising_loss": lambda: denoising_loss(x, 0.3, **key),
-        "instance_norm_plus": lambda: instance_norm_plus(image, gamma, alpha, beta, activation="elu"),
-        "conditional_instance_norm_plus": lambda: conditional_instance_norm_plus(image, torch.tensor([1, 0], device=device), row),
-        "group_norm_modulate": lambda: group_norm_modulate(image, 2, gamma, beta, activation="silu"),
+        "instance_norm_plus": lambda: instance_norm_plus(
+            image, gamma, alpha, beta, activation="elu"
+        ),
+        "conditional_instance_norm_plus": lambda: conditional_instance_norm_plus(
+            image, label, table
+        ),
+        "group_norm_modulate": lambda: group_norm_modulate(
+            image, 2, gamma, beta, activation="silu"
+        ),
         "rademacher_jvp": lambda: rademacher_jvp(torch.sin, x, projections=2, **key)[1],
         "activate_dual": lambda: activate_dual(torch.stack([4 * x, x, -x]), "silu"),
         "activate_jet": lambda: activate_jet(torch.stack([4 * x, x, -x]), 1, "silu"),
     }
 
 
-def self_test(name, op, device):
+def self_test(name: str, op: str, device: str) -> str:
     """'ok', or how far back end `name` is from the reference on one small call of `op`."""
     call = _calls(device)[op]
     with backend.use_backend("reference"):
@@ -62,30 +71,42 @@ def self_test(name, op, device):
     if got.dtype == torch.int64:
         return "ok" if torch.equal(got, expected) else "WRONG: words differ"
     error = float((got - expected).abs().max())
-    return "ok" if error <= 2e-6 * max(1.0, float(expected.abs().max())) else f"WRONG: differs by {error:.2g}"
+    bound = 2e-6 * max(1.0, float(expected.abs().max()))
+    return "ok" if error <= bound else f"WRONG: differs by {error:.2g}"
 
 
-def lines():
+def lines() -> Iterator[str]:
     """The report, line by line."""
-    yield f"fastscore {fastscore.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    system = f"{platform.system()} {platform.machine()}"
+    yield f"fastscore {fastscore.__version__}, Python {platform.python_version()}, {system}"
     yield ", ".join(f"{p} {_version(p)}" for p in ("torch", "triton", "numpy"))
-    extension = backend.load_extension()
-    if extension is None:
-        yield f"instruction set: {('baseline', 'AVX2', 'AVX-512')[torch.ops.fastscore.isa(0)]}"
-    devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    for device in devices:
-        yield device + (f" ({torch.cuda.get_device_name(device)})" if device != "cpu" else f" ({torch.get_num_threads()} threads)")
-        for name in backend.BACKENDS:
-            reason = backend.why_not(name, torch.device(device).type)
-            for op in backend.OPS if reason is None else ():
-                without = name == "cuda" and op not in backend.CUDA_OPS
-                verdict = "no   a GPU runs its Triton kernel" if without else f"yes  self-test {self_test(name, op, device)}"
-                yield f"  {op:30} {name:10} {verdict}"
-            if reason is not None:
-                yield f"  {'every op':30} {name:10} no   {reason}"
+    if backend.load_extension() is None:
+        instruction_set = ("baseline", "AVX2", "AVX-512")[torch.ops.fastscore.isa(0)]
+        yield f"instruction set: {instruction_set}"
+
+    yield f"cpu ({torch.get_num_threads()} threads)"
+    yield from _lines_of("cpu")
+    for i in range(torch.cuda.device_count()):
+        yield f"cuda:{i} ({torch.cuda.get_device_name(i)})"
+        yield from _lines_of(f"cuda:{i}")
 
 
-def main():
+def _lines_of(device):
+    """A line for each op and back end of a device, or for a back end that is not there."""
+    for name in backend.BACKENDS:
+        reason = backend.why_not(name, torch.device(device).type)
+        if reason is not None:
+            yield f"  {'every op':30} {name:10} no   {reason}"
+            continue
+        for op in backend.OPS:
+            if name == "cuda" and op not in backend.CUDA_OPS:
+                verdict = "no   a GPU runs its Triton kernel"
+            else:
+                verdict = f"yes  self-test {self_test(name, op, device)}"
+            yield f"  {op:30} {name:10} {verdict}"
+
+
+def main() -> int:
     """Print the report; 1 if a self-test failed."""
     text = list(lines())
     print("\n".join(text))

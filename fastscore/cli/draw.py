@@ -5,9 +5,7 @@ kept for a job that goes on. So the samples of a job that was interrupted or spl
 that was not, bit for bit.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,85 +16,11 @@ from fastscore import distributed, random, sampling
 from fastscore.cli import run_folder
 from fastscore.cli.conditions import Condition, conditioned
 from fastscore.cli.parts import Parts, digest_of_network
+from fastscore.cli.sampler_options import SamplerOptions
 from fastscore.ops import checks
-from fastscore.sampling.sample import default_law
 
-SAMPLERS = ("annealed_langevin", "consistent_annealed", "predictor_corrector", "probability_flow")
 FOLLOWED = 8   # samples whose path is shown
 LONGEST = 128   # states of a path
-
-
-@dataclass(frozen=True)
-class SamplerOptions:
-    """A sampler of the command line and its options; what is None has the sampler's default.
-
-    Args:
-        sampler: annealed_langevin, consistent_annealed (one network call per level),
-            predictor_corrector or probability_flow.
-        steps_per_level: Langevin steps at each noise level, of annealed_langevin; 20 unless given.
-        step_size: ε at the smallest level, of annealed_langevin (0.2 σ_L² unless given) and
-            consistent_annealed.
-        step_lr: the same in the official configurations' unit, ε/2.
-        denoise: take the last, noise-free step.
-        temperature: scales the noise by its root; not of probability_flow.
-        predictor: reverse_diffusion, ancestral, euler or none.
-        corrector: langevin, annealed or none.
-        corrector_steps: corrections at each level.
-        snr: signal-to-noise ratio of a correction.
-        method: of probability_flow, heun, euler or adaptive.
-        initial_law: of the starts, uniform in [0, 1] or gaussian, N(0, σ_1²); unless given,
-            gaussian where σ_1 > 1.146, and for predictor_corrector and probability_flow, else
-            uniform.
-    """
-
-    sampler: str = "annealed_langevin"
-    steps_per_level: int | None = None
-    step_size: float | None = None
-    step_lr: float | None = None
-    denoise: bool = True
-    temperature: float | None = None
-    predictor: str | None = None
-    corrector: str | None = None
-    corrector_steps: int | None = None
-    snr: float | None = None
-    method: str | None = None
-    initial_law: str | None = None
-
-    def __post_init__(self):
-        if self.sampler not in SAMPLERS:
-            raise ValueError(
-                f"sample: sampler must be one of {', '.join(SAMPLERS)}; got {self.sampler!r}."
-            )
-        takes = inspect.signature(getattr(sampling, self.sampler)).parameters.keys()
-        foreign = sorted(self.given().keys() - takes - {"initial_law"})
-        if foreign:
-            raise ValueError(f"sample: {', '.join(foreign)} cannot be chosen for {self.sampler}.")
-        if self.steps_per_level is not None and self.steps_per_level < 1:
-            raise ValueError(
-                f"sample: steps_per_level must be at least 1; got {self.steps_per_level}."
-            )
-
-    def given(self) -> dict:
-        """The options of the sampler that are not None."""
-        options = asdict(self)
-        del options["sampler"]
-        return {name: value for name, value in options.items() if value is not None}
-
-    def arguments(self, sigmas: Tensor) -> dict:
-        """The arguments of `sampling.states`, with the defaults of the command line."""
-        options = self.given()
-        if self.sampler == "annealed_langevin":
-            options.setdefault("steps_per_level", 20)
-            if "step_lr" not in options:
-                options.setdefault("step_size", 0.2 * float(sigmas[-1]) ** 2)
-        # By name, because it belongs to the job that goes on.
-        options.setdefault("initial_law", default_law(self.sampler, float(sigmas[0])))
-        return {"sampler": self.sampler, "sigmas": sigmas, **options}
-
-    def states(self, sigmas: Tensor) -> int:
-        """How many states a run on these levels has."""
-        last = {"annealed_langevin": self.denoise, "probability_flow": self.denoise - 1}
-        return len(sigmas) + last.get(self.sampler, 0)
 
 
 class Job(NamedTuple):
@@ -277,7 +201,7 @@ def followed(
 
 
 def shown_states(states: int) -> list[int]:
-    """Which states of a run its path shows: every one, every second, every fourth, ... and the last."""
+    """Which states of a run its path shows: each, or each second, fourth, ... and the last."""
     stride = 1
     while -(-states // stride) > LONGEST:
         stride *= 2

@@ -146,10 +146,11 @@ class Metrics:
 
     def record(self, step: int) -> dict:
         """A line of metrics.jsonl; the next one begins."""
+        pairs = zip(self.sums.tolist(), self.counts.tolist())
         line = {
             "step": step,
             "loss": float(self.sums.sum() / self.counts.sum()),
-            "levels": [s / c if c else None for s, c in zip(self.sums.tolist(), self.counts.tolist())],
+            "levels": [total / count if count else None for total, count in pairs],
             "seconds": round(time.perf_counter() - self.begin, 2),
         }
         self.sums.zero_()

@@ -1,4 +1,4 @@
-"""The log-density of a run's held-out images: what `fastscore evaluate RUN --likelihood` reports."""
+"""The log-density of a run's held-out images, for `fastscore evaluate RUN --likelihood`."""
 
 import math
 from pathlib import Path

@@ -15,9 +15,10 @@ JOB = "job.json"
 
 
 class Parts:
-    """The folder of one job. It is made with the first finished batch: a job without one leaves nothing.
+    """The folder of one job.
 
-    Several processes may share it: each batch is a file of its own, and the folder appears whole.
+    It is made with the first finished batch: a job without one leaves nothing. Several processes
+    may share it: each batch is a file of its own, and the folder appears whole.
 
     Args:
         folder: where the batches are kept.

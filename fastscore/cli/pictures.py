@@ -2,14 +2,16 @@
 
 import io
 import math
+from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from fastscore.cli import checkpoint
 
 
-def grid(images, columns=None, scale=None):
-    """(N, C, H, W) in [0, 1] -> one uint8 array (rows, columns, C), a pixel of margin between images.
+def grid(images: Tensor, columns: int | None = None, scale: int | None = None) -> np.ndarray:
+    """(N, C, H, W) in [0, 1] -> one uint8 array (rows, columns, C), a pixel between images.
 
     C is 1 or 3; the channels of other images stand side by side, in grey.
     """
@@ -27,7 +29,7 @@ def grid(images, columns=None, scale=None):
     return canvas.repeat(scale, 0).repeat(scale, 1)
 
 
-def save_grid(path, images, columns=None):
+def save_grid(path: str | Path, images: Tensor, columns: int | None = None) -> None:
     """Write a grid of images as PNG."""
     from PIL import Image
 
@@ -37,7 +39,7 @@ def save_grid(path, images, columns=None):
     checkpoint.write_atomic(path, buffer.getvalue())
 
 
-def save_row(path, panels, rows=1):
+def save_row(path: str | Path, panels: dict[str, Tensor], rows: int = 1) -> None:
     """Write titled grids of images side by side; panels maps a title to images (N, C, H, W)."""
     from matplotlib.figure import Figure
 
@@ -48,29 +50,42 @@ def save_row(path, panels, rows=1):
         axes.set_axis_off()
     for axes, (title, images) in zip(every, panels.items()):
         array = grid(images)
-        axes.imshow(array[..., 0] if array.shape[-1] == 1 else array, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        shown = array[..., 0] if array.shape[-1] == 1 else array
+        axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_title(title, fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     checkpoint.write_atomic(path, buffer.getvalue())
 
 
-def save_strip(path, strip, columns=20):
-    """Write the path of some samples, (states, N, C, H, W), as PNG: a row for each sample, at most `columns` states with the last."""
-    kept = np.unique(np.linspace(0, len(strip) - 1, min(columns, len(strip))).round().astype(int))
-    save_grid(path, strip[kept].transpose(0, 1).flatten(0, 1), columns=len(kept))
+def save_strip(path: str | Path, strip: Tensor, columns: int = 20) -> None:
+    """Write the path of some samples, (states, N, C, H, W), as PNG.
+
+    A row for each sample, of at most `columns` states, the last among them.
+    """
+    places = np.linspace(0, len(strip) - 1, min(columns, len(strip)))
+    shown = np.unique(places.round().astype(int))
+    save_grid(path, strip[shown].transpose(0, 1).flatten(0, 1), columns=len(shown))
 
 
-def save_loss_curve(path, records, sigmas, loss="denoising"):
+def save_loss_curve(
+    path: str | Path, records: list[dict], sigmas: list[float], loss: str = "denoising"
+) -> None:
     """Write the loss per noise level over the steps, from the records of metrics.jsonl."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    label = "½‖σs + z‖² per dimension" if loss == "denoising" else f"σ² × {loss} loss per dimension"
+    label = f"σ² × {loss} loss per dimension"
+    if loss == "denoising":
+        label = "½‖σs + z‖² per dimension"
     axes = figure.add_subplot(xlabel="step", ylabel=label, title="loss per noise level")
-    for level in sorted({0, len(sigmas) // 4, len(sigmas) // 2, 3 * len(sigmas) // 4, len(sigmas) - 1}):
-        points = [(r["step"], r["levels"][level]) for r in records if r["levels"][level] is not None]
-        axes.plot(*zip(*points), label=f"σ = {sigmas[level]:.3g}") if points else None
+
+    n = len(sigmas)
+    for level in sorted({0, n // 4, n // 2, 3 * n // 4, n - 1}):
+        recorded = [(record["step"], record["levels"][level]) for record in records]
+        points = [(step, value) for step, value in recorded if value is not None]
+        if points:
+            axes.plot(*zip(*points), label=f"σ = {sigmas[level]:.3g}")
     axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")

@@ -1,4 +1,8 @@
-"""A run folder: config.toml, metrics.jsonl, weights.safetensors (averaged), state.safetensors (to resume)."""
+"""A run folder.
+
+It holds config.toml, metrics.jsonl, weights.safetensors (averaged), split.safetensors (which images
+are held out) and state.safetensors (to resume).
+"""
 
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,7 +19,10 @@ from fastscore.losses.projections import DISTRIBUTIONS
 
 
 def _unless_given(default):
-    """An option that is None until `TrainConfig.given` is known: one that equals the default may have been given."""
+    """An option that is None until `TrainConfig.given` is known.
+
+    One that equals the default may have been given.
+    """
     return field(default=None, metadata={"default": default})
 
 
@@ -23,30 +30,33 @@ def _unless_given(default):
 class TrainConfig:
     """Train a noise-conditional score network, or a classifier of noisy images.
 
-    Options that are not given have their defaults; with resume, the values of the run. `given` holds the names of
-    those that are. They are checked when the config is made; with resume, once those of the run are known.
+    Options that are not given have their defaults; with resume, the values of the run. `given`
+    holds the names of those that are. They are checked when the config is made; with resume, once
+    those of the run are known.
 
     Args:
         task: score (unless given), or classifier (of noisy images; for sample --condition class=K).
-        data: digits (unless given), mnist, fashion, a folder of images, an .npz file with an array named images, or an
-            .npy file; what a file does not say is said behind its name, such as faces:rgb or
-            x.npz:channels-last:max=16.
+        data: digits (unless given), mnist, fashion, a folder of images, an .npz file with an array
+            named images, or an .npy file; what a file does not say is said behind its name, such
+            as faces:rgb or x.npz:channels-last:max=16.
         out: run folder to create.
         network: mlp (residual ScoreMLP; unless given) or ncsn (convolutional RefineNet).
-        loss: denoising (unless given), sliced, sliced-vr (variance reduced) or exact (the whole trace: small images
-            only).
+        loss: denoising (unless given), sliced, sliced-vr (variance reduced) or exact (the whole
+            trace: small images only).
         projections: random directions per image, of the sliced losses; 1 unless given.
         distribution: of the directions, rademacher (unless given), gaussian or sphere.
         steps: number of updates; 9000 unless given.
         batch_size: images per update; 256 unless given.
-        lr: Adam's learning rate, 2e-3 unless given; it rises over 100 steps and falls to zero along a cosine.
+        lr: Adam's learning rate, 2e-3 unless given; it rises over 100 steps and falls to zero along
+            a cosine.
         levels: number of noise levels; 16 unless given.
         sigma_max: largest noise, in units of the [0, 1] pixel range; 1 unless given.
         sigma_min: smallest noise; 0.01 unless given.
         width: width of the mlp, or ngf of the ncsn; 256 unless given.
         depth: residual blocks of the mlp; 3 unless given.
         ema_decay: decay of the averaged weights; 0.999 unless given.
-        held_out: images kept away from training, for evaluation; 0 unless given. The run remembers which.
+        held_out: images kept away from training, for evaluation; 0 unless given. The run remembers
+            which.
         seed: of everything that is random; 0 unless given.
         resume: go on with the run in `out`, with its options; steps may be others.
     """
@@ -97,26 +107,27 @@ class TrainConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                *others, last = allowed
-                listed = f"{others[0]} or {last}" if len(others) == 1 else f"one of {', '.join(allowed)}"
+                listed = f"one of {', '.join(allowed)}" if len(allowed) > 2 else " or ".join(allowed)
                 raise ValueError(f"train: {name} must be {listed}; got {getattr(self, name)!r}.")
 
         sliced = self.loss.startswith("sliced")
         if not sliced and (self.projections, self.distribution) != (1, "rademacher"):
             raise ValueError(
-                f"train: projections and distribution belong to the sliced losses; the loss is {self.loss}."
+                "train: projections and distribution belong to the sliced losses; the loss is "
+                f"{self.loss}."
             )
         if self.task == "classifier":
             for name, value in (("network", "mlp"), ("loss", "denoising")):
                 if getattr(self, name) != value:
                     raise ValueError(
-                        f"train: {name} belongs to task score; a classifier is an mlp trained by cross-entropy."
+                        f"train: {name} belongs to task score; a classifier is an mlp trained by "
+                        "cross-entropy."
                     )
         schedules.geometric(self.sigma_max, self.sigma_min, self.levels)
 
 
 class TrainedRun(NamedTuple):
-    """What a run folder holds: the averaged network, its ladder, the shape (C, H, W) of an image, the options."""
+    """What a run folder holds: the averaged network, its ladder, an image's shape, the options."""
 
     net: nn.Module
     sigmas: Tensor
@@ -127,14 +138,17 @@ class TrainedRun(NamedTuple):
 def build(
     config: TrainConfig, shape: tuple[int, int, int], num_classes: int | None = None
 ) -> tuple[nn.Module, Tensor]:
-    """The network for images of `shape` (C, H, W), and its ladder; num_classes is for a classifier."""
+    """The network for images of `shape` (C, H, W), and its ladder.
+
+    num_classes: of a classifier.
+    """
     sigmas = schedules.geometric(config.sigma_max, config.sigma_min, config.levels)
     channels, height, width = shape
     dim = channels * height * width
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.task == "score" and config.network == "ncsn":
-            return models.NCSN(channels=channels, ngf=config.width, sigmas=sigmas, image_size=width), sigmas
+            return models.NCSN(channels, config.width, sigmas, image_size=width), sigmas
         options = {"width": config.width, "depth": config.depth, "sigmas": sigmas}
         if config.task == "classifier":
             return models.NoiseClassifier(dim, num_classes, **options), sigmas
@@ -148,19 +162,28 @@ def open_run(folder: str | Path, task: str = "score") -> TrainedRun:
         ValueError: it is no run folder, its weights are damaged, or the run is of the other task.
     """
     config, shape = read_config(folder)
-    if config.task != task == "score":
-        raise ValueError(f"{folder} holds a classifier, not a score network; sample takes it as --classifier.")
+    if config.task != task and task == "score":
+        raise ValueError(
+            f"{folder} holds a classifier, not a score network; sample takes it as --classifier."
+        )
     if config.task != task:
-        raise ValueError(f"{folder} holds a score network, not a classifier (train --task classifier).")
+        raise ValueError(
+            f"{folder} holds a score network, not a classifier (train --task classifier)."
+        )
 
     weights = checkpoint.load(Path(folder) / "weights.safetensors")
-    net, sigmas = build(config, shape, len(weights["last.bias"]) if task == "classifier" else None)
+    num_classes = len(weights["last.bias"]) if task == "classifier" else None
+    net, sigmas = build(config, shape, num_classes)
     net.load_state_dict(weights)
     return TrainedRun(net.eval().requires_grad_(False), sigmas, shape, config)
 
 
 def resumed(config: TrainConfig) -> TrainConfig:
-    """The options of the run in `out`, with the steps that are asked for now; other values than the run's are refused."""
+    """The options of the run in `out`, with the steps that are asked for now.
+
+    Raises:
+        ValueError: there is no such run, or another option has a value that is not the run's.
+    """
     out = Path(config.out)
     if not (out / "state.safetensors").exists():
         raise ValueError(f"train: {out} holds no run to resume.")
@@ -169,7 +192,10 @@ def resumed(config: TrainConfig) -> TrainConfig:
     for name in sorted(config.given - {"out", "resume", "steps"}):
         value, of_run = getattr(config, name), getattr(stored, name)
         if value != of_run:
-            raise ValueError(f"train: the run in {out} has {name} {of_run}, which --resume cannot change; got {value}.")
+            raise ValueError(
+                f"train: the run in {out} has {name} {of_run}, which --resume cannot change; "
+                f"got {value}."
+            )
 
     steps = config.steps if "steps" in config.given else stored.steps
     whole = replace(stored, out=config.out, steps=steps, resume=True)
@@ -181,8 +207,9 @@ def write_config(out: Path, config: TrainConfig, shape: tuple[int, int, int]) ->
     """Write the options, and the shape of an image."""
     import tomli_w
 
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items() if k != "resume"}
-    text = tomli_w.dumps({**options, "shape": list(shape)})
+    options = asdict(config)
+    del options["resume"]
+    text = tomli_w.dumps({**options, "out": str(config.out), "shape": list(shape)})
     checkpoint.write_atomic(out / "config.toml", text.encode())
 
 
@@ -199,11 +226,14 @@ def read_config(folder: str | Path) -> tuple[TrainConfig, tuple[int, int, int]]:
     values = tomllib.loads((folder / "config.toml").read_text())
     known = {f.name for f in fields(TrainConfig)}
     options = {k: v for k, v in values.items() if k in known}
-    options["out"] = str(folder)   # wherever the folder has been moved to
+    # Wherever the folder has been moved to.
+    options["out"] = str(folder)
     return TrainConfig(**options), tuple(values["shape"])
 
 
-def save(out: Path, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, steps_done: int) -> None:
+def save(
+    out: Path, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, steps_done: int
+) -> None:
     """Write the averaged weights, and everything that `restore` reads."""
     checkpoint.save(out / "weights.safetensors", ema.module.state_dict())
     state = {f"net.{k}": v for k, v in net.state_dict().items()}
@@ -212,7 +242,9 @@ def save(out: Path, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optim
     checkpoint.save(out / "state.safetensors", state)
 
 
-def restore(out: Path, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def restore(
+    out: Path, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
     """Load what `save` wrote; returns the number of steps that are done."""
     state = checkpoint.load(out / "state.safetensors")
     net.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("net.")})

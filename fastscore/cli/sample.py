@@ -1,11 +1,11 @@
-"""The command `fastscore sample`: job = prepare(options); result = draw(job); write(out, result)."""
+"""The command `fastscore sample`: options become a job, the job is drawn, the result written."""
 
 import os
 import sys
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ from tyro.conf import Positional, arg
 from fastscore import distributed, models, schedules
 from fastscore.cli import draw, pictures, run_folder
 from fastscore.cli.conditions import ConditionOptions, open_conditions
-from fastscore.cli.draw import SamplerOptions
 from fastscore.cli.parts import Parts
+from fastscore.cli.sampler_options import SamplerOptions
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ class CheckpointOptions:
         return self.sigma_max, self.sigma_min, self.levels
 
 
+# Options of their own among those of the command, without a prefix.
+_Options = TypeVar("_Options")
+_Merged = Annotated[_Options, arg(name="")]
+
+
 @dataclass(frozen=True)
 class SampleOptions:
     """Draw samples of a trained run, or of an official NCSN, NCSNv2 or CAS checkpoint, as a grid.
@@ -92,9 +97,9 @@ class SampleOptions:
     """
 
     run: Positional[Path]
-    sampler: Annotated[SamplerOptions, arg(name="")] = field(default_factory=SamplerOptions)
-    conditions: Annotated[ConditionOptions, arg(name="")] = field(default_factory=ConditionOptions)
-    checkpoint: Annotated[CheckpointOptions, arg(name="")] = field(default_factory=CheckpointOptions)
+    sampler: _Merged[SamplerOptions] = field(default_factory=SamplerOptions)
+    conditions: _Merged[ConditionOptions] = field(default_factory=ConditionOptions)
+    checkpoint: _Merged[CheckpointOptions] = field(default_factory=CheckpointOptions)
     n: Annotated[int, arg(aliases=["-n"])] = 100
     out: Path = Path("grid.png")
     seed: int = 0
@@ -136,7 +141,7 @@ class SampleOptions:
         return self.run.is_file() or self.run.suffix == ".pth"
 
 
-def sample(options: Annotated[SampleOptions, arg(name="")]) -> None:
+def sample(options: _Merged[SampleOptions]) -> None:
     """Draw samples of a trained run, or of an official NCSN, NCSNv2 or CAS checkpoint, as a grid.
 
     Started by torchrun, the processes share the batches, and one writes the samples that a single

@@ -87,8 +87,9 @@ def record(
         return None
     if config.resume and config.held_out:
         warnings.warn(
-            f"the run in {config.out} has no record of the images that it held out; it goes on with "
-            f"the {config.held_out} that the data give now, which are the same only if the data are.",
+            f"the run in {config.out} has no record of the images that it held out; it goes on "
+            f"with the {config.held_out} that the data give now, which are the same only if the "
+            "data are.",
             stacklevel=2,
         )
 

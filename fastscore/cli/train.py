@@ -97,5 +97,6 @@ def _report_classifier(out):
         report = {"sigmas": sigmas.tolist(), "accuracy_held_out": found}
         checkpoint.write_atomic(out / "report.json", json.dumps(report, indent=2).encode())
         print("noise level   held-out images classified rightly")
-        print("\n".join(f"{sigma:11.4f}   {100 * a:5.1f} %" for sigma, a in zip(sigmas.tolist(), found)))
+        for sigma, right in zip(sigmas.tolist(), found):
+            print(f"{sigma:11.4f}   {100 * right:5.1f} %")
     print(f"run: {out}")
