@@ -15,7 +15,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils.parametrizations import spectral_norm
 
 from fastscore import jvp, losses
-from fastscore.models import EnergyScore
+from fastscore.models import EnergyScore, ScoreMLP
 
 DROPOUTS = {
     "torch.dropout": lambda x: torch.dropout(x, 0.5, True),
@@ -532,3 +532,51 @@ def test_what_methods_draw_is_one_draw():
     for f in (lambda x: SCALE.by_draw(x), SCALE.by_draw):
         for _ in range(10):
             assert 3 < float(losses.finite_difference_sliced(f, x, v=v)) < 8
+
+
+def _drawing(x):
+    return x * torch.rand(x.shape, dtype=x.dtype)
+
+
+def _with_global(name, thing, f):
+    """f, whose global `name` is thing."""
+    return types.FunctionType(f.__code__, {**f.__globals__, name: thing}, closure=f.__closure__)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        _with_global("sin", _drawing, lambda x: sin(x)),   # noqa: F821
+        _with_global("F", types.SimpleNamespace(linear=_drawing), lambda x: F.linear(x)),
+        _with_global("F", types.ModuleType("F"), lambda x: F.linear(x)),
+        lambda x: x * x.new_empty(x.shape).uniform_(),
+        lambda x: torch.nn.functional.dropout(x, 0.5),
+        lambda x, g=_drawing: g(x),
+        (lambda g: lambda x: g(x))(nn.Sequential(nn.Dropout(0.5))),
+        (lambda g: lambda x: g(x))(_drawing),
+        lambda x: (lambda y: _drawing(y))(x),
+        torch.bernoulli,
+    ],
+)
+def test_what_looks_like_a_few_operations_draws_once(f):
+    """Two evaluations that count as one draw the same numbers, whatever the function's names look like."""
+    if isinstance(getattr(f, "__globals__", {}).get("F"), types.ModuleType) and f.__globals__["F"] is not torch.nn.functional:
+        f.__globals__["F"].linear = _drawing
+    from fastscore.dual.once import Once
+
+    x, found = torch.full((64,), 0.5), []
+    once = Once(x.device, f)
+    for _ in range(2):
+        with once:
+            found.append(f(x))
+    assert torch.equal(*found)
+
+
+def test_what_does_neither_is_seen_at_a_glance():
+    from fastscore.dual.once import Once
+
+    net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).eval()
+    for f in (torch.sin, lambda x: x.sin(), net, lambda x: net(x).tanh(), ScoreMLP(2, width=8, sigmas=[1.0])):
+        assert Once(torch.device("cpu"), f).quiet
+    net.train()
+    assert not Once(torch.device("cpu"), net).quiet

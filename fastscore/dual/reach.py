@@ -171,11 +171,9 @@ def _modules_of(function):
     for name in unknown:
         found.append(reachable.get(name))
     for name in code.co_names:
-        if name not in unknown and type(reachable.get(name)) not in (
-            types.NoneType,
-            types.ModuleType,
-        ):
-            return None   # the user's own function of that name
+        # A user's own function, or module, of that name.
+        if name not in unknown and not _is_torchs(reachable.get(name)):
+            return None
     for cell in function.__closure__ or ():
         if not filled(cell):
             return None
@@ -198,6 +196,10 @@ def _foreign_names(code):
     if any(i.opname.startswith(_STORING) for i in dis.get_instructions(code)):
         return None
     return tuple(n for n in code.co_names if n not in _DRAWLESS_NAMES)
+
+
+def _is_torchs(thing):
+    return thing is None or thing is torch or thing is nn or thing is nn.functional
 
 
 _STORING = (
