@@ -115,10 +115,3 @@ def test_no_module_stands_on_itself():
         for module in free:
             del left[module]
     assert left == {}
-
-
-@pytest.mark.parametrize("folder, most", [("fastscore", 400), ("csrc", 450)])
-def test_a_file_is_read_at_one_sitting(folder, most):
-    files = [path for path in (ROOT.parent / folder).rglob("*") if path.suffix in (".py", ".cpp", ".cu", ".h")]
-    lengths = {path.name: len(path.read_text().splitlines()) for path in files}
-    assert {name: n for name, n in lengths.items() if n > most} == {}
