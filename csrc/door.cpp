@@ -9,6 +9,7 @@
 
 #include "denoising_loss.h"
 #include "noisy_update.h"
+#include "normalise.h"
 #include "random.h"
 #include "torch_cpu.h"
 
@@ -362,6 +363,106 @@ PyObject* fill(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return result.o;
 }
 
+// Of an image (B, C, *): whether it is contiguous as (B, C, S) or as (B, S, C), the two layouts that are read where they lie.
+bool layout_of(const View& v, bool& channels_last) {
+  const auto ordered = [&](bool last) {
+    int64_t expected = 1;
+    const auto next = [&](int32_t d) {
+      const bool fits = v.t.shape[d] == 1 || v.t.strides[d] == expected;
+      expected *= v.t.shape[d];
+      return fits;
+    };
+    if (last && !next(1)) return false;
+    for (int32_t d = v.t.ndim - 1; d >= 2; --d)
+      if (!next(d)) return false;
+    return (last || next(1)) && next(0);
+  };
+  channels_last = !ordered(false);
+  return !channels_last || ordered(true);
+}
+
+// A column of coefficients, (C,) or (B, C) in the compute type.
+bool look_column(PyObject* o, const View& x, View& v) {
+  if (!look(o, v) || v.dtype != (x.dtype == kFloat64 ? kFloat64 : kFloat32)) return false;
+  const int32_t d = v.t.ndim - 1;
+  return (d == 0 || (d == 1 && v.t.shape[0] == x.t.shape[0])) && v.t.shape[d] == x.t.shape[1];
+}
+
+template <class A>
+void pack(const View* columns, int count, int64_t rows, int64_t channels, A* out) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int k = 0; k < count; ++k) {
+      const DLTensor& t = columns[k].t;
+      const A* from = reinterpret_cast<const A*>(columns[k].data()) + (t.ndim == 2 ? r * t.strides[0] : 0);
+      for (int64_t c = 0; c < channels; ++c) *out++ = from[c * t.strides[t.ndim - 1]];
+    }
+}
+
+// normalise(x, gamma, alpha, beta, labels, table, groups, eps, activation): columns, of which alpha and beta may be None; or a table of
+// rows and its labels, and then alpha and beta are True or False.
+PyObject* normalise(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 9 || !torch_.describe || !nothing_between()) return refused();
+  View x, out, columns[3], labels, table;
+  NormArgs p{};
+  int64_t activation;
+  if (!look_float(args[0], x) || x.t.ndim < 3 || !layout_of(x, p.channels_last)) return refused();
+  p.dtype = x.dtype;
+  p.batch = x.t.shape[0];
+  p.channels = x.t.shape[1];
+  p.pixels = x.n / (p.batch * p.channels);
+  if (!PyFloat_CheckExact(args[7]) || !integer(args[8], 0, 63, activation)) return refused();
+  p.eps = PyFloat_AsDouble(args[7]);
+  p.activation = static_cast<int>(activation);
+  if (!(p.eps >= std::pow(__FLT_MAX__, -2.0 / 3) && p.eps <= __FLT_MAX__)) return refused();
+  if (!integer(args[6], 0, p.channels, p.groups) || (p.groups && p.channels % p.groups)) return refused();
+
+  std::vector<double> memory;
+  int width = 0;
+  if (args[4] == Py_None) {
+    for (int k = 0; k < 3; ++k) {
+      if (k > 0 && args[1 + k] == Py_None) continue;
+      if (!look_column(args[1 + k], x, columns[width])) return refused();
+      ++width;
+    }
+    p.has_alpha = args[2] != Py_None;
+    p.has_beta = args[3] != Py_None;
+    p.coef_rows = 1;
+    for (int k = 0; k < width; ++k)
+      if (columns[k].t.ndim == 2) p.coef_rows = p.batch;
+    memory.resize(p.coef_rows * width * p.channels);
+    p.coef = memory.data();
+    if (x.dtype == kFloat64) pack(columns, width, p.coef_rows, p.channels, memory.data());
+    else pack(columns, width, p.coef_rows, p.channels, reinterpret_cast<float*>(memory.data()));
+  } else {
+    for (PyObject* flag : {args[2], args[3]})
+      if (flag != Py_True && flag != Py_False) return refused();
+    p.has_alpha = args[2] == Py_True;
+    p.has_beta = args[3] == Py_True;
+    width = 1 + p.has_alpha + p.has_beta;
+    if (!look(args[4], labels) || labels.dtype != kInt64 || labels.t.ndim != 1 || labels.n != p.batch) return refused();
+    if (!look(args[5], table) || table.dtype != (x.dtype == kFloat64 ? kFloat64 : kFloat32) || table.t.ndim != 2) return refused();
+    if (table.t.shape[1] != width * p.channels || table.t.strides[1] != 1 || table.t.strides[0] != table.t.shape[1]) return refused();
+    p.coef = table.data();
+    p.coef_rows = table.t.shape[0];
+    p.labels = reinterpret_cast<const int64_t*>(labels.data());
+    if (labels.n > 1 && labels.t.strides[0] != 1) return refused();
+    for (int64_t b = 0; b < p.batch; ++b)
+      if (p.labels[b] < 0 || p.labels[b] >= p.coef_rows) return refused();
+  }
+
+  const Ref result(destination(Py_None, args[0], x, out));
+  bool last;
+  if (!result || !layout_of(out, last) || last != p.channels_last) return refused();
+  std::vector<double> statistics(2 * p.batch * p.channels);
+  p.x = x.data();
+  p.y = out.data();
+  p.stats = statistics.data();
+  advise_huge_pages(p.y, x.n * size_of(x.dtype));
+  without_python(x.n, [&] { launch(p, false); });
+  Py_INCREF(result.o);
+  return result.o;
+}
+
 PyObject* find(PyObject* root, std::initializer_list<const char*> names) {
   Py_INCREF(root);
   for (const char* name : names) {
@@ -415,6 +516,7 @@ PyMethodDef methods[] = {
     {"noisy_update", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(noisy_update)), METH_FASTCALL, nullptr},
     {"noise_reduce", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(noise_reduce)), METH_FASTCALL, nullptr},
     {"fill", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fill)), METH_FASTCALL, nullptr},
+    {"normalise", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(normalise)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

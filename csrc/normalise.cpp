@@ -540,32 +540,9 @@ void FS_KERNEL(normalise)(const NormArgs& p, bool backward, NormPhase phase, int
 #include "torch_cpu.h"
 
 namespace fastscore {
-namespace {
-
-void* mutable_pointer(const OptionalTensor& t) { return t ? t->mutable_data_ptr() : nullptr; }
-
-NormArgs arguments(const Tensor& x, const OptionalTensor& t, const Tensor& coef, const OptionalTensor& tcoef, const OptionalTensor& labels,
-                   int64_t groups, bool alpha, bool beta, double eps, int64_t activation) {
-  for (const OptionalTensor* c : {&tcoef, &labels}) STD_TORCH_CHECK(!*c || (*c)->is_contiguous(), "fastscore: normalise needs contiguous tables and labels");
-  STD_TORCH_CHECK(coef.is_contiguous() && coef.size(1) == x.size(1) * (1 + alpha + beta), "fastscore: normalise needs a contiguous table of ",
-                  1 + alpha + beta, " coefficients per channel");
-  NormArgs p{};
-  p.dtype = dtype_of(x);
-  p.channels_last = !x.is_contiguous();
-  p.batch = x.size(0), p.channels = x.size(1);
-  p.pixels = p.batch * p.channels ? x.numel() / (p.batch * p.channels) : 0;
-  p.tangents = t ? t->size(0) : 0;
-  p.groups = groups, p.has_alpha = alpha, p.has_beta = beta, p.eps = eps, p.activation = static_cast<int>(activation);
-  p.x = x.const_data_ptr(), p.t = pointer(t);
-  p.coef = coef.const_data_ptr(), p.tcoef = pointer(tcoef), p.coef_rows = coef.size(0);
-  p.labels = static_cast<const int64_t*>(pointer(labels));
-  for (int64_t b = 0; p.labels && b < p.batch; ++b)
-    STD_TORCH_CHECK(0 <= p.labels[b] && p.labels[b] < p.coef_rows, "fastscore: labels must be in 0..", p.coef_rows - 1, "; got ", p.labels[b]);
-  return p;
-}
 
 // Whole samples per thread where there are enough of them: one sample stays in a core's cache between its passes.
-void run_samples(const NormArgs& p, bool backward) {
+void launch(const NormArgs& p, bool backward) {
   if (p.batch * p.channels * p.pixels == 0) return;
   const auto kernel = FS_PICK(normalise);
   const int64_t size = scratch_size(p), elements = p.channels * p.pixels;
@@ -593,6 +570,30 @@ void run_samples(const NormArgs& p, bool backward) {
   }
 }
 
+namespace {
+
+void* mutable_pointer(const OptionalTensor& t) { return t ? t->mutable_data_ptr() : nullptr; }
+
+NormArgs arguments(const Tensor& x, const OptionalTensor& t, const Tensor& coef, const OptionalTensor& tcoef, const OptionalTensor& labels,
+                   int64_t groups, bool alpha, bool beta, double eps, int64_t activation) {
+  for (const OptionalTensor* c : {&tcoef, &labels}) STD_TORCH_CHECK(!*c || (*c)->is_contiguous(), "fastscore: normalise needs contiguous tables and labels");
+  STD_TORCH_CHECK(coef.is_contiguous() && coef.size(1) == x.size(1) * (1 + alpha + beta), "fastscore: normalise needs a contiguous table of ",
+                  1 + alpha + beta, " coefficients per channel");
+  NormArgs p{};
+  p.dtype = dtype_of(x);
+  p.channels_last = !x.is_contiguous();
+  p.batch = x.size(0), p.channels = x.size(1);
+  p.pixels = p.batch * p.channels ? x.numel() / (p.batch * p.channels) : 0;
+  p.tangents = t ? t->size(0) : 0;
+  p.groups = groups, p.has_alpha = alpha, p.has_beta = beta, p.eps = eps, p.activation = static_cast<int>(activation);
+  p.x = x.const_data_ptr(), p.t = pointer(t);
+  p.coef = coef.const_data_ptr(), p.tcoef = pointer(tcoef), p.coef_rows = coef.size(0);
+  p.labels = static_cast<const int64_t*>(pointer(labels));
+  for (int64_t b = 0; p.labels && b < p.batch; ++b)
+    STD_TORCH_CHECK(0 <= p.labels[b] && p.labels[b] < p.coef_rows, "fastscore: labels must be in 0..", p.coef_rows - 1, "; got ", p.labels[b]);
+  return p;
+}
+
 void normalise(OptionalTensor y, OptionalTensor ty, Tensor stats, Tensor x, OptionalTensor t, Tensor coef, OptionalTensor tcoef,
                OptionalTensor labels, int64_t groups, bool alpha, bool beta, double eps, int64_t activation) {
   NormArgs p = arguments(x, t, coef, tcoef, labels, groups, alpha, beta, eps, activation);
@@ -600,7 +601,7 @@ void normalise(OptionalTensor y, OptionalTensor ty, Tensor stats, Tensor x, Opti
   const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());
   if (p.y) advise_huge_pages(p.y, bytes);
   if (p.ty) advise_huge_pages(p.ty, bytes * p.tangents);
-  run_samples(p, false);
+  launch(p, false);
 }
 
 void normalise_backward(Tensor gx, OptionalTensor gt, Tensor gcoef, OptionalTensor gtcoef, Tensor x, OptionalTensor t, Tensor stats,
@@ -612,7 +613,7 @@ void normalise_backward(Tensor gx, OptionalTensor gt, Tensor gcoef, OptionalTens
   const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());
   advise_huge_pages(p.gx, bytes);
   if (p.gt) advise_huge_pages(p.gt, bytes * p.tangents);
-  run_samples(p, true);
+  launch(p, true);
 }
 
 }  // namespace

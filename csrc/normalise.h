@@ -28,6 +28,7 @@ struct NormArgs {
 enum NormPhase : int { kRestore, kSums, kCombine, kApply, kAll };
 
 FS_DECLARE(normalise, const NormArgs&, bool backward, NormPhase, int64_t sample, int64_t begin, int64_t end, void* scratch)
+void launch(const NormArgs& p, bool backward);   // the copy for this processor, on all threads
 
 constexpr int64_t kPadding = 16;   // so that a vector of channels may be read past the last
 inline int64_t scratch_size(const NormArgs& p) { return (24 + 16 * p.tangents) * (p.channels + kPadding); }   // elements of the compute type
