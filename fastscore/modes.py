@@ -75,7 +75,7 @@ class Evaluation:
         if (
             self.others
             or [d for d in self.leaves if d["_modules"]]
-            or [d for d, c in self.parents if [*d["_modules"].values()] != c]
+            or [d for d, children in self.parents if d["_modules"] != children]
         ):
             self._look()
 
@@ -99,7 +99,7 @@ class Evaluation:
             else:
                 self.others.append(m)
 
-        self.parents = [(d, [*d["_modules"].values()]) for d in self.attributes if d["_modules"]]
+        self.parents = [(d, dict(d["_modules"])) for d in self.attributes if d["_modules"]]
         self.leaves = [d for d in self.attributes if not d["_modules"]]
 
 
@@ -153,7 +153,9 @@ def _parts(thing) -> Iterator[Any]:
                     if name not in _OWN and isinstance(v, _CARRIERS)
                 ]
     elif isinstance(thing, types.FunctionType):
-        yield from _of_function(thing)
+        # What PyTorch itself defines knows nobody's networks, unless it wraps something.
+        if thing.__closure__ is not None or not (thing.__module__ or "").startswith("torch."):
+            yield from _of_function(thing)
     elif isinstance(thing, types.MethodType):
         yield from (thing.__self__, thing.__func__)
     elif isinstance(thing, functools.partial):
