@@ -1,7 +1,8 @@
-"""The C++ functions that go past PyTorch's dispatcher (csrc/door.cpp): they run a call that is plain, and return None for any other.
+"""The C++ functions that go past PyTorch's dispatcher (csrc/door.cpp): they run a call that is
+plain, and return None for any other.
 
-`door` is there once the extension is loaded, for calls whose back end is already chosen as 'cpp'; `automatic` is the same, but None while
-anything asks for a back end.
+`door` is there once the extension is loaded, for calls whose back end is already chosen as 'cpp';
+`automatic` is the same, but None while anything asks for a back end.
 """
 
 import contextlib
@@ -20,16 +21,17 @@ UPDATE, LANGEVIN, PERTURB, TERMS = range(4)
 
 _lock = threading.Lock()
 _allowed = False
-_requests = 0   # of all threads: while one asks for a back end, all go the way that chooses
+_requests = 0  # of all threads: while one asks for a back end, all go the way that chooses
 
 
 def opened(allowed: bool) -> None:
-    """The extension is loaded; allowed says whether the environment leaves the choice open, or asks for 'cpp' anyway."""
+    """The extension is loaded; allowed says whether the environment leaves the choice open, or asks
+    for 'cpp' anyway."""
     global door, _allowed
     try:
         module = importlib.import_module("fastscore._C")
         found = module if module.open(torch) else None
-    except (ImportError, AttributeError):   # of an older build
+    except (ImportError, AttributeError):  # of an older build
         found = None
     with _lock:
         door, _allowed = found, allowed

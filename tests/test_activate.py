@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from fastscore import backend as backends
-from fastscore.ops.activate import _CODES, _SLOPES, activate_dual
+from fastscore.ops.activate import activate_dual
+from fastscore.ops.activations import ACTIVATIONS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+NAMES = [name for name in ACTIVATIONS if name]
 
 
 def problem(shape, M, dtype, name):
@@ -25,7 +27,7 @@ def function(name):
     """PyTorch's own; of gelu's approximation the second derivative is hundreds of units off there, where 1 - tanh² cancels."""
     if name == "gelu_tanh":
         return lambda u: _gelu_tanh(u, u.clamp(-12, 12))
-    return _SLOPES[name][0]
+    return ACTIVATIONS[name].function
 
 
 def _gelu_tanh(u, v):
@@ -37,7 +39,7 @@ def exact(name, s):
     """By autograd of the function in float64."""
     u = s[0].detach().requires_grad_()
     slope = torch.autograd.grad(function(name)(u).sum(), u, create_graph=True)[0]
-    return torch.cat([_SLOPES[name][0](s[:1]), slope.detach() * s[1:]])
+    return torch.cat([ACTIVATIONS[name].function(s[:1]), slope.detach() * s[1:]])
 
 
 def exact_gradient(name, s, g):
@@ -54,7 +56,7 @@ def close(got, expected, dtype, units=20):
     return bool(((got.double() - expected).abs() <= eps * expected.abs() + units * least * (1 + expected.abs())).all())
 
 
-@pytest.mark.parametrize("name", _SLOPES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_value_tangents_and_gradient(backend, dtype, name):
     if backend == "reference" and dtype.itemsize == 2:
@@ -69,7 +71,7 @@ def test_value_tangents_and_gradient(backend, dtype, name):
         assert close(torch.autograd.grad(y, s, g)[0], exact_gradient(name, s_, g_), dtype, 60)
 
 
-@pytest.mark.parametrize("name", _SLOPES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_whole_range(backend, name):
     """Relative to the larger of the result and 1, from where exp underflows to where it overflows; infinities and NaN as in PyTorch."""
     ends = [-1e4, -200.0, -90.0, -88.0, -40.0, -1e-3, -1e-6, -1e-30, -0.0]
@@ -78,7 +80,7 @@ def test_the_whole_range(backend, name):
     keep = u != 0 if name == "relu" else u == u
     assert close(activate_dual(s, name)[:, keep], exact(name, s.double())[:, keep], torch.float32)
     beyond = torch.tensor([float("inf"), float("nan")])
-    expected = _SLOPES[name][0](beyond.double())
+    expected = ACTIVATIONS[name].function(beyond.double())
     for got in activate_dual(beyond[None], name) if backend != "reference" else ():   # PyTorch's gelu(inf) is NaN in float32
         assert torch.equal(got[:1].double(), expected[:1]) and bool(got[1].isnan())
 
@@ -95,7 +97,7 @@ def test_any_layout(backend):
     assert torch.allclose(torch.autograd.grad(y, leaf, g)[0], reference, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", _SLOPES)
+@pytest.mark.parametrize("name", NAMES)
 def test_derivatives_at_every_order(backend, name):
     s = problem((3,), 2, torch.float64, name)[0].requires_grad_()
     fast = backend == "triton"   # the interpreter is slow: a random direction instead of every one
@@ -118,7 +120,7 @@ def test_raw_op_refuses_derivatives_and_passes_opcheck(backend):
         pytest.skip("plain PyTorch, no raw op")
     op, s = backends.raw(backend, "activate_dual"), torch.randn(2, 30)
     for g in (None, torch.randn(2, 30)):
-        torch.library.opcheck(op, (torch.empty_like(s), s, g, _CODES["tanh"]))
+        torch.library.opcheck(op, (torch.empty_like(s), s, g, ACTIVATIONS["tanh"].code))
     with pytest.raises(NotImplementedError, match="has no forward-mode rule"):
         torch.func.jvp(lambda s: (op(torch.empty_like(s), s, None, 1), s)[1], (s,), (s,))
     with pytest.raises(NotImplementedError, match="has no derivative rule"):
@@ -130,7 +132,7 @@ def test_raw_op_refuses_derivatives_and_passes_opcheck(backend):
 def test_second_gradients_far_out(backend, dtype, name):
     """Where a gelu is flat its higher derivatives are 0; a power of u that float16 cannot hold made 0 times infinity of them."""
     u = torch.tensor([-1000.0, -300, -100, -20, 20, 100, 300, 1000], dtype=dtype)
-    slope, curvature = _SLOPES[name][1](u.requires_grad_())
+    slope, curvature = ACTIVATIONS[name].slopes(u.requires_grad_())
     assert slope.tolist() == [0] * 4 + [1] * 4 and not curvature.any()
     assert not torch.autograd.grad(curvature.sum(), u)[0].any()
     if backend == "reference":   # there the value is PyTorch's own function, whose second derivative in float16 is NaN

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import fastscore
 from fastscore import backend as backends
 from fastscore import random
-from fastscore.ops.noisy_update import DOT, LOSS
+from fastscore.ops.noisy_update_functions import DOT, LOSS
 
 KEY = {"seed": 12, "step": 1, "offset": 6}
 

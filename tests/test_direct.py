@@ -285,3 +285,80 @@ def test_without_a_seed_the_draw_is_that_of_the_checked_way():
         found, after = call(), torch.rand(1)
         torch.manual_seed(5)
         assert torch.equal(found, checked(call)) and torch.equal(after, torch.rand(1))
+
+
+def norm_calls(dtype, layout, C=6):
+    torch.manual_seed(1)
+    x = LAYOUTS[layout](torch.randn(3, C, 4, 5, dtype=torch.float64).to(dtype))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    gamma, alpha, beta = torch.randn(C, dtype=wide), torch.randn(3, C, dtype=wide), torch.randn(C, 2, dtype=wide)[:, 1]
+    labels, table = torch.tensor([1, 0, 1]), torch.randn(2, 3 * C, dtype=wide)
+    narrow = table[:, : 2 * C].contiguous()
+    return {
+        "instance_norm_plus": [
+            lambda: fastscore.instance_norm_plus(x, gamma),
+            lambda: fastscore.instance_norm_plus(x, gamma, alpha, activation="elu"),
+            lambda: fastscore.instance_norm_plus(x, gamma, None, beta, eps=0.1, activation="softplus"),
+            lambda: fastscore.instance_norm_plus(x, gamma, alpha, beta, activation="gelu"),
+        ],
+        "conditional_instance_norm_plus": [
+            lambda: fastscore.conditional_instance_norm_plus(x, labels, table, activation="silu"),
+            lambda: fastscore.conditional_instance_norm_plus(x, labels, narrow, bias=False),
+        ],
+        "group_norm_modulate": [
+            lambda: fastscore.group_norm_modulate(x, 2, gamma),
+            lambda: fastscore.group_norm_modulate(x, 3, gamma, beta, activation="relu"),
+        ],
+    }
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_go_directly_and_give_the_same_bits(dtype, layout):
+    for name, calls in norm_calls(dtype, layout).items():
+        for call in calls:
+            with counted() as seen:
+                found = call()
+            assert seen == [name, "code_of"], seen
+            wanted = checked(call)
+            assert found.stride() == wanted.stride() and torch.equal(found, wanted), name
+
+
+IMAGE, COLUMN, LABELS, TABLE = torch.ones(2, 4, 3, 3), torch.ones(4), torch.tensor([0, 1]), torch.ones(2, 12)
+COLUMNS = {"x": IMAGE, "gamma": COLUMN, "alpha": None, "beta": COLUMN, "labels": None, "table": None, "groups": 0, "eps": 1e-5, "code": 0}
+ROWS = {**COLUMNS, "gamma": None, "alpha": True, "beta": True, "labels": LABELS, "table": TABLE}
+ODD_NORMS = [
+    (COLUMNS, {"x": torch.ones(2, 4)}),
+    (COLUMNS, {"x": torch.ones(2, 0, 3)}),
+    (COLUMNS, {"x": IMAGE.transpose(0, 3)}),
+    (COLUMNS, {"x": IMAGE.clone().requires_grad_()}),
+    (COLUMNS, {"gamma": None}),
+    (COLUMNS, {"gamma": torch.ones(5)}),
+    (COLUMNS, {"gamma": torch.ones(3, 4)}),
+    (COLUMNS, {"gamma": COLUMN.double()}),
+    (COLUMNS, {"beta": COLUMN.clone().requires_grad_()}),
+    (COLUMNS, {"eps": 0.0}),
+    (COLUMNS, {"eps": 1e-30}),
+    (COLUMNS, {"eps": math.nan}),
+    (COLUMNS, {"eps": 1}),
+    (COLUMNS, {"groups": 3}),
+    (COLUMNS, {"groups": -1}),
+    (COLUMNS, {"groups": True}),
+    (COLUMNS, {"code": None}),
+    (ROWS, {"labels": torch.tensor([0, 2])}),
+    (ROWS, {"labels": torch.tensor([-1, 0])}),
+    (ROWS, {"labels": torch.tensor([0, 1, 1])}),
+    (ROWS, {"labels": LABELS.int()}),
+    (ROWS, {"beta": 1}),
+    (ROWS, {"beta": False}),
+    (ROWS, {"table": torch.ones(2, 13)}),
+    (ROWS, {"table": torch.ones(12, 2).T}),
+    (ROWS, {"table": TABLE.double()}),
+    (ROWS, {"table": None}),
+]
+
+
+@pytest.mark.parametrize(("plain", "odd"), ODD_NORMS, ids=range(len(ODD_NORMS)))
+def test_norms_that_are_not_plain_are_refused(plain, odd):
+    assert direct.door.normalise(*plain.values()) is not None
+    assert direct.door.normalise(*(plain | odd).values()) is None

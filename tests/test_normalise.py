@@ -9,16 +9,15 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastscore
 from fastscore import backend as backends
-from fastscore.ops.normalise import (
-    ACTIVATIONS,
-    Form,
+from fastscore.ops.activations import ACTIVATIONS, OF_NORMS
+from fastscore.ops.normalise import Form, normalise
+from fastscore.ops.normalise_core import (
     _dual_ref,
     _gradient_ref,
-    _normalise,
     _scatter_by_product,
-    normalise,
     normalise_ref,
-)  # fmt: skip
+)
+from fastscore.ops.normalise_functions import _normalise
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FORMS = [(0, True, True), (0, True, False), (0, False, True), (0, False, False), (2, False, True), (1, False, False), (6, False, True)]
@@ -49,7 +48,7 @@ def stock(x, coef, form):
         m = (means - means.mean(1, keepdim=True)) / (means.var(1, keepdim=True) + form.eps).sqrt()
         h = h + rest.pop(0) * m.reshape(*m.shape, *[1] * (x.dim() - 2))
     y = gamma * h
-    return ACTIVATIONS[form.activation](y + rest.pop(0) if rest else y)
+    return ACTIVATIONS[form.activation].function(y + rest.pop(0) if rest else y)
 
 
 def layouts(x):
@@ -79,7 +78,7 @@ def test_value_is_as_close_to_float64_as_pytorch_is(backend, dtype, shape):
     large = backend == "triton" and torch.Size(shape).numel() > 5000   # several programs: two forms suffice
     if large and dtype == torch.float64:
         pytest.skip("covered by float32; the interpreter is slow")
-    for (groups, alpha, beta), activation in list(zip(FORMS, itertools.cycle(ACTIVATIONS)))[:: 4 if large else 1]:
+    for (groups, alpha, beta), activation in list(zip(FORMS, itertools.cycle(OF_NORMS)))[:: 4 if large else 1]:
         x, coef, form, _ = problem((groups, alpha, beta, activation), shape, dtype=dtype)
         exact = normalise_ref(x.double(), coef.double(), None, form)
         theirs = exact if shape[2:] == (1, 1) and not groups else stock(x, coef, form).double()
@@ -93,14 +92,14 @@ def test_value_is_as_close_to_float64_as_pytorch_is(backend, dtype, shape):
                 assert y.movedim(1, -1).is_contiguous()
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activation", OF_NORMS, ids=str)
 def test_activations_and_their_slopes_over_the_whole_range(backend, activation):
     u = torch.cat([torch.linspace(-30, 30, 4001), torch.logspace(-9, 1, 300), -torch.logspace(-9, 1, 300)]).double()
     spread, mean = u.var(correction=0).sqrt(), u.mean()
     x, coef = u.float()[None, None].requires_grad_(), torch.stack([spread, mean]).float()[None]   # gamma = std: u comes out again
     form = Form(0, False, True, 1e-12, activation)
     y = normalise(x, coef, None, form, backend)
-    exact = ACTIVATIONS[activation](u)
+    exact = ACTIVATIONS[activation].function(u)
     # u itself is made in float32 from values up to 30.
     assert float((y[0, 0].double() - exact).abs().max()) < 8e-6
     gy = torch.linspace(-1, 1, u.numel())[None, None] * (u.abs() > 1e-4)[None, None]   # not at the kink of relu
@@ -112,7 +111,7 @@ def test_activations_and_their_slopes_over_the_whole_range(backend, activation):
 
 EVERY_MODE = [
     pytest.param(*form, activation, marks=() if activation == "silu" or form == FORMS[4] else pytest.mark.slow)
-    for form in FORMS for activation in ACTIVATIONS
+    for form in FORMS for activation in OF_NORMS
 ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from fastscore.dual.stacks import shape_of
 from fastscore.dual.table import rule
 from fastscore.ops import normalise as core
 from fastscore.ops.activate import activate_jet
+from fastscore.ops.activations import ACTIVATIONS
 
 RULES: dict[Any, Any] = {}
 # Which a variable refuses, or whose writes nobody sees.
@@ -459,7 +460,7 @@ def normalise(x: Any, coef: Tensor, labels: Tensor | None, form: Any, backend: s
         )
 
     y = gamma * h if beta is None else gamma * h + beta
-    return core.ACTIVATIONS[form.activation](y).to(x.dtype).reshape(tuple(x.shape))
+    return ACTIVATIONS[form.activation].function(y).to(x.dtype).reshape(tuple(x.shape))
 
 
 RULES[core.normalise] = normalise

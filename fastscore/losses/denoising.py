@@ -11,7 +11,7 @@ from fastscore.losses.projections import check_data, check_score
 from fastscore.ops import checks
 from fastscore.ops.denoising_loss import regenerated_loss
 from fastscore.ops.functions import explained
-from fastscore.ops.noisy_update import update
+from fastscore.ops.noisy_update_functions import update
 
 
 def denoising(

@@ -25,8 +25,9 @@ from torch.nn.modules.module import (
 )
 
 from fastscore import backend as _backend
-from fastscore.ops.activate import _SLOPES, activated
+from fastscore.ops.activate import activated
 from fastscore.ops.activate import gradient as activation_gradient
+from fastscore.ops.activations import ACTIVATIONS
 from fastscore.ops.functions import Direct
 
 _ACTIVATIONS = {
@@ -357,7 +358,7 @@ def _differentiable(ctx, x, names, parameters, u):
         own = [None if p is None else p.view_as(p) for p in parameters]
         h = x
         for k, name in enumerate(names):
-            h = _SLOPES[name][0](h) if name else F.linear(h, own[2 * k], own[2 * k + 1])
+            h = ACTIVATIONS[name].function(h) if name else F.linear(h, own[2 * k], own[2 * k + 1])
         (s,) = torch.autograd.grad(h.sum(), x, create_graph=True)
         inputs = [
             t

@@ -1,6 +1,7 @@
 """The denoising-score-matching loss per sample, with the noise regenerated in both passes."""
 
 import torch
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastscore import backend as _backend
@@ -8,25 +9,38 @@ from fastscore import direct, random
 from fastscore.compiling import allow_in_graph
 from fastscore.ops import checks
 from fastscore.ops.functions import plain, quick
-from fastscore.ops.noisy_update import LOSS, noise_dot, reduce, refuse_mapped_key, update
+from fastscore.ops.noisy_update_functions import LOSS, noise_dot, reduce, refuse_mapped_key, update
 
 
-def denoising_loss(score, sigma, *, noise=None, seed=None, step=0, offset=0, backend=None):
-    """Compare a score at x̃ = perturb(x, σ) with the noise that made x̃; z is regenerated from the key, never stored.
+def denoising_loss(
+    score: Tensor,
+    sigma: float | Tensor,
+    *,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Compare a score at x̃ = perturb(x, σ) with the noise that made x̃; z is regenerated from the
+    key, never stored.
 
         L_b = ½ ‖σ_b s_b + z_b‖²     (= σ² times the denoising loss ½ ‖s + z/σ‖²)
 
     Args:
         score: s at x̃, (B, *), any float dtype and strides.
         sigma: σ >= 0, a float, 0-d or (B,).
-        noise: z, same shape and dtype as score. If given, the call is deterministic and takes no seed.
-        seed, step, offset: the key that was given to `perturb` (stream PERTURB). Needed: nothing else knows that noise.
+        noise: z, same shape and dtype as score. If given, the call is deterministic and takes no
+            seed.
+        seed, step, offset: the key that was given to `perturb` (stream PERTURB). Needed: nothing
+            else knows that noise.
 
     Returns:
         (B,), float32 (float64 for float64). Differentiable in score and σ.
 
     Raises:
-        ValueError: neither noise nor seed, or both; shapes or devices differ; σ negative or not finite. TypeError: dtypes.
+        ValueError: neither noise nor seed, or both; shapes or devices differ; σ negative or not
+            finite. TypeError: dtypes.
 
     Source: Vincent 2011; Song & Ermon 2019, equation 5 (arXiv:1907.05600).
 
@@ -44,7 +58,10 @@ def denoising_loss(score, sigma, *, noise=None, seed=None, step=0, offset=0, bac
         raise ValueError(f"{op}: score must be (B, *); got a 0-d tensor.")
     sigma = checks.in_graph(checks.coefficient(op, "sigma", sigma, score, minimum=0), score)
     if (noise is None) == (seed is None):
-        raise ValueError(f"{op}: give either the noise or the seed that perturb used; got {'neither' if noise is None else 'both'}.")
+        raise ValueError(
+            f"{op}: give either the noise or the seed that perturb used; got "
+            f"{'neither' if noise is None else 'both'}."
+        )
     chosen = _backend.choose(score.device, backend)
     if noise is not None:
         checks.check_like(op, "noise", noise, score, of="score")
@@ -53,22 +70,31 @@ def denoising_loss(score, sigma, *, noise=None, seed=None, step=0, offset=0, bac
     return regenerated_loss(score, sigma, key, tuple(numbers), chosen)
 
 
-def regenerated_loss(score, sigma, key, numbers, backend):
+def regenerated_loss(
+    score: Tensor,
+    sigma: float | Tensor,
+    key: Tensor | None,
+    numbers: tuple[int, int, int, int],
+    backend: str,
+) -> Tensor:
     """The loss under a checked key, σ in the compute dtype."""
     if _backend.derivative_possible(score, sigma if isinstance(sigma, torch.Tensor) else None):
         return _loss_function(score, sigma, key, *numbers, backend)
     return reduce(score, sigma, key, numbers, backend, LOSS)
 
 
-def denoising_loss_ref(s, sigma, z):
+def denoising_loss_ref(s: Tensor, sigma: float | Tensor, z: Tensor) -> Tensor:
     """The equation, in the compute dtype."""
     dtype = checks.compute_dtype(s.dtype)
-    return checks.per_sample_sum(0.5 * (checks.expand(sigma, s) * s.to(dtype) + z.to(dtype)).square())
+    return checks.per_sample_sum(
+        0.5 * (checks.expand(sigma, s) * s.to(dtype) + z.to(dtype)).square()
+    )
 
 
 @quick
 class _DenoisingLoss(torch.autograd.Function):
-    """L = ½ σ² Σs² + σ D(s) + ½ Σz² with D(s) = Σ s z; ∂L/∂s = σ (σ s + z) is the noisy update again.
+    """L = ½ σ² Σs² + σ D(s) + ½ Σz² with D(s) = Σ s z; ∂L/∂s = σ (σ s + z) is the noisy update
+    again.
 
     Tangent: L̇ = σ² Σ s ṡ + σ D(ṡ) + σ̇ (σ Σs² + D(s)).
     """
@@ -95,7 +121,11 @@ class _DenoisingLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         s, sigma, key = _DenoisingLoss._saved(ctx)
-        gs = update(None, s, g * sigma**2, g * sigma, key, ctx.numbers, ctx.backend) if ctx.needs_input_grad[0] else None
+        gs = (
+            update(None, s, g * sigma**2, g * sigma, key, ctx.numbers, ctx.backend)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         gsigma = None
         if ctx.needs_input_grad[1]:
             gsigma = checks.sum_to(g * _slope(s, sigma, key, ctx), sigma)
@@ -103,7 +133,8 @@ class _DenoisingLoss(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, ts, tsigma, *_):
-        # One plain() for all sums and products: in a jvp rule ordinary operations lose the tangents of the levels around it.
+        # One plain() for all sums and products: in a jvp rule ordinary operations lose the tangents
+        # of the levels around it.
         s, sigma, key = _DenoisingLoss._saved(ctx)
         ts = torch.zeros_like(s) if ts is None else ts
         along = noise_dot(ts, key, ctx.numbers, ctx.backend)
@@ -111,7 +142,9 @@ class _DenoisingLoss(torch.autograd.Function):
             if isinstance(sigma, torch.Tensor):
                 return plain(_tangent, s, ts, along, sigma)
             return plain(lambda s, ts, along: _tangent(s, ts, along, sigma), s, ts, along)
-        return plain(_tangent, s, ts, along, sigma, tsigma, noise_dot(s, key, ctx.numbers, ctx.backend))
+        return plain(
+            _tangent, s, ts, along, sigma, tsigma, noise_dot(s, key, ctx.numbers, ctx.backend)
+        )
 
     @staticmethod
     def vmap(info, in_dims, s, sigma, key, numbers, backend):

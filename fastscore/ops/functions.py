@@ -10,9 +10,11 @@ from torch.autograd.function import _SingleLevelFunction
 
 
 def quick(cls):
-    """Apply it without binding arguments to the signature of `forward`, which costs more than most kernels on small tensors.
+    """Apply it without binding arguments to the signature of `forward`, which costs more than most
+    kernels on small tensors.
 
-    All of them are given by position. Inside a transform torch binds them; the signature is kept for that.
+    All of them are given by position. Inside a transform torch binds them; the signature is kept
+    for that.
     """
     cls.forward.__signature__ = inspect.signature(cls.forward)
     cls.apply = classmethod(_apply)
@@ -22,25 +24,31 @@ def quick(cls):
 def _apply(cls, *args):
     if torch._C._are_functorch_transforms_active():
         return torch.autograd.Function.apply.__func__(cls, *args)
-    return super(torch.autograd.Function, cls).apply(*[unwrap_if_dead(a) if isinstance(a, torch.Tensor) else a for a in args])
+    return super(torch.autograd.Function, cls).apply(
+        *[unwrap_if_dead(a) if isinstance(a, torch.Tensor) else a for a in args]
+    )
 
 
 class Direct(torch.autograd.Function):
-    """A Function that our own code alone applies: outside transforms, with one forward(ctx, ...), to ordinary tensors.
+    """A Function that our own code alone applies: outside transforms, with one forward(ctx, ...),
+    to ordinary tensors.
 
     Its apply is what is left of Function.apply then.
     """
 
     @classmethod
     def apply(cls, *args):
-        return super(_SingleLevelFunction, cls).apply(*[unwrap_if_dead(a) if isinstance(a, torch.Tensor) else a for a in args])
+        return super(_SingleLevelFunction, cls).apply(
+            *[unwrap_if_dead(a) if isinstance(a, torch.Tensor) else a for a in args]
+        )
 
 
 def contiguous(t):
     """t in C order and in memory; None stays None.
 
-    The zeros that autograd passes as tangents have a shape and no memory. PyTorch gives an op one element of it, expanded, whatever strides
-    they claim to have, and a kernel that reads them in order reads beyond it.
+    The zeros that autograd passes as tangents have a shape and no memory. PyTorch gives an op one
+    element of it, expanded, whatever strides they claim to have, and a kernel that reads them in
+    order reads beyond it.
     """
     if t is None:
         return None
@@ -55,7 +63,8 @@ def without_memory(t):
 
 
 def save(ctx, *tensors):
-    """Save tensors, some of them None, for both modes; copies of those that were made in inference mode, which no graph may hold."""
+    """Save tensors, some of them None, for both modes; copies of those that were made in inference
+    mode, which no graph may hold."""
     ctx.present = [t is not None for t in tensors]
     kept = [t for t in tensors if t is not None]
     if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
@@ -75,31 +84,45 @@ def along(f, primals, tangents):
     A forward pass inside a jvp rule loses the tangents of the levels around it.
     """
     outputs, pull = torch.func.vjp(f, *primals)
-    zeros = torch.zeros_like(outputs) if isinstance(outputs, torch.Tensor) else tuple(map(torch.zeros_like, outputs))
-    return torch.func.vjp(pull, zeros)[1](tuple(tangents))[0]   # the transpose of the transpose
+    zeros = (
+        torch.zeros_like(outputs)
+        if isinstance(outputs, torch.Tensor)
+        else tuple(map(torch.zeros_like, outputs))
+    )
+    return torch.func.vjp(pull, zeros)[1](tuple(tangents))[0]  # the transpose of the transpose
 
 
 def released(t):
-    """Without the graph of this call, but with the forward-mode tangent that detach() would drop."""
+    """Without the graph of this call, but with the forward-mode tangent that detach() drops."""
     if not t.requires_grad:
         return t
     primal, tangent = forward_ad.unpack_dual(t)
-    return primal.detach() if tangent is None else forward_ad.make_dual(primal.detach(), tangent.detach())
+    return (
+        primal.detach()
+        if tangent is None
+        else forward_ad.make_dual(primal.detach(), tangent.detach())
+    )
 
 
 def in_words(error):
-    """PyTorch's refusal of tensors of inference mode as one sentence of ours; None for any other error."""
+    """PyTorch's refusal of tensors of inference mode as one sentence of ours; None for any other
+    error."""
     message = str(error)
-    if not message.startswith(("Inference tensors cannot be saved", "Inplace update to inference tensor")):
+    if not message.startswith(
+        ("Inference tensors cannot be saved", "Inplace update to inference tensor")
+    ):
         return None
     return RuntimeError(
-        "fastscore: the network (or what it closes over) has tensors made inside torch.inference_mode(), which can neither "
-        "be differentiated through nor written to outside it; build or load it outside, or take copy.deepcopy(network), made outside."
+        "fastscore: the network (or what it closes over) has tensors made inside "
+        "torch.inference_mode(), which can neither "
+        "be differentiated through nor written to outside it; build or load it outside, or take "
+        "copy.deepcopy(network), made outside."
     )
 
 
 def explained(function, *arguments):
-    """function(*arguments), with PyTorch's refusal of tensors of inference mode as one sentence of ours."""
+    """function(*arguments), with PyTorch's refusal of tensors of inference mode as one sentence of
+    ours."""
     try:
         return function(*arguments)
     except RuntimeError as error:
@@ -110,7 +133,8 @@ def explained(function, *arguments):
 
 
 def outside_inference(method):
-    """method(self, ...), which differentiates, outside inference mode, where nothing can be: called inside, it returns values.
+    """method(self, ...), which differentiates, outside inference mode, where nothing can be: called
+    inside, it returns values.
 
     Tensors that were made there are cloned, for no graph may hold them.
     """
@@ -120,11 +144,18 @@ def outside_inference(method):
         if torch.compiler.is_compiling():
             return method(self, *arguments, **named)
         try:
-            if not (torch.is_inference_mode_enabled() or any(map(_made_in_inference, (*arguments, *named.values())))):
+            if not (
+                torch.is_inference_mode_enabled()
+                or any(map(_made_in_inference, (*arguments, *named.values())))
+            ):
                 return method(self, *arguments, **named)
             wanted = torch.is_grad_enabled()
             with torch.inference_mode(False), torch.set_grad_enabled(wanted):
-                return method(self, *map(ordinary, arguments), **{name: ordinary(t) for name, t in named.items()})
+                return method(
+                    self,
+                    *map(ordinary, arguments),
+                    **{name: ordinary(t) for name, t in named.items()},
+                )
         except RuntimeError as error:
             told = in_words(error)
             if told is None:
@@ -146,8 +177,9 @@ def _made_in_inference(t):
 def plain(f, *tensors):
     """f(*tensors), of plain PyTorch, where a derivative rule of a Function needs it.
 
-    Inside such a rule forward mode of the levels around it reaches Functions and nothing else, so this is one: its derivatives are f's, by
-    torch.func.vjp, wrapped again, and right at every order.
+    Inside such a rule forward mode of the levels around it reaches Functions and nothing else, so
+    this is one: its derivatives are f's, by torch.func.vjp, wrapped again, and right at every
+    order.
     """
     return _Plain.apply(f, *tensors)
 
@@ -155,7 +187,7 @@ def plain(f, *tensors):
 class _Plain(torch.autograd.Function):
     @staticmethod
     def forward(f, *tensors):
-        def own(t):   # autograd accepts neither an input nor a view of one as a result
+        def own(t):  # autograd accepts neither an input nor a view of one as a result
             return t.clone() if t._is_view() or any(t is given for given in tensors) else t
 
         outputs = f(*tensors)

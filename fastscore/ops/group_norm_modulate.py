@@ -1,22 +1,46 @@
-"""Group norm with affine map, scale and shift, and activation: a door to normalise.py, where a group is a wider channel."""
+"""Group norm with affine map, scale and shift, and activation: a door to normalise.py, where a
+group is a wider channel."""
 
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from fastscore import direct
 from fastscore.ops import checks
-from fastscore.ops.normalise import check_form, check_image, check_tangents, normalise, normalise_dual, pack
+from fastscore.ops.activations import ACTIVATIONS, code_of
+from fastscore.ops.normalise import (
+    check_form,
+    check_image,
+    check_tangents,
+    normalise,
+    normalise_dual,
+    pack,
+)
 
 
 def group_norm_modulate(
-    x, num_groups, weight=None, bias=None, scale=None, shift=None, *, eps=1e-5, activation=None, backend=None
-):
-    """Normalise groups of channels and modulate them: AdaGN, FiLM and the scale-shift residual blocks of diffusion networks.
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Normalise groups of channels and modulate them: AdaGN, FiLM and the scale-shift residual
+    blocks of diffusion networks.
 
         y = f((h w + b)(1 + scale) + shift),    h = (x - mean_g x)/√(var_g x + eps)
 
     with mean and (biased) variance over the channels of a group and all pixels.
 
     Args:
-        x: (B, C, *) with one or more spatial dimensions, any float dtype; statistics in float32 or wider; layouts as in
-            `instance_norm_plus`.
-        num_groups: a divisor of C; C itself is instance norm, 1 is layer norm over channels and pixels.
+        x: (B, C, *) with one or more spatial dimensions, any float dtype; statistics in float32 or
+            wider; layouts as in `instance_norm_plus`.
+        num_groups: a divisor of C; C itself is instance norm, 1 is layer norm over channels and
+            pixels.
         weight, bias: w and b, (C,); 1 and 0 unless given.
         scale, shift: (B, C); 0 unless given.
         eps, activation, backend: as in `instance_norm_plus`.
@@ -25,19 +49,74 @@ def group_norm_modulate(
         y, like x. All tensors are differentiable, in every mode and order.
 
     Raises:
-        ValueError: C is no multiple of num_groups, shapes or devices differ, or as in `instance_norm_plus`. TypeError: dtypes.
+        ValueError: C is no multiple of num_groups, shapes or devices differ, or as in
+            `instance_norm_plus`. TypeError: dtypes.
 
-    Source: Wu & He 2018 (arXiv:1803.08494); scale and shift as in Dhariwal & Nichol 2021 (arXiv:2105.05233).
+    Source: Wu & He 2018 (arXiv:1803.08494); scale and shift as in Dhariwal & Nichol 2021
+    (arXiv:2105.05233).
 
-    >>> group_norm_modulate(torch.tensor([[[1.0], [3.0]]]), 1, eps=1e-12, shift=torch.tensor([[0.0, 5.0]])).flatten()
+    >>> x, shift = torch.tensor([[[1.0], [3.0]]]), torch.tensor([[0.0, 5.0]])
+    >>> group_norm_modulate(x, 1, eps=1e-12, shift=shift).flatten()
     tensor([-1.,  6.])
     """
-    return normalise(x, *_arguments("group_norm_modulate", x, num_groups, weight, bias, scale, shift, eps, activation), backend)
+    plain = backend is scale is shift is None and weight is not None
+    if plain and not is_compiling() and (door := direct.automatic) is not None:
+        code = code_of(activation)
+        if type(num_groups) is int and num_groups > 0:
+            y = door.normalise(x, weight, None, bias, None, None, num_groups, eps, code)
+            if y is not None:
+                return y
+
+    op = "group_norm_modulate"
+    arguments = _arguments(op, x, num_groups, weight, bias, scale, shift, eps, activation)
+    return normalise(x, *arguments, backend)
+
+
+def group_norm_modulate_ref(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str | None = None,
+) -> Tensor:
+    """The equation, in the dtype of its arguments."""
+
+    def column(c):
+        return c.reshape(*c.shape, *[1] * (x.dim() - 2))  # (C, 1, ...) or (B, C, 1, ...)
+
+    groups = x.reshape(x.shape[0], num_groups, -1)
+    mean = groups.mean(2, keepdim=True)
+    variance = groups.var(2, correction=0, keepdim=True)
+    u = ((groups - mean) / (variance + eps).sqrt()).reshape(x.shape)
+
+    if weight is not None:
+        u = u * column(weight)
+    if bias is not None:
+        u = u + column(bias)
+    if scale is not None:
+        u = u * (1 + column(scale))
+    if shift is not None:
+        u = u + column(shift)
+    return ACTIVATIONS[activation].function(u)
 
 
 def group_norm_modulate_dual(
-    x, t, num_groups, weight=None, bias=None, scale=None, shift=None, *, eps=1e-5, activation=None, backend=None
-):
+    x: Tensor,
+    t: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """Values and the tangents along M directions of x, in one pass: see `instance_norm_plus_dual`.
 
     Args:
@@ -58,9 +137,17 @@ def _arguments(op, x, num_groups, weight, bias, scale, shift, eps, activation):
     check_image(op, x)
     B, C = x.shape[:2]
     if not checks.whole(num_groups) or num_groups < 1 or C % num_groups:
-        raise ValueError(f"{op}: num_groups must be an int that divides {C} channels; got {checks.shown(num_groups)}.")
+        raise ValueError(
+            f"{op}: num_groups must be an int that divides {C} channels; got "
+            f"{checks.shown(num_groups)}."
+        )
     dtype = checks.compute_dtype(x.dtype)
-    given = [("weight", weight, (C,)), ("bias", bias, (C,)), ("scale", scale, (B, C)), ("shift", shift, (B, C))]
+    given = [
+        ("weight", weight, (C,)),
+        ("bias", bias, (C,)),
+        ("scale", scale, (B, C)),
+        ("shift", shift, (B, C)),
+    ]
     for name, c, shape in given:
         if c is None:
             continue
@@ -68,7 +155,9 @@ def _arguments(op, x, num_groups, weight, bias, scale, shift, eps, activation):
         if c.shape != shape:
             raise ValueError(f"{op}: {name} must be {shape}; got {tuple(c.shape)}.")
         if c.device != x.device:
-            raise ValueError(f"{op}: {name} must be on the device of x, {x.device}; got {c.device}.")
+            raise ValueError(
+                f"{op}: {name} must be on the device of x, {x.device}; got {c.device}."
+            )
         checks.check_as_real(op, name, c, x)
     weight, bias, scale, shift = (None if c is None else c.to(dtype) for _, c, _ in given)
     gamma = x.new_ones(C, dtype=dtype) if weight is None else weight
@@ -79,4 +168,8 @@ def _arguments(op, x, num_groups, weight, bias, scale, shift, eps, activation):
     if shift is not None:
         beta = shift if beta is None else beta + shift
     columns = [gamma] if beta is None else [gamma, beta]
-    return pack(columns), None, check_form(op, x, num_groups, False, beta is not None, eps, activation)
+    return (
+        pack(columns),
+        None,
+        check_form(op, x, num_groups, False, beta is not None, eps, activation),
+    )

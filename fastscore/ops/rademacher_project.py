@@ -1,4 +1,5 @@
-"""Projections of a Jacobian onto random signs: vᵀJv, vᵀs and ‖s‖² in one pass, the signs regenerated in both directions."""
+"""Projections of a Jacobian onto random signs: vᵀJv, vᵀs and ‖s‖² in one pass, the signs
+regenerated in both directions."""
 
 import math
 
@@ -9,28 +10,13 @@ from fastscore import random
 from fastscore.compiling import allow_in_graph
 from fastscore.ops import checks
 from fastscore.ops.functions import Direct, contiguous, plain, quick, save, saved
-from fastscore.ops.noisy_update import refuse_mapped_key
-
-
-def project_ref(s, js, v):
-    """(vᵀJv (M, B), vᵀs (M, B), ‖s‖² (B,)) in the compute dtype; Jv is js (M, B, *), s (B, *), v (M, B, *). None without their input."""
-    dtype = checks.compute_dtype((js if s is None else s).dtype)
-    v = v.to(dtype)
-    vjv = None if js is None else _sum(v * js.to(dtype), 2)
-    if s is None:
-        return vjv, None, None
-    s = s.to(dtype)
-    return vjv, _sum(v * s, 2), _sum(s.square(), 1)
-
-
-def _sum(t, dims):
-    """Over all but the first `dims` dimensions."""
-    return t.flatten(dims).sum(-1) if t.dim() > dims else t
+from fastscore.ops.noisy_update_functions import refuse_mapped_key
 
 
 @quick
 class _Project(torch.autograd.Function):
-    """Outputs: vᵀJv where js is given, vᵀs and ‖s‖² where s is. Linear in js, quadratic in s; the transpose is _Spread.
+    """Outputs: vᵀJv where js is given, vᵀs and ‖s‖² where s is. Linear in js, quadratic in s; the
+    transpose is _Spread.
 
     Tangent: vᵀ(Jv)˙, vᵀṡ and 2 s·ṡ, the first two of which are the op again.
     """
@@ -42,7 +28,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         js, s, ctx.projections, key, ctx.numbers, ctx.backend = inputs
-        ctx.layout = None if js is None else _layout(js)   # js itself is not kept
+        ctx.layout = None if js is None else _layout(js)  # js itself is not kept
         ctx.set_materialize_grads(False)
         save(ctx, s, key)
 
@@ -52,7 +38,9 @@ class _Project(torch.autograd.Function):
         g_vjv = None if ctx.layout is None else cotangents[0]
         g_vs, g_ss = (None, None) if s is None else cotangents[-2:]
         layouts = ctx.layout, None if s is None else _layout(s)
-        gjs, gs = _spread(g_vjv, g_vs, g_ss, s, layouts, ctx.projections, key, ctx.numbers, ctx.backend)
+        gjs, gs = _spread(
+            g_vjv, g_vs, g_ss, s, layouts, ctx.projections, key, ctx.numbers, ctx.backend
+        )
         return gjs, gs, None, None, None, None
 
     @staticmethod
@@ -63,13 +51,20 @@ class _Project(torch.autograd.Function):
         if ctx.layout is not None:
             outputs.append(torch.zeros_like(vs) if vjv is None else vjv)
         if s is not None:
-            outputs += [torch.zeros_like(vjv), torch.zeros_like(vjv[0])] if ts is None else [vs, plain(_twice_inner, s, ts)]
+            outputs += (
+                [torch.zeros_like(vjv), torch.zeros_like(vjv[0])]
+                if ts is None
+                else [vs, plain(_twice_inner, s, ts)]
+            )
         return tuple(outputs)
 
     @staticmethod
     def vmap(info, in_dims, js, s, projections, key, numbers, backend):
         refuse_mapped_key(in_dims[3])
-        js, s = (None if t is None else checks.batch_first(t, dim, info.batch_size) for t, dim in zip((js, s), in_dims))
+        js, s = (
+            None if t is None else checks.batch_first(t, dim, info.batch_size)
+            for t, dim in zip((js, s), in_dims)
+        )
         v = signs(js[0, 0] if s is None else s[0], projections, key, numbers, backend)
         outputs = [project_ref(a, b, v) for a, b in zip(_each(s, info), _each(js, info))]
         outputs = tuple(torch.stack(o) for o in zip(*outputs) if o[0] is not None)
@@ -78,19 +73,29 @@ class _Project(torch.autograd.Function):
 
 @quick
 class _Spread(torch.autograd.Function):
-    """Outputs: gjs_m = g_vjv[m] v_m where g_vjv is given, gs = Σ_m g_vs[m] v_m + 2 g_ss s where one of those is.
+    """Outputs: gjs_m = g_vjv[m] v_m where g_vjv is given, gs = Σ_m g_vs[m] v_m + 2 g_ss s where one
+    of those is.
 
-    Linear in the three and in s; its transpose is _Project and an inner product, its tangent the op again.
+    Linear in the three and in s; its transpose is _Project and an inner product, its tangent the op
+    again.
     """
 
     @staticmethod
     def forward(g_vjv, g_vs, g_ss, s, layouts, projections, key, numbers, backend):
-        return tuple(g for g in run_spread(g_vjv, g_vs, g_ss, s, layouts, projections, key, numbers, backend) if g is not None)
+        return tuple(
+            g
+            for g in run_spread(g_vjv, g_vs, g_ss, s, layouts, projections, key, numbers, backend)
+            if g is not None
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         g_vjv, g_vs, g_ss, s, ctx.layouts, ctx.projections, key, ctx.numbers, ctx.backend = inputs
-        ctx.has_gjs, ctx.has_gs, ctx.has_vs = g_vjv is not None, g_vs is not None or g_ss is not None, g_vs is not None
+        ctx.has_gjs, ctx.has_gs, ctx.has_vs = (
+            g_vjv is not None,
+            g_vs is not None or g_ss is not None,
+            g_vs is not None,
+        )
         ctx.set_materialize_grads(False)
         save(ctx, g_ss, s if g_ss is not None else None, key)
 
@@ -99,7 +104,9 @@ class _Spread(torch.autograd.Function):
         g_ss, s, key = saved(ctx)
         hjs = cotangents[0] if ctx.has_gjs else None
         hs = cotangents[-1] if ctx.has_gs else None
-        gg_vjv, gg_vs, _ = project(hs if ctx.has_vs else None, hjs, key, ctx.numbers, ctx.backend, ctx.projections)
+        gg_vjv, gg_vs, _ = project(
+            hs if ctx.has_vs else None, hjs, key, ctx.numbers, ctx.backend, ctx.projections
+        )
         gg_ss = gs = None
         if hs is not None and s is not None:
             gg_ss, gs = _twice_inner(s, hs), _scaled(hs, g_ss)
@@ -108,7 +115,9 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, tg_vjv, tg_vs, tg_ss, ts, *_):
         g_ss, s, key = saved(ctx)
-        gjs, gs = _spread(tg_vjv, tg_vs, tg_ss, s, ctx.layouts, ctx.projections, key, ctx.numbers, ctx.backend)
+        gjs, gs = _spread(
+            tg_vjv, tg_vs, tg_ss, s, ctx.layouts, ctx.projections, key, ctx.numbers, ctx.backend
+        )
         if ts is not None and g_ss is not None:
             more = plain(_scaled, ts, g_ss)
             gs = more if gs is None else plain(torch.add, gs, more)
@@ -121,7 +130,10 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, g_vjv, g_vs, g_ss, s, layouts, projections, key, numbers, backend):
         refuse_mapped_key(in_dims[6])
-        mapped = (None if t is None else checks.batch_first(t, dim, info.batch_size) for t, dim in zip((g_vjv, g_vs, g_ss, s), in_dims))
+        mapped = (
+            None if t is None else checks.batch_first(t, dim, info.batch_size)
+            for t, dim in zip((g_vjv, g_vs, g_ss, s), in_dims)
+        )
         shape, dtype, device, _ = layouts[1] or (layouts[0][0][1:], *layouts[0][1:])
         v = _signs(shape, checks.compute_dtype(dtype), device, projections, key, *numbers, backend)
         each = [_spread_ref(*args, v, dtype) for args in zip(*(_each(t, info) for t in mapped))]
@@ -156,12 +168,19 @@ def _layout(t):
     """What `_empty` needs to make a dense tensor with t's order of dimensions."""
     dims = range(t.dim())
     expanded = any(t.stride(d) == 0 and t.shape[d] > 1 for d in dims)
-    return t.shape, t.dtype, t.device, tuple(dims if expanded else sorted(dims, key=lambda d: -t.stride(d)))
+    return (
+        t.shape,
+        t.dtype,
+        t.device,
+        tuple(dims if expanded else sorted(dims, key=lambda d: -t.stride(d))),
+    )
 
 
 def _empty(layout):
     shape, dtype, device, order = layout
-    return torch.empty([shape[d] for d in order], dtype=dtype, device=device).permute([order.index(d) for d in range(len(order))])
+    return torch.empty([shape[d] for d in order], dtype=dtype, device=device).permute(
+        [order.index(d) for d in range(len(order))]
+    )
 
 
 def _place(layout):
@@ -173,7 +192,11 @@ def run_project(js, s, projections, key, numbers, backend):
     """The projections that there are inputs for, with no derivative."""
     like = js[0] if s is None else s
     if backend == "reference":
-        return tuple(o for o in project_ref(s, js, signs(like, projections, key, numbers, backend)) if o is not None)
+        return tuple(
+            o
+            for o in project_ref(s, js, signs(like, projections, key, numbers, backend))
+            if o is not None
+        )
     dtype, (B, *_) = checks.compute_dtype(like.dtype), like.shape
     vjv = None if js is None else torch.empty((projections, B), dtype=dtype, device=like.device)
     vs = None if s is None else torch.empty((projections, B), dtype=dtype, device=like.device)
@@ -192,9 +215,13 @@ def run_spread(g_vjv, g_vs, g_ss, s, layouts, projections, key, numbers, backend
     if backend == "reference":
         v = signs(like, projections, key, numbers, backend, checks.compute_dtype(like.dtype))
         results = _spread_ref(g_vjv, g_vs, g_ss, s, v, like.dtype)
-        return tuple(None if g is None else g.copy_(result) for g, result in zip((gjs, gs), results))
+        return tuple(
+            None if g is None else g.copy_(result) for g, result in zip((gjs, gs), results)
+        )
     g_vjv, g_vs, g_ss = map(contiguous, (g_vjv, g_vs, g_ss))
-    _backend.call(backend, "rademacher_spread", gjs, gs, g_vjv, g_vs, g_ss, s, projections, key, *numbers)
+    _backend.call(
+        backend, "rademacher_spread", gjs, gs, g_vjv, g_vs, g_ss, s, projections, key, *numbers
+    )
     return gjs, gs
 
 
@@ -204,9 +231,11 @@ def _project_function(js, s, projections, key, seed, step, stream, offset, backe
 
 
 def project(s, js, key, numbers, backend, projections=None):
-    """(vᵀJv (M, B), vᵀs (M, B), ‖s‖² (B,)) under a checked key of stream PROJECTION; differentiable where anything asks for it.
+    """(vᵀJv (M, B), vᵀs (M, B), ‖s‖² (B,)) under a checked key of stream PROJECTION; differentiable
+    where anything asks for it.
 
-    s (B, *) and js (M, B, *) have one dtype; either may be None, and what needs it is None then. Without js, M is `projections`.
+    s (B, *) and js (M, B, *) have one dtype; either may be None, and what needs it is None then.
+    Without js, M is `projections`.
     """
     if js is None and s is None:
         return None, None, None
@@ -218,8 +247,29 @@ def project(s, js, key, numbers, backend, projections=None):
     return (None if js is None else outputs[0]), *((None, None) if s is None else outputs[-2:])
 
 
+def project_ref(s, js, v):
+    """The equations, in the compute dtype: vᵀJv and vᵀs (M, B), ‖s‖² (B,).
+
+    Jv is js (M, B, *), s (B, *), v (M, B, *). None without their input.
+    """
+    dtype = checks.compute_dtype((js if s is None else s).dtype)
+    v = v.to(dtype)
+    vjv = None if js is None else _sum(v * js.to(dtype), 2)
+    if s is None:
+        return vjv, None, None
+
+    s = s.to(dtype)
+    return vjv, _sum(v * s, 2), _sum(s.square(), 1)
+
+
+def _sum(t, dims):
+    """Over all but the first `dims` dimensions."""
+    return t.flatten(dims).sum(-1) if t.dim() > dims else t
+
+
 class _ProjectStack(Direct):
-    """`project` on a stack (1 + M, B, *) of s and Jv, whose gradient is one stack as well. Reverse mode alone."""
+    """`project` on a stack (1 + M, B, *) of s and Jv, whose gradient is one stack as well. Reverse
+    mode alone."""
 
     @staticmethod
     def forward(ctx, stack, key, numbers, backend):
@@ -236,7 +286,10 @@ class _ProjectStack(Direct):
         s, js = stack[0], stack[1:]
         if torch.is_grad_enabled():
             gjs, gs = _spread(g_vjv, g_vs, g_ss, s, (_layout(js), _layout(s)), len(js), *key)
-            gs, gjs = (torch.zeros_like(like) if given is None else given for like, given in ((s, gs), (js, gjs)))
+            gs, gjs = (
+                torch.zeros_like(like) if given is None else given
+                for like, given in ((s, gs), (js, gjs))
+            )
             return torch.cat([gs[None], gjs]), None, None, None
         g = torch.empty_like(stack)
         gjs, gs = None if g_vjv is None else g[1:], None if g_vs is None and g_ss is None else g[0]
@@ -249,7 +302,11 @@ class _ProjectStack(Direct):
 
 def project_stack(stack, key, numbers, backend):
     """`project` on a stack (1 + M, B, *): s and then Jv, side by side in memory."""
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None or _backend._dual_level():
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.maybe_current_level() is not None
+        or _backend._dual_level()
+    ):
         return project(stack[0], stack[1:], key, numbers, backend)
     if _backend.derivative_possible(stack):
         return _ProjectStack.apply(stack, key, numbers, backend)
@@ -264,7 +321,9 @@ def _spread(g_vjv, g_vs, g_ss, s, layouts, projections, key, numbers, backend):
     if not _backend.derivative_possible(g_vjv, g_vs, g_ss, s):
         return run_spread(g_vjv, g_vs, g_ss, s, layouts, projections, key, numbers, backend)
     outputs = _Spread.apply(g_vjv, g_vs, g_ss, s, layouts, projections, key, numbers, backend)
-    return (None if g_vjv is None else outputs[0]), (outputs[-1] if g_vs is not None or g_ss is not None else None)
+    return (None if g_vjv is None else outputs[0]), (
+        outputs[-1] if g_vs is not None or g_ss is not None else None
+    )
 
 
 def signs(x, projections, key, numbers, backend, dtype=None):
@@ -276,9 +335,26 @@ def signs(x, projections, key, numbers, backend, dtype=None):
 def _signs(shape, dtype, device, projections, key, seed, step, stream, offset, backend):
     if backend == "reference":
         keys = [(key, seed, step, stream | m << 16, offset) for m in range(projections)]
-        return torch.stack([random.fill_ref(random.RADEMACHER, tuple(shape), k, dtype, device) for k in keys])
+        return torch.stack(
+            [random.fill_ref(random.RADEMACHER, tuple(shape), k, dtype, device) for k in keys]
+        )
     v = torch.empty((projections, *shape), dtype=dtype, device=device)
     ones = torch.ones((projections, 1), dtype=checks.compute_dtype(dtype), device=device)
-    rows = v.view(projections, 1, math.prod(shape))   # signs know nothing of samples
-    _backend.call(backend, "rademacher_spread", rows, None, ones, None, None, None, projections, key, seed, step, stream, offset)
+    rows = v.view(projections, 1, math.prod(shape))  # signs know nothing of samples
+    _backend.call(
+        backend,
+        "rademacher_spread",
+        rows,
+        None,
+        ones,
+        None,
+        None,
+        None,
+        projections,
+        key,
+        seed,
+        step,
+        stream,
+        offset,
+    )
     return v

@@ -1,8 +1,10 @@
 """Samplers: short generators that hand a `State` to the caller after every level or step.
 
-The networks that a score or a hook holds (by being it, or in its closure, its attributes or the globals that it names) run in evaluation
-mode while they are called, without dropout and with the running statistics of batch norms. Between two states, after an exception and
-after a sampler was dropped half way they are in the mode that they were in. A score that calls train() itself is obeyed.
+The networks that a score or a hook holds (by being it, or in its closure, its attributes or the
+globals that it names) run in evaluation mode while they are called, without dropout and with the
+running statistics of batch norms. Between two states, after an exception and
+after a sampler was dropped half way they are in the mode that they were in. A score that calls
+train() itself is obeyed.
 """
 
 from fastscore.sampling.consistent import consistent_annealed

@@ -1,10 +1,14 @@
-"""Consistent annealed sampling: one network call per level, and the noise that makes the next level's variance exact."""
+"""Consistent annealed sampling: one network call per level, and the noise that makes the next
+level's variance exact."""
 
 import math
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from fastscore.sampling.run import (
+    Ladder,
     State,
     begin,
     check_count,
@@ -18,33 +22,57 @@ from fastscore.schedules.ladders import check_ladder
 
 
 def consistent_annealed(
-    score, x, *, sigmas, step_size=None, step_lr=None, denoise=True, temperature=1.0, project=None, diagnostics=False, start=0, seed=None,
-    first_sample=0,
-):  # fmt: skip
+    score: Callable[..., Tensor],
+    x: Tensor,
+    *,
+    sigmas: Ladder,
+    step_size: float | Tensor | None = None,
+    step_lr: float | Tensor | None = None,
+    denoise: bool = True,
+    temperature: float = 1.0,
+    project: Callable | None = None,
+    diagnostics: bool = False,
+    start: int = 0,
+    seed: int | Tensor | None = None,
+    first_sample: int = 0,
+) -> Iterator[State]:
     """Run consistent annealed sampling; yields a `State` after each level.
 
-        x ← x + η σ_i² s(x, σ_i) + √T σ_{i+1} β_i z,    β_i = √(1 - ((1 - η)/γ_i)²),    γ_i = σ_{i+1}/σ_i,    η = ε/(2 σ_L²)
+        x ← x + η σ_i² s(x, σ_i) + √T σ_{i+1} β_i z
+            η = ε/(2 σ_L²),    γ_i = σ_{i+1}/σ_i,    β_i = √(1 - ((1 - η)/γ_i)²)
         last level: x ← x + σ_L² s(x, σ_L) if denoise, else x + η σ_L² s(x, σ_L); no noise
 
-    Wherever the data are a point, the variance after level i is σ_{i+1}² exactly, not only as ε vanishes.
+    Wherever the data are a point, the variance after level i is σ_{i+1}² exactly, not only as ε
+    vanishes.
 
     Args:
         score: called score(x, sigma) with sigma (B,). x: start, (B, *), not modified.
-        sigmas: descending ladder, (L,); n steps per level are a ladder geometric(σ_1, σ_L, (L - 1) n + 1).
-        step_size: ε at the smallest level, a float, 0-d or (B,); or step_lr: η σ_L² of the authors' code; or neither: η = 1.5 (1 - γ), at
-            most 1, with the smallest γ, which is close to what they publish.
-        temperature: T, scales the noise by √T and nothing else. For data N(μ, s²), with t = s² + σ_i², a level takes the variance V to
-            (1 - η σ_i²/t)² V + T σ_{i+1}² β_i².
+        sigmas: descending ladder, (L,); n steps per level are a ladder
+            geometric(σ_1, σ_L, (L - 1) n + 1).
+        step_size: ε at the smallest level, a float, 0-d or (B,); or step_lr: η σ_L² of the authors'
+            code; or neither: η = 1.5 (1 - γ), at most 1, with the smallest γ, which is close to
+            what they publish.
+        temperature: T, scales the noise by √T and nothing else. For data N(μ, s²), with
+            t = s² + σ_i², a level takes the variance V to (1 - η σ_i²/t)² V + T σ_{i+1}² β_i².
         denoise, project, diagnostics, start, seed, first_sample: as in `annealed_langevin`.
 
     Raises:
-        ValueError: ε does not lie between 2 σ_L² (1 - γ) and 2 σ_L² (1 + γ) for the smallest γ (the ladder is too coarse for it), the
-            ladder does not descend, or start is beyond the end.
+        ValueError: ε does not lie between 2 σ_L² (1 - γ) and 2 σ_L² (1 + γ) for the smallest γ (the
+            ladder is too coarse for it), the ladder does not descend, or start is beyond the end.
 
     Source: Jolicoeur-Martineau et al. 2020, Algorithm 2 (arXiv:2009.05475).
     """
     op = "consistent_annealed"
-    run = begin(op, score, x, temperature=temperature, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample)
+    run = begin(
+        op,
+        score,
+        x,
+        temperature=temperature,
+        project=project,
+        diagnostics=diagnostics,
+        seed=seed,
+        first_sample=first_sample,
+    )
     sigmas = check_ladder(op, sigmas).tolist()
     start = check_count(op, "start", start, len(sigmas))
     return _consistent(run, x, sigmas, _eta(op, sigmas, step_size, step_lr, x), denoise, start)
@@ -57,18 +85,22 @@ def _eta(op, sigmas, step_size, step_lr, x):
     if step_size is None and step_lr is None:
         return min(1.0, 1.5 * (1 - gamma))
     e = epsilon(op, step_size, step_lr, x)
-    for value in (e.min().item(), e.max().item()) if isinstance(e, torch.Tensor) and e.numel() else (e,):
+    ends = (e,)
+    if isinstance(e, Tensor) and e.numel():
+        ends = (e.min().item(), e.max().item())
+    for value in ends:
         if len(sigmas) > 1 and not 1 - gamma < value / scale < 1 + gamma:
             name, unit = ("step_size", 1) if step_lr is None else ("step_lr", 2)
             low, high, value = scale * (1 - gamma) / unit, scale * (1 + gamma) / unit, value / unit
             raise ValueError(
-                f"{op}: {name} must lie between {low:.4g} and {high:.4g} on this ladder, whose smallest ratio of levels is {gamma:.4g}; "
+                f"{op}: {name} must lie between {low:.4g} and {high:.4g} on this ladder, whose "
+                f"smallest ratio of levels is {gamma:.4g}; "
                 f"got {value:.4g}. Take more levels for a smaller step."
             )
     return e / scale
 
 
-def beta(eta, gamma):
+def beta(eta: float | Tensor, gamma: float) -> float | Tensor:
     """β = √(1 - ((1 - η)/γ)²)."""
     rest = 1 - ((1 - eta) / gamma) ** 2
     return rest.sqrt() if isinstance(rest, torch.Tensor) else math.sqrt(rest)

@@ -1,9 +1,11 @@
-"""The Metropolis-adjusted Langevin algorithm: Langevin proposals, accepted so that the law is exact at every step size."""
+"""The Metropolis-adjusted Langevin algorithm: Langevin proposals, accepted so that the law is exact
+at every step size."""
 
 import warnings
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -22,50 +24,80 @@ from fastscore.sampling.run import (
 )
 from fastscore.sampling.score import single_values
 
-_REFUSED = 1 - 0.574   # of proposals, at the best acceptance in high dimensions (Roberts & Rosenthal 1998)
+# Of proposals, at the best acceptance in high dimensions (Roberts & Rosenthal 1998).
+_REFUSED = 1 - 0.574
 _FALSE_ALARM = 1e-3
 _WRAPPERS = (AveragedModel, DataParallel, DistributedDataParallel)
 
 
 def mala(
-    log_prob, x, *, steps, step_size=None, step_lr=None, temperature=1.0, project=None, diagnostics=False, start=0, seed=None,
-    first_sample=0, burn_in=0,
-):  # fmt: skip
-    """Run the Metropolis-adjusted Langevin algorithm on p^(1/T) ∝ e^(f/T); yields a `State` after each step.
+    log_prob: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    steps: int,
+    step_size: float | Tensor | None = None,
+    step_lr: float | Tensor | None = None,
+    temperature: float = 1.0,
+    project: Callable | None = None,
+    diagnostics: bool = False,
+    start: int = 0,
+    seed: int | Tensor | None = None,
+    first_sample: int = 0,
+    burn_in: int = 0,
+) -> Iterator[State]:
+    """Run the Metropolis-adjusted Langevin algorithm on p^(1/T) ∝ e^(f/T); yields a `State` after
+    each step.
 
         y = x + (ε/2) s(x) + √(T ε) z,    s = ∇f
-        log α = (f(y) - f(x) - ½ (s(x) + s(y)) · (y - x + (ε/4) (s(y) - s(x)))) / T;    x ← y if log u < log α
+        log α = (f(y) - f(x) - ½ (s(x) + s(y)) · (y - x + (ε/4) (s(y) - s(x)))) / T
+        x ← y if log u < log α
 
     p^(1/T) is invariant for every ε; a proposal that is not finite is refused.
 
     Args:
-        log_prob: f, called f(x): the unnormalised log-density of each sample, (B,) or (B, 1), differentiable; or a `models.EnergyScore`,
-            averaged (`state.ema`), compiled or not.
-        x: start, (B, *), not modified. steps: how many. step_size: ε > 0, a float, 0-d or (B,); or step_lr: η = ε/2.
-        temperature: T > 0. project: project(y, 0.0, step) -> y, called on x at the start, on every proposal and at the end; the law is
-            then no longer exact.
-        diagnostics: fill `State.diagnostics`: acceptance (min(1, α)), accepted (0 or 1), acceptance_rate (the mean of accepted since this
-            call's start), x_norm, score_norm and snr, each (B,).
-        start: steps done already; x is the state after them. seed: of the run; first_sample: global number of x[0].
-        burn_in: n, of the steps: in the first n each chain's ε, from step_size on, follows log ε ← log ε + k^-0.6 (min(1, α) - 0.574) in
-            step k; then it is fixed, and only from there on is the law invariant. `State.diagnostics` tells "step_size", (B,), the ε of
-            the next step: to go on after the burn-in, give that as step_size.
+        log_prob: f, called f(x): the unnormalised log-density of each sample, (B,) or (B, 1),
+            differentiable; or a `models.EnergyScore`, averaged (`state.ema`), compiled or not.
+        x: start, (B, *), not modified. steps: how many. step_size: ε > 0, a float, 0-d or (B,); or
+            step_lr: η = ε/2.
+        temperature: T > 0. project: project(y, 0.0, step) -> y, called on x at the start, on every
+            proposal and at the end; the law is then no longer exact.
+        diagnostics: fill `State.diagnostics`: acceptance (min(1, α)), accepted (0 or 1),
+            acceptance_rate (the mean of accepted since this call's start), x_norm, score_norm and
+            snr, each (B,).
+        start: steps done already; x is the state after them. seed: of the run; first_sample: global
+            number of x[0].
+        burn_in: n, of the steps: in the first n each chain's ε, from step_size on, follows
+            log ε ← log ε + k^-0.6 (min(1, α) - 0.574) in step k; then it is fixed, and only from
+            there on is the law invariant. `State.diagnostics` tells "step_size", (B,), the ε of the
+            next step: to go on after the burn-in, give that as step_size.
 
-    Noise: z from the stream LANGEVIN as in `langevin`, u from its substream 1, element n for sample n.
+    Noise: z from the stream LANGEVIN as in `langevin`, u from its substream 1, element n for sample
+    n.
 
-    Warns, once its last state was handed over, if chains never moved in so many steps that at an acceptance of 0.574, the best in high
-    dimensions, that would happen to one of the B chains with a probability below 1e-3 (17 steps for 1,000 chains): their start is far out
+    Warns, once its last state was handed over, if chains never moved in so many steps that at an
+    acceptance of 0.574, the best in high dimensions, that would happen to one of the B chains with
+    a probability below 1e-3 (17 steps for 1,000 chains): their start is far out
     or ε is too large. Nothing is said of shorter runs.
 
     Raises:
-        ValueError: f(x) has another shape or does not depend on x, steps is negative, ε or T is no positive number, burn_in is
-            beyond steps, or a run that goes on has one.
+        ValueError: f(x) has another shape or does not depend on x, steps is negative, ε or T is no
+            positive number, burn_in is beyond steps, or a run that goes on has one.
 
-    Source: Roberts & Tweedie 1996, "Exponential convergence of Langevin distributions and their discrete approximations".
+    Source: Roberts & Tweedie 1996, "Exponential convergence of Langevin distributions and their
+    discrete approximations".
     """
     op = "mala"
     f = _energy(log_prob)
-    run = begin(op, f, x, temperature=temperature, project=project, diagnostics=diagnostics, seed=seed, first_sample=first_sample)
+    run = begin(
+        op,
+        f,
+        x,
+        temperature=temperature,
+        project=project,
+        diagnostics=diagnostics,
+        seed=seed,
+        first_sample=first_sample,
+    )
     if run.root_temperature == 0:
         raise ValueError(f"{op}: temperature must be positive; got {temperature}.")
     steps = check_updates(op, "steps", steps)
@@ -73,17 +105,20 @@ def mala(
     burn_in = check_count(op, "burn_in", burn_in, steps)
     if burn_in and start:
         raise ValueError(
-            f"{op}: burn_in is for the beginning of a run; got start={start}. Go on from a state after it, with its "
-            "diagnostics['step_size']."
+            f"{op}: burn_in is for the beginning of a run; got start={start}. "
+            "Go on from a state after it, with its diagnostics['step_size']."
         )
     return _mala(run, f, x, start, steps, epsilon(op, step_size, step_lr, x), burn_in)
 
 
 def _energy(log_prob):
-    """f of an `EnergyScore`, also of an averaged, parallel or compiled one; anything else is f itself."""
+    """f of an `EnergyScore`, also of an averaged, parallel or compiled one; anything else is f
+    itself."""
     inner = log_prob
     while isinstance(inner, nn.Module) and not isinstance(inner, EnergyScore):
-        inner = getattr(inner, "_orig_mod", None) or (inner.module if isinstance(inner, _WRAPPERS) else None)
+        inner = getattr(inner, "_orig_mod", None) or (
+            inner.module if isinstance(inner, _WRAPPERS) else None
+        )
     return inner.f if isinstance(inner, EnergyScore) else log_prob
 
 
@@ -109,7 +144,7 @@ def _mala(run, log_prob, x, start, steps, e, burn_in):
         ratio = _log_ratio(run, x, f, s, y, f2, s2, a)
         key = uniforms.at(step)
         u = random.filled(random.UNIFORM, tuple(f.shape), key, f.dtype, x.device, run.backend)
-        accepted = u.log() < ratio   # false for NaN
+        accepted = u.log() < ratio  # false for NaN
 
         told = run.diagnose(x, s, a, b)
         if step < burn_in:
@@ -138,13 +173,15 @@ def _warn_of_rest(moves, steps):
     rest = int((moves == 0).sum())
     if rest:
         warnings.warn(
-            f"mala: {rest} of {len(moves)} chains never moved in {steps} steps; they start far out, or step_size is too large for them.",
+            f"mala: {rest} of {len(moves)} chains never moved in {steps} steps; they start far "
+            "out, or step_size is too large for them.",
             stacklevel=2,
         )
 
 
 def _log_ratio(run, x, f, s, y, f2, s2, half):
-    """log α, (B,). The proposal densities of both directions are one inner product: nothing is divided by ε."""
+    """log α, (B,). The proposal densities of both directions are one inner product: nothing is
+    divided by ε."""
     x, s, y, s2 = (t.to(f.dtype) for t in (x, s, y, s2))
     inner = checks.per_sample_sum((s + s2) * (y - x + checks.expand(0.5 * half, x) * (s2 - s)))
     return (f2 - f - 0.5 * inner) / run.root_temperature**2
@@ -156,10 +193,17 @@ def _value_and_score(run, x):
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         value = run.value(x)
-        if not isinstance(value, torch.Tensor) or value.shape not in ((len(x),), (len(x), 1)) or not value.requires_grad:
+        if (
+            not isinstance(value, torch.Tensor)
+            or value.shape not in ((len(x),), (len(x), 1))
+            or not value.requires_grad
+        ):
             got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             hint = " (a score? Metropolis needs log p itself)" if got == tuple(x.shape) else ""
             end = f" for x{single_values(x)}" if x.dim() == 1 and not hint else "."
-            raise ValueError(f"{run.op}: log_prob(x) must be one value per sample, ({len(x)},), that depends on x; got {got}{hint}{end}")
+            raise ValueError(
+                f"{run.op}: log_prob(x) must be one value per sample, ({len(x)},), that depends on "
+                f"x; got {got}{hint}{end}"
+            )
         (s,) = torch.autograd.grad(value.sum(), x)
     return value.detach().reshape(-1).to(checks.compute_dtype(x.dtype)), s

@@ -1,4 +1,5 @@
-"""The published sampling configurations of NCSN, NCSNv2 and consistent sampling, as arguments of `fastscore.sample`."""
+"""The published sampling configurations of NCSN, NCSNv2 and consistent sampling, as arguments of
+`fastscore.sample`."""
 
 from dataclasses import dataclass, field
 
@@ -9,8 +10,9 @@ from fastscore.schedules import geometric
 class Preset:
     """One published configuration.
 
-    network: of `fastscore.models`. shape: of a sample, (C, H, W). ladder: σ_1, σ_L, L. ema: decay of the averaged weights that were sampled
-    from, None where there were none. The rest are arguments of the sampler.
+    network: of `fastscore.models`. shape: of a sample, (C, H, W). ladder: σ_1, σ_L, L. ema: decay
+    of the averaged weights that were sampled from, None where there were none. The rest are
+    arguments of the sampler.
 
     >>> PRESETS["ncsnv2-cifar10"].calls
     1161
@@ -20,18 +22,25 @@ class Preset:
     shape: tuple
     ladder: tuple
     step_lr: float
-    steps_per_level: int | None = None   # None: consistent sampling, one call per level
+    steps_per_level: int | None = None  # None: consistent sampling, one call per level
     denoise: bool = True
     ema: float | None = 0.999
     sampler: str = field(default="annealed_langevin")
 
     @property
     def options(self):
-        """Arguments of `fastscore.sample`: sample(net, shape=(64, *preset.shape), **preset.options)."""
+        """Arguments of `fastscore.sample`: sample(net, shape=(64, *preset.shape),
+        **preset.options)."""
         steps = {} if self.steps_per_level is None else {"steps_per_level": self.steps_per_level}
         # All of them began with uniform noise, whatever the ladder.
         start = {"sampler": self.sampler, "initial_law": "uniform"}
-        return {**start, "sigmas": geometric(*self.ladder), "step_lr": self.step_lr, "denoise": self.denoise, **steps}
+        return {
+            **start,
+            "sigmas": geometric(*self.ladder),
+            "step_lr": self.step_lr,
+            "denoise": self.denoise,
+            **steps,
+        }
 
     @property
     def calls(self):
@@ -43,11 +52,19 @@ class Preset:
 
 def _consistent(n, step_lr):
     """CIFAR-10's ladder, refined to n steps per level."""
-    return Preset("NCSNv2", (3, 32, 32), (50.0, 0.01, 231 * n + 1), step_lr, ema=0.9999, sampler="consistent_annealed")
+    return Preset(
+        "NCSNv2",
+        (3, 32, 32),
+        (50.0, 0.01, 231 * n + 1),
+        step_lr,
+        ema=0.9999,
+        sampler="consistent_annealed",
+    )
 
 
-# Sources: configs/anneal.yml of ermongroup/ncsn; configs/*.yml of ermongroup/ncsnv2 (bedroom's are tower's too; church's ladder is that of
-# 96 pixels); tests/training_sampling_fid.sh of AlexiaJM/AdversarialConsistentScoreMatching.
+# Sources: configs/anneal.yml of ermongroup/ncsn; configs/*.yml of ermongroup/ncsnv2 (bedroom's are
+# tower's too; church's ladder is that of 96 pixels); tests/training_sampling_fid.sh of
+# AlexiaJM/AdversarialConsistentScoreMatching.
 PRESETS = {
     "ncsn": Preset("NCSN", (3, 32, 32), (1.0, 0.01, 10), 2e-5, 100, denoise=False, ema=None),
     "ncsnv2-cifar10": Preset("NCSNv2", (3, 32, 32), (50.0, 0.01, 232), 6.2e-6, 5),

@@ -4,7 +4,7 @@ what was checked."""
 import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,11 +16,14 @@ from fastscore.losses.projections import check_score
 from fastscore.messages import printed, shown
 from fastscore.modes import evaluated
 from fastscore.ops import checks
-from fastscore.ops.noisy_update import update
+from fastscore.ops.noisy_update_functions import update
 from fastscore.sampling.score import explain, prepared, single_values
 from fastscore.scalars import RUN, offset
 from fastscore.schedules import step_size_from_lr
 from fastscore.tensors import dense
+
+# σ_1 > ... > σ_L, as it is given.
+Ladder = torch.Tensor | Sequence[float]
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -54,16 +57,16 @@ class Run:
     """The fixed part of one run of a sampler, checked when it began."""
 
     op: str
-    given: Callable   # the score as it was given
-    call: Callable   # and as it is called
+    given: Callable  # the score as it was given
+    call: Callable  # and as it is called
     key: random.Key
     first_sample: int
-    size: int   # elements per sample
+    size: int  # elements per sample
     root_temperature: float
     project: Callable | None
     diagnostics: bool
     backend: str
-    door: Any = None   # straight to the CPU's kernels, where that is where the updates go
+    door: Any = None  # straight to the CPU's kernels, where that is where the updates go
     watch: Any = None
 
     def projected(self, x: torch.Tensor, sigma: float, step: int) -> torch.Tensor:
@@ -140,8 +143,8 @@ class Run:
         return {"x_norm": norm(x), "score_norm": norm(s)}
 
     def diagnose(self, x: torch.Tensor, s: torch.Tensor, drift: Any, diffusion: Any) -> dict | None:
-        """The norms, and the ratio of drift to noise a ‖s‖ / (b √d), of an update; None unless asked
-        for."""
+        """The norms, and the ratio of drift to noise a ‖s‖ / (b √d), of an update; None unless
+        asked for."""
         if not self.diagnostics:
             return None
         found = self.norms(x, s)
@@ -194,8 +197,8 @@ def begin(
 
 
 def without_gradients(sampler: Callable[..., Iterator[State]]) -> Callable[..., Iterator[State]]:
-    """The generator under torch.no_grad(), which the caller's code between two states is not: as the
-    decorator of that name, at a tenth of its cost per state."""
+    """The generator under torch.no_grad(), which the caller's code between two states is not: as
+    the decorator of that name, at a tenth of its cost per state."""
 
     @functools.wraps(sampler)
     def states(*arguments):
@@ -264,9 +267,7 @@ def epsilon(
 
 def per_sample(sigma: float, x: torch.Tensor) -> torch.Tensor:
     """σ for each sample, (B,), as scores take it."""
-    return torch.full(
-        (x.shape[0],), sigma, dtype=checks.compute_dtype(x.dtype), device=x.device
-    )
+    return torch.full((x.shape[0],), sigma, dtype=checks.compute_dtype(x.dtype), device=x.device)
 
 
 def noiseless_update(x: torch.Tensor, s: torch.Tensor, c: float | torch.Tensor) -> torch.Tensor:

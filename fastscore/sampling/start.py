@@ -1,4 +1,5 @@
-"""Where samplers start: a law from the ladder or from data, and what the first score says of a start."""
+"""Where samplers start: a law from the ladder or from data, and what the first score says of a
+start."""
 
 import contextlib
 import math
@@ -37,7 +38,11 @@ def start_law(sigma: float | None) -> str:
 
     Source: Song & Ermon 2019 (uniform), Song et al. 2021 (gaussian); the bound is ours.
     """
-    return "gaussian" if sigma is not None and number("start_law", "sigma", sigma) > LONG else "uniform"
+    return (
+        "gaussian"
+        if sigma is not None and number("start_law", "sigma", sigma) > LONG
+        else "uniform"
+    )
 
 
 def initial(
@@ -50,10 +55,12 @@ def initial(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """The initial draw of a sampler, stream INIT: sample n is the same in every batch that holds it.
+    """The initial draw of a sampler, stream INIT: sample n is the same in every batch that holds
+    it.
 
     Args:
-        shape: (B, *). law: "uniform" in [0, 1], or "gaussian", N(0, σ² I), with sigma σ; unless given, `start_law` of sigma.
+        shape: (B, *). law: "uniform" in [0, 1], or "gaussian", N(0, σ² I), with sigma σ; unless
+            given, `start_law` of sigma.
 
     Raises:
         ValueError: the law is unknown, gaussian without a sigma, or such that dtype cannot hold it.
@@ -77,8 +84,13 @@ def draw_start(op, name, shape, law, sigma, seed, first_sample, dtype, device):
         raise ValueError(f"{op}: {name} gaussian needs a sigma.")
     dtype = random.check_dtype(op, dtype)
     if sigma * random.LARGEST > torch.finfo(dtype).max:
-        raise ValueError(f"{op}: sigma must leave what is drawn from N(0, σ² I) finite in {dtype}; got {sigma:g}.")
-    return (sigma * random.draw(op, random.NORMAL, shape, dtype=checks.compute_dtype(dtype), **key)).to(dtype)
+        raise ValueError(
+            f"{op}: sigma must leave what is drawn from N(0, σ² I) finite in {dtype}; got "
+            f"{sigma:g}."
+        )
+    return (
+        sigma * random.draw(op, random.NORMAL, shape, dtype=checks.compute_dtype(dtype), **key)
+    ).to(dtype)
 
 
 def start_like(
@@ -89,12 +101,15 @@ def start_like(
     seed: int | torch.Tensor | None = None,
     first_sample: int = 0,
 ) -> torch.Tensor:
-    """Draw n starts for a ladder that begins at σ_1 from N(m, v + σ_1²), with the mean m and the variance v of each element of data.
+    """Draw n starts for a ladder that begins at σ_1 from N(m, v + σ_1²), with the mean m and the
+    variance v of each element of data.
 
-    These are the mean and the variance of the data with that noise. Stream INIT: sample n is the same in every batch that holds it.
+    These are the mean and the variance of the data with that noise. Stream INIT: sample n is the
+    same in every batch that holds it.
 
     Args:
-        data: (N, *), any float dtype; that of the result, on the same device. sigma: σ_1. seed, first_sample: as in `sample`.
+        data: (N, *), any float dtype; that of the result, on the same device. sigma: σ_1. seed,
+            first_sample: as in `sample`.
 
     >>> start_like(torch.full((5, 2), 100.0), 3, sigma=0.0, seed=0)[0]
     tensor([100., 100.])
@@ -107,13 +122,20 @@ def start_like(
     begin = offset(op, first_sample, data[0].numel())
     values = data.detach().to(checks.compute_dtype(data.dtype))
     variance, mean = torch.var_mean(values, 0, correction=0)
-    key = {"seed": seed, "stream": random.INIT, "offset": begin, "dtype": values.dtype, "device": data.device}
+    key = {
+        "seed": seed,
+        "stream": random.INIT,
+        "offset": begin,
+        "dtype": values.dtype,
+        "device": data.device,
+    }
     z = random.draw(op, random.NORMAL, (n, *mean.shape), **key)
     return (mean + (variance + sigma**2).sqrt() * z).to(data.dtype)
 
 
 class First:
-    """q = σ² ‖s‖²/d of the first score, on average over the batch; kept on the device until somebody reads it."""
+    """q = σ² ‖s‖²/d of the first score, on average over the batch; kept on the device until
+    somebody reads it."""
 
     def __init__(self) -> None:
         self.q, self.seen = None, False
@@ -133,15 +155,18 @@ class First:
             WATCH.reset(token)
 
     def judge(self, finite: torch.Tensor) -> bool:
-        """Whether the state is finite, read together with q, which is warned about where it is beyond `limit`."""
+        """Whether the state is finite, read together with q, which is warned about where it is
+        beyond `limit`."""
         q, self.q = self.q, None
         if q is None:
             return bool(finite)
         q = float(torch.where(finite, q, -1.0))
         if q > limit(self.elements):
             warnings.warn(
-                f"sample: the first score says that the start lies far outside the data with noise σ = {float(self.sigma[0]):g}: σ² ‖s‖²/d "
-                f"is {q:.3g}, for starts of the right law at most 1 on average. Give x=sampling.start_like(data, n, sigma=..., seed=...), "
+                "sample: the first score says that the start lies far outside the data with noise "
+                f"σ = {float(self.sigma[0]):g}: σ² ‖s‖²/d "
+                f"is {q:.3g}, for starts of the right law at most 1 on average. Give "
+                "x=sampling.start_like(data, n, sigma=..., seed=...), "
                 "or begin with a larger sigma.",
                 stacklevel=5,
             )
@@ -151,10 +176,12 @@ class First:
 def limit(n: int) -> float:
     """max(4, c), (c e^(1-c))^(n/2) = 1e-6, for n elements.
 
-    The score at σ of any data is E[-z | x]/σ, so by Jensen's inequality σ ‖s‖ has no heavier exponential moments than ‖z‖, and Chernoff's
-    bound for χ² with n degrees of freedom holds: independent starts of the right law exceed c with a probability below 1e-6.
+    The score at σ of any data is E[-z | x]/σ, so by Jensen's inequality σ ‖s‖ has no heavier
+    exponential moments than ‖z‖, and Chernoff's
+    bound for χ² with n degrees of freedom holds: independent starts of the right law exceed c with
+    a probability below 1e-6.
     """
     excess, c = 2 * math.log(1 / FALSE_ALARM) / n, 4.0
-    for _ in range(100):   # c - 1 - log c = excess: a contraction wherever c > 1
+    for _ in range(100):  # c - 1 - log c = excess: a contraction wherever c > 1
         c = 1 + excess + math.log(c)
     return max(4.0, c)
