@@ -15,7 +15,10 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.utils._pytree import tree_leaves
 
 from fastscore.compiling import skip
-from fastscore.dual import kept
+from fastscore.dual import (
+    jet_rules_functions,  # noqa: F401
+    kept,
+)
 from fastscore.dual.call import NoRule
 from fastscore.dual.compiled import undisturbed
 from fastscore.dual.jet_rules import RULES, VALUES, bent, is_jet

@@ -23,16 +23,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastscore.dual.reach import (
-    CONTAINERS,
-    FOREIGN,
-    GENERATORS,
-    OWN,
-    Part,
-    built_in,
-    filled,
-    reached,
-)
+from fastscore.dual.code import CONTAINERS, FOREIGN, GENERATORS, OWN, Part
+from fastscore.dual.reach import built_in, filled, reached
 from fastscore.ops import checks
 
 _LARGE = 2**20   # elements that are not copied on suspicion

@@ -5,12 +5,7 @@ The modules, cells, containers and generators that it may draw from or write to.
 
 import dis
 import functools
-import random
-import sys
-import sysconfig
 import types
-from collections import deque
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,37 +13,20 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks as _global_hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _global_pre_hooks
 
-CONTAINERS = list, dict, set, deque
-NUMPY = sys.modules.get("numpy")
-FOREIGN = (
-    (random.Random,)
-    if NUMPY is None
-    else (random.Random, NUMPY.random.Generator, NUMPY.random.RandomState)
+from fastscore.dual.code import (
+    CONTAINERS,
+    GENERATORS,
+    KEEPING,
+    OWN,
+    Part,
+    defined_in,
+    elsewhere,
+    names_in,
+    of_class,
+    unwrapped,
+    used_of,
+    users_own,
 )
-GENERATORS = (torch.Generator, *FOREIGN)
-# Of Python and of NumPy, those that serve who names none.
-_COMMON = (random._inst,) if NUMPY is None else (random._inst, NUMPY.random.mtrand._rand)
-KEEPING = (*CONTAINERS, *GENERATORS)
-_FUNCTIONS = (
-    types.FunctionType,
-    types.MethodType,
-    types.BuiltinFunctionType,
-    functools.partial,
-    types.ModuleType,
-    types.CellType,
-)
-OWN = frozenset(vars(nn.Module()))   # what every module holds
-
-
-class Part:
-    """What some functions use of an object of the user's, or of the globals of a file.
-
-    The names in `held`, which their code mentions.
-    """
-
-    def __init__(self, held: Any, names: Any) -> None:
-        self.held = held
-        self.names = names
 
 
 def filled(cell: Any) -> bool:
@@ -275,13 +253,13 @@ def _behind(a):
                 for c in a.__closure__ or ()
                 if filled(c) and _may_lead(c.cell_contents)
             ]
-        reachable, names = a.__globals__, _names(a.__code__)
+        reachable, names = a.__globals__, names_in(a.__code__)
         values = [reachable.get(n) for n in names] + [
             c.cell_contents for c in a.__closure__ or () if filled(c)
         ]
-        parts = [c for b in values if _own(type(b)) for c in _used(b, names)]
-        parts += _elsewhere(a)
-        named = [b for b in values if _may_lead(b) and not _own(type(b))]
+        parts = [c for b in values if users_own(type(b)) for c in used_of(b, names)]
+        parts += elsewhere(a)
+        named = [b for b in values if _may_lead(b) and not users_own(type(b))]
         defaults = [*(a.__defaults__ or ()), *(a.__kwdefaults__ or {}).values()]
         return [*(a.__closure__ or ()), *named, *parts, *filter(_may_lead, defaults)]
     if isinstance(a, nn.Module):
@@ -293,19 +271,19 @@ def _behind(a):
         return (
             more
             + [b for name, b in vars(a).items() if name not in OWN and _may_lead(b)]
-            + _of_class(type(a))
+            + of_class(type(a))
         )
     if isinstance(a, types.MethodType):
-        if _own(type(a.__self__)) and isinstance(a.__func__, types.FunctionType):
-            names = frozenset().union(*(_names(f.__code__) for f in _unwrapped(a.__func__)))
-            return [a.__func__, *_used(a.__self__, names)]
+        if users_own(type(a.__self__)) and isinstance(a.__func__, types.FunctionType):
+            names = frozenset().union(*(names_in(f.__code__) for f in unwrapped(a.__func__)))
+            return [a.__func__, *used_of(a.__self__, names)]
         return [a.__func__, a.__self__] if _may_lead(a.__self__) else [a.__func__]
     if isinstance(a, functools.partial):
         return [a.func, *filter(_may_lead, a.args), *filter(_may_lead, a.keywords.values())]
     if isinstance(a, types.CellType):  # of an object of the user's, what the function names
         return (
             [a.cell_contents]
-            if filled(a) and _may_lead(a.cell_contents) and not _own(type(a.cell_contents))
+            if filled(a) and _may_lead(a.cell_contents) and not users_own(type(a.cell_contents))
             else []
         )
     if isinstance(a, CONTAINERS):
@@ -314,8 +292,8 @@ def _behind(a):
             if len(a) <= 1000
             else []
         )
-    if _own(type(a)):
-        return _used(a, frozenset(vars(a)) | _defined(type(a)))
+    if users_own(type(a)):
+        return used_of(a, frozenset(vars(a)) | defined_in(type(a)))
 
     call = vars(type(a)).get("__call__")
     attributes = [b for b in vars(a).values() if _may_lead(b)] if hasattr(a, "__dict__") else []
@@ -327,146 +305,11 @@ def _behind_part(part):
     leading = []
     for name in part.names:
         b = part.held.get(name)
-        if _own(type(b)):
-            leading += _used(b, part.names)
+        if users_own(type(b)):
+            leading += used_of(b, part.names)
         elif _may_lead(b):
             leading.append(b)
     return leading
-
-
-@functools.cache
-def _own(cls):
-    """Whether its objects are the user's and hold attributes.
-
-    It is neither Python's nor of an installed package, and no module.
-    """
-    if issubclass(cls, (nn.Module, torch.Tensor, type, *KEEPING, *_FUNCTIONS)):
-        return False
-    if cls is types.SimpleNamespace:
-        return True
-    return _written_here(cls) and getattr(cls, "__dictoffset__", 0) != 0
-
-
-def _written_here(cls):
-    """Whether its code is the user's."""
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return cls.__module__ == "__main__" or (file is not None and not file.startswith(_INSTALLED))
-
-
-_INSTALLED = tuple(
-    {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    | {str(Path(__file__).parents[1])}
-)
-
-
-def _used(a, names):
-    """What code with these names uses of an object of the user's.
-
-    Attributes, and all that its methods lead to.
-    """
-    names = _all_names(type(a), names)
-    return [Part(vars(a), names), *_methods(type(a), names)]
-
-
-@functools.cache
-def _all_names(cls, names):
-    """The names, and those in the code of the methods of cls among them and of those that Python
-    calls by itself."""
-    waiting = [*names, *_special(cls)]
-    found = set(waiting)
-    while waiting:
-        for method in _behind_name(cls, waiting.pop()):
-            new = _names(method.__code__) - found
-            found |= new
-            waiting += new
-    return frozenset(found)
-
-
-@functools.cache
-def _methods(cls, names):
-    """The methods of cls with these names that the user has written."""
-    return tuple(m for name in sorted(names) for m in _behind_name(cls, name) if not _library(m))
-
-
-def _behind_name(cls, name):
-    """The functions behind a method or a property.
-
-    What super() leads to, too, and what a decorator has wrapped.
-    """
-    found = []
-    for method in (vars(c)[name] for c in cls.__mro__ if name in vars(c)):
-        # Of properties, cached ones, static and class methods.
-        for attribute in ("fget", "func", "__func__"):
-            method = getattr(method, attribute, None) or method
-        found += _unwrapped(method)
-    return found
-
-
-def _unwrapped(function):
-    """The function, and what functools.wraps says that it calls."""
-    found = []
-    while isinstance(function, types.FunctionType) and function not in found:
-        found.append(function)
-        function = getattr(function, "__wrapped__", None)
-    return found
-
-
-def _library(function):
-    return (function.__module__ or "").startswith(("torch.", "fastscore."))
-
-
-def _special(cls):
-    """Methods as __call__ and __getitem__, which no code names: those that the user has written."""
-    return {n for n in _defined(cls) if n.startswith("__") and n.endswith("__")}
-
-
-@functools.cache
-def _defined(cls):
-    """What the user has written in the body of cls."""
-    return frozenset(n for c in cls.__mro__ if _written_here(c) for n in vars(c)) - _MAKING
-
-
-# Those that make an object, or show it.
-_MAKING = {
-    "__init__", "__new__", "__post_init__", "__init_subclass__", "__class_getitem__", "__repr__",
-    "__str__", "__del__", "__dict__", "__reduce__", "__getstate__", "__setstate__", "__copy__",
-    "__deepcopy__",
-}
-
-
-@functools.cache
-def _stored_globals(code):
-    """The names of the module level that it assigns to, by `global`."""
-    own = {
-        i.argval
-        for i in dis.get_instructions(code)
-        if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")
-    }
-    return frozenset(
-        own.union(*(_stored_globals(c) for c in code.co_consts if isinstance(c, types.CodeType)))
-    )
-
-
-def _elsewhere(function):
-    """What its code names beside its arguments.
-
-    The globals that it assigns to, the generators of Python and NumPy.
-    """
-    stored = _stored_globals(function.__code__)
-    parts = [Part(function.__globals__, stored)] if stored else []
-    return [*parts, *_COMMON] if "random" in _names(function.__code__) else parts
-
-
-@functools.cache
-def _of_class(cls):
-    """What a module's methods use beside it.
-
-    Of a class of the user's its functions, which are followed; of a package's what is global.
-    """
-    names = _all_names(cls, frozenset({"forward"}))
-    if _written_here(cls):
-        return list(_methods(cls, names))
-    return [b for m in _methods(cls, names) for b in _elsewhere(m)]
 
 
 _LEADING = (
@@ -490,19 +333,8 @@ def _may_lead(a):
         return isinstance(a.__self__, GENERATORS)
     return (
         isinstance(a, _LEADING)
-        or _own(type(a))
+        or users_own(type(a))
         or (not isinstance(a, _SILENT) and callable(a) and hasattr(a, "__dict__"))
-    )
-
-
-@functools.cache
-def _names(code):
-    """Of the module level and of attributes, those of the functions inside it too."""
-    return frozenset(
-        {
-            *code.co_names,
-            *(n for c in code.co_consts if isinstance(c, types.CodeType) for n in _names(c)),
-        }
     )
 
 
