@@ -39,6 +39,9 @@ __all__ = [
 
 LANGEVIN, PERTURB, PROJECTION, INIT, LEVEL, DEQUANTIZE, CORRECTOR = 1, 2, 3, 4, 5, 6, 7
 
+# 8 to 11 are kept for dropout, the order of data, dropped labels and augmentation.
+DATA = 12
+
 # What the raw op `fill` writes.
 WORDS, UNIFORM, NORMAL, RADEMACHER = 0, 1, 2, 3
 

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+import fastscore
 from fastscore import nn as fnn
 from fastscore.models import NCSN, Gaussian, GaussianMixture, ScoreMLP
 
@@ -428,3 +429,18 @@ def test_mixture_under_transforms():
     jacobian = torch.func.vmap(torch.func.jacfwd(lambda x: target(x[None], 0.3)[0]))(x)
     hessian = torch.func.vmap(torch.func.hessian(lambda x: target.log_prob(x[None], 0.3)[0]))(x)
     torch.testing.assert_close(jacobian, hessian, rtol=1e-9, atol=1e-9)
+
+
+def test_data_levels_and_starts_of_one_seed_are_independent():
+    """A mixture whose components came of the labels' draw would be shown to the network at half of the noise levels each."""
+    mixture = GaussianMixture([1, 1], [[-9.0], [9.0]], 0.01)
+    key = {"seed": 0, "step": 3}
+    component = (mixture.sample(4000, **key) > 0)[:, 0]
+    w = fastscore.random.words(4000, stream=fastscore.random.LEVEL, **key)
+    upper = w >= 2**31
+    assert abs(float((component == upper).double().mean()) - 0.5) < 6 * 0.5 / 4000**0.5
+
+    normal = GaussianMixture([1], [[0.0]], 1.0).sample(4000, **key, dtype=torch.float64)[:, 0]
+    for stream in (fastscore.random.INIT, fastscore.random.PERTURB, fastscore.random.LANGEVIN):
+        z = fastscore.random.normal((4000,), stream=stream, dtype=torch.float64, **key)
+        assert abs(float((z * normal).mean())) < 6 / 4000**0.5

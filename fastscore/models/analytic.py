@@ -122,8 +122,8 @@ class GaussianMixture(KeepsBuffers):
 
         first_sample + n - 1 of p_σ, bit for bit the same however a run is split.
 
-            x = μ_k + Q_k √(λ_k + σ²) z,    z from stream INIT,
-            k by the inverse CDF of a uniform from stream LEVEL
+            x = μ_k + Q_k √(λ_k + σ²) z,    z from stream DATA,
+            k by the inverse CDF of a uniform from its substream 1
 
         Args:
             n: how many.
@@ -146,13 +146,14 @@ class GaussianMixture(KeepsBuffers):
             op,
             random.UNIFORM,
             (n,),
-            stream=random.LEVEL,
+            stream=random.DATA,
+            substream=1,
             offset=begin // d,
             dtype=torch.float64,
             **key,
         )
         z = random.draw(
-            op, random.NORMAL, (n, d), stream=random.INIT, offset=begin, dtype=torch.float64, **key
+            op, random.NORMAL, (n, d), stream=random.DATA, offset=begin, dtype=torch.float64, **key
         )
         cdf = self.log_weights.double().exp().cumsum(0)
         k = torch.searchsorted(cdf / cdf[-1], u)  # u > 0 never meets a weight of 0
