@@ -59,8 +59,7 @@ Device = torch.device | str | int | None
 class Key(NamedTuple):
     """A checked noise key, as the raw ops take it.
 
-    `stream` holds the substream, too. `tensor`, int64 (seed, step), takes the place of the two
-    numbers.
+    `stream` holds the substream, too; `tensor`, int64 (seed, step), replaces the two numbers.
     """
 
     tensor: Tensor | None
@@ -225,12 +224,11 @@ def noise_key(
         return Key(None, _signed(seed), step & _M32, word, offset)
 
     # In a compiled graph a number would be a constant, and every new step a recompilation.
-    parts = []
-    for part in (seed, step):
-        if isinstance(part, Tensor):
-            parts.append(part.reshape(1))
-        else:
-            parts.append(torch.full((1,), _signed(part), dtype=torch.int64, device=device))
+    made = {"dtype": torch.int64, "device": device}
+    parts = [
+        part.reshape(1) if isinstance(part, Tensor) else torch.full((1,), _signed(part), **made)
+        for part in (seed, step)
+    ]
     return Key(torch.cat(parts), 0, 0, word, offset)
 
 

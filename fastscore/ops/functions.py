@@ -2,14 +2,17 @@
 
 import functools
 import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 
-def quick(cls):
+def quick(cls: type) -> type:
     """Apply it without binding arguments to the signature of `forward`, which costs more than most
     kernels on small tensors.
 
@@ -43,7 +46,7 @@ class Direct(torch.autograd.Function):
         )
 
 
-def contiguous(t):
+def contiguous(t: Tensor | None) -> Tensor | None:
     """t in C order and in memory; None stays None.
 
     The zeros that autograd passes as tangents have a shape and no memory. PyTorch gives an op one
@@ -57,12 +60,12 @@ def contiguous(t):
     return t.contiguous()
 
 
-def without_memory(t):
+def without_memory(t: Tensor) -> bool:
     """Whether t is one of those zeros; in a compiled graph there are none."""
     return not torch.compiler.is_compiling() and t._is_zerotensor()
 
 
-def save(ctx, *tensors):
+def save(ctx: Any, *tensors: Tensor | None) -> None:
     """Save tensors, some of them None, for both modes; copies of those that were made in inference
     mode, which no graph may hold."""
     ctx.present = [t is not None for t in tensors]
@@ -73,12 +76,12 @@ def save(ctx, *tensors):
     ctx.save_for_forward(*kept)
 
 
-def saved(ctx):
+def saved(ctx: Any) -> list[Tensor | None]:
     tensors = iter(ctx.saved_tensors)
     return [next(tensors) if present else None for present in ctx.present]
 
 
-def along(f, primals, tangents):
+def along(f: Callable, primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Any:
     """J v of a function of plain PyTorch, by two reverse passes.
 
     A forward pass inside a jvp rule loses the tangents of the levels around it.
@@ -92,7 +95,7 @@ def along(f, primals, tangents):
     return torch.func.vjp(pull, zeros)[1](tuple(tangents))[0]  # the transpose of the transpose
 
 
-def released(t):
+def released(t: Tensor) -> Tensor:
     """Without the graph of this call, but with the forward-mode tangent that detach() drops."""
     if not t.requires_grad:
         return t
@@ -104,7 +107,7 @@ def released(t):
     )
 
 
-def in_words(error):
+def in_words(error: Exception) -> RuntimeError | None:
     """PyTorch's refusal of tensors of inference mode as one sentence of ours; None for any other
     error."""
     message = str(error)
@@ -120,7 +123,7 @@ def in_words(error):
     )
 
 
-def explained(function, *arguments):
+def explained(function: Callable, *arguments: Any) -> Any:
     """function(*arguments), with PyTorch's refusal of tensors of inference mode as one sentence of
     ours."""
     try:
@@ -132,7 +135,7 @@ def explained(function, *arguments):
         raise told from error
 
 
-def outside_inference(method):
+def outside_inference(method: Callable) -> Callable:
     """method(self, ...), which differentiates, outside inference mode, where nothing can be: called
     inside, it returns values.
 
@@ -165,7 +168,7 @@ def outside_inference(method):
     return call
 
 
-def ordinary(t):
+def ordinary(t: Any) -> Any:
     """t, or its clone where t was made in inference mode; to be called outside it."""
     return t.clone() if _made_in_inference(t) else t
 
@@ -174,7 +177,7 @@ def _made_in_inference(t):
     return isinstance(t, torch.Tensor) and t.is_inference()
 
 
-def plain(f, *tensors):
+def plain(f: Callable, *tensors: Tensor) -> Any:
     """f(*tensors), of plain PyTorch, where a derivative rule of a Function needs it.
 
     Inside such a rule forward mode of the levels around it reaches Functions and nothing else, so

@@ -1,6 +1,7 @@
 """x + a d + b z: the calls of the kernels, and derivatives of every order and in every mode."""
 
 import torch
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastscore import backend as _backend
@@ -13,19 +14,31 @@ from fastscore.ops.functions import contiguous, plain, quick
 LOSS, DOT = 0, 1
 
 
-def in_plain_torch(x, d, a, b, z):
+def in_plain_torch(
+    x: Tensor | None, d: Tensor | None, a: float | Tensor, b: float | Tensor, z: Tensor
+) -> Tensor:
     """The update in the compute dtype, rounded once; x and d may be None."""
     like = d if x is None else x
     dtype = checks.compute_dtype(like.dtype)
-    y = checks.expand(b, like) * z.to(dtype)
+    z, d, wide = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (z, d, x))
+    y = checks.expand(b, like) * z
     if d is not None:
-        y = checks.expand(a, like) * d.to(dtype) + y
-    if x is not None:
-        y = x.to(dtype) + y
-    return y.to(like.dtype)
+        y = checks.expand(a, like) * d + y
+    if wide is not None:
+        y = wide + y
+    return y if y.dtype == like.dtype else y.to(like.dtype)
 
 
-def run(x, d, a, b, key, numbers, backend, out=None):
+def run(
+    x: Tensor | None,
+    d: Tensor | None,
+    a: float | Tensor,
+    b: float | Tensor,
+    key: Tensor | None,
+    numbers: tuple[int, int, int, int],
+    backend: str,
+    out: Tensor | None = None,
+) -> Tensor:
     """The op itself, with no derivative; into `out`, which autograd is told of."""
     if backend == "cpp" and key is None and direct.door is not None and not is_compiling():
         y = direct.door.noisy_update(direct.TERMS, x, d, a, b, *numbers, out)
@@ -43,7 +56,14 @@ def run(x, d, a, b, key, numbers, backend, out=None):
     return y
 
 
-def reduce(s, sigma, key, numbers, backend, mode):
+def reduce(
+    s: Tensor,
+    sigma: float | Tensor,
+    key: Tensor | None,
+    numbers: tuple[int, int, int, int],
+    backend: str,
+    mode: int,
+) -> Tensor:
     """½ Σ (σ s + z)² or Σ s z per sample, with no derivative: (B,) in the compute dtype."""
     dtype = checks.compute_dtype(s.dtype)
     if backend == "reference":
@@ -62,7 +82,15 @@ def _split(c):
     return (contiguous(c), 0.0) if isinstance(c, torch.Tensor) else (None, c)
 
 
-def update(x, d, a, b, key, numbers, backend):
+def update(
+    x: Tensor | None,
+    d: Tensor | None,
+    a: float | Tensor,
+    b: float | Tensor,
+    key: Tensor | None,
+    numbers: tuple[int, int, int, int],
+    backend: str,
+) -> Tensor:
     """x + a d + b z, differentiable where anything asks for it."""
     if _backend.derivative_possible(x, d, *(c for c in (a, b) if isinstance(c, torch.Tensor))):
         return _update_function(x, d, a, b, key, *numbers, backend)
@@ -74,7 +102,12 @@ def _update_function(x, d, a, b, key, seed, step, stream, offset, backend):
     return _NoisyUpdate.apply(x, d, a, b, key, (seed, step, stream, offset), backend)
 
 
-def noise_dot(s, key, numbers, backend):
+def noise_dot(
+    s: Tensor,
+    key: Tensor | None,
+    numbers: tuple[int, int, int, int],
+    backend: str,
+) -> Tensor:
     """Σ s z per sample, differentiable."""
     return _NoiseDot.apply(s, key, numbers, backend)
 
@@ -192,7 +225,7 @@ def _restore(ctx):
     return [next(tensors) if present else fixed for fixed, present in zip(ctx.fixed, ctx.present)]
 
 
-def refuse_mapped_key(dim):
+def refuse_mapped_key(dim: int | None) -> None:
     if dim is not None:
         raise NotImplementedError(
             "fastscore: vmap over seed or step is not supported; the noise of all mapped calls is "

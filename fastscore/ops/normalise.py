@@ -6,6 +6,7 @@ the kernels, normalise_functions.py the derivatives.
 """
 
 import torch
+from torch import Tensor
 
 from fastscore import backend as _backend
 from fastscore.ops import checks
@@ -24,7 +25,9 @@ from fastscore.ops.normalise_core import run_forward as run_forward
 from fastscore.ops.normalise_functions import _normalise
 
 
-def normalise(x, coef, labels, form, backend):
+def normalise(
+    x: Tensor, coef: Tensor, labels: Tensor | None, form: Form, backend: str | None
+) -> Tensor:
     if torch.overrides.has_torch_function_unary(x):  # dual numbers and the like
         return torch.overrides.handle_torch_function(
             normalise, (x,), x, coef, labels, form, backend
@@ -35,14 +38,21 @@ def normalise(x, coef, labels, form, backend):
     return _normalise(x, None, coef, None, labels, form, chosen, True)[0]
 
 
-def normalise_dual(x, t, coef, labels, form, backend):
+def normalise_dual(
+    x: Tensor,
+    t: Tensor,
+    coef: Tensor,
+    labels: Tensor | None,
+    form: Form,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
     chosen = _backend.choose(x.device, backend, cuda=False)
     if chosen == "reference":
         return normalise_ref(x, coef, labels, form), _dual_ref(x, t, coef, None, labels, form)
     return _normalise(x, t, coef, None, labels, form, chosen, True)[:2]
 
 
-def check_image(op, x):
+def check_image(op: str, x: Tensor) -> None:
     if x.dim() < 3 or x.shape[1] == 0:
         raise ValueError(
             f"{op}: x must be (B, C, *) with at least one channel and one spatial dimension; got "
@@ -50,7 +60,7 @@ def check_image(op, x):
         )
 
 
-def check_tangents(op, t, x):
+def check_tangents(op: str, t: Tensor, x: Tensor) -> None:
     checks.check_float(op, "t", t)
     if t.dim() != x.dim() + 1 or t.shape[1:] != x.shape:
         raise ValueError(
@@ -73,7 +83,15 @@ def _least_eps(dtype):
 _LEAST, _LARGEST = _least_eps(torch.float32), torch.finfo(torch.float32).max
 
 
-def check_form(op, x, groups, alpha, beta, eps, activation):
+def check_form(
+    op: str,
+    x: Tensor,
+    groups: int,
+    alpha: bool,
+    beta: bool,
+    eps: float,
+    activation: str | None,
+) -> Form:
     if not isinstance(activation, (str, type(None))) or activation not in OF_NORMS:
         named = ", ".join(repr(a) for a in OF_NORMS if a)
         raise ValueError(

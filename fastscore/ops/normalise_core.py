@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastscore import backend as _backend
 from fastscore.ops.activations import ACTIVATIONS
@@ -20,7 +21,7 @@ class Form(NamedTuple):
     activation: str | None
 
 
-def normalise_ref(x, coef, labels, form):
+def normalise_ref(x: Tensor, coef: Tensor, labels: Tensor | None, form: Form) -> Tensor:
     """y = f(γ (h + α m̂) + β) in the compute dtype, rounded once; h over channels or groups, m̂ as
     in instance_norm_plus.
 
@@ -50,7 +51,7 @@ def normalise_ref(x, coef, labels, form):
     return _in_layout_of(y.to(x.dtype).reshape(x.shape), x)
 
 
-def rows(coef, labels):
+def rows(coef: Tensor, labels: Tensor | None) -> Tensor:
     return coef if labels is None else coef[_from_zero(labels, len(coef))]
 
 
@@ -102,7 +103,18 @@ def _gradient_ref(x, t, coef, tcoef, labels, gy, gty, form):
     return torch.func.vjp(values, x, t, coef, tcoef)[1]((gy, gty))
 
 
-def run_forward(x, t, coef, tcoef, labels, form, backend, primal, only_statistics=False, into=None):
+def run_forward(
+    x: Tensor,
+    t: Tensor | None,
+    coef: Tensor,
+    tcoef: Tensor | None,
+    labels: Tensor | None,
+    form: Form,
+    backend: str,
+    primal: bool,
+    only_statistics: bool = False,
+    into: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, ...]:
     """The op itself, with no derivative. Statistics (1 + M, B, C, 2): mean and variance of x, mean
     of t and of t (x - mean)."""
     x = _dense(x)
@@ -134,7 +146,19 @@ def run_forward(x, t, coef, tcoef, labels, form, backend, primal, only_statistic
     return *outputs, stats
 
 
-def run_backward(x, t, stats, coef, tcoef, labels, gy, gty, form, backend, into=None):
+def run_backward(
+    x: Tensor,
+    t: Tensor | None,
+    stats: Tensor,
+    coef: Tensor,
+    tcoef: Tensor | None,
+    labels: Tensor | None,
+    gy: Tensor | None,
+    gty: Tensor | None,
+    form: Form,
+    backend: str,
+    into: tuple[Tensor, Tensor | None] | None = None,
+) -> tuple[Tensor, ...]:
     """Its transpose, with no derivative."""
     x = _dense(x)
     if t is not None and len(stats) == 1:  # saved by a call that had no tangents
@@ -213,7 +237,7 @@ def _in_layout_of(t, x):
     )
 
 
-def pack(columns):
+def pack(columns: list[Tensor]) -> Tensor:
     """Coefficients (C,) or (B, C) side by side: (1, KC), or (B, KC) where any differs between
     samples."""
     if all(c.dim() == 1 for c in columns):

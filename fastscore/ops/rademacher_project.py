@@ -4,6 +4,7 @@ regenerated in both directions."""
 import math
 
 import torch
+from torch import Tensor
 
 from fastscore import backend as _backend
 from fastscore import random
@@ -188,7 +189,14 @@ def _place(layout):
     return layout if isinstance(layout, torch.Tensor) else _empty(layout)
 
 
-def run_project(js, s, projections, key, numbers, backend):
+def run_project(
+    js: Tensor | None,
+    s: Tensor | None,
+    projections: int,
+    key: Tensor | None,
+    numbers: tuple[int, int, int, int],
+    backend: str,
+) -> tuple[Tensor, ...]:
     """The projections that there are inputs for, with no derivative."""
     like = js[0] if s is None else s
     if backend == "reference":
@@ -207,7 +215,17 @@ def run_project(js, s, projections, key, numbers, backend):
     return (vjv,) if vs is None else (vjv, vs, ss)
 
 
-def run_spread(g_vjv, g_vs, g_ss, s, layouts, projections, key, numbers, backend):
+def run_spread(
+    g_vjv: Tensor | None,
+    g_vs: Tensor | None,
+    g_ss: Tensor | None,
+    s: Tensor | None,
+    layouts: tuple,
+    projections: int,
+    key: Tensor | None,
+    numbers: tuple[int, int, int, int],
+    backend: str,
+) -> tuple[Tensor | None, Tensor | None]:
     """(gjs or None, gs or None), with no derivative."""
     gjs = None if g_vjv is None else _place(layouts[0])
     gs = None if g_vs is None and g_ss is None else _place(layouts[1])
@@ -230,7 +248,14 @@ def _project_function(js, s, projections, key, seed, step, stream, offset, backe
     return _Project.apply(js, s, projections, key, (seed, step, stream, offset), backend)
 
 
-def project(s, js, key, numbers, backend, projections=None):
+def project(
+    s: Tensor | None,
+    js: Tensor | None,
+    key: Tensor | None,
+    numbers: tuple[int, int, int, int],
+    backend: str,
+    projections: int | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(vᵀJv (M, B), vᵀs (M, B), ‖s‖² (B,)) under a checked key of stream PROJECTION; differentiable
     where anything asks for it.
 
@@ -247,7 +272,9 @@ def project(s, js, key, numbers, backend, projections=None):
     return (None if js is None else outputs[0]), *((None, None) if s is None else outputs[-2:])
 
 
-def project_ref(s, js, v):
+def project_ref(
+    s: Tensor | None, js: Tensor | None, v: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The equations, in the compute dtype: vᵀJv and vᵀs (M, B), ‖s‖² (B,).
 
     Jv is js (M, B, *), s (B, *), v (M, B, *). None without their input.
@@ -300,7 +327,12 @@ class _ProjectStack(Direct):
         return g, None, None, None
 
 
-def project_stack(stack, key, numbers, backend):
+def project_stack(
+    stack: Tensor,
+    key: Tensor | None,
+    numbers: tuple[int, int, int, int],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`project` on a stack (1 + M, B, *): s and then Jv, side by side in memory."""
     if (
         torch.compiler.is_compiling()
@@ -326,7 +358,14 @@ def _spread(g_vjv, g_vs, g_ss, s, layouts, projections, key, numbers, backend):
     )
 
 
-def signs(x, projections, key, numbers, backend, dtype=None):
+def signs(
+    x: Tensor,
+    projections: int,
+    key: Tensor | None,
+    numbers: tuple[int, int, int, int],
+    backend: str,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """v (M, B, *) under a checked key, in x's dtype: the directions of `project`, as numbers."""
     return _signs(x.shape, dtype or x.dtype, x.device, projections, key, *numbers, backend)
 

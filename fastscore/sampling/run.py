@@ -225,12 +225,11 @@ def norm(t: torch.Tensor) -> torch.Tensor:
 
 def check_count(op: str, name: str, value: int, most: int | None = None) -> int:
     """The value as an int, checked."""
-    if not checks.whole(value) or value < 0:
-        raise ValueError(f"{op}: {name} must be a non-negative int; got {shown(value)}.")
+    value = checks.integer(op, name, value, 0)
     if most is not None and value > most:
         updates = "the updates of the whole run"
         raise ValueError(f"{op}: {name} must be at most {most}, {updates}; got {shown(value)}.")
-    return checks.plain_int(value)
+    return value
 
 
 def check_updates(op: str, name: str, value: int, levels: int = 1) -> int:
