@@ -1,4 +1,4 @@
-"""Child processes that cannot hang a suite: at the limit every process of the group shows its stacks and ends."""
+"""Child processes that cannot hang a suite: at the limit all of a group show their stacks."""
 
 import contextlib
 import os
@@ -11,18 +11,31 @@ SECONDS = float(os.environ.get("FASTSCORE_CHILD_SECONDS", 200))
 
 
 def run(
-    command: list, *, seconds: float = SECONDS, check: bool = False, cwd: Path | str | None = None, env: dict | None = None
+    command: list,
+    *,
+    seconds: float = SECONDS,
+    check: bool = False,
+    cwd: Path | str | None = None,
+    env: dict | None = None,
 ) -> subprocess.CompletedProcess:
-    """subprocess.run with text output captured. A child that is not done in time is aborted, which prints its stacks.
+    """subprocess.run with text output captured.
+
+    A child that is not done in time is aborted, which prints its stacks.
 
     Raises:
-        AssertionError: the child was not done in time, or (check) ended with another status than 0; with its whole output.
+        AssertionError: the child was not done in time, or (check) ended with another status than 0;
+            with its whole output.
     """
     environment = {**(os.environ if env is None else env), "PYTHONFAULTHANDLER": "1"}
     process = subprocess.Popen(
-        list(map(str, command)), cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        list(map(str, command)),
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         start_new_session=True,
-    )  # fmt: skip
+    )
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:

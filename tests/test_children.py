@@ -7,7 +7,9 @@ from children import run
 
 HANGS = """
 import subprocess, sys, threading
-subprocess.Popen([sys.executable, "-c", "import threading\\ndef grandchild_waits(): threading.Event().wait()\\ngrandchild_waits()"])
+grandchild = "def grandchild_waits(): threading.Event().wait()\\n"
+grandchild = "import threading\\n" + grandchild + "grandchild_waits()"
+subprocess.Popen([sys.executable, "-c", grandchild])
 def child_waits(): threading.Event().wait()
 child_waits()
 """

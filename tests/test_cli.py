@@ -1,4 +1,4 @@
-"""The command line: a whole small run, resuming, and one-sentence errors that leave nothing behind."""
+"""The command line: a small run, resuming, and one-sentence errors that leave nothing behind."""
 
 import contextlib
 import io
@@ -27,7 +27,11 @@ def run(*arguments):
 def run_here(*arguments):
     """The same without a process of its own, whose imports take seconds."""
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         patch.setattr(sys, "argv", ["fastscore", *map(str, arguments)])
         try:
             cli.main()
@@ -43,13 +47,27 @@ SMALL = ("--steps", "200", "--width", "32", "--depth", "1", "--levels", "4")
 @pytest.mark.processes
 def test_train_sample_evaluate(tmp_path):
     out = tmp_path / "run"
-    assert run("train", "--data", "digits", "--out", out, "--held-out", "300", *SMALL).returncode == 0
-    for name in ("config.toml", "metrics.jsonl", "weights.safetensors", "samples.png", "levels.png", "loss.png"):
+    assert (
+        run("train", "--data", "digits", "--out", out, "--held-out", "300", *SMALL).returncode == 0
+    )
+    for name in (
+        "config.toml",
+        "metrics.jsonl",
+        "weights.safetensors",
+        "samples.png",
+        "levels.png",
+        "loss.png",
+    ):
         assert (out / name).stat().st_size > 0
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["step"] == 200 and records[-1]["loss"] < records[0]["loss"]
     assert run_here("sample", out, "-n", "4", "--out", tmp_path / "four.npz").returncode == 0
-    assert run_here("sample", out, "-n", "2", "--first-sample", "2", "--out", tmp_path / "two.npz").returncode == 0
+    assert (
+        run_here(
+            "sample", out, "-n", "2", "--first-sample", "2", "--out", tmp_path / "two.npz"
+        ).returncode
+        == 0
+    )
     four, two = (np.load(tmp_path / f"{name}.npz")["images"] for name in ("four", "two"))
     assert np.allclose(four[2:], two, atol=1e-4)
     assert "nearest training image" in run_here("evaluate", out, "-n", "50").stdout
@@ -60,7 +78,7 @@ def test_train_sample_evaluate(tmp_path):
 @pytest.mark.parametrize("task", ["score", "classifier"])
 @pytest.mark.processes
 def test_sigterm_saves_like_ctrl_c(tmp_path, monkeypatch, capsys, task):
-    """Where it came, even if Ctrl-C is ignored, as in a script's background; and its handler is gone afterwards."""
+    """At once, even if Ctrl-C is ignored, as in a script's background; the handler goes."""
     options = {"width": 16, "depth": 1, "levels": 2, "batch_size": 8, "held_out": 0}
     config = TrainConfig(out=tmp_path / "run", task=task, steps=50, **options)
 
@@ -72,7 +90,10 @@ def test_sigterm_saves_like_ctrl_c(tmp_path, monkeypatch, capsys, task):
                 yield step, loss
 
     monkeypatch.setattr(train, "fit", terminated)
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)   # without the handler the run would go on to its end
+    # Without the handler the run would go on to its end.
+    before = signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         train.train(config)
@@ -87,7 +108,15 @@ def test_sigterm_saves_like_ctrl_c(tmp_path, monkeypatch, capsys, task):
 
 def test_a_resumed_run_ends_where_the_whole_run_ends(tmp_path):
     def config(folder, steps, resume=False):
-        return TrainConfig(out=tmp_path / folder, steps=steps, width=16, depth=1, levels=3, batch_size=32, resume=resume)
+        return TrainConfig(
+            out=tmp_path / folder,
+            steps=steps,
+            width=16,
+            depth=1,
+            levels=3,
+            batch_size=32,
+            resume=resume,
+        )
 
     for _ in fit(config("whole", 40)):
         pass
@@ -97,7 +126,9 @@ def test_a_resumed_run_ends_where_the_whole_run_ends(tmp_path):
     interrupted.close()
     for _ in fit(config("parts", 40, resume=True)):
         pass
-    whole, parts = (checkpoint.load(tmp_path / f / "weights.safetensors") for f in ("whole", "parts"))
+    whole, parts = (
+        checkpoint.load(tmp_path / f / "weights.safetensors") for f in ("whole", "parts")
+    )
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
 
 
@@ -105,8 +136,14 @@ def test_a_resumed_run_ends_where_the_whole_run_ends(tmp_path):
     "options, message",
     [
         ({"loss": "sliced", "projections": 0}, "projections must be at least 1"),
-        ({"loss": "sliced", "distribution": "uniform"}, "distribution must be one of rademacher, gaussian, sphere"),
-        ({"projections": 4}, "projections and distribution belong to the sliced losses; the loss is denoising"),
+        (
+            {"loss": "sliced", "distribution": "uniform"},
+            "distribution must be one of rademacher, gaussian, sphere",
+        ),
+        (
+            {"projections": 4},
+            "projections and distribution belong to the sliced losses; the loss is denoising",
+        ),
     ],
 )
 def test_options_of_a_loss_are_checked_before_anything_is_written(tmp_path, options, message):
@@ -116,33 +153,70 @@ def test_options_of_a_loss_are_checked_before_anything_is_written(tmp_path, opti
 
 
 def test_the_loss_is_trained_and_recorded(tmp_path):
-    """Each sliced or exact loss falls below zero, where an untrained score stands; what was asked for is in config.toml."""
+    """Each sliced or exact loss falls below zero, where an untrained score stands.
+
+    What was asked for is in config.toml.
+    """
     for loss in ("sliced", "sliced-vr", "exact"):
         options = {"projections": 2, "distribution": "sphere"} if loss != "exact" else {}
-        np.savez(tmp_path / "x.npz", images=np.random.default_rng(0).uniform(0.4, 0.6, (64, 2, 2)).astype(np.float32))
+        np.savez(
+            tmp_path / "x.npz",
+            images=np.random.default_rng(0).uniform(0.4, 0.6, (64, 2, 2)).astype(np.float32),
+        )
         config = TrainConfig(
-            data=str(tmp_path / "x.npz"), out=tmp_path / loss, loss=loss, steps=120, width=16, depth=1, levels=3, batch_size=64, **options
+            data=str(tmp_path / "x.npz"),
+            out=tmp_path / loss,
+            loss=loss,
+            steps=120,
+            width=16,
+            depth=1,
+            levels=3,
+            batch_size=64,
+            **options,
         )
         for _ in fit(config):
             pass
-        assert json.loads((tmp_path / loss / "metrics.jsonl").read_text().splitlines()[-1])["loss"] < -0.05
+        assert (
+            json.loads((tmp_path / loss / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+            < -0.05
+        )
         recorded = run_folder.open_run(tmp_path / loss).config
-        assert [getattr(recorded, k) for k in ("loss", "projections", "distribution")] == [loss, config.projections, config.distribution]
+        assert [getattr(recorded, k) for k in ("loss", "projections", "distribution")] == [
+            loss,
+            config.projections,
+            config.distribution,
+        ]
 
 
 def test_resuming_keeps_the_options_of_the_run_and_refuses_others(tmp_path):
-    options = {"out": tmp_path / "run", "width": 16, "depth": 1, "levels": 3, "batch_size": 32, "held_out": 300, "loss": "sliced"}
+    options = {
+        "out": tmp_path / "run",
+        "width": 16,
+        "depth": 1,
+        "levels": 3,
+        "batch_size": 32,
+        "held_out": 300,
+        "loss": "sliced",
+    }
     for _ in fit(TrainConfig(steps=5, **options)):
         pass
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 5}\n{"step": 9}\n')   # 9: done after the last save, by a run that was killed
+    # 9: done after the last save, by a run that was killed.
+    (tmp_path / "run" / "metrics.jsonl").write_text(
+        '{"step": 5}\n{"step": 9}\n'
+    )
     for _ in fit(TrainConfig(out=tmp_path / "run", steps=8, resume=True)):
         pass
     config, _ = run_folder.read_config(tmp_path / "run")
     assert config == TrainConfig(**{**options, "out": str(options["out"])}, steps=8)
-    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [5, 8]
+    assert [
+        json.loads(line)["step"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ] == [5, 8]
     with pytest.raises(ValueError, match="has held_out 300, which --resume cannot change; got 10"):
         fit(TrainConfig(out=tmp_path / "run", held_out=10, resume=True))
-    with pytest.raises(ValueError, match="has done 8 steps already; steps must be at least that; got 3"):
+    with pytest.raises(
+        ValueError, match="has done 8 steps already; steps must be at least that; got 3"
+    ):
         next(fit(TrainConfig(out=tmp_path / "run", steps=3, resume=True)))
     with pytest.raises(FloatingPointError, match="the state is not finite after level"):
         draw.draw_run(tmp_path / "run", 2, step_size=1e6)
@@ -165,7 +239,9 @@ def job_of(run, n, **options):
 
 def drawn(job, parts=None, done=None):
     """(samples, path)."""
-    return draw.draw(job, done=done, parts=None if parts is None else Parts(parts, job.depends_on))[:2]
+    return draw.draw(job, done=done, parts=None if parts is None else Parts(parts, job.depends_on))[
+        :2
+    ]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +258,7 @@ def drawn(job, parts=None, done=None):
 def test_an_interrupted_job_goes_on_and_ends_where_the_whole_one_ends(
     tmp_path, trained, sampler, options, states
 ):
-    """Finished batches are not drawn again; the pictures of the path and the count of states are the same too."""
+    """Finished batches are not drawn again; path and count of states are the same, too."""
     options = {"sampler": sampler, "batch_size": 4, "seed": 3, **options}
     job, seen = job_of(trained, 10, **options), []
     whole, path = drawn(job, done=seen.append)
@@ -200,16 +276,25 @@ def test_an_interrupted_job_goes_on_and_ends_where_the_whole_one_ends(
     assert sorted(p.name for p in (tmp_path / "parts").glob("*.safetensors")) == ["0-4.safetensors"]
     seen.clear()
     rest, path2 = drawn(job, tmp_path / "parts", seen.append)
-    assert torch.equal(rest, whole) and torch.equal(path2, path) and seen == [states] + [1] * 2 * states
+    assert (
+        torch.equal(rest, whole)
+        and torch.equal(path2, path)
+        and seen == [states] + [1] * 2 * states
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["parts"]
 
 
-@pytest.mark.parametrize("other", [{"seed": 4}, {"initial_law": "gaussian"}, {"batch_size": 5}, {"denoise": False}])
+@pytest.mark.parametrize(
+    "other", [{"seed": 4}, {"initial_law": "gaussian"}, {"batch_size": 5}, {"denoise": False}]
+)
 def test_batches_of_another_job_are_not_taken(tmp_path, trained, other):
     options = {"batch_size": 4, "seed": 3, "steps_per_level": 1}
     drawn(job_of(trained, 10, **options), tmp_path / "parts")
     (name,) = other
-    with pytest.raises(ValueError, match=rf"holds batches of another job \({name} differ\); remove it or write elsewhere"):
+    with pytest.raises(
+        ValueError,
+        match=rf"holds batches of another job \({name} differ\); remove it or write elsewhere",
+    ):
         drawn(job_of(trained, 10, **{**options, **other}), tmp_path / "parts")
 
 
@@ -227,7 +312,16 @@ def test_ranks_that_finish_a_batch_at_once_share_a_folder(tmp_path):
 
 @pytest.mark.processes
 def test_the_start_can_be_chosen_on_the_command_line(tmp_path, trained):
-    options = ("-n", "3", "--sampler", "annealed_langevin", "--steps-per-level", "1", "--out", tmp_path / "x.npz")
+    options = (
+        "-n",
+        "3",
+        "--sampler",
+        "annealed_langevin",
+        "--steps-per-level",
+        "1",
+        "--out",
+        tmp_path / "x.npz",
+    )
     done = run("sample", trained, *options, "--initial-law", "gaussian")
     assert done.returncode == 0, done.stderr
     expected = draw.draw_run(trained, 3, steps_per_level=1, initial_law="gaussian", seed=0).samples
@@ -235,17 +329,37 @@ def test_the_start_can_be_chosen_on_the_command_line(tmp_path, trained):
     found = torch.from_numpy(np.load(tmp_path / "x.npz")["images"])
     assert torch.equal(found, expected.clamp(0, 1)) and not torch.equal(found, unlike.clamp(0, 1))
     done = run("sample", trained, *options, "--initial-law", "normal")
-    assert done.returncode == 2 and done.stderr == "error: sample: initial_law must be one of uniform, gaussian; got 'normal'.\n"
+    assert (
+        done.returncode == 2
+        and done.stderr
+        == "error: sample: initial_law must be one of uniform, gaussian; got 'normal'.\n"
+    )
 
 
 @pytest.mark.processes
 def test_sample_takes_a_sampler_and_leaves_nothing_but_its_files(tmp_path, trained):
     out = tmp_path / "x.npz"
-    done = run("sample", trained, "-n", "5", "--batch-size", "2", "--sampler", "predictor_corrector", "--snr", "0.1", "--out", out,
-               "--path", tmp_path / "path.png")  # fmt: skip
+    done = run(
+        "sample",
+        trained,
+        "-n",
+        "5",
+        "--batch-size",
+        "2",
+        "--sampler",
+        "predictor_corrector",
+        "--snr",
+        "0.1",
+        "--out",
+        out,
+        "--path",
+        tmp_path / "path.png",
+    )
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["path.png", "x.npz"]
-    expected = draw.draw_run(trained, 5, sampler="predictor_corrector", snr=0.1, batch_size=2).samples
+    expected = draw.draw_run(
+        trained, 5, sampler="predictor_corrector", snr=0.1, batch_size=2
+    ).samples
     assert np.allclose(np.load(out)["images"], expected.clamp(0, 1).numpy(), atol=1e-6)
 
 
@@ -255,17 +369,24 @@ def test_an_interrupted_sample_says_what_it_keeps(tmp_path, trained, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(draw, "draw", interrupted)
-    with pytest.raises(SystemExit, match=r"x\.npz\.parts keeps the finished batches, the same command goes on"):
+    with pytest.raises(
+        SystemExit, match=r"x\.npz\.parts keeps the finished batches, the same command goes on"
+    ):
         sample.sample(sample.SampleOptions(trained, n=3, batch_size=1, out=tmp_path / "x.npz"))
     assert not (tmp_path / "x.npz").exists()
 
 
 @pytest.mark.parametrize(
     "options, error",
-    [({"corrector_steps": -1, "sampler": "predictor_corrector"}, ValueError), ({"step_size": 1e30}, FloatingPointError)],
+    [
+        ({"corrector_steps": -1, "sampler": "predictor_corrector"}, ValueError),
+        ({"step_size": 1e30}, FloatingPointError),
+    ],
     ids=["refused", "diverged"],
 )
-def test_a_job_that_ends_without_a_batch_leaves_nothing_that_a_better_one_could_trip_over(tmp_path, trained, options, error):
+def test_a_job_that_ends_without_a_batch_leaves_nothing_that_a_better_one_could_trip_over(
+    tmp_path, trained, options, error
+):
     job = {"n": 3, "batch_size": 1, "out": tmp_path / "x.npz"}
     with pytest.raises(error):
         sample.sample(sample.SampleOptions(trained, SamplerOptions(**options), **job))
@@ -283,7 +404,11 @@ def test_an_output_that_is_a_folder_is_refused_before_anything_is_drawn(tmp_path
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"sampler": "magic"}, "sampler must be one of annealed_langevin, consistent_annealed, predictor_corrector, probability_flow"),
+        (
+            {"sampler": "magic"},
+            "sampler must be one of annealed_langevin, consistent_annealed, predictor_corrector, "
+            "probability_flow",
+        ),
         ({"sampler": "probability_flow", "snr": 0.1}, "snr cannot be chosen for probability_flow"),
         ({"method": "heun"}, "method cannot be chosen for annealed_langevin"),
         ({"sampler": "consistent_annealed", "step_size": 1.0}, "step_size must lie between"),
@@ -302,7 +427,12 @@ def test_a_long_path_is_thinned(trained):
 
     for count in (1, 128, 129, 1000):
         path = draw.followed(run(count), count, 8, lambda states: None)[1][:, 0, 0, 0, 0]
-        assert len(path) <= 129 and path[0] == 0 and path[-1] == count - 1 and bool((path.diff() > 0).all())
+        assert (
+            len(path) <= 129
+            and path[0] == 0
+            and path[-1] == count - 1
+            and bool((path.diff() > 0).all())
+        )
 
 
 @pytest.mark.parametrize(
@@ -336,7 +466,9 @@ def test_damaged_weights_are_refused_and_nan_is_never_saved(tmp_path):
         checkpoint.save(tmp_path / "w", {"a": torch.tensor([float("nan")])})
     assert torch.equal(checkpoint.load(tmp_path / "w")["a"], torch.ones(3))
     (tmp_path / "plain").write_bytes(b"")
-    assert (tmp_path / "w").stat().st_mode == (tmp_path / "plain").stat().st_mode   # readable by whom it would be
+    assert (tmp_path / "w").stat().st_mode == (
+        tmp_path / "plain"
+    ).stat().st_mode  # readable by whom it would be
     data = bytearray((tmp_path / "w").read_bytes())
     data[-1] ^= 1
     (tmp_path / "w").write_bytes(bytes(data))
@@ -350,7 +482,11 @@ def test_folders_and_archives_of_images(tmp_path):
     for i in range(3):
         Image.fromarray(np.full((4, 4), 51 * i, np.uint8)).save(tmp_path / f"{i}.png")
     images, labels = datasets.load(tmp_path)
-    assert images.shape == (3, 1, 4, 4) and labels is None and torch.allclose(images[:, 0, 0, 0], torch.tensor([0, 0.2, 0.4]))
+    assert (
+        images.shape == (3, 1, 4, 4)
+        and labels is None
+        and torch.allclose(images[:, 0, 0, 0], torch.tensor([0, 0.2, 0.4]))
+    )
     np.savez(tmp_path / "x.npz", images=np.zeros((2, 6, 5, 3), np.uint8), labels=np.array([1, 2]))
     images, labels = datasets.load(tmp_path / "x.npz")
     assert images.shape == (2, 3, 6, 5) and labels.tolist() == [1, 2]
@@ -359,13 +495,26 @@ def test_folders_and_archives_of_images(tmp_path):
 @pytest.mark.processes
 def test_doctor_passes():
     result = run("doctor")
-    assert result.returncode == 0 and "denoising_loss                 cpp        yes  self-test ok" in result.stdout
+    assert (
+        result.returncode == 0
+        and "denoising_loss                 cpp        yes  self-test ok" in result.stdout
+    )
 
 
 @pytest.mark.processes
 def test_help_loads_what_it_shows_and_nothing_heavy():
     """`fastscore --help` takes 1.2 times the processor time of `import torch`."""
-    heavy = ("torch._dynamo", "PIL", "matplotlib", "sklearn", "mlxtend", "safetensors", "diffusers", "scipy", "tomli_w")
+    heavy = (
+        "torch._dynamo",
+        "PIL",
+        "matplotlib",
+        "sklearn",
+        "mlxtend",
+        "safetensors",
+        "diffusers",
+        "scipy",
+        "tomli_w",
+    )
     program = f"""if True:
         import sys
         from fastscore.cli import main

@@ -1,4 +1,7 @@
-"""A conditional job goes on after an interruption, shows its path and splits over ranks, and its samples are the same bit for bit."""
+"""A conditional job goes on after an interruption, shows its path and splits over ranks.
+
+Its samples are the same, bit for bit.
+"""
 
 import io
 import sys
@@ -11,19 +14,20 @@ from PIL import Image
 from fastscore import cli, sampling
 
 CONDITIONS = {
-    "inpainting": ("--condition", "inpaint=held-out:3,right-half", "--guidance", "replace", "--observation-noise", "0.1"),
-    "super-resolution": ("--condition", "super_resolution=held-out:3,2"),
-    "a class and an observation": (
-        "--condition", "class=3", "deblur=held-out:3,0.8", "--classifier", "CLASSES", "--scale", "2", "--observation-noise", "0.1",
-    ),
-}  # fmt: skip
-N, BATCH_SIZE = 9, 2   # five batches, of which the path needs four
+    "inpainting": "inpaint=held-out:3,right-half --guidance replace --observation-noise 0.1",
+    "super-resolution": "super_resolution=held-out:3,2",
+    "a class and an observation": "class=3 deblur=held-out:3,0.8 --classifier CLASSES --scale 2 "
+    "--observation-noise 0.1",
+}
+# Nine samples in five batches, of which the path needs four.
+JOB = "-n 9 --batch-size 2 --steps-per-level 2 --seed 3"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def command(folders, out, condition):
-    words = [str(folders / "classes") if word == "CLASSES" else word for word in CONDITIONS[condition]]
-    options = ("-n", N, "--batch-size", BATCH_SIZE, "--steps-per-level", 2, "--seed", 3, "--out", out)
-    return ["sample", str(folders / "score"), *map(str, options), *words]
+def command(folders, out, condition, *more):
+    words = CONDITIONS[condition].replace("CLASSES", str(folders / "classes")).split()
+    options = [*JOB.split(), "--out", out, "--condition", *words, *more]
+    return ["sample", str(folders / "score"), *map(str, options)]
 
 
 @pytest.fixture
@@ -44,10 +48,11 @@ def fastscore(monkeypatch):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    small = ("--steps", "40", "--width", "32", "--depth", "1", "--levels", "3", "--held-out", "300")
+    small = "--steps 40 --width 32 --depth 1 --levels 3 --held-out 300".split()
     for name, task in (("score", "score"), ("classes", "classifier")):
+        words = ["fastscore", "train", "--task", task, "--out", str(folder / name), *small]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["fastscore", "train", "--task", task, "--out", str(folder / name), *small])
+            patch.setattr(sys, "argv", words)
             cli.main()
     return folder
 
@@ -57,7 +62,9 @@ def images(path):
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
-def test_an_interrupted_conditional_job_goes_on(tmp_path, folders, fastscore, monkeypatch, condition):
+def test_an_interrupted_conditional_job_goes_on(
+    tmp_path, folders, fastscore, monkeypatch, condition
+):
     assert fastscore(*command(folders, tmp_path / "whole.npz", condition)) == 0
     begun, states = [], sampling.states
 
@@ -79,9 +86,9 @@ def test_an_interrupted_conditional_job_goes_on(tmp_path, folders, fastscore, mo
 
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_a_conditional_job_shows_its_path(tmp_path, folders, fastscore, condition):
-    """A row for each of the first eight samples, of whichever batches; its last column is what the samples file holds."""
+    """A row for each of the first eight samples, of whichever batches; the last column is it."""
     out, path = tmp_path / "x.npz", tmp_path / "path.png"
-    assert fastscore(*command(folders, out, condition), "--path", str(path)) == 0
+    assert fastscore(*command(folders, out, condition, "--path", path)) == 0
     strip = np.asarray(Image.open(io.BytesIO(path.read_bytes())))[::4, ::4]
     assert strip.shape == (8 * 9 + 1, 4 * 9 + 1)   # three levels and the last, noise-free step
     shown = np.stack([strip[9 * k + 1 :, 28:][:8, :8] for k in range(8)])
@@ -91,12 +98,13 @@ def test_a_conditional_job_shows_its_path(tmp_path, folders, fastscore, conditio
 @pytest.mark.processes
 def test_a_conditional_job_on_two_ranks_draws_what_one_draws(tmp_path, folders, fastscore):
     condition = "a class and an observation"
-    assert fastscore(*command(folders, tmp_path / "one.npz", condition), "--path", str(tmp_path / "one.png")) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastscore"]
-    words = (*command(folders, tmp_path / "two.npz", condition), "--path", str(tmp_path / "two.png"))
-    done = children.run([*torchrun, *words])
+    one = command(folders, tmp_path / "one.npz", condition, "--path", tmp_path / "one.png")
+    assert fastscore(*one) == 0
+    two = command(folders, tmp_path / "two.npz", condition, "--path", tmp_path / "two.png")
+    done = children.run([*TORCHRUN, "-m", "fastscore", *two])
     assert done.returncode == 0 and done.stdout.count("9 samples") == 1, done.stderr
+
+    one, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))
     for name in ("images", "observation", "original"):
-        one, two = (np.load(tmp_path / f"{name_}.npz")[name] for name_ in ("one", "two"))
-        assert (one == two).all()
+        assert (one[name] == two[name]).all()
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()

@@ -33,7 +33,7 @@ def network():
 
 
 def split(job, world_size, monkeypatch):
-    """What each rank hands back, rank 0 last, in one process: every gathering happens there with what the others sent."""
+    """What rank 0 hands back, in one process: it runs last and finds what the others sent."""
     sent = []
     number = 0
 
@@ -61,7 +61,7 @@ def split(job, world_size, monkeypatch):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("world_size", [2, 4, 7])
 def test_ranks_draw_what_one_process_draws(monkeypatch, world_size, sampler):
-    """Bit for bit, also of a network, whose sums depend on the size of the batch: five batches on up to seven ranks."""
+    """Bit for bit, though a network's sums depend on the size of the batch; up to seven ranks."""
     options = {"seed": 3, "first_sample": 5, "batch_size": 3, "sampler": sampler}
     if sampler == "consistent_annealed":
         options["step_size"] = 0.02   # the ladder is coarse
@@ -72,30 +72,60 @@ def test_ranks_draw_what_one_process_draws(monkeypatch, world_size, sampler):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("guide, noise", [("replace", 0.0), ("replace", 0.2), ("moments", 0.0), ("flat", 0.2)])
+@pytest.mark.parametrize(
+    "guide, noise", [("replace", 0.0), ("replace", 0.2), ("moments", 0.0), ("flat", 0.2)]
+)
 def test_ranks_draw_under_conditions_what_one_process_draws(monkeypatch, world_size, guide, noise):
-    """An image and a class at once: the observation, its noise, the hook's noise and the sampler's are those of the global number; three
-    batches on four ranks, so that one has none."""
+    """An image and a class at once, three batches on up to four ranks, so that one has none.
+
+    The observation, its noise, the hook's noise and the sampler's are those of the global number.
+    """
     requests = [observations.parse("inpaint=held-out:3,right-half"), observations.parse("class=1")]
-    condition = {"requests": requests, "noise": noise, "guide": guide, "config": TrainConfig(held_out=300)}
+    condition = {
+        "requests": requests,
+        "noise": noise,
+        "guide": guide,
+        "config": TrainConfig(held_out=300),
+    }
     condition["classifier"] = lambda x, sigma: torch.stack([x[:, 0, 0, 0], -x[:, 0, 0, 0]], 1)
-    options = {"seed": 3, "first_sample": 5, "batch_size": 2, "steps_per_level": 2, "condition": condition}
+    options = {
+        "seed": 3,
+        "first_sample": 5,
+        "batch_size": 2,
+        "steps_per_level": 2,
+        "condition": condition,
+    }
     job = draw.prepare(network(), SIGMAS, (1, 8, 8), 5, **options)
     whole, found = draw.draw(job), split(job, world_size, monkeypatch)
     assert torch.equal(found.samples, whole.samples) and torch.equal(found.path, whole.path)
-    assert all(torch.equal(found.shown[name], whole.shown[name]) for name in ("original", "observation", "mask"))
+    assert all(
+        torch.equal(found.shown[name], whole.shown[name])
+        for name in ("original", "observation", "mask")
+    )
     assert len({tuple(x.flatten().tolist()) for x in whole.samples}) == 5
 
 
 @pytest.mark.processes
 def test_torchrun_writes_what_one_process_writes(tmp_path):
-    """Two processes, five samples in batches of two; only one of them prints, and no unfinished batches stay behind."""
-    for _ in fit(TrainConfig(out=tmp_path / "run", steps=50, width=16, depth=1, levels=3, batch_size=32)):
+    """Two processes, five samples in batches of two; one prints, and no finished batches stay."""
+    for _ in fit(
+        TrainConfig(out=tmp_path / "run", steps=50, width=16, depth=1, levels=3, batch_size=32)
+    ):
         pass
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+    ]
     command = ["fastscore", "sample", str(tmp_path / "run"), "-n", "5", "--batch-size", "2"]
     done = children.run([*torchrun, *command, "--out", tmp_path / "two.npz"])
-    assert done.returncode == 0 and done.stdout == f"5 samples: {tmp_path / 'two.npz'}\n", done.stderr
+    assert done.returncode == 0 and done.stdout == f"5 samples: {tmp_path / 'two.npz'}\n", (
+        done.stderr
+    )
     samples = draw.draw_run(tmp_path / "run", 5, batch_size=2).samples
     found = np.load(tmp_path / "two.npz")["images"]
     assert found.shape == (5, 1, 8, 8) and (found == samples.clamp(0, 1).numpy()).all()
@@ -113,7 +143,9 @@ def test_the_environment_and_shares_are_checked(monkeypatch):
     with pytest.raises(ValueError, match="share: 0 <= rank < world_size must hold; got 2 and 2"):
         distributed.share(3, 2, 2)
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(ValueError, match="RANK and WORLD_SIZE must both be integers; got '1' and None"):
+    with pytest.raises(
+        ValueError, match="RANK and WORLD_SIZE must both be integers; got '1' and None"
+    ):
         distributed.environment()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert distributed.environment() == (1, 2) and distributed.share(5) == (3, 2)

@@ -107,7 +107,9 @@ class TrainConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                listed = f"one of {', '.join(allowed)}" if len(allowed) > 2 else " or ".join(allowed)
+                listed = (
+                    f"one of {', '.join(allowed)}" if len(allowed) > 2 else " or ".join(allowed)
+                )
                 raise ValueError(f"train: {name} must be {listed}; got {getattr(self, name)!r}.")
 
         sliced = self.loss.startswith("sliced")
