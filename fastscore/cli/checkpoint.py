@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,7 +82,7 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
     """The inverse of `optimizer_tensors`."""
-    state: dict = {}
+    state: dict[str, Any] = {}
     for name, t in tensors.items():
         if name.startswith("optimizer."):
             _, i, k = name.split(".")

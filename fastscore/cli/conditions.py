@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class ConditionOptions:
     observation_noise: float = 0.0
     guidance: str = "moments"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         requests = self.requests()
         if not requests:
             if any(getattr(self, name) != default for name, default in _DEFAULTS.items()):
@@ -85,10 +85,10 @@ class Condition(NamedTuple):
     score: Callable
     hook: Callable
     shown: dict[str, Tensor]
-    depends_on: dict
+    depends_on: dict[str, Any]
 
 
-def open_conditions(options: ConditionOptions, run: Path) -> dict:
+def open_conditions(options: ConditionOptions, run: Path) -> dict[str, Any]:
     """The arguments of `conditioned` that the options of the command line stand for.
 
     Raises:

@@ -7,7 +7,7 @@ that was not, bit for bit.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class Job(NamedTuple):
 
     score: Callable
     hook: Callable
-    sampler: dict
+    sampler: dict[str, Any]
     states: int
     shape: tuple[int, int, int]
     device: torch.device
@@ -43,7 +43,7 @@ class Job(NamedTuple):
     first_sample: int
     to_images: Callable
     shown: dict[str, Tensor]
-    depends_on: dict
+    depends_on: dict[str, Any]
 
     @property
     def batches(self) -> int:
@@ -74,8 +74,8 @@ def prepare(
     seed: int | None = 0,
     first_sample: int = 0,
     batch_size: int = 500,
-    condition: dict | None = None,
-    **sampler,
+    condition: dict[str, Any] | None = None,
+    **sampler: Any,
 ) -> Job:
     """The job of drawing n samples of a network, on its device.
 
@@ -149,7 +149,7 @@ def draw(
     return Drawn(job.to_images(samples), job.to_images(path), job.shown)
 
 
-def draw_run(folder: str | Path, n: int, **options) -> Drawn:
+def draw_run(folder: str | Path, n: int, **options: Any) -> Drawn:
     """n samples of a run folder; options as in `prepare`."""
     net, sigmas, shape, _ = run_folder.open_run(folder)
     return draw(prepare(net, sigmas, shape, n, **options))

@@ -4,7 +4,7 @@ images and by the distance to the nearest training image."""
 import json
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ def _write(run, name, result, text):
     print(f"{text}report: {run / f'{name}.md'}")
 
 
-def reader(images: Tensor, labels: Tensor):
+def reader(images: Tensor, labels: Tensor) -> Any:
     """A classifier trained on real images, of scikit-learn: a second opinion."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPClassifier
@@ -76,7 +76,7 @@ def reader(images: Tensor, labels: Tensor):
         return classifier.fit(images.flatten(1).cpu().numpy(), labels.numpy())
 
 
-def seen(classifier, samples: Tensor) -> Tensor:
+def seen(classifier: Any, samples: Tensor) -> Tensor:
     """The classes that the reader sees, int64 (N,)."""
     return torch.from_numpy(classifier.predict(samples.clamp(0, 1).flatten(1).cpu().numpy()))
 
@@ -87,8 +87,8 @@ def report(
     labels: Tensor,
     held_out_images: Tensor,
     held_out_labels: Tensor,
-    classifier=None,
-) -> dict:
+    classifier: Any = None,
+) -> dict[str, Any]:
     """Compare samples with held-out real images under one classifier and one training set.
 
     Args:
@@ -120,7 +120,7 @@ def report(
     return result
 
 
-def markdown(result: dict) -> str:
+def markdown(result: dict[str, Any]) -> str:
     """The report as a small table."""
     cells = {
         "number": lambda row: row["n"],

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +133,11 @@ def learning_rate(step: int, steps: int) -> float:
 class Metrics:
     """The mean loss at each noise level since the last record, divided by dim."""
 
-    def __init__(self, levels: int, dim: int):
+    sums: Tensor
+    counts: Tensor
+    begin: float
+
+    def __init__(self, levels: int, dim: int) -> None:
         self.sums = torch.zeros(levels)
         self.counts = torch.zeros(levels)
         self.dim = dim
@@ -144,7 +149,7 @@ class Metrics:
         self.sums.index_add_(0, level, values.cpu() / self.dim)
         self.counts += torch.bincount(level, minlength=len(self.counts))
 
-    def record(self, step: int) -> dict:
+    def record(self, step: int) -> dict[str, Any]:
         """A line of metrics.jsonl; the next one begins."""
         pairs = zip(self.sums.tolist(), self.counts.tolist())
         line = {

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ STEPS = 64
 
 def report(
     folder: str | Path, n: int, *, seed: int = 0, grey_levels: int | None = None
-) -> dict:
+) -> dict[str, Any]:
     """Nats per dimension of at most n held-out and n training images of a run.
 
     The network knows the density of images with noise σ_min, so that is what is measured, and on
@@ -96,14 +97,14 @@ def density(
     return torch.cat(found)
 
 
-def summary(values: Tensor) -> dict:
+def summary(values: Tensor) -> dict[str, Any]:
     """Mean, standard error and number."""
     values = values.double()
     error = float(values.std() / math.sqrt(len(values)))
     return {"mean": float(values.mean()), "standard_error": error, "n": len(values)}
 
 
-def markdown(result: dict) -> str:
+def markdown(result: dict[str, Any]) -> str:
     """The report as a small table."""
     nats = f"log p per dimension, σ = {result['sigma_min']:.3g}, nats"
     rows = [f"| {nats} | {_cells(result['nats_per_dim'])} |"]

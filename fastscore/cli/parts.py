@@ -5,6 +5,7 @@ import json
 import secrets
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,10 @@ class Parts:
         ValueError: the folder holds batches of another job; what differs is named.
     """
 
-    def __init__(self, folder: Path, job: dict):
+    folder: Path
+    job: dict[str, Any]
+
+    def __init__(self, folder: Path, job: dict[str, Any]) -> None:
         self.folder = Path(folder)
         self.job = json.loads(json.dumps(job))
         if self.folder.exists():

@@ -3,6 +3,7 @@
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -69,7 +70,7 @@ def save_strip(path: str | Path, strip: Tensor, columns: int = 20) -> None:
 
 
 def save_loss_curve(
-    path: str | Path, records: list[dict], sigmas: list[float], loss: str = "denoising"
+    path: str | Path, records: list[dict[str, Any]], sigmas: list[float], loss: str = "denoising"
 ) -> None:
     """Write the loss per noise level over the steps, from the records of metrics.jsonl."""
     from matplotlib.figure import Figure

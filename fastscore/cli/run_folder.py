@@ -7,7 +7,7 @@ are held out) and state.safetensors (to resume).
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +81,10 @@ class TrainConfig:
     seed: int | None = _unless_given(0)
     resume: bool = False
 
-    def __post_init__(self):
-        self.given = frozenset(f.name for f in fields(self) if getattr(self, f.name) is not None)
+    def __post_init__(self) -> None:
+        self.given: frozenset[str] = frozenset(
+            f.name for f in fields(self) if getattr(self, f.name) is not None
+        )
         for f in fields(self):
             if f.name not in self.given:
                 setattr(self, f.name, f.metadata["default"])
@@ -255,13 +257,13 @@ def restore(
     return int(state["step"])
 
 
-def read_metrics(out: Path) -> list[dict]:
+def read_metrics(out: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; none where the file is missing."""
     path = out / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def add_metrics(out: Path, record: dict) -> None:
+def add_metrics(out: Path, record: dict[str, Any]) -> None:
     """Append a line to metrics.jsonl."""
     with open(out / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")

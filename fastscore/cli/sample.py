@@ -51,7 +51,7 @@ class CheckpointOptions:
     std: bool | None = None
     target: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         given = [value is not None for value in self._ladder()]
         if any(given) and not all(given):
             raise ValueError(
@@ -107,7 +107,7 @@ class SampleOptions:
     batch_size: int = 100
     path: Path | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.n < 1 or self.batch_size < 1:
             raise ValueError(
                 f"sample: n and batch_size must be at least 1; got {self.n} and {self.batch_size}."

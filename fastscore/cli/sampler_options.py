@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -47,7 +48,7 @@ class SamplerOptions:
     method: str | None = None
     initial_law: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise ValueError(
                 f"sample: sampler must be one of {', '.join(SAMPLERS)}; got {self.sampler!r}."
@@ -61,13 +62,13 @@ class SamplerOptions:
                 f"sample: steps_per_level must be at least 1; got {self.steps_per_level}."
             )
 
-    def given(self) -> dict:
+    def given(self) -> dict[str, Any]:
         """The options of the sampler that are not None."""
         options = asdict(self)
         del options["sampler"]
         return {name: value for name, value in options.items() if value is not None}
 
-    def arguments(self, sigmas: Tensor) -> dict:
+    def arguments(self, sigmas: Tensor) -> dict[str, Any]:
         """The arguments of `sampling.states`, with the defaults of the command line."""
         options = self.given()
         if self.sampler == "annealed_langevin":

@@ -18,7 +18,9 @@ from fastscore.dual.values import new_place, on_constants, on_values, sets_attri
 from fastscore.dual.writes import in_place, in_place_of, into_out
 
 
-def carried(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def carried(
+    cls: type, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     # Or it is a Function's forward, and not even a sign is a constant.
     constant = not torch.is_grad_enabled() and switched_off()
     if func in VALUES and kwargs.get("out") is None:
@@ -118,7 +120,7 @@ def _unnamed(func, name, args, kwargs):
 
 
 def carried_complex(
-    cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    cls: type, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     if func in (torch.sgn, torch.Tensor.sgn) and torch.is_grad_enabled():   # z / |z|, no constant
         return generic(func, args, kwargs)

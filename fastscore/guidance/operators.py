@@ -21,9 +21,9 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 class _OrthogonalRows(LinearOperator):
     """A Aᵀ = gram · I on the range of A."""
 
-    gram = 1.0
+    gram: float = 1.0
 
-    def solve(self, r, a, b):
+    def solve(self, r: Tensor, a: float | Tensor, b: float | Tensor) -> Tensor:
         return r / (a + b * self.gram)
 
 

@@ -1,8 +1,14 @@
-"""What the projected losses share: directions, the derivative of the score along them, and the reduction."""
+"""What the projected losses share.
+
+Directions, the derivative of the score along them, and the reduction.
+"""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastscore import backend as backends
@@ -15,7 +21,17 @@ from fastscore.tensors import dense
 DISTRIBUTIONS = ("rademacher", "gaussian", "sphere")
 
 
-def directions(op, x, projections=1, distribution="rademacher", v=None, mask=None, seed=None, step=0, offset=0):
+def directions(
+    op: str,
+    x: Tensor,
+    projections: int = 1,
+    distribution: str = "rademacher",
+    v: Tensor | None = None,
+    mask: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    step: int | Tensor = 0,
+    offset: int = 0,
+) -> Tensor:
     """v (M, B, *) with E[v vᵀ] = I, or the given ones; zero where the mask is."""
     check_data(op, x)
     check_projections(op, projections, distribution)
@@ -26,15 +42,19 @@ def directions(op, x, projections=1, distribution="rademacher", v=None, mask=Non
         v = torch.stack(drawn) if projections > 1 else drawn[0][None]
     else:
         v = _given(op, v, x, projections, seed)
+
     return v if mask is None else observed(v, _checked(op, mask, x))
 
 
-def observed(t, mask):
-    """t, and 0 where it is missing, whatever stands there: a score may overflow where nothing was observed."""
+def observed(t: Tensor, mask: Tensor) -> Tensor:
+    """t, and 0 where it is missing, whatever stands there.
+
+    A score may overflow where nothing was observed.
+    """
     return t.masked_fill(mask == 0, 0)
 
 
-def check_data(op, x, score=None):
+def check_data(op: str, x: Tensor, score: Callable[..., Tensor] | None = None) -> None:
     if score is not None and not callable(score):
         scalars.function(op, "score", score)
     checks.check_float(op, "x", x)
@@ -42,26 +62,40 @@ def check_data(op, x, score=None):
         raise ValueError(f"{op}: x must be (B, *); got a 0-d tensor.")
 
 
-def check_key(op, seed, step, offset, x):
+def check_key(
+    op: str, seed: int | Tensor | None, step: int | Tensor, offset: int, x: Tensor
+) -> None:
     """Refuse a noise key in the name of the loss, not in that of the op that draws."""
     random.noise_key(op, 0 if seed is None else seed, step, random.PROJECTION, 0, offset, x.device)
 
 
-def check_projections(op, projections, distribution):
+def check_projections(op: str, projections: int, distribution: str) -> None:
     if type(projections) is not int or not 1 <= projections <= 65536:
         checks.integer(op, "projections", projections, 1, 65536)
     if not isinstance(distribution, str) or distribution not in DISTRIBUTIONS:
-        raise ValueError(f"{op}: distribution must be one of {', '.join(DISTRIBUTIONS)}; got {checks.shown(distribution)}.")
+        raise ValueError(
+            f"{op}: distribution must be one of {', '.join(DISTRIBUTIONS)}; "
+            f"got {checks.shown(distribution)}."
+        )
 
 
 def _draw(x, distribution, seed, step, m, offset):
-    key = {"seed": seed, "step": step, "stream": random.PROJECTION, "substream": m, "offset": offset, "device": x.device}
+    key = {
+        "seed": seed,
+        "step": step,
+        "stream": random.PROJECTION,
+        "substream": m,
+        "offset": offset,
+        "device": x.device,
+    }
     if distribution == "rademacher":
         return random.rademacher(x.shape, dtype=x.dtype, **key)
+
     z = random.normal(x.shape, dtype=checks.compute_dtype(x.dtype), **key)
     if distribution == "sphere":
         flat = z.flatten(1) if z.dim() > 1 else z[:, None]
         z = (torch.nn.functional.normalize(flat, dim=1) * math.sqrt(flat.shape[1])).view(x.shape)
+
     return z.to(x.dtype)
 
 
@@ -70,13 +104,20 @@ def _given(op, v, x, projections, seed):
     if seed is not None:
         raise ValueError(f"{op}: give either v or a seed; got both.")
     if (v.shape != x.shape and v.shape[1:] != x.shape) or not len(v):
-        raise ValueError(f"{op}: v must have the shape of x, {tuple(x.shape)}, or (M, *) of it; got {tuple(v.shape)}.")
+        raise ValueError(
+            f"{op}: v must have the shape of x, {tuple(x.shape)}, or (M, *) of it; "
+            f"got {tuple(v.shape)}."
+        )
     if v.dtype != x.dtype or v.device != x.device:
-        raise ValueError(f"{op}: v must be {x.dtype} on {x.device} like x; got {v.dtype} on {v.device}.")
+        raise ValueError(
+            f"{op}: v must be {x.dtype} on {x.device} like x; got {v.dtype} on {v.device}."
+        )
+
     checks.check_as_real(op, "v", v, x)
     v = v[None] if v.shape == x.shape else v
     if projections not in (1, len(v)):
         raise ValueError(f"{op}: v holds {len(v)} directions, but projections is {projections}.")
+
     return v
 
 
@@ -84,32 +125,55 @@ def _checked(op, mask, x):
     """The mask."""
     checks.check_tensor(op, "mask", mask)
     if mask.shape != x.shape or mask.device != x.device:
-        raise ValueError(f"{op}: mask must be like x, {tuple(x.shape)} on {x.device}; got {tuple(mask.shape)} on {mask.device}.")
+        raise ValueError(
+            f"{op}: mask must be like x, {tuple(x.shape)} on {x.device}; "
+            f"got {tuple(mask.shape)} on {mask.device}."
+        )
     if mask.dtype not in (torch.bool, torch.uint8, torch.int32, torch.int64, *checks.FLOATS):
         raise TypeError(f"{op}: mask must be of bool, integer or float numbers; got {mask.dtype}.")
+
     checks.check_as_real(op, "mask", mask, x)
-    if mask.device.type == "cpu" and checks.readable() and not bool(((mask == 0) | (mask == 1)).all()):
+    if (
+        mask.device.type == "cpu"
+        and checks.readable()
+        and not bool(((mask == 0) | (mask == 1)).all())
+    ):
         raise ValueError(f"{op}: mask must hold 0 (missing) and 1 (observed) only.")
+
     return mask
 
 
-def check_score(op, s, x, name="score(x)"):
+def check_score(op: str, s: Tensor, x: Tensor, name: str = "score(x)") -> None:
     """A score of x's shape; its dtype is its own (autocast)."""
     if type(s) is dual.Dual and type(x) is dual.Dual:   # each look at a number costs a microsecond
         with torch._C.DisableTorchFunctionSubclass():
             if s.dtype in checks.FLOATS and s.shape == x.shape and s.device == x.device:
                 return
-    elif type(s) is type(x) is torch.Tensor and s.dtype == x.dtype and dense(s) and s.shape == x.shape and s.device == x.device:
+    elif (
+        type(s) is type(x) is torch.Tensor
+        and s.dtype == x.dtype
+        and dense(s)
+        and s.shape == x.shape
+        and s.device == x.device
+    ):
         return   # as every step of a sampler has it
+
     checks.check_float(op, name, s)
     if s.shape != x.shape:
-        raise ValueError(f"{op}: {name} must have the shape of x, {tuple(x.shape)}; got {tuple(s.shape)}.")
+        raise ValueError(
+            f"{op}: {name} must have the shape of x, {tuple(x.shape)}; got {tuple(s.shape)}."
+        )
     if s.device != x.device:
         raise ValueError(f"{op}: {name} must be on the device of x, {x.device}; got {s.device}.")
 
 
-def derivatives(op, score, x, v, arguments=()):
-    """s(x) and J v (M, B, *): an energy brings its own rule, everything else goes through dual numbers."""
+def derivatives(
+    op: str, score: Callable[..., Tensor], x: Tensor, v: Tensor, arguments: tuple[Any, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    """s(x) and J v (M, B, *).
+
+    An energy brings its own rule, everything else goes through dual numbers.
+    """
     score = _as_energy(score)
     if isinstance(score, EnergyScore):
         return score.jvp(x, v, *arguments)
@@ -118,7 +182,8 @@ def derivatives(op, score, x, v, arguments=()):
 
 
 def _as_energy(score):
-    """What torch.compile made of an energy's score, as that score, whose own rules run eagerly anyway."""
+    """What torch.compile made of an energy's score, as that score, whose own rules run eagerly
+    anyway."""
     written = getattr(score, "_orig_mod", None) if isinstance(score, torch.nn.Module) else None
     return written if isinstance(written, EnergyScore) else score
 
@@ -128,8 +193,13 @@ def _checked_score(op, score, x, arguments):
         s = score(x, *arguments)
         check_score(op, s, x)
         carried = type(s) is type(x) is dual.Dual
-        if not carried and _cut_off(s, x):   # detach(), a no_grad block or numpy: the trace would silently be zero
-            raise ValueError(f"{op}: score(x) must depend on x through differentiable operations; it is cut off from x.")
+        # detach(), a no_grad block or numpy: the trace would silently be zero.
+        if not carried and _cut_off(s, x):
+            raise ValueError(
+                f"{op}: score(x) must depend on x through differentiable operations; "
+                "it is cut off from x."
+            )
+
         return s
 
     f.asks = score   # all that may draw or remember, to `dual.once`
@@ -144,35 +214,78 @@ def _cut_off(s, x):
     return forward_ad.unpack_dual(s).tangent is None
 
 
-def sliced_estimate(op, score, x, projections, variance_reduced, distribution, v=None, mask=None, arguments=(), **key):
+def sliced_estimate(
+    op: str,
+    score: Callable[..., Tensor],
+    x: Tensor,
+    projections: int,
+    variance_reduced: bool,
+    distribution: str,
+    v: Tensor | None = None,
+    mask: Tensor | None = None,
+    arguments: tuple[Any, ...] = (),
+    **key: Any,
+) -> Tensor:
     """(B,): the sliced loss; signs are drawn twice instead of kept."""
     score = _as_energy(score)
     check_projections(op, projections, distribution)
-    if distribution == "rademacher" and v is None and mask is None and not isinstance(score, EnergyScore):
+    if (
+        distribution == "rademacher"
+        and v is None
+        and mask is None
+        and not isinstance(score, EnergyScore)
+    ):
         if type(variance_reduced) is not bool:
             variance_reduced = checks.flag(op, "variance_reduced", variance_reduced)
         return signed_mean(op, score, x, projections, variance_reduced, arguments, **key)
+
     v = directions(op, x, projections, distribution, v, mask, **key)
     variance_reduced = checks.flag(op, "variance_reduced", variance_reduced)
     return sliced_mean(op, score, x, v, mask, variance_reduced, arguments)
 
 
-def signed_mean(op, score, x, projections, variance_reduced, arguments, seed, step, offset):
-    """`sliced_mean` along signs: projection and reduction read s and Jv once, and the signs are never stored for the backward pass."""
+def signed_mean(
+    op: str,
+    score: Callable[..., Tensor],
+    x: Tensor,
+    projections: int,
+    variance_reduced: bool,
+    arguments: tuple[Any, ...],
+    seed: int | Tensor | None,
+    step: int | Tensor,
+    offset: int,
+) -> Tensor:
+    """`sliced_mean` along signs.
+
+    Projection and reduction read s and Jv once, and the signs are never stored for the backward
+    pass.
+    """
     chosen = backends.choose(x.device, cuda=False)   # a GPU runs the Triton kernels
     key, *numbers = random.noise_key(op, seed, step, random.PROJECTION, 0, offset, x.device)
     numbers = tuple(numbers)
-    stack = dual.stacked_jvp(_checked_score(op, score, x, arguments), x, signs(x, projections, key, numbers, chosen))
+    stack = dual.stacked_jvp(
+        _checked_score(op, score, x, arguments), x, signs(x, projections, key, numbers, chosen)
+    )
     if stack.dtype != x.dtype:
         dtype = checks.compute_dtype(x.dtype)
         stack = stack if checks.compute_dtype(stack.dtype) == dtype else stack.to(dtype)
+
     vjv, vs, ss = project_stack(stack, key, numbers, chosen)
     if not variance_reduced:
         return (vjv + 0.5 * vs.square()).mean(0)
+
     return torch.add(vjv[0] if projections == 1 else vjv.mean(0), ss, alpha=0.5)
 
 
-def sliced_mean(op, score, x, v, mask=None, variance_reduced=True, arguments=()):
+def sliced_mean(
+    op: str,
+    score: Callable[..., Tensor],
+    x: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    variance_reduced: bool = True,
+    arguments: tuple[Any, ...] = (),
+) -> Tensor:
     """(B,): the mean over M of vᵀJv + ½(vᵀs)², or of vᵀJv, + ½‖s‖²."""
     score = _as_energy(score)
     if isinstance(score, EnergyScore) and not variance_reduced:
@@ -183,8 +296,13 @@ def sliced_mean(op, score, x, v, mask=None, variance_reduced=True, arguments=())
     return (trace + rest).mean(0)
 
 
-def reduce(s, js, v, mask=None, variance_reduced=True):
-    """vᵀJv (M, B); and ½‖s‖² over observed coordinates (B,), or ½(vᵀs)² (M, B). In the compute dtype."""
+def reduce(
+    s: Tensor, js: Tensor, v: Tensor, mask: Tensor | None = None, variance_reduced: bool = True
+) -> tuple[Tensor, Tensor]:
+    """vᵀJv (M, B); and ½‖s‖² over observed coordinates (B,), or ½(vᵀs)² (M, B).
+
+    In the compute dtype.
+    """
     dtype = checks.compute_dtype(v.dtype)
     s, js, v = (t.to(dtype) for t in (s, js, v))
     if mask is not None:
@@ -194,6 +312,6 @@ def reduce(s, js, v, mask=None, variance_reduced=True):
     return dot(v, js), 0.5 * dot(v, s).square()
 
 
-def dot(v, t):
+def dot(v: Tensor, t: Tensor) -> Tensor:
     """(M, B, *) with (M, B, *) or (B, *) -> (M, B)."""
     return (v * t).flatten(2).sum(-1) if v.dim() > 2 else v * t

@@ -2,6 +2,7 @@
 `fastscore.sample`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastscore.schedules import geometric
 
@@ -19,8 +20,8 @@ class Preset:
     """
 
     network: str
-    shape: tuple
-    ladder: tuple
+    shape: tuple[int, ...]
+    ladder: tuple[float, float, int]
     step_lr: float
     steps_per_level: int | None = None  # None: consistent sampling, one call per level
     denoise: bool = True
@@ -28,7 +29,7 @@ class Preset:
     sampler: str = field(default="annealed_langevin")
 
     @property
-    def options(self):
+    def options(self) -> dict[str, Any]:
         """Arguments of `fastscore.sample`: sample(net, shape=(64, *preset.shape),
         **preset.options)."""
         steps = {} if self.steps_per_level is None else {"steps_per_level": self.steps_per_level}
@@ -43,7 +44,7 @@ class Preset:
         }
 
     @property
-    def calls(self):
+    def calls(self) -> int:
         """Network calls per sample."""
         if self.steps_per_level is None:
             return self.ladder[2]

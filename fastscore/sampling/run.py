@@ -49,7 +49,7 @@ class State(NamedTuple):
     sigma: float
     x: torch.Tensor
     step: int
-    diagnostics: dict | None = None
+    diagnostics: dict[str, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Run:
         key, *numbers = self.key.at(step, stream)
         return update(x, direction, drift, diffusion, key, tuple(numbers), self.backend)
 
-    def langevin_coefficients(self, e: float | torch.Tensor) -> tuple:
+    def langevin_coefficients(self, e: float | torch.Tensor) -> tuple[Any, Any]:
         """Drift ε/2 and diffusion √(T ε)."""
         root = e.sqrt() if isinstance(e, torch.Tensor) else math.sqrt(e)
         return 0.5 * e, root * self.root_temperature
@@ -142,7 +142,9 @@ class Run:
             return None
         return {"x_norm": norm(x), "score_norm": norm(s)}
 
-    def diagnose(self, x: torch.Tensor, s: torch.Tensor, drift: Any, diffusion: Any) -> dict | None:
+    def diagnose(
+        self, x: torch.Tensor, s: torch.Tensor, drift: Any, diffusion: Any
+    ) -> dict[str, torch.Tensor] | None:
         """The norms, and the ratio of drift to noise a ‖s‖ / (b √d), of an update; None unless
         asked for."""
         if not self.diagnostics:

@@ -22,7 +22,7 @@ from fastscore.scalars import choice
 from fastscore.schedules.ladders import check_ladder
 from fastscore.tensors import home, valued
 
-SAMPLERS = {
+SAMPLERS: dict[Any, Any] = {
     f.__name__: f
     for f in (
         annealed_langevin,

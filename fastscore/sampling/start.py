@@ -5,8 +5,10 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastscore import random
 from fastscore.ops import checks
@@ -68,7 +70,17 @@ def initial(
     return draw_start("initial", "law", shape, law, sigma, seed, first_sample, dtype, device)
 
 
-def draw_start(op, name, shape, law, sigma, seed, first_sample, dtype, device):
+def draw_start(
+    op: str,
+    name: str,
+    shape: Any,
+    law: Any,
+    sigma: Any,
+    seed: int | Tensor | None,
+    first_sample: Any,
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> Any:
     """`initial` for the op that draws it, and calls the law by its name."""
     sigma = None if sigma is None else number(op, "sigma", sigma)
     law = start_law(sigma) if law is None else law
@@ -136,6 +148,11 @@ def start_like(
 class First:
     """q = σ² ‖s‖²/d of the first score, on average over the batch; kept on the device until
     somebody reads it."""
+
+    q: Any
+    seen: bool
+    sigma: Tensor
+    elements: int
 
     def __init__(self) -> None:
         self.q, self.seen = None, False
