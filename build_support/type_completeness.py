@@ -9,6 +9,7 @@ tests/typed_client.py, strictly, as the user of an editor would see it.
 import collections
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -47,6 +48,9 @@ def environment() -> Path:
     wheels = HOME / "wheels"
     for old in wheels.glob("*.whl"):
         old.unlink()
+    # setuptools puts what an earlier build has left into the wheel as well.
+    for old in (ROOT / "build").glob("lib*"):
+        shutil.rmtree(old)
     options = ("--no-deps", "--no-build-isolation", "-w", wheels)
     pip(Path(sys.executable), "wheel", *options, ROOT, FASTSCORE_BUILD="none")
     pip(python, "install", "--no-deps", "--force-reinstall", *wheels.glob("*.whl"))

@@ -30,7 +30,7 @@ def consistent_annealed(
     step_lr: float | Tensor | None = None,
     denoise: bool = True,
     temperature: float = 1.0,
-    project: Callable | None = None,
+    project: Callable[..., Tensor] | None = None,
     diagnostics: bool = False,
     start: int = 0,
     seed: int | Tensor | None = None,

@@ -38,7 +38,7 @@ def mala(
     step_size: float | Tensor | None = None,
     step_lr: float | Tensor | None = None,
     temperature: float = 1.0,
-    project: Callable | None = None,
+    project: Callable[..., Tensor] | None = None,
     diagnostics: bool = False,
     start: int = 0,
     seed: int | Tensor | None = None,

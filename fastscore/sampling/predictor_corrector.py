@@ -44,7 +44,7 @@ def predictor_corrector(
     norms: str | None = None,
     denoise: bool = True,
     temperature: float = 1.0,
-    project: Callable | None = None,
+    project: Callable[..., Tensor] | None = None,
     diagnostics: bool = False,
     every_step: bool = False,
     start: int = 0,

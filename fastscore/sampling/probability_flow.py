@@ -33,7 +33,7 @@ def probability_flow(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     denoise: bool = True,
-    project: Callable | None = None,
+    project: Callable[..., Tensor] | None = None,
     diagnostics: bool = False,
     start: int = 0,
     seed: int | Tensor | None = None,

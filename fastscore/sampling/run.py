@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastscore import backend, direct, random
@@ -63,7 +64,7 @@ class Run:
     first_sample: int
     size: int  # elements per sample
     root_temperature: float
-    project: Callable | None
+    project: Callable[..., Tensor] | None
     diagnostics: bool
     backend: str
     door: Any = None  # straight to the CPU's kernels, where that is where the updates go
@@ -161,7 +162,7 @@ def begin(
     x: torch.Tensor,
     *,
     temperature: float,
-    project: Callable | None,
+    project: Callable[..., Tensor] | None,
     diagnostics: bool,
     seed: int | torch.Tensor | None,
     first_sample: int,
