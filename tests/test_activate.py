@@ -1,6 +1,8 @@
 """An activation of a stack on every back end: value, tangents and gradients against float64."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,3 +142,16 @@ def test_second_gradients_far_out(backend, dtype, name):
     s = torch.stack([u.detach(), torch.ones_like(u)]).requires_grad_()
     first = torch.autograd.grad(activate_dual(s, name, backend=backend).sum(), s, create_graph=True)[0]
     assert not torch.autograd.grad(first.square().sum(), s)[0].any()
+
+
+def test_the_numbers_of_activations_are_those_of_the_kernels():
+    """Three languages, one order: a name that moved in one of them would run another activation in silence."""
+    names = [name or "identity" for name, _ in sorted(ACTIVATIONS.items(), key=lambda item: item[1].code)]
+    assert [a.code for a in ACTIVATIONS.values()] == list(range(len(ACTIVATIONS)))
+
+    root = Path(__file__).parent.parent
+    cpp = re.search(r"enum Activation : int \{(.*?)\}", (root / "csrc/activation_cpu.h").read_text())[1]
+    assert [name.strip().removeprefix("k").lower() for name in cpp.split(",")] == [n.replace("_", "") for n in names]
+
+    triton = re.search(r"^([A-Z_, ]+) = \(tl.constexpr", (root / "kernels/activation.py").read_text(), re.MULTILINE)[1]
+    assert [name.strip().lower() for name in triton.split(",")] == names

@@ -4,22 +4,16 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastscore.messages import shown
 from fastscore.ops import checks
+from fastscore.ops.activations import ACTIVATIONS
 from fastscore.scalars import DEPTH, SIZE, named
 from fastscore.tensors import numbers
 
-_ACTIVATIONS = {
-    "silu": F.silu,
-    "elu": F.elu,
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "softplus": F.softplus,
-    "tanh": torch.tanh,
-}
+_NAMES = ("silu", "elu", "gelu", "relu", "softplus", "tanh")
+_ACTIVATIONS = {name: ACTIVATIONS[name].function for name in _NAMES}
 _FREQUENCIES = 16
 _SMALLEST = 1e-30  # sigma; 1/σ is finite in float32
 

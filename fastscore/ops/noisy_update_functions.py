@@ -65,6 +65,11 @@ def reduce(
     mode: int,
 ) -> Tensor:
     """½ Σ (σ s + z)² or Σ s z per sample, with no derivative: (B,) in the compute dtype."""
+    if backend == "cpp" and key is None and direct.door is not None and not is_compiling():
+        sums = direct.door.noise_reduce(mode, s, sigma, *numbers)
+        if sums is not None:
+            return sums
+
     dtype = checks.compute_dtype(s.dtype)
     if backend == "reference":
         z = random.normal_like(s, (key, *numbers), backend, dtype)
