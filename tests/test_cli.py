@@ -310,7 +310,6 @@ def test_ranks_that_finish_a_batch_at_once_share_a_folder(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["parts", "parts2"]
 
 
-@pytest.mark.processes
 def test_the_start_can_be_chosen_on_the_command_line(tmp_path, trained):
     options = (
         "-n",
@@ -322,13 +321,13 @@ def test_the_start_can_be_chosen_on_the_command_line(tmp_path, trained):
         "--out",
         tmp_path / "x.npz",
     )
-    done = run("sample", trained, *options, "--initial-law", "gaussian")
+    done = run_here("sample", trained, *options, "--initial-law", "gaussian")
     assert done.returncode == 0, done.stderr
     expected = draw.draw_run(trained, 3, steps_per_level=1, initial_law="gaussian", seed=0).samples
     unlike = draw.draw_run(trained, 3, steps_per_level=1, seed=0).samples
     found = torch.from_numpy(np.load(tmp_path / "x.npz")["images"])
     assert torch.equal(found, expected.clamp(0, 1)) and not torch.equal(found, unlike.clamp(0, 1))
-    done = run("sample", trained, *options, "--initial-law", "normal")
+    done = run_here("sample", trained, *options, "--initial-law", "normal")
     assert (
         done.returncode == 2
         and done.stderr

@@ -4,12 +4,11 @@ import json
 import math
 import sys
 
-import children
 import numpy as np
 import pytest
 import torch
 
-from fastscore import models, random, schedules
+from fastscore import cli, models, random, schedules
 from fastscore.cli import evaluate, held_out, run_folder
 from fastscore.cli.fit import fit
 from fastscore.cli.run_folder import TrainConfig
@@ -52,35 +51,16 @@ def test_the_true_network_reports_the_entropy(tmp_path, monkeypatch):
         held_out.report(tmp_path, 250, grey_levels=256)
 
 
-@pytest.mark.processes
-def test_the_command_writes_its_table_and_refuses_in_one_sentence(tmp_path):
+def test_the_command_writes_its_table_and_refuses_in_one_sentence(tmp_path, monkeypatch, capsys):
+    small = {"steps": 60, "width": 16, "depth": 1, "levels": 4, "batch_size": 64}
     for name, kept in (("run", 20), ("whole", 0)):
-        for _ in fit(
-            TrainConfig(
-                out=tmp_path / name,
-                steps=60,
-                width=16,
-                depth=1,
-                levels=4,
-                batch_size=64,
-                held_out=kept,
-            )
-        ):
-            pass
-    command = [
-        sys.executable,
-        "-m",
-        "fastscore",
-        "evaluate",
-        str(tmp_path / "run"),
-        "--likelihood",
-        "-n",
-        "12",
-        "--grey-levels",
-        "17",
-    ]
-    done = children.run(command)
-    assert done.returncode == 0 and "bits per dimension, 17 grey levels" in done.stdout, done.stderr
+        list(fit(TrainConfig(out=tmp_path / name, held_out=kept, **small)))
+    # Of the command and of `report` alike.
+    monkeypatch.setattr(held_out, "STEPS", 8)
+    options = ["--likelihood", "-n", "12", "--grey-levels", "17"]
+    monkeypatch.setattr(sys, "argv", ["fastscore", "evaluate", str(tmp_path / "run"), *options])
+    cli.main()
+    assert "bits per dimension, 17 grey levels" in capsys.readouterr().out
     result = json.loads((tmp_path / "run" / "likelihood.json").read_text())
     assert result == held_out.report(tmp_path / "run", 12, grey_levels=17)
     assert held_out.markdown(result) == (tmp_path / "run" / "likelihood.md").read_text()
