@@ -7,7 +7,7 @@ import children
 import pytest
 
 SCRIPT = Path(__file__).parent.parent / ".ci" / "run"
-PARTS = ["lint", "test", "docs", "test-slow-sample"]
+PARTS = ["lint", "types", "test", "docs", "test-slow-sample"]
 INSTALL = ".venv/.installed"
 
 
