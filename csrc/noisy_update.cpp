@@ -62,20 +62,21 @@ __attribute__((noinline)) void update_groups(const UpdateArgs& p, const T* x, co
   if constexpr (kEach) load_coefficients();
   fill_groups(out + first, (p.key.offset + static_cast<uint64_t>(first)) / 4, groups, p.key, [&](T* o, WordVectors& words) FS_LAMBDA {
     const int64_t i = o - out;
-    vf z[kChains / 2][4];
     for (int64_t line = 0; line < kPass * static_cast<int64_t>(sizeof(T)); line += 64) {   // a page ahead, where the hardware's prefetchers stop
       if constexpr (kTerms & kX) __builtin_prefetch(reinterpret_cast<const char*>(x + i) + 4096 + line, 0, 2);
       if constexpr (kTerms & kDirection) __builtin_prefetch(reinterpret_cast<const char*>(d + i) + 4096 + line, 0, 2);
     }
-    box_muller(words, z);
-    for (int v = 0, at = 0; v < kChains / 2; ++v) {
-      transpose4(z[v]);
-      for (int k = 0; k < 4; ++k, at += kLanes) {
+#pragma GCC unroll 4
+    for (int j = 0, at = 0; j < kChains; ++j) {
+      vf z[2];
+      chain_normals(words, j, z);
+#pragma GCC unroll 2
+      for (int k = 0; k < 2; ++k, at += kLanes) {
         vf y;   // in the order of update(), to the bit
         if constexpr (kTerms == kBoth) y = multiply_add(a, load_vector(d + i + at), load_vector(x + i + at));
         if constexpr (kTerms == kX) y = load_vector(x + i + at);
         if constexpr (kTerms == kDirection) y = a * load_vector(d + i + at);
-        y = multiply_add(b, z[v][k], y);
+        y = multiply_add(b, z[k], y);
         if (__is_same(T, float) && bypass) stream_vector(y, reinterpret_cast<float*>(o + at));
         else store_vector(y, o + at);
         if constexpr (kEach) {

@@ -58,197 +58,228 @@ FS_INLINE vf vector_sqrt(vf a) {
 }
 
 FS_INLINE vf select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
-FS_INLINE vf to_float(vu a) { return __builtin_convertvector(a, vf); }
 FS_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
-
-// The state stays in 64-bit lanes, garbage in the upper half: mul_low ignores it, so a round is two products, two
-// shifts and two three-way XORs, and no shuffle. A round waits for its own products, so kChains states run side by side.
-constexpr int kChains = 4;
-constexpr int kPass = 4 * (kChains / 2) * kLanes;   // elements per pass over the chains
-struct State { vq c0[kChains], c1[kChains], c2[kChains], c3[kChains]; };
-
-struct RoundKeys {
-  uint32_t k0[10], k1[10];
-};
-
-FS_INLINE RoundKeys round_keys(const NoiseKey& key) {
-  RoundKeys r;
-  for (int i = 0; i < 10; ++i) {
-    r.k0[i] = key.k0 + static_cast<uint32_t>(i) * kPhiloxW0;
-    r.k1[i] = key.k1 + static_cast<uint32_t>(i) * kPhiloxW1;
-  }
-  return r;
-}
-
-// Blocks that share their upper counter word: c1, c2 and c3 start as scalars, so the first two rounds cost half.
-FS_INLINE State philox_lanes(const vq* block_low, uint32_t block_high, const NoiseKey& key, const RoundKeys& r) {
-  const vq m0 = vq{} + kPhiloxM0, m1 = vq{} + kPhiloxM1;
-  const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * key.step;
-  const uint32_t s0 = static_cast<uint32_t>(p1 >> 32) ^ block_high ^ r.k0[0], s1 = static_cast<uint32_t>(p1);
-  const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * s0;
-  State c;
-#pragma GCC unroll 4
-  for (int j = 0; j < kChains; ++j) {
-    const vq v0 = mul_low(m0, block_low[j]);
-    const vq v1 = mul_low(m1, (v0 >> 32) ^ static_cast<uint64_t>(key.stream ^ r.k1[0]));
-    c.c0[j] = (v1 >> 32) ^ static_cast<uint64_t>(s1 ^ r.k0[1]);
-    c.c1[j] = v1;
-    c.c2[j] = v0 ^ static_cast<uint64_t>(static_cast<uint32_t>(p0 >> 32) ^ r.k1[1]);
-    c.c3[j] = vq{} + static_cast<uint32_t>(p0);
-  }
-#pragma GCC unroll 8
-  for (int i = 2; i < 10; ++i) {
-    vq v0[kChains], v1[kChains];
-#pragma GCC unroll 4
-    for (int j = 0; j < kChains; ++j) v0[j] = mul_low(m0, c.c0[j]), v1[j] = mul_low(m1, c.c2[j]);
-#pragma GCC unroll 4
-    for (int j = 0; j < kChains; ++j) {
-      c.c0[j] = (v1[j] >> 32) ^ c.c1[j] ^ static_cast<uint64_t>(r.k0[i]);
-      c.c2[j] = (v0[j] >> 32) ^ c.c3[j] ^ static_cast<uint64_t>(r.k1[i]);
-      c.c1[j] = v1[j];
-      c.c3[j] = v0[j];
-    }
-  }
-  return c;
-}
-
-// Two half vectors of blocks interleaved into one: lane 2j from a, lane 2j + 1 from b.
-FS_INLINE vu interleave(vq a, vq b) {
-#if defined(__AVX512F__)
-  return (vu)_mm512_mask_shuffle_epi32((__m512i)a, 0xAAAA, (__m512i)b, _MM_PERM_CCAA);
+FS_INLINE vf to_float(vu a) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // No instruction converts these. The halves are the last bits of 2^39 and of 2^23, and their sum is rounded once.
+  const vf upper = (vf)((a >> 16) + 0x53000000u), lower = (vf)_mm256_blend_epi16((__m256i)a, _mm256_set1_epi32(0x4b000000), 0xaa);
+  return (upper - 549764202496.0f) + lower;
 #else
-  return (vu)((a & 0xffffffffu) | (b << 32));
+  return __builtin_convertvector(a, vf);
+#endif
+}
+FS_INLINE vf larger(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (vf)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return select(a > b, a, b);
 #endif
 }
 
-// Which block of a vector sits in a lane: after the 4x4 transposition inside each 128-bit lane,
-// output vector r must hold blocks that follow one another.
-FS_INLINE constexpr int block_of_lane(int lane) { return (lane % 4) * (kLanes / 4) + lane / 4; }
+// A round waits for its own products, so kChains chains of blocks run side by side. One fills half the lanes with each of its words.
+constexpr int kChains = 4;
+constexpr int kPass = 2 * kChains * kLanes;   // elements per pass over the chains
 
-FS_INLINE void block_numbers(vq& even, vq& odd) {
-  for (int j = 0; j < kLanes / 2; ++j) {
-    even[j] = static_cast<uint64_t>(block_of_lane(2 * j));
-    odd[j] = static_cast<uint64_t>(block_of_lane(2 * j + 1));
-  }
+// Of two blocks in every 128 bits: words 0, 0, 2, 2 and words 1, 1, 3, 3.
+struct WordVectors { vu even[kChains], odd[kChains]; };
+
+// Lower, or upper, halves of 64-bit lanes: two of a, then two of b, in every 128 bits.
+FS_INLINE vu low_halves(vq a, vq b) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88);
+#elif defined(__AVX2__)
+  return (vu)_mm256_shuffle_ps((__m256)a, (__m256)b, 0x88);
+#else
+  return vu{static_cast<uint32_t>(a[0]), static_cast<uint32_t>(a[1]), static_cast<uint32_t>(b[0]), static_cast<uint32_t>(b[1])};
+#endif
+}
+FS_INLINE vu high_halves(vq a, vq b) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_shuffle_ps((__m512)a, (__m512)b, 0xdd);
+#elif defined(__AVX2__)
+  return (vu)_mm256_shuffle_ps((__m256)a, (__m256)b, 0xdd);
+#else
+  return low_halves(a >> 32, b >> 32);
+#endif
 }
 
-// Words of 2 kLanes blocks: w[v][k] is word k of the blocks of vector v.
-struct WordVectors { vu w[kChains / 2][4]; };
+// Elements of a chain in order, from what stands at its even and at its odd words.
+template <class V>
+FS_INLINE void in_order(V even, V odd, V out[2]) {
+#if defined(__AVX512F__)
+  const __m512i low = _mm512_unpacklo_epi32((__m512i)even, (__m512i)odd), high = _mm512_unpackhi_epi32((__m512i)even, (__m512i)odd);
+  out[0] = (V)_mm512_unpacklo_epi64(low, high);
+  out[1] = (V)_mm512_unpackhi_epi64(low, high);
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_unpacklo_epi32((__m256i)even, (__m256i)odd), high = _mm256_unpackhi_epi32((__m256i)even, (__m256i)odd);
+  out[0] = (V)_mm256_unpacklo_epi64(low, high);
+  out[1] = (V)_mm256_unpackhi_epi64(low, high);
+#else
+  out[0] = V{even[0], odd[0], even[2], odd[2]};
+  out[1] = V{even[1], odd[1], even[3], odd[3]};
+#endif
+}
 
-FS_INLINE WordVectors philox_words(uint64_t block, const NoiseKey& key, const RoundKeys& r, vq even, vq odd) {
-  vq low[kChains];
-  for (int j = 0; j < kChains; ++j) low[j] = (j % 2 ? odd : even) + (static_cast<uint32_t>(block) + j / 2 * kLanes);
-  const State c = philox_lanes(low, static_cast<uint32_t>(block >> 32), key, r);
+// Which block of a pass sits in 64-bit lane i of a chain: in_order() takes every other one first.
+FS_INLINE constexpr uint32_t block_of_lane(int chain, int i) { return static_cast<uint32_t>(chain * kLanes / 2 + i % 2 * (kLanes / 4) + i / 2); }
+
+#if defined(__AVX512F__)
+constexpr bool kThreeWay = true;    // one instruction XORs three vectors
+#else
+constexpr bool kThreeWay = false;
+#endif
+
+FS_INLINE uint64_t halves(uint32_t upper, uint32_t lower) { return static_cast<uint64_t>(upper) << 32 | lower; }
+
+// All that blocks with one upper counter word share. Their first two rounds start from scalars, and so cost half.
+struct Schedule {
+  vq number[kChains];        // kPhiloxM0 times the number of the block in its pass
+  vq start[3];               // to be XORed to the products of rounds 0, 1 and 2
+  vq key0[9], key1[9];       // of rounds 3 to 8
+  vu last;                   // of round 9
+
+  // A word is the upper half of a product, the lower half of the one before it and a key. XORed to a product, halves(k, l) is the key k
+  // of this round and the key l of the next one, which saves every second XOR; three-way XORs need no such thing.
+  __attribute__((noinline)) Schedule(const NoiseKey& key, uint32_t block_high) {
+    const auto k0 = [&](uint32_t round) { return key.k0 + round * kPhiloxW0; };
+    const auto k1 = [&](uint32_t round) { return key.k1 + round * kPhiloxW1; };
+    const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * key.step;
+    const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * (static_cast<uint32_t>(p1 >> 32) ^ block_high ^ k0(0));
+    start[0] = vq{} + halves(key.stream ^ k1(0), static_cast<uint32_t>(p0 >> 32) ^ k1(1));
+    start[1] = vq{} + halves(static_cast<uint32_t>(p1) ^ k0(1), k0(2));
+    start[2] = vq{} + halves(static_cast<uint32_t>(p0) ^ k1(2), kThreeWay ? 0 : k1(3));
+    for (uint32_t i = 3; i < 9; ++i) {
+      key0[i] = vq{} + (kThreeWay ? k0(i) : halves(k0(i), k0(i + 1)));
+      key1[i] = vq{} + (kThreeWay ? k1(i) : halves(k1(i), k1(i + 1)));
+    }
+    for (int i = 0; i < kLanes; ++i) last[i] = i % 4 < 2 ? k0(9) : kThreeWay ? k1(9) : 0;
+    for (int j = 0; j < kChains; ++j)
+      for (int i = 0; i < kLanes / 2; ++i) number[j][i] = static_cast<uint64_t>(kPhiloxM0) * block_of_lane(j, i);
+  }
+};
+
+// From the product of this round and the one before it: a factor of the next round. The upper half of a factor is any.
+FS_INLINE vq factor(vq& product, vq before, vq key, bool keyed) {
+  if (kThreeWay) return (product >> 32) ^ before ^ key;
+  if (keyed) product ^= key;
+  return (product >> 32) ^ before;
+}
+
+// The words of a pass from `block` on. Products stay in 64-bit lanes, so a round needs no shuffle.
+FS_INLINE WordVectors philox_words(uint64_t block, const Schedule& s) {
+  const vq m0 = vq{} + kPhiloxM0, m1 = vq{} + kPhiloxM1, first = vq{} + kPhiloxM0 * static_cast<uint64_t>(static_cast<uint32_t>(block));
+  vq c0[kChains], c2[kChains], v0[kChains], v1[kChains], w0[kChains], w1[kChains];
+#pragma GCC unroll 4
+  for (int j = 0; j < kChains; ++j) {
+    w0[j] = (first + s.number[j]) ^ s.start[0];
+    v1[j] = mul_low(m1, w0[j] >> 32) ^ s.start[1];
+    v0[j] = mul_low(m0, v1[j] >> 32) ^ s.start[2];
+    w1[j] = mul_low(m1, w0[j]);
+    c0[j] = (w1[j] >> 32) ^ v1[j];
+    c2[j] = v0[j] >> 32;
+    v1[j] = w1[j];
+  }
+#pragma GCC unroll 8
+  for (int i = 3; i < 9; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kChains; ++j) w0[j] = mul_low(m0, c0[j]), w1[j] = mul_low(m1, c2[j]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kChains; ++j) {
+      c0[j] = factor(w1[j], v1[j], s.key0[i], i % 2 == 1);
+      c2[j] = factor(w0[j], v0[j], s.key1[i], i % 2 == 0);
+      v0[j] = w0[j];
+      v1[j] = w1[j];
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kChains; ++j) w0[j] = mul_low(m0, c0[j]), w1[j] = mul_low(m1, c2[j]);
   WordVectors words;
-  for (int v = 0; v < kChains / 2; ++v) {
-    words.w[v][0] = interleave(c.c0[2 * v], c.c0[2 * v + 1]);
-    words.w[v][1] = interleave(c.c1[2 * v], c.c1[2 * v + 1]);
-    words.w[v][2] = interleave(c.c2[2 * v], c.c2[2 * v + 1]);
-    words.w[v][3] = interleave(c.c3[2 * v], c.c3[2 * v + 1]);
+#pragma GCC unroll 4
+  for (int j = 0; j < kChains; ++j) {
+    words.even[j] = high_halves(w1[j], w0[j]) ^ low_halves(v1[j], v0[j]) ^ s.last;
+    words.odd[j] = low_halves(w1[j], w0[j]);
   }
   return words;
 }
 
-#define FS_EACH for (int j = 0; j < kChains; ++j)
+// u = (w + 1/2) 2^-32 as 1 + f and a power of 2, or as 1 + f alone near 1, where the exact 1 - u, which ~w gives, is kept.
+FS_INLINE void split_log(vu w, vf& f, vf& exponent) {
+#if defined(__AVX512F__)
+  const __mmask16 near_one = _mm512_cmpge_epu32_mask((__m512i)w, _mm512_set1_epi32(static_cast<int>(kNearOne)));
+  const vu x = (vu)_mm512_mask_xor_epi32((__m512i)w, near_one, (__m512i)w, _mm512_set1_epi32(-1));
+#else
+  vi near_one = (vi)(w >= kNearOne);
+  asm("" : "+x"(near_one));
+  const vu x = w ^ (vu)near_one;
+#endif
+  const vf u = to_float(x) * kTwoM32 + 0.5f * kTwoM32;   // or 1 - u
+  const vi e = ((vi)u - kTwoThirdsBits) & static_cast<int>(0xff800000u);   // exponent of u / (2/3), in place
+#if defined(__AVX512F__)
+  const vf m = (vf)((vi)u - e) - 1.0f;
+  f = (vf)_mm512_mask_sub_ps((__m512)m, near_one, _mm512_setzero_ps(), (__m512)u);
+  exponent = (vf)_mm512_maskz_cvtepi32_ps(_knot_mask16(near_one), (__m512i)e);
+#else
+  const vi power = e & ~near_one;
+  const vf m = (vf)((vi)u - power);   // in [2/3, 4/3), or at most 1/3
+  f = larger(-m, m - 1.0f);
+  exponent = to_float(power);
+#endif
+}
 
-// -2 ln u, u = (w + 1/2) 2^-32, relative error 1e-7 for every word: near u = 1 the exact 1 - u, which ~w gives, is kept.
-FS_INLINE void minus_two_log(const vu* w, vf* out) {
-  vf f[kChains], exponent[kChains], p[kChains];
-#pragma GCC unroll 4
-  FS_EACH {
-#if defined(__AVX512F__)
-    const __mmask16 near_one = _mm512_cmpge_epu32_mask((__m512i)w[j], _mm512_set1_epi32(static_cast<int>(kNearOne)));
-    const vu x = (vu)_mm512_mask_xor_epi32((__m512i)w[j], near_one, (__m512i)w[j], _mm512_set1_epi32(-1));
-#else
-    const vi near_one = (vi)(w[j] >= kNearOne);
-    const vu x = w[j] ^ (vu)near_one;
-#endif
-    const vf u = to_float(x) * kTwoM32 + 0.5f * kTwoM32;   // or 1 - u
-    const vi e = ((vi)u - kTwoThirdsBits) & static_cast<int>(0xff800000u);   // exponent of u / (2/3), in place
-    const vf m = (vf)((vi)u - e) - 1.0f;
-#if defined(__AVX512F__)
-    f[j] = (vf)_mm512_mask_sub_ps((__m512)m, near_one, _mm512_setzero_ps(), (__m512)u);
-    exponent[j] = (vf)_mm512_maskz_cvtepi32_ps(_knot_mask16(near_one), (__m512i)e);
-#else
-    f[j] = select(near_one, -u, m);
-    exponent[j] = to_float(e & ~near_one);
-#endif
-    p[j] = f[j] * kLog[7] + kLog[6];
-  }
+// Normals of even and of odd number from pairs of words.
+FS_INLINE void box_muller(vu even, vu odd, vf& z_even, vf& z_odd) {
+  vf f, exponent;
+  split_log(even, f, exponent);
+  vf p = f * (-2.0f * kLog[7]) + -2.0f * kLog[6];
 #pragma GCC unroll 8
-  for (int k = 5; k >= 0; --k)
-#pragma GCC unroll 4
-    FS_EACH p[j] = p[j] * f[j] + kLog[k];
-#pragma GCC unroll 4
-  FS_EACH out[j] = exponent[j] * (kMinus2Ln2 / 8388608) + (-2.0f * f[j]) * (p[j] * f[j] + 1.0f);
+  for (int k = 5; k >= 0; --k) p = p * f + -2.0f * kLog[k];
+  const vf square = exponent * (kMinus2Ln2 / 8388608) + f * (p * f - 2.0f);   // -2 ln u, relative error 1e-7 for every word
+  // A residual in [-pi/2, pi/2] and a sign, which goes to the radius.
+  const vf r = (vf)((vu)vector_sqrt(square) ^ ((odd + 0x40000000u) & 0x80000000u));
+  const vf t = to_float((vi)(odd << 1)) * kPi32, y = t * t;
+  const vf s = t + t * y * (((y * kSin[3] + kSin[2]) * y + kSin[1]) * y + kSin[0]);
+  const vf c = (((y * kCos[3] + kCos[2]) * y + kCos[1]) * y + kCos[0]) * y + 1.0f;
+  z_even = r * c;
+  z_odd = r * s;
 }
 
-// z[v][0], z[v][1] from the pair of words 0, 1 and z[v][2], z[v][3] from 2, 3.
-FS_INLINE void box_muller(const WordVectors& words, vf (*z)[4]) {
-  vu even[kChains];
-  vf radius[kChains];
-#pragma GCC unroll 4
-  FS_EACH even[j] = words.w[j / 2][j % 2 * 2];
-  minus_two_log(even, radius);
-#pragma GCC unroll 4
-  FS_EACH {
-    const vu odd = words.w[j / 2][j % 2 * 2 + 1];
-    // A residual in [-pi/2, pi/2] and a sign, which goes to the radius.
-    const vf r = (vf)((vu)vector_sqrt(radius[j]) ^ ((odd + 0x40000000u) & 0x80000000u));
-    const vf t = to_float((vi)(odd << 1)) * kPi32, y = t * t;
-    const vf s = t + t * y * (((y * kSin[3] + kSin[2]) * y + kSin[1]) * y + kSin[0]);
-    const vf c = (((y * kCos[3] + kCos[2]) * y + kCos[1]) * y + kCos[0]) * y + 1.0f;
-    z[j / 2][j % 2 * 2] = r * c;
-    z[j / 2][j % 2 * 2 + 1] = r * s;
-  }
-}
-
-#undef FS_EACH
-
-// 4x4 transposition inside every 128-bit lane.
-template <class V>
-FS_INLINE void transpose4(V v[4]) {
-#if defined(__AVX512F__)
-  const __m512i a = (__m512i)v[0], b = (__m512i)v[1], c = (__m512i)v[2], d = (__m512i)v[3];
-  const __m512i ab = _mm512_unpacklo_epi32(a, b), AB = _mm512_unpackhi_epi32(a, b);
-  const __m512i cd = _mm512_unpacklo_epi32(c, d), CD = _mm512_unpackhi_epi32(c, d);
-  v[0] = (V)_mm512_unpacklo_epi64(ab, cd), v[1] = (V)_mm512_unpackhi_epi64(ab, cd);
-  v[2] = (V)_mm512_unpacklo_epi64(AB, CD), v[3] = (V)_mm512_unpackhi_epi64(AB, CD);
-#elif defined(__AVX2__)
-  const __m256i a = (__m256i)v[0], b = (__m256i)v[1], c = (__m256i)v[2], d = (__m256i)v[3];
-  const __m256i ab = _mm256_unpacklo_epi32(a, b), AB = _mm256_unpackhi_epi32(a, b);
-  const __m256i cd = _mm256_unpacklo_epi32(c, d), CD = _mm256_unpackhi_epi32(c, d);
-  v[0] = (V)_mm256_unpacklo_epi64(ab, cd), v[1] = (V)_mm256_unpackhi_epi64(ab, cd);
-  v[2] = (V)_mm256_unpacklo_epi64(AB, CD), v[3] = (V)_mm256_unpackhi_epi64(AB, CD);
-#else
-  V t[4];
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 4; ++j) t[i][j] = v[j][i];
-  for (int i = 0; i < 4; ++i) v[i] = t[i];
-#endif
+// The normals of chain j, in order.
+FS_INLINE void chain_normals(const WordVectors& words, int j, vf z[2]) {
+  vf z_even, z_odd;
+  box_muller(words.even[j], words.odd[j], z_even, z_odd);
+  in_order(z_even, z_odd, z);
 }
 
 template <class V>
 FS_INLINE void store(void* p, V v) { __builtin_memcpy(p, &v, kBytes); }
 
-// `block` is a multiple of 32, so the upper counter word never changes inside a group.
+// `block` is a multiple of 32, so the upper counter word never changes inside a pass.
 template <class Element, class Finish>
 FS_INLINE void fill_groups(Element* out, uint64_t block, int64_t groups, const NoiseKey& key, Finish finish) {
-  const RoundKeys r = round_keys(key);
-  vq even, odd;
-  block_numbers(even, odd);
-  for (const uint64_t end = block + kGroup / 4 * groups; block != end; block += kPass / 4, out += kPass) {
-    WordVectors words = philox_words(block, key, r, even, odd);
-    finish(out, words);
+  for (uint64_t left = kGroup / 4 * groups; left > 0;) {
+    const Schedule schedule(key, static_cast<uint32_t>(block >> 32));
+    const uint64_t same = (uint64_t{1} << 32) - static_cast<uint32_t>(block), end = block + (left < same ? left : same);
+    left -= end - block;
+    for (; block != end; block += kPass / 4, out += kPass) {
+      WordVectors words = philox_words(block, schedule);
+      finish(out, words);
+    }
   }
 }
 
 // Raw words of `groups` groups of elements.
 __attribute__((noinline)) void fill_words(uint32_t* out, uint64_t block, int64_t groups, const NoiseKey& key) {
   fill_groups(out, block, groups, key, [](uint32_t* o, WordVectors& words) FS_LAMBDA {
-    for (auto& w : words.w) {
-      transpose4(w);
-      for (int i = 0; i < 4; ++i, o += kLanes) store(o, w[i]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kChains; ++j, o += 2 * kLanes) {
+      vu w[2];
+      in_order(words.even[j], words.odd[j], w);
+      store(o, w[0]);
+      store(o + kLanes, w[1]);
     }
   });
 }
@@ -275,12 +306,13 @@ struct Prefetch {
 // Standard normals of `groups` groups of elements, in element order.
 __attribute__((noinline)) void fill_normal(float* out, uint64_t block, int64_t groups, const NoiseKey& key, Prefetch ahead = {}) {
   fill_groups(out, block, groups, key, [&](float* o, WordVectors& words) FS_LAMBDA {
-    vf z[kChains / 2][4];
     ahead.pass();
-    box_muller(words, z);
-    for (auto& v : z) {
-      transpose4(v);
-      for (int i = 0; i < 4; ++i, o += kLanes) store(o, v[i]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kChains; ++j, o += 2 * kLanes) {
+      vf z[2];
+      chain_normals(words, j, z);
+      store(o, z[0]);
+      store(o + kLanes, z[1]);
     }
   });
 }

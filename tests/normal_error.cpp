@@ -10,18 +10,16 @@ using namespace fastscore;
 
 int main(int, char** arguments) {
   const uint64_t stride = std::strtoull(arguments[1], nullptr, 10), count = 0xffffffffu / stride + 1;
-  constexpr int kBatch = kChains * kLanes;
   double radius_error = 0, uniform_error = 0, least = 1e9, most = 0;
   uint64_t misrounded = 0;
-  for (uint64_t first = 0; first < count; first += kBatch) {
-    WordVectors words{};   // odd words of 0: the angle is 0 and z is the radius
-    vf z[kChains / 2][4];
-    const auto even = [](auto& vectors, int i) -> auto& { return vectors[i / kLanes / 2][i / kLanes % 2 * 2]; };
-    for (int i = 0; i < kBatch; ++i) even(words.w, i)[i % kLanes] = static_cast<uint32_t>(std::min(first + i, count - 1) * stride);
-    box_muller(words, z);
-    for (int i = 0; i < kBatch; ++i) {
-      const uint32_t w = even(words.w, i)[i % kLanes];
-      const double r = even(z, i)[i % kLanes], exact = std::sqrt(-2 * std::log((w + 0.5) * 0x1p-32));
+  for (uint64_t first = 0; first < count; first += kLanes) {
+    vu words;
+    vf radius, sine;
+    for (int i = 0; i < kLanes; ++i) words[i] = static_cast<uint32_t>(std::min(first + i, count - 1) * stride);
+    box_muller(words, vu{}, radius, sine);   // odd words of 0: the angle is 0
+    for (int i = 0; i < kLanes; ++i) {
+      const uint32_t w = words[i];
+      const double r = radius[i], exact = std::sqrt(-2 * std::log((w + 0.5) * 0x1p-32));
       radius_error = std::max(radius_error, std::abs(r - exact));
       least = std::min(least, r);
       most = std::max(most, r);

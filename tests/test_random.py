@@ -67,6 +67,19 @@ def test_words_equal_on_every_instruction_set(isa):
     assert out.stdout.split()[1] == str(hash(tuple(expected.tolist()))), out.stderr
 
 
+def test_normals_have_the_same_bits_on_avx2_and_avx512():
+    """Both round once in a * b + c, and each conversion of a word is exact or rounded once."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this processor has no avx512")
+    normals = "r.normal((2**18,), seed=5, step=2, stream=1, offset=2**34 - 70_000, backend='cpp')"
+    program = f"import hashlib, fastscore.random as r; print(hashlib.sha256({normals}.numpy().tobytes()).hexdigest())"
+    printed = [
+        children.run([sys.executable, "-c", program], env={**os.environ, "FASTSCORE_ISA": isa}, check=True).stdout
+        for isa in ("avx2", "avx512")
+    ]
+    assert printed[0] == printed[1]
+
+
 @pytest.mark.parametrize("threads", [1, 2, 7])
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 5])
 def test_words_and_normals_ignore_threads_and_splits(threads, parts):
