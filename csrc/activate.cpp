@@ -5,58 +5,110 @@
 namespace fastscore {
 namespace {
 
+// A vector of every row of the stacks: elements [i, i + n), n <= kLanes.
+template <class T>
+struct Column {
+  const ActivateArgs& p;
+  int64_t i, n;
+
+  FS_INLINE vf load(const void* stack, int64_t row) const {
+    const T* at = static_cast<const T*>(stack) + row * p.n + i;
+    return n == kLanes ? load_vector(at) : load_some(at, n);
+  }
+  FS_INLINE vf s(int64_t row) const { return load(p.s, row); }
+  FS_INLINE vf g(int64_t row) const { return load(p.g, row); }
+  FS_INLINE void store(vf v, int64_t row) const {
+    T* at = static_cast<T*>(p.out) + row * p.n + i;
+    if (n == kLanes) store_vector(v, at);
+    else store_some(v, at, n);
+  }
+};
+
 template <class T, int kKind>
-void run(const ActivateArgs& p, int64_t begin, int64_t end) {
-  const T *s = static_cast<const T*>(p.s), *g = static_cast<const T*>(p.g);
-  T* out = static_cast<T*>(p.out);
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const int64_t n = end - i < kLanes ? end - i : kLanes;
-    const auto load = [&](const T* from, int64_t m) FS_LAMBDA {
-      return n == kLanes ? load_vector(from + m * p.n + i) : load_some(from + m * p.n + i, n);
-    };
-    const auto store = [&](vf v, int64_t m) FS_LAMBDA {
-      if (n == kLanes) store_vector(v, out + m * p.n + i);
-      else store_some(v, out + m * p.n + i, n);
-    };
-    vf y, d1, d2;
-    if (!g) {
-      activate<vf>(kKind, load(s, 0), &y, &d1, nullptr);
-      store(y, 0);
-      for (int64_t m = 1; m <= p.tangents; ++m) store(times_slope(kKind, d1, load(s, m)), m);
-    } else {
-      activate<vf>(kKind, load(s, 0), nullptr, &d1, &d2);
-      vf bend = vf{};
-      for (int64_t m = 1; m <= p.tangents; ++m) {
-        const vf gm = load(g, m);
-        if (kKind != kRelu) bend += gm * load(s, m);
-        store(times_slope(kKind, d1, gm), m);
-      }
-      const vf straight = times_slope(kKind, d1, load(g, 0));
-      store(kKind == kRelu ? straight : straight + d2 * bend, 0);
-    }
+FS_INLINE void first_order(const Column<T>& c, int64_t M) {
+  vf y, d1;
+  activate<vf>(kKind, c.s(0), &y, &d1, nullptr);
+  c.store(y, 0);
+  for (int64_t m = 1; m <= M; ++m) c.store(times_slope(kKind, d1, c.s(m)), m);
+}
+
+template <class T, int kKind>
+FS_INLINE void first_order_gradient(const Column<T>& c, int64_t M) {
+  vf d1, d2, bend = vf{};
+  activate<vf>(kKind, c.s(0), nullptr, &d1, &d2);
+  for (int64_t m = 1; m <= M; ++m) {
+    const vf gm = c.g(m);
+    if (kKind != kRelu) bend += gm * c.s(m);
+    c.store(times_slope(kKind, d1, gm), m);
+  }
+  const vf straight = times_slope(kKind, d1, c.g(0));
+  c.store(kKind == kRelu ? straight : straight + d2 * bend, 0);
+}
+
+template <class T, int kKind>
+FS_INLINE void second_order(const Column<T>& c, int64_t M) {
+  vf y, d1, d2;
+  activate<vf>(kKind, c.s(0), &y, &d1, &d2);
+  c.store(y, 0);
+  for (int64_t m = 1; m <= M; ++m) {
+    const vf u1 = c.s(m), bend = kKind == kRelu ? vf{} : d2 * u1 * u1;
+    c.store(times_slope(kKind, d1, u1), m);
+    c.store(c.p.straight ? bend : bend + times_slope(kKind, d1, c.s(M + m)), M + m);
   }
 }
 
-template <class T>
+template <class T, int kKind>
+FS_INLINE void second_order_gradient(const Column<T>& c, int64_t M) {
+  vf d1, d2, d3;
+  activate<vf>(kKind, c.s(0), nullptr, &d1, &d2, &d3);
+  vf g0 = times_slope(kKind, d1, c.g(0));
+  for (int64_t m = 1; m <= M; ++m) {
+    const vf u1 = c.s(m), g1 = c.g(m), g2 = c.g(M + m);
+    if (!c.p.straight) c.store(times_slope(kKind, d1, g2), M + m);
+    const vf straight = times_slope(kKind, d1, g1);
+    if (kKind == kRelu) {   // it does not bend
+      c.store(straight, m);
+      continue;
+    }
+    vf third = d3 * u1 * u1;
+    if (!c.p.straight) third += d2 * c.s(M + m);
+    g0 += d2 * u1 * g1 + third * g2;
+    c.store(straight + 2.0f * d2 * u1 * g2, m);
+  }
+  c.store(g0, 0);
+}
+
+template <class T, int kKind, int kOrder>
+void run(const ActivateArgs& p, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const Column<T> column{p, i, end - i < kLanes ? end - i : kLanes};
+    if constexpr (kOrder == 1) p.g ? first_order_gradient<T, kKind>(column, p.directions) : first_order<T, kKind>(column, p.directions);
+    else p.g ? second_order_gradient<T, kKind>(column, p.directions) : second_order<T, kKind>(column, p.directions);
+  }
+}
+
+template <class T, int kOrder>
 void run(const ActivateArgs& p, int64_t begin, int64_t end) {
   switch (p.activation) {
-    case kElu: return run<T, kElu>(p, begin, end);
-    case kSilu: return run<T, kSilu>(p, begin, end);
-    case kRelu: return run<T, kRelu>(p, begin, end);
-    case kGelu: return run<T, kGelu>(p, begin, end);
-    case kSoftplus: return run<T, kSoftplus>(p, begin, end);
-    case kTanh: return run<T, kTanh>(p, begin, end);
-    case kGeluTanh: return run<T, kGeluTanh>(p, begin, end);
-    default: return run<T, kSigmoid>(p, begin, end);
+    case kElu: return run<T, kElu, kOrder>(p, begin, end);
+    case kSilu: return run<T, kSilu, kOrder>(p, begin, end);
+    case kRelu: return run<T, kRelu, kOrder>(p, begin, end);
+    case kGelu: return run<T, kGelu, kOrder>(p, begin, end);
+    case kSoftplus: return run<T, kSoftplus, kOrder>(p, begin, end);
+    case kTanh: return run<T, kTanh, kOrder>(p, begin, end);
+    case kGeluTanh: return run<T, kGeluTanh, kOrder>(p, begin, end);
+    default: return run<T, kSigmoid, kOrder>(p, begin, end);
   }
 }
 
 }  // namespace
 
 void FS_KERNEL(activate_dual)(const ActivateArgs& p, int64_t begin, int64_t end) {
-  if (p.dtype == kFloat32) run<float>(p, begin, end);
-  else if (p.dtype == kBFloat16) run<BFloat16>(p, begin, end);
-  else run<Float16>(p, begin, end);
+  with_one_of<float, BFloat16, Float16>(p.dtype, [&](auto element) { run<decltype(element), 1>(p, begin, end); });
+}
+
+void FS_KERNEL(activate_jet)(const ActivateArgs& p, int64_t begin, int64_t end) {
+  with_one_of<float, BFloat16, Float16>(p.dtype, [&](auto element) { run<decltype(element), 2>(p, begin, end); });
 }
 
 }  // namespace fastscore
@@ -67,23 +119,44 @@ void FS_KERNEL(activate_dual)(const ActivateArgs& p, int64_t begin, int64_t end)
 namespace fastscore {
 namespace {
 
-void activate_dual(Tensor out, Tensor s, OptionalTensor g, int64_t activation) {
-  STD_TORCH_CHECK(out.is_contiguous() && s.is_contiguous() && (!g || g->is_contiguous()), "fastscore: activate_dual needs contiguous tensors");
-  STD_TORCH_CHECK(dtype_of(s) != kFloat64 && dtype_of(s) != kInt64, "fastscore: activate_dual takes float32, bfloat16 or float16");
-  if (s.numel() == 0) return;
-  const int64_t count = s.size(0), n = s.numel() / count;
-  const ActivateArgs p{out.mutable_data_ptr(), s.const_data_ptr(), pointer(g), dtype_of(s), n, count - 1, static_cast<int>(activation)};
-  advise_huge_pages(p.out, s.numel() * static_cast<int64_t>(s.element_size()));
-  const auto kernel = FS_PICK(activate_dual);
+template <class Kernel>
+void launch(Kernel kernel, Tensor& out, const Tensor& s, const OptionalTensor& g, int64_t directions, bool straight, int64_t activation) {
+  STD_TORCH_CHECK(out.is_contiguous() && s.is_contiguous() && (!g || g->is_contiguous()), "fastscore: activations need contiguous tensors");
+  STD_TORCH_CHECK(float_dtype_of(s) != kFloat64, "fastscore: activations take float32, bfloat16 or float16");
+  STD_TORCH_CHECK(dtype_of(out) == dtype_of(s) && (!g || dtype_of(*g) == dtype_of(s)), "fastscore: activations take tensors of one dtype");
+  STD_TORCH_CHECK(kElu <= activation && activation <= kGeluTanh, "fastscore: activation must be in ", kElu + 0, "..", kGeluTanh + 0, "; got ", activation);
+  const int64_t n = s.numel() / s.size(0);
+  const ActivateArgs p{out.mutable_data_ptr(), s.const_data_ptr(), pointer(g), dtype_of(s), n, directions, straight, static_cast<int>(activation)};
+  advise_huge_pages(p.out, out.numel() * static_cast<int64_t>(out.element_size()));
   for_tiles(n, 1024, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+void activate_dual(Tensor out, Tensor s, OptionalTensor g, int64_t activation) {
+  if (s.numel() == 0) return;
+  STD_TORCH_CHECK(out.numel() == s.numel() && (!g || g->numel() == s.numel()), "fastscore: activate_dual: sizes differ");
+  launch(FS_PICK(activate_dual), out, s, g, s.size(0) - 1, false, activation);
+}
+
+void activate_jet(Tensor out, Tensor s, OptionalTensor g, int64_t directions, int64_t activation) {
+  if (s.numel() == 0) return;
+  const int64_t n = s.numel() / s.size(0);
+  const bool straight = s.size(0) == 1 + directions;
+  STD_TORCH_CHECK(straight || s.size(0) == 1 + 2 * directions, "fastscore: activate_jet takes (1 + M, *) or (1 + 2M, *)");
+  const Tensor& full = g ? *g : out;
+  STD_TORCH_CHECK(full.numel() == n * (1 + 2 * directions) && (!g || out.numel() == s.numel()), "fastscore: activate_jet: sizes differ");
+  launch(FS_PICK(activate_jet), out, s, g, directions, straight, activation);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastscore, m) {
   m.def("activate_dual(Tensor(a!) out, Tensor s, Tensor? g, int activation) -> ()");
+  m.def("activate_jet(Tensor(a!) out, Tensor s, Tensor? g, int directions, int activation) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(fastscore, CPU, m) { m.impl("activate_dual", TORCH_BOX(&activate_dual)); }
+STABLE_TORCH_LIBRARY_IMPL(fastscore, CPU, m) {
+  m.impl("activate_dual", TORCH_BOX(&activate_dual));
+  m.impl("activate_jet", TORCH_BOX(&activate_jet));
+}
 
 }  // namespace fastscore
 #endif

@@ -1,18 +1,21 @@
-// An activation of a value and of its tangents: arguments of one call, forward or (with g) backward.
+// An activation of a value and of its derivatives, of first or of first and second order: arguments of one call, forward or (with g) backward.
 #pragma once
 #include "isa.h"
 #include "nest.h"
 
 namespace fastscore {
 
+// First order: stacks (1 + M, n) of u and du, y and dy. Second: (1 + 2M, n) of u, all u', all u''; or (1 + M, n) where u'' = 0.
 struct ActivateArgs {
-  void* out;               // (1 + M, n): y and dy, or gu and gdu
-  const void *s, *g;       // (1 + M, n): u and du; null, or gy and gdy
+  void* out;               // y and its derivatives, or the cotangents of s
+  const void *s, *g;       // u and its derivatives; null, or the cotangents of y and its derivatives
   DType dtype;
-  int64_t n, tangents;
+  int64_t n, directions;   // M
+  bool straight;           // second order: u'' = 0
   int activation;
 };
 
 FS_DECLARE(activate_dual, const ActivateArgs&, int64_t begin, int64_t end)
+FS_DECLARE(activate_jet, const ActivateArgs&, int64_t begin, int64_t end)
 
 }  // namespace fastscore

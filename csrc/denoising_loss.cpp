@@ -75,10 +75,7 @@ void run(const ReduceArgs& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void FS_KERNEL(noise_reduce)(const ReduceArgs& p, int64_t begin, int64_t end) {
-  if (p.dtype == kFloat32) run<float>(p, begin, end);
-  else if (p.dtype == kFloat64) run<double>(p, begin, end);
-  else if (p.dtype == kBFloat16) run<BFloat16>(p, begin, end);
-  else run<Float16>(p, begin, end);
+  with_dtype(p.dtype, [&](auto element) { run<decltype(element)>(p, begin, end); });
 }
 
 }  // namespace fastscore
@@ -115,7 +112,7 @@ void noise_reduce(Tensor out, Tensor score, OptionalTensor sigma_each, double si
   const int64_t batch = out.numel();
   if (batch == 0) return;
   ReduceArgs p{};
-  p.dtype = dtype_of(score);
+  p.dtype = float_dtype_of(score);
   STD_TORCH_CHECK((dtype_of(out) == kFloat64) == (p.dtype == kFloat64), "fastscore: a sum must be of the compute dtype");
   p.score = score.const_data_ptr();
   p.per_sample = score.numel() / batch;

@@ -10,6 +10,17 @@ namespace {
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
+template <class T> constexpr DType kDTypeOf = kFloat32;
+template <> constexpr DType kDTypeOf<double> = kFloat64;
+template <> constexpr DType kDTypeOf<BFloat16> = kBFloat16;
+template <> constexpr DType kDTypeOf<Float16> = kFloat16;
+
+// f(T()) for the one of the element types that `dtype` names; the operators have refused all others.
+template <class... Ts, class F>
+FS_INLINE void with_one_of(DType dtype, F f) { (void)((dtype == kDTypeOf<Ts> && (f(Ts()), true)) || ...); }
+template <class F>
+FS_INLINE void with_dtype(DType dtype, F f) { with_one_of<float, double, BFloat16, Float16>(dtype, f); }
+
 template <class T> struct Compute { using type = float; };
 template <> struct Compute<double> { using type = double; };
 

@@ -153,10 +153,7 @@ void run(const UpdateArgs& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void FS_KERNEL(noisy_update)(const UpdateArgs& p, int64_t begin, int64_t end) {
-  if (p.dtype == kFloat32) run<float>(p, begin, end);
-  else if (p.dtype == kFloat64) run<double>(p, begin, end);
-  else if (p.dtype == kBFloat16) run<BFloat16>(p, begin, end);
-  else run<Float16>(p, begin, end);
+  with_dtype(p.dtype, [&](auto element) { run<decltype(element)>(p, begin, end); });
 }
 
 }  // namespace fastscore
@@ -185,7 +182,7 @@ void noisy_update(Tensor out, OptionalTensor x, OptionalTensor direction, Option
   p.out = out.mutable_data_ptr();
   p.x = pointer(x);
   p.direction = pointer(direction);
-  p.dtype = dtype_of(out);
+  p.dtype = float_dtype_of(out);
   p.nest = nest_of(out, x, direction);
   p.n = n;
   p.per_sample = out.dim() == 0 ? 1 : n / out.size(0);

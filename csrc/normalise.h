@@ -30,7 +30,11 @@ enum NormPhase : int { kRestore, kSums, kCombine, kApply, kAll };
 FS_DECLARE(normalise, const NormArgs&, bool backward, NormPhase, int64_t sample, int64_t begin, int64_t end, void* scratch)
 void launch(const NormArgs& p, bool backward);   // the copy for this processor, on all threads
 
-constexpr int64_t kPadding = 16;   // so that a vector of channels may be read past the last
-inline int64_t scratch_size(const NormArgs& p) { return (24 + 16 * p.tangents) * (p.channels + kPadding); }   // elements of the compute type
+// Tables over channels, in scratch memory of the compute type: one of each kind, then one of each kind for every tangent.
+enum NormTable : int { kMean, kVariance, kScale, kShift, kRstd, kOffset, kHat, kSumG, kSumGx, kC4, kC5, kWork, kWork2, kFixed };
+enum NormTangentTable : int { kTau, kXi, kP, kQ, kPool, kInner, kHatDot, kG, kGx, kGt, kC2, kC3, kD3, kPerTangent };
+
+constexpr int64_t kPadding = 16;   // lanes of the longest vector: one of channels may be read past the last of them
+inline int64_t scratch_size(const NormArgs& p) { return (kFixed + kPerTangent * p.tangents) * (p.channels + kPadding); }
 
 }  // namespace fastscore

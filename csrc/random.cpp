@@ -58,10 +58,7 @@ void run_words(const FillArgs& p, int64_t begin, int64_t end) {
 
 void FS_KERNEL(fill)(const FillArgs& p, int64_t begin, int64_t end) {
   if (p.kind == kWords) run_words(p, begin, end);
-  else if (p.dtype == kFloat32) run<float>(p, begin, end);
-  else if (p.dtype == kFloat64) run<double>(p, begin, end);
-  else if (p.dtype == kBFloat16) run<BFloat16>(p, begin, end);
-  else run<Float16>(p, begin, end);
+  else with_dtype(p.dtype, [&](auto element) { run<decltype(element)>(p, begin, end); });
 }
 
 }  // namespace fastscore

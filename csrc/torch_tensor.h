@@ -15,6 +15,7 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 inline const void* pointer(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+inline void* mutable_pointer(const OptionalTensor& t) { return t ? t->mutable_data_ptr() : nullptr; }
 
 inline DType dtype_of(const Tensor& t) {
   using S = torch::headeronly::ScalarType;
@@ -26,6 +27,12 @@ inline DType dtype_of(const Tensor& t) {
     case S::Long: return kInt64;
     default: STD_TORCH_CHECK(false, "fastscore: dtype must be float32, float64, bfloat16 or float16"); return kFloat32;
   }
+}
+
+inline DType float_dtype_of(const Tensor& t) {
+  const DType dtype = dtype_of(t);
+  STD_TORCH_CHECK(dtype != kInt64, "fastscore: dtype must be float32, float64, bfloat16 or float16");
+  return dtype;
 }
 
 // Of tensors of one shape, at most 12 dimensions; strides null: not there.
