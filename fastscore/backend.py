@@ -12,6 +12,7 @@ import os
 import warnings
 from contextvars import ContextVar
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -21,16 +22,78 @@ from fastscore.compiling import constant_result
 from fastscore.messages import shown
 
 BACKENDS = ("cuda", "triton", "cpp", "reference")
-CUDA_OPS = ("words", "uniform", "normal", "rademacher", "noisy_update", "langevin_step", "perturb", "denoising_loss")   # also in CUDA C++
-OPS = (
-    *CUDA_OPS,
-    "instance_norm_plus", "conditional_instance_norm_plus", "group_norm_modulate",
-    "rademacher_jvp", "activate_dual", "activate_jet",
-)  # fmt: skip
-RAW_OPS = (
-    "fill", "noisy_update", "noise_reduce", "normalise", "normalise_backward", "rademacher_project", "rademacher_spread", "activate_dual",
-    "activate_jet",
-)  # fmt: skip
+
+
+class RawOp(NamedTuple):
+    """A kernel behind public functions, under one name and schema in C++ and in Triton."""
+
+    # Of its files: csrc/X.cpp, kernels/X.py, tests/test_X.py and so on.
+    stem: str
+    # Arguments; it writes where they say and returns nothing.
+    schema: str
+    # Public functions whose values it computes; none if it serves a backward pass alone.
+    serves: tuple[str, ...] = ()
+    # Whether it is also written in CUDA C++.
+    cuda: bool = False
+
+
+_KEY = "Tensor? key, int seed, int step, int stream, int offset"
+_NORM = "int groups, bool alpha, bool beta, float eps, int activation"
+
+OPS = {
+    "fill": RawOp(
+        "random",
+        f"Tensor(a!) out, int kind, {_KEY}",
+        serves=("words", "uniform", "normal", "rademacher"),
+        cuda=True,
+    ),
+    "noisy_update": RawOp(
+        "noisy_update",
+        "Tensor(a!) out, Tensor? x, Tensor? direction, Tensor? drift_each, float drift, "
+        f"Tensor? diffusion_each, float diffusion, {_KEY}",
+        serves=("noisy_update", "langevin_step", "perturb"),
+        cuda=True,
+    ),
+    "noise_reduce": RawOp(
+        "denoising_loss",
+        f"Tensor(a!) out, Tensor score, Tensor? sigma_each, float sigma, {_KEY}, int reduction",
+        serves=("denoising_loss",),
+        cuda=True,
+    ),
+    "normalise": RawOp(
+        "normalise",
+        "Tensor(a!)? y, Tensor(b!)? ty, Tensor(c!) stats, Tensor x, Tensor? t, Tensor coef, "
+        f"Tensor? tcoef, Tensor? labels, {_NORM}",
+        serves=("instance_norm_plus", "conditional_instance_norm_plus", "group_norm_modulate"),
+    ),
+    "normalise_backward": RawOp(
+        "normalise",
+        "Tensor(a!) gx, Tensor(b!)? gt, Tensor(c!) gcoef, Tensor(d!)? gtcoef, Tensor x, Tensor? t, "
+        "Tensor stats, Tensor coef, Tensor? tcoef, Tensor? labels, Tensor? gy, Tensor? gty, "
+        f"{_NORM}",
+    ),
+    "rademacher_project": RawOp(
+        "rademacher_project",
+        "Tensor(a!)? vjv, Tensor(b!)? vs, Tensor(c!)? ss, Tensor? js, Tensor? s, int projections, "
+        f"{_KEY}",
+        serves=("rademacher_jvp",),
+    ),
+    "rademacher_spread": RawOp(
+        "rademacher_project",
+        "Tensor(a!)? gjs, Tensor(b!)? gs, Tensor? g_vjv, Tensor? g_vs, Tensor? g_ss, Tensor? s, "
+        f"int projections, {_KEY}",
+    ),
+    "activate_dual": RawOp(
+        "activate",
+        "Tensor(a!) out, Tensor s, Tensor? g, int activation",
+        serves=("activate_dual",),
+    ),
+    "activate_jet": RawOp(
+        "activate",
+        "Tensor(a!) out, Tensor s, Tensor? g, int directions, int activation",
+        serves=("activate_jet",),
+    ),
+}
 _requested: ContextVar[str | None] = ContextVar("fastscore_backend", default=None)
 
 
@@ -101,7 +164,7 @@ def load_extension() -> str | None:
         torch.ops.load_library(str(files[0]))
     except OSError as error:
         return f"the extension does not load ({str(error).splitlines()[0]}). Reinstall fastscore"
-    for name in RAW_OPS:
+    for name in OPS:
         _finish(f"fastscore::{name}")
     direct.opened(_environment() in ("auto", "cpp"))
     return None
@@ -116,8 +179,8 @@ def load_triton() -> str | None:
 
     if not hasattr(kernels, "register"):
         return "its kernels are not part of this version"
-    kernels.register()
-    for name in RAW_OPS:
+    kernels.register(OPS)
+    for name in OPS:
         _finish(f"fastscore_triton::{name}")
     return None
 

@@ -1,4 +1,4 @@
-"""Triton kernels. Importing registers nothing; `register()` makes them the ops of torch.ops.fastscore_triton."""
+"""Triton kernels. Importing registers nothing; `register(ops)` makes them the ops of torch.ops.fastscore_triton."""
 
 import functools
 
@@ -17,30 +17,17 @@ from fastscore.kernels.noisy_update import noisy_update_kernel
 from fastscore.kernels.random import fill_kernel, sign_kernel
 from fastscore.kernels.tiles import tile
 
-SCHEMAS = {
-    "fill": "fill(Tensor(a!) out, int kind, Tensor? key, int seed, int step, int stream, int offset) -> ()",
-    "noisy_update": "noisy_update(Tensor(a!) out, Tensor? x, Tensor? direction, Tensor? drift_each, float drift, Tensor? diffusion_each, "
-    "float diffusion, Tensor? key, int seed, int step, int stream, int offset) -> ()",
-    "noise_reduce": "noise_reduce(Tensor(a!) out, Tensor score, Tensor? sigma_each, float sigma, Tensor? key, int seed, int step, "
-    "int stream, int offset, int reduction) -> ()",
-    "normalise": launch_normalise.FORWARD,
-    "normalise_backward": launch_normalise.BACKWARD,
-    "rademacher_project": launch_rademacher_project.PROJECT,
-    "rademacher_spread": launch_rademacher_project.SPREAD,
-    "activate_dual": "activate_dual(Tensor(a!) out, Tensor s, Tensor? g, int activation) -> ()",
-    "activate_jet": "activate_jet(Tensor(a!) out, Tensor s, Tensor? g, int directions, int activation) -> ()",
-}
 MANY_SIGNS = 2**22   # that fill the GPU with programs as large as they are quickest
 _library = None
 
 
-def register() -> None:
-    """Define and implement the launchers once per process."""
+def register(ops) -> None:
+    """Define and implement the launchers of `ops`, {name: RawOp}, once per process."""
     global _library
     if _library is None:
         _library = torch.library.Library("fastscore_triton", "DEF")
-        for name, schema in SCHEMAS.items():
-            _library.define(schema)
+        for name, op in ops.items():
+            _library.define(f"{name}({op.schema}) -> ()")
             for key in ("CPU", "CUDA"):
                 _library.impl(name, LAUNCHERS[name], key)
 

@@ -9,16 +9,6 @@ from fastscore.kernels.normalise import apply_kernel, cotangent_sums_kernel, gra
 from fastscore.kernels.normalise_algebra import coefficients_kernel, cotangents_kernel, whole_kernel
 from fastscore.kernels.tiles import cache_bytes, tile
 
-FORWARD = (
-    "normalise(Tensor(a!)? y, Tensor(b!)? ty, Tensor(c!) stats, Tensor x, Tensor? t, Tensor coef, Tensor? tcoef, Tensor? labels, "
-    "int groups, bool alpha, bool beta, float eps, int activation) -> ()"
-)
-BACKWARD = (
-    "normalise_backward(Tensor(a!) gx, Tensor(b!)? gt, Tensor(c!) gcoef, Tensor(d!)? gtcoef, Tensor x, Tensor? t, Tensor stats, "
-    "Tensor coef, Tensor? tcoef, Tensor? labels, Tensor? gy, Tensor? gty, int groups, bool alpha, bool beta, float eps, "
-    "int activation) -> ()"
-)
-
 
 def tiles_of(x, M, elementwise=False):
     B, C = x.shape[:2]

@@ -6,14 +6,6 @@ from fastscore.kernels.launch import cdiv, launch, power_of_two
 from fastscore.kernels.rademacher_project import project_kernel, spread_kernel
 from fastscore.kernels.sum_splits import sum_splits
 
-PROJECT = (
-    "rademacher_project(Tensor(a!)? vjv, Tensor(b!)? vs, Tensor(c!)? ss, Tensor? js, Tensor? s, int projections, Tensor? key, "
-    "int seed, int step, int stream, int offset) -> ()"
-)
-SPREAD = (
-    "rademacher_spread(Tensor(a!)? gjs, Tensor(b!)? gs, Tensor? g_vjv, Tensor? g_vs, Tensor? g_ss, Tensor? s, int projections, "
-    "Tensor? key, int seed, int step, int stream, int offset) -> ()"
-)
 LONG = 16   # programs that a sample must fill for them to take several tiles each: two, or four of a 16-bit type
 BLOCKS = 32   # of 128 signs per program: one for each lane of a warp, 4096 elements; half of them in float64, which would spill
 

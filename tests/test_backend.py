@@ -136,3 +136,11 @@ def test_a_compiled_function_follows_the_request(monkeypatch):
 
     with pytest.raises(Exception, match="backend 'cuda' was requested for a tensor on cpu"), fastscore.use_backend("cuda"):
         compiled(X)
+
+
+@pytest.mark.parametrize("name", backends.OPS)
+def test_schemas_are_those_of_the_table(backend, name):
+    if backend == "reference":
+        pytest.skip("plain PyTorch, no raw op")
+    schema = str(backends.raw(backend, name)._schema)
+    assert schema.split("::")[1] == f"{name}({backends.OPS[name].schema}) -> ()"

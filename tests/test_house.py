@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import fastscore
+from fastscore import backend
 
 ROOT = Path(fastscore.__file__).parent
 MODULES = {
@@ -115,3 +116,39 @@ def test_no_module_stands_on_itself():
         for module in free:
             del left[module]
     assert left == {}
+
+
+TREE = Path(__file__).parent.parent
+STEMS = {op.stem: op.cuda for op in backend.OPS.values()}
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_newcomer_finds_the_files_of_an_op_by_one_name(stem):
+    expected = [
+        f"csrc/{stem}.h",
+        f"csrc/{stem}.cpp",
+        f"kernels/{stem}.py",
+        f"tests/test_{stem}.py",
+        f"benchmarks/bench_{stem}.py",
+    ]
+    missing = [name for name in expected if not (TREE / name).exists()]
+    assert not missing
+    public = [f"fastscore/{stem}.py", f"fastscore/ops/{stem}.py"]
+    assert sum((TREE / name).exists() for name in public) == 1, public
+    assert (TREE / f"csrc/{stem}.cu").exists() == STEMS[stem]
+
+
+def test_every_file_that_registers_an_op_carries_its_name():
+    """Else a kernel is found by nobody who reads the table."""
+    registering = {
+        path.stem
+        for path in (TREE / "csrc").glob("*.c*")
+        if "STABLE_TORCH_LIBRARY_FRAGMENT" in path.read_text()
+    }
+    assert registering == set(STEMS)
+    assert {path.stem for path in (TREE / "csrc").glob("*.cu")} == {s for s, cuda in STEMS.items() if cuda}
+
+
+def test_no_file_of_csrc_is_long():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in (TREE / "csrc").iterdir()}
+    assert not {name: n for name, n in lengths.items() if n > 450}

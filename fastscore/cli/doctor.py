@@ -98,12 +98,13 @@ def _lines_of(device):
         if reason is not None:
             yield f"  {'every op':30} {name:10} no   {reason}"
             continue
-        for op in backend.OPS:
-            if name == "cuda" and op not in backend.CUDA_OPS:
-                verdict = "no   a GPU runs its Triton kernel"
-            else:
-                verdict = f"yes  self-test {self_test(name, op, device)}"
-            yield f"  {op:30} {name:10} {verdict}"
+        for raw in backend.OPS.values():
+            for op in raw.serves:
+                if name == "cuda" and not raw.cuda:
+                    verdict = "no   a GPU runs its Triton kernel"
+                else:
+                    verdict = f"yes  self-test {self_test(name, op, device)}"
+                yield f"  {op:30} {name:10} {verdict}"
 
 
 def main() -> int:
