@@ -13,7 +13,11 @@ import native  # noqa: E402
 
 class BuildNative(build_ext):
     def run(self):
-        self.outcome = {"mode": "none", "cpp": "FASTSCORE_BUILD=none", "cuda": "FASTSCORE_BUILD=none"}
+        self.outcome = {
+            "mode": "none",
+            "cpp": "FASTSCORE_BUILD=none",
+            "cuda": "FASTSCORE_BUILD=none",
+        }
         try:
             if native.mode() == "none":
                 self.extensions = []
@@ -43,7 +47,8 @@ class BuildNative(build_ext):
             self.warn(f"fastscore is installed without its C++ kernels: {error}")
 
 
-packages = sorted({*find_packages(include=["fastscore", "fastscore.*"]), "fastscore.kernels"})   # kernels/ lies beside it
+# kernels/ lies beside it.
+packages = sorted({*find_packages(include=["fastscore", "fastscore.*"]), "fastscore.kernels"})
 sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.c*"))]
 setup(
     packages=packages,

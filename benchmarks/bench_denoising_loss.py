@@ -1,6 +1,7 @@
 """perturb, then denoising_loss forward and backward, with an identity for the network.
 
-Bytes that must move: read x, write the perturbed x (perturb); read s (forward); read s, write its gradient (backward).
+Bytes that must move: read x, write the perturbed x (perturb); read s (forward); read s, write its
+gradient (backward).
 """
 
 import functools
@@ -41,7 +42,14 @@ def compiled_step(x):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def bench_perturb_and_denoising_loss(compare, size, device, ours, dtype, exponent):
     x = torch.randn(64, size(exponent) // 64, device=device).to(dtype)
-    z = fastscore.random.normal(x.shape, seed=1, stream=fastscore.random.PERTURB, device=device, dtype=torch.float64, backend="reference")
+    z = fastscore.random.normal(
+        x.shape,
+        seed=1,
+        stream=fastscore.random.PERTURB,
+        device=device,
+        dtype=torch.float64,
+        backend="reference",
+    )
     exact = eager_step(x.double(), z)
     for name in ours:
         # Two roundings to the element type: s itself, and the gradient.

@@ -1,8 +1,10 @@
 """Plain sliced score matching of an energy: loss and gradient of every parameter, one CPU thread.
 
-"eager" is double backprop as it is usually written, on a batch repeated M times; "func.jvp of func.grad" is forward over reverse mode,
-"reverse over forward" the gradient of vᵀ∇f by stock forward mode. The ceiling is the work that nobody can avoid: the three matrix products
-of every linear layer on the values, first and second derivatives, less what is zero before the first bend and the gradient of x.
+"eager" is double backprop as it is usually written, on a batch repeated M times; "func.jvp of
+func.grad" is forward over reverse mode, "reverse over forward" the gradient of vᵀ∇f by stock
+forward mode. The ceiling is the work that nobody can avoid: the three matrix products of every
+linear layer on the values, first and second derivatives, less what is zero before the first bend
+and the gradient of x.
 """
 
 import functools
@@ -22,12 +24,17 @@ def one_thread(threads):
 
 def finish(slope, curvature, net):
     loss = (curvature + 0.5 * slope.square()).mean()
-    return torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)   # the last bias has none
+    # The last bias has none.
+    return torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
 
 
 def jets(net, x, v):
     score = EnergyScore(net)
-    return torch.autograd.grad(losses.sliced(score, x, v=v, variance_reduced=False).mean(), list(net.parameters()), allow_unused=True)
+    return torch.autograd.grad(
+        losses.sliced(score, x, v=v, variance_reduced=False).mean(),
+        list(net.parameters()),
+        allow_unused=True,
+    )
 
 
 def double_backprop(net, x, v):
@@ -42,7 +49,9 @@ def forward_over_reverse(net, x, v):
     gradient = torch.func.grad(lambda x: net(x).sum())
     pairs = [torch.func.jvp(gradient, (x,), (d,)) for d in v]
     slope = torch.stack([(s * d).flatten(1).sum(1) for (s, _), d in zip(pairs, v)])
-    return finish(slope, torch.stack([(hv * d).flatten(1).sum(1) for (_, hv), d in zip(pairs, v)]), net)
+    return finish(
+        slope, torch.stack([(hv * d).flatten(1).sum(1) for (_, hv), d in zip(pairs, v)]), net
+    )
 
 
 def reverse_over_forward(net, x, v):
@@ -58,14 +67,26 @@ def verify(net, x, v, *calls):
     for call in calls:
         for a, b in zip(call(net, x, v), expected):
             if b is not None and a is not None:
-                assert float((a - b).norm()) <= 1e-4 * float(b.norm()) + 1e-6, call   # float32 sums of up to a million terms
+                # float32 sums of up to a million terms.
+                assert float((a - b).norm()) <= 1e-4 * float(b.norm()) + 1e-6, call
 
 
 def products(net, rows, first_rows):
-    """The matrix products of every linear layer; the first on straight jets, and without the gradient of its input."""
+    """The matrix products of every linear layer.
+
+    The first on straight jets, and without the gradient of its input.
+    """
     layers = [(m.weight, rows, True) for m in net.modules() if isinstance(m, nn.Linear)]
     layers[0] = (layers[0][0], first_rows, False)
-    pairs = [(w, torch.randn(n, w.shape[1], device=w.device), torch.randn(n, w.shape[0], device=w.device), g) for w, n, g in layers]
+    pairs = [
+        (
+            w,
+            torch.randn(n, w.shape[1], device=w.device),
+            torch.randn(n, w.shape[0], device=w.device),
+            g,
+        )
+        for w, n, g in layers
+    ]
 
     def call():
         with torch.no_grad():
@@ -78,10 +99,19 @@ def products(net, rows, first_rows):
 
 
 def run(compare, ours, name, net, x, v, ceiling=None):
-    peers = {"func.jvp of func.grad": forward_over_reverse, "reverse over forward": reverse_over_forward}
+    peers = {
+        "func.jvp of func.grad": forward_over_reverse,
+        "reverse over forward": reverse_over_forward,
+    }
     calls = {ours[0]: jets, "eager": double_backprop} | peers
     calls = {name: functools.partial(call, net, x, v) for name, call in calls.items()}
-    compare(f"energy, sliced loss + gradient, {name}, M={len(v)}, 1 thread", x, (1 + len(v)) * x.nbytes, calls, ceiling=ceiling)
+    compare(
+        f"energy, sliced loss + gradient, {name}, M={len(v)}, 1 thread",
+        x,
+        (1 + len(v)) * x.nbytes,
+        calls,
+        ceiling=ceiling,
+    )
 
 
 @pytest.mark.parametrize("M", [1, 4])
@@ -94,14 +124,31 @@ def bench_energy_mlp(compare, device, ours, request, dim, width, batch, M):
     nn.init.normal_(net.last.weight, std=width**-0.5)
     v = torch.randn(M, *x.shape, device=device).sign()
     verify(net, x, v, jets, forward_over_reverse, reverse_over_forward)
-    run(compare, ours, f"EnergyMLP {dim}-{width}×{width}×2-1", net, x, v, products(net, (1 + 2 * M) * batch, (1 + M) * batch))
+    run(
+        compare,
+        ours,
+        f"EnergyMLP {dim}-{width}×{width}×2-1",
+        net,
+        x,
+        v,
+        products(net, (1 + 2 * M) * batch, (1 + M) * batch),
+    )
 
 
 def conv_energy(channels):
     def conv(inputs, stride=1):
         return nn.Conv2d(inputs, channels, 3, stride=stride, padding=1)
 
-    layers = [conv(1), nn.SiLU(), conv(channels, 2), nn.GroupNorm(4, channels), nn.SiLU(), conv(channels), nn.SiLU(), nn.AvgPool2d(2)]
+    layers = [
+        conv(1),
+        nn.SiLU(),
+        conv(channels, 2),
+        nn.GroupNorm(4, channels),
+        nn.SiLU(),
+        conv(channels),
+        nn.SiLU(),
+        nn.AvgPool2d(2),
+    ]
     return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(1))
 
 

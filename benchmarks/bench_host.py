@@ -1,8 +1,11 @@
-"""What a call costs the host before its kernel is in the GPU's queue: a tiny tensor on the CPU, and launches that run nothing.
+"""What a call costs the host before its kernel is in the GPU's queue.
 
-Triton's driver is a mocked one; what is timed goes up to the call of its launcher in C. CUDA C++ is that of the emulated device
-(build_support/emulate.py), which checks the tensors of each operator: some two microseconds too much. Eager's operations run, on 96
-elements. The ceiling is one `torch.empty_like`, which every call makes for its result.
+a tiny tensor on the CPU, and launches that run nothing.
+
+Triton's driver is a mocked one; what is timed goes up to the call of its launcher in C. CUDA C++ is
+that of the emulated device (build_support/emulate.py), which checks the tensors of each operator:
+some two microseconds too much. Eager's operations run, on 96 elements. The ceiling is one
+`torch.empty_like`, which every call makes for its result.
 """
 
 import contextlib
@@ -50,7 +53,11 @@ def mocked_triton():
         with (
             mock.patch.object(backends, "interpreting", lambda: True),
             mock.patch.object(triton.runtime.driver, "_active", driver),
-            mock.patch.object(triton.runtime.jit.JITFunction, "__getitem__", lambda self, grid: lambda *args, **constants: Compiled()),
+            mock.patch.object(
+                triton.runtime.jit.JITFunction,
+                "__getitem__",
+                lambda self, grid: lambda *args, **constants: Compiled(),
+            ),
             mock.patch.object(launching, "_compiled", {}),
         ):
             yield
@@ -96,11 +103,17 @@ def problems():
     """{name: (ours(backend), eager, whether it asks for gradients)}."""
     x, s = torch.randn(SHAPE), torch.randn(SHAPE)
     gamma, alpha, beta = torch.rand(3), torch.rand(3), torch.rand(3)
-    labels, table, stack = torch.tensor([1, 2]), torch.rand(10, 9, requires_grad=True), torch.randn(2, 96)
+    labels, table, stack = (
+        torch.tensor([1, 2]),
+        torch.rand(10, 9, requires_grad=True),
+        torch.randn(2, 96),
+    )
     leaf = torch.randn(SHAPE, requires_grad=True)
 
     def conditional(backend):
-        y = fastscore.conditional_instance_norm_plus(leaf, labels, table, activation="elu", backend=backend)
+        y = fastscore.conditional_instance_norm_plus(
+            leaf, labels, table, activation="elu", backend=backend
+        )
         return torch.autograd.grad(y, (leaf, table), s)
 
     def eager_conditional():
@@ -110,7 +123,9 @@ def problems():
         return 0.5 * (SIGMA * s + torch.randn_like(s)).square().flatten(1).sum(1)
 
     def norm(backend):
-        return fastscore.instance_norm_plus(x, gamma, alpha, beta, activation="elu", backend=backend)
+        return fastscore.instance_norm_plus(
+            x, gamma, alpha, beta, activation="elu", backend=backend
+        )
 
     return {
         "langevin_step": (
@@ -118,10 +133,18 @@ def problems():
             lambda: x + EPSILON / 2 * s + EPSILON**0.5 * torch.randn_like(x),
             False,
         ),
-        "denoising_loss": (lambda backend: fastscore.denoising_loss(s, SIGMA, seed=5, backend=backend), eager_loss, False),
+        "denoising_loss": (
+            lambda backend: fastscore.denoising_loss(s, SIGMA, seed=5, backend=backend),
+            eager_loss,
+            False,
+        ),
         "instance_norm_plus": (norm, lambda: eager_norm(x, gamma, alpha, beta), False),
         "conditional_instance_norm_plus": (conditional, eager_conditional, True),
-        "activate_dual": (lambda backend: activate_dual(stack, "silu", backend), lambda: eager_dual(stack), False),
+        "activate_dual": (
+            lambda backend: activate_dual(stack, "silu", backend),
+            lambda: eager_dual(stack),
+            False,
+        ),
     }
 
 
@@ -132,4 +155,10 @@ def bench_host(compare, name):
     like = torch.empty(SHAPE)
     calls = {backend: functools.partial(call, backend) for backend in names} | {"eager": eager}
     with contextlib.nullcontext() if graded else torch.no_grad():
-        compare(f"host, {name}" + graded * " + backward", like, like.nbytes, calls, ceiling=lambda: torch.empty_like(like))
+        compare(
+            f"host, {name}" + graded * " + backward",
+            like,
+            like.nbytes,
+            calls,
+            ceiling=lambda: torch.empty_like(like),
+        )

@@ -1,7 +1,9 @@
-"""Sliced score matching of the field's networks as their authors lay them out: loss and gradient of every parameter, one CPU thread.
+"""Sliced score matching of the field's networks as their authors lay them out.
 
-The peer is double backprop as the authors' own losses write it, one projection. "cpp, stock norms" is ours on the network untouched, "cpp"
-after `replace_norms`.
+Loss and gradient of every parameter, one CPU thread.
+
+The peer is double backprop as the authors' own losses write it, one projection. "cpp, stock norms"
+is ours on the network untouched, "cpp" after `replace_norms`.
 """
 
 import copy
@@ -48,7 +50,11 @@ def ours_loss(score, parameters, x, v):
 
 def ncsn(small):
     net = RefineNet(1, 4 if small else 32, levels=10)
-    return net, (2 if small else 8, 1, 8 if small else 28, 8 if small else 28), lambda B: torch.arange(B) % 10
+    return (
+        net,
+        (2 if small else 8, 1, 8 if small else 28, 8 if small else 28),
+        lambda B: torch.arange(B) % 10,
+    )
 
 
 def ncsnv2(small):
@@ -59,11 +65,20 @@ def ncsnv2(small):
 def unet(small):
     diffusers = pytest.importorskip("diffusers")
     net = diffusers.UNet2DModel(
-        sample_size=8 if small else 32, in_channels=3, out_channels=3, layers_per_block=1,
-        block_out_channels=(8, 16) if small else (32, 64, 64), norm_num_groups=4 if small else 8, attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D") if small else ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D") if small else ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+        sample_size=8 if small else 32,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(8, 16) if small else (32, 64, 64),
+        norm_num_groups=4 if small else 8,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D")
+        if small
+        else ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D")
+        if small
+        else ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    )
     net.forward = functools.partial(_sample, net.forward)
     return net, (2, 3, 8, 8) if small else (8, 3, 32, 32), lambda B: torch.arange(B)
 
@@ -77,7 +92,9 @@ def dit(small):
     return net, (2, 4, 8, 8) if small else (8, 4, 16, 16), lambda B: torch.linspace(0, 1, B)
 
 
-@pytest.mark.parametrize("build", [ncsn, ncsnv2, unet, dit], ids=["NCSN", "NCSNv2", "diffusers UNet2DModel", "DiT"])
+@pytest.mark.parametrize(
+    "build", [ncsn, ncsnv2, unet, dit], ids=["NCSN", "NCSNv2", "diffusers UNet2DModel", "DiT"]
+)
 def bench_network(compare, device, ours, request, build):
     torch.manual_seed(0)
     net, shape, condition = build(request.config.option.smoke)
@@ -92,11 +109,16 @@ def bench_network(compare, device, ours, request, build):
         parameters = [p for p in network.parameters() if p.requires_grad]
         return lambda: loss(lambda z: network(z, *arguments), parameters, x, v)
 
-    calls = {ours[0]: of(ours_loss, swapped), "cpp, stock norms": of(ours_loss, net), "eager": of(official, net)}
+    calls = {
+        ours[0]: of(ours_loss, swapped),
+        "cpp, stock norms": of(ours_loss, net),
+        "eager": of(official, net),
+    }
     expected = calls["eager"]()
     for name in (ours[0], "cpp, stock norms"):
         for a, b in zip(calls[name](), expected, strict=True):
             assert (a is None) == (b is None)
-            assert a is None or float((a - b).norm()) <= 1e-3 * float(b.norm()) + 1e-5   # float32, through up to 60 layers
+            # float32, through up to 60 layers.
+            assert a is None or float((a - b).norm()) <= 1e-3 * float(b.norm()) + 1e-5
     name = request.node.callspec.id
     compare(f"sliced loss + gradient, {name}, 1 thread", x, 2 * x.nbytes, calls)

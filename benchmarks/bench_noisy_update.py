@@ -35,8 +35,16 @@ def bench(compare, op, x, s, e, ours, peers):
     for name in ours:
         verify(name, x[:64], s[:64], e[:64] if each else e)
     shaped = e.reshape(-1, *(1,) * (x.dim() - 1)) if each else e
-    calls = {name: functools.partial(fastscore.langevin_step, x, s, e, seed=1, backend=name) for name in ours}
-    compare(op, x, 3 * x.nbytes, calls | {name: functools.partial(peer, x, s, shaped) for name, peer in peers.items()})
+    calls = {
+        name: functools.partial(fastscore.langevin_step, x, s, e, seed=1, backend=name)
+        for name in ours
+    }
+    compare(
+        op,
+        x,
+        3 * x.nbytes,
+        calls | {name: functools.partial(peer, x, s, shaped) for name, peer in peers.items()},
+    )
 
 
 @pytest.mark.parametrize("exponent", [12, 18, 24, 27])

@@ -1,7 +1,8 @@
 """instance_norm_plus with ELU and group_norm_modulate with SiLU, one CPU thread.
 
-Bytes that must move (s: element size): forward 2s (read x, write y); with its backward 5s (and read x, gy, write gx); tangent 4s
-(read x, t, write y, ẏ); the sliced-score gradient 11s (tangent; then read x, t, gy, gẏ, write gx, gt, and once more x to the end).
+Bytes that must move (s: element size): forward 2s (read x, write y); with its backward 5s (and read
+x, gy, write gx); tangent 4s (read x, t, write y, ẏ); the sliced-score gradient 11s (tangent; then
+read x, t, gy, gẏ, write gx, gt, and once more x to the end).
 """
 
 import functools
@@ -76,9 +77,15 @@ def problem(shape, dtype, where):
 
 
 def check(got, expected, dtype):
-    """Against float64, relative to the largest value: forty roundings of the element type or of float32 sums."""
+    """Against float64, relative to the largest value.
+
+    Forty roundings of the element type or of float32 sums.
+    """
     scale = expected.double().abs().max()
-    assert float((got.double() - expected.double()).abs().max() / scale) < 40 * torch.finfo(dtype).eps + 1e-5
+    assert (
+        float((got.double() - expected.double()).abs().max() / scale)
+        < 40 * torch.finfo(dtype).eps + 1e-5
+    )
 
 
 @pytest.fixture
@@ -109,7 +116,10 @@ def bench_forward_backward(compare, where, ours, shape):
         for a, b in zip(forward_backward(ours_as(name), x, c, g), exact):
             check(a, b, torch.float32)
     calls = {name: functools.partial(forward_backward, ours_as(name), x, c, g) for name in ours}
-    peers = {"eager": lambda: forward_backward(stock, x, c, g), "torch.compile": lambda: forward_backward(compiled, x, c, g)}
+    peers = {
+        "eager": lambda: forward_backward(stock, x, c, g),
+        "torch.compile": lambda: forward_backward(compiled, x, c, g),
+    }
     compare("instance_norm_plus + backward", x, 5 * x.nbytes, calls | peers)
 
 
@@ -122,28 +132,48 @@ def bench_tangent(compare, where, ours, shape):
             for a, b in zip(tangent(ours_as(name), x, c, t), exact):
                 check(a, b, torch.float32)
         calls = {
-            name: functools.partial(fastscore.ops.instance_norm_plus_dual, x, t[None], *c, activation="elu", backend=name) for name in ours
+            name: functools.partial(
+                fastscore.ops.instance_norm_plus_dual,
+                x,
+                t[None],
+                *c,
+                activation="elu",
+                backend=name,
+            )
+            for name in ours
         }
-        peers = {"func.jvp of ours": functools.partial(tangent, ours_as(ours[0]), x, c, t), "eager": lambda: tangent(stock, x, c, t)}
+        peers = {
+            "func.jvp of ours": functools.partial(tangent, ours_as(ours[0]), x, c, t),
+            "eager": lambda: tangent(stock, x, c, t),
+        }
         compare("instance_norm_plus_dual", x, 4 * x.nbytes, calls | peers)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:1], ids=str)
 def bench_sliced_score_gradient(compare, where, ours, shape):
-    """Eager is double backprop: the stock layer's gradient through func.jvp is wrong, and timed all the same."""
+    """Eager is double backprop.
+
+    The stock layer's gradient through func.jvp is wrong, and timed all the same.
+    """
     x, t, c = problem(shape, torch.float32, where)
     exact = double_backprop(stock, x.double(), [k.double() for k in c], t.double())
     for name in ours:
         for a, b in zip(forward_mode(ours_as(name), x, c, t), exact):
             check(a, b, torch.float32)
     calls = {name: functools.partial(forward_mode, ours_as(name), x, c, t) for name in ours}
-    peers = {"double backprop of ours": functools.partial(double_backprop, ours_as(ours[0]), x, c, t)}
-    peers |= {"eager": lambda: double_backprop(stock, x, c, t), "func.jvp (wrong)": lambda: forward_mode(stock, x, c, t)}
+    peers = {
+        "double backprop of ours": functools.partial(double_backprop, ours_as(ours[0]), x, c, t)
+    }
+    peers |= {
+        "eager": lambda: double_backprop(stock, x, c, t),
+        "func.jvp (wrong)": lambda: forward_mode(stock, x, c, t),
+    }
     compare("sliced-score gradient of the norm", x, 11 * x.nbytes, calls | peers)
 
 
 def liger(x, weight, bias, scale, shift):
-    """Liger's Triton group norm, the best other kernel that can be installed, and eager around it."""
+    """Liger's Triton group norm, the best other kernel that can be installed, and eager around
+    it."""
     from liger_kernel.ops.group_norm import LigerGroupNormFunction
 
     h = LigerGroupNormFunction.apply(x, weight, bias, x.shape[1], 8, 1e-5)
@@ -169,8 +199,16 @@ def bench_group_norm_modulate(compare, where, ours, dtype):
     with torch.no_grad():
         for name in ours:
             check(call(name), exact, dtype)
-        peers = {"eager": lambda: eager(x, *arguments), "torch.compile": lambda: compiled(x, *arguments)}
+        peers = {
+            "eager": lambda: eager(x, *arguments),
+            "torch.compile": lambda: compiled(x, *arguments),
+        }
         if where[0] == "cuda" and importlib.util.find_spec("liger_kernel"):
             peers["liger"] = lambda: liger(x, *arguments)
             check(peers["liger"](), exact, dtype)
-        compare("group_norm_modulate", x, 2 * x.nbytes, {name: functools.partial(call, name) for name in ours} | peers)
+        compare(
+            "group_norm_modulate",
+            x,
+            2 * x.nbytes,
+            {name: functools.partial(call, name) for name in ours} | peers,
+        )

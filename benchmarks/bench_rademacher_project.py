@@ -1,6 +1,7 @@
 """Rademacher projection: draw signs, multiply, sum; and the gradient of that sum.
 
-Bytes that must move: read Jv (project); read s and Jv, read s again, write both gradients (reduction with its gradient).
+Bytes that must move: read Jv (project); read s and Jv, read s again, write both gradients
+(reduction with its gradient).
 """
 
 import pytest
@@ -36,12 +37,25 @@ def compiled(js):
 
 def verify(name, s, js):
     """Values and gradients against float64."""
-    v = random.rademacher((1, *s.shape), seed=1, stream=random.PROJECTION, device=s.device, dtype=torch.float64, backend="reference")
-    leaves, wide = [t.detach().clone().requires_grad_() for t in (s, js)], [t.double().requires_grad_() for t in (s, js)]
+    v = random.rademacher(
+        (1, *s.shape),
+        seed=1,
+        stream=random.PROJECTION,
+        device=s.device,
+        dtype=torch.float64,
+        backend="reference",
+    )
+    leaves, wide = (
+        [t.detach().clone().requires_grad_() for t in (s, js)],
+        [t.double().requires_grad_() for t in (s, js)],
+    )
     got, exact = project(*leaves, None, NUMBERS, name), project_ref(*wide, v)
     for a, b in zip(got, exact):
         assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-6 * s[0].numel() ** 0.5 * 10)
-    for a, b in zip(torch.autograd.grad([t.sum() for t in got], leaves), torch.autograd.grad([t.sum() for t in exact], wide)):
+    for a, b in zip(
+        torch.autograd.grad([t.sum() for t in got], leaves),
+        torch.autograd.grad([t.sum() for t in exact], wide),
+    ):
         assert torch.allclose(a.double(), b, rtol=torch.finfo(s.dtype).eps, atol=1e-5)
 
 
@@ -52,8 +66,13 @@ def bench_project(compare, size, device, ours, dtype, exponent):
     for name in ours:
         verify(name, js.flip(0), js[None])
     calls = {name: lambda name=name: project(None, js[None], None, NUMBERS, name) for name in ours}
-    peers = {"eager (bernoulli)": lambda: eager(js, bernoulli_signs), "eager (randint)": lambda: eager(js, randint_signs)}
-    compare("project and reduce", js, js.nbytes, calls | peers | {"torch.compile": lambda: compiled(js)})
+    peers = {
+        "eager (bernoulli)": lambda: eager(js, bernoulli_signs),
+        "eager (randint)": lambda: eager(js, randint_signs),
+    }
+    compare(
+        "project and reduce", js, js.nbytes, calls | peers | {"torch.compile": lambda: compiled(js)}
+    )
 
 
 def gradient(s, js, projected):
@@ -82,7 +101,9 @@ def bench_project_and_gradient(compare, size, device, ours, exponent):
 
     calls = {name: lambda name=name: gradient(s, js, loss(name)) for name in ours}
     peers = {
-        "eager (bernoulli)": lambda: gradient(s, js, lambda s, js: eager_loss(s, js, bernoulli_signs)),
+        "eager (bernoulli)": lambda: gradient(
+            s, js, lambda s, js: eager_loss(s, js, bernoulli_signs)
+        ),
         "eager (randint)": lambda: gradient(s, js, eager_loss),
         "torch.compile": lambda: gradient(s, js, compiled_loss),
     }

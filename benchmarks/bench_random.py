@@ -7,15 +7,28 @@ import torch
 
 from fastscore import random
 
-PEERS = {"normal": torch.Tensor.normal_, "uniform": torch.Tensor.uniform_, "rademacher": lambda t: t.bernoulli_().mul_(2).sub_(1)}
+PEERS = {
+    "normal": torch.Tensor.normal_,
+    "uniform": torch.Tensor.uniform_,
+    "rademacher": lambda t: t.bernoulli_().mul_(2).sub_(1),
+}
 
 
 @pytest.mark.parametrize("exponent", [18, 24])
 @pytest.mark.parametrize("kind", PEERS)
 def bench_noise(compare, size, device, ours, kind, exponent):
-    draw = functools.partial(getattr(random, kind), seed=1, stream=1024, dtype=torch.float32, device=device)
+    draw = functools.partial(
+        getattr(random, kind), seed=1, stream=1024, dtype=torch.float32, device=device
+    )
     out = torch.empty(size(exponent), device=device)
     for name in ours:
-        assert bool(((draw(4096, backend=name) - draw(4096, backend="reference")).abs() <= 1e-6).all())
+        assert bool(
+            ((draw(4096, backend=name) - draw(4096, backend="reference")).abs() <= 1e-6).all()
+        )
     calls = {name: functools.partial(draw, out.shape, backend=name) for name in ours}
-    compare(f"random.{kind}", out, out.nbytes, calls | {"eager": lambda: PEERS[kind](torch.empty_like(out))})
+    compare(
+        f"random.{kind}",
+        out,
+        out.nbytes,
+        calls | {"eager": lambda: PEERS[kind](torch.empty_like(out))},
+    )

@@ -1,7 +1,10 @@
-"""A sampler's own work per step, with a network that costs nothing: what NCSNv2's and Score-SDE's loops do around theirs.
+"""A sampler's own work per step, with a network that costs nothing.
 
-An annealed Langevin step moves three times the element size per element; a level of predictor-corrector sampling nine (its corrector also
-reads the score for the norms of the score and of the noise).
+What NCSNv2's and Score-SDE's loops do around theirs.
+
+An annealed Langevin step moves three times the element size per element; a level of
+predictor-corrector sampling nine (its corrector also reads the score for the norms of the score and
+of the noise).
 """
 
 import functools
@@ -14,7 +17,8 @@ import fastscore
 from fastscore import sampling
 
 SHAPE = (64, 3, 32, 32)
-SIGMAS, EPSILON, MANY = [1.0, 0.99], 1e-5, 10**9   # the first level never ends: each call is one of its steps
+# The first level never ends: each call is one of its steps.
+SIGMAS, EPSILON, MANY = [1.0, 0.99], 1e-5, 10**9
 
 
 @pytest.fixture
@@ -27,7 +31,8 @@ def norm(t):
 
 
 def ncsnv2_step(x, s, alpha, sigma):
-    """One step as NCSNv2's sampler takes it, which computes its diagnostics whether they are printed or not."""
+    """One step as NCSNv2's sampler takes it, which computes its diagnostics whether they are
+    printed or not."""
     z = torch.randn_like(x)
     score_norm, noise_norm = norm(s), norm(z)
     x = x + alpha * s + (2 * alpha).sqrt() * z
@@ -40,7 +45,8 @@ def plain_step(x, s, alpha, sigma):
 
 
 def score_sde_level(x, s, g, r):
-    """Corrector with batch-mean norms, then the reverse-diffusion predictor, as Score-SDE takes them."""
+    """Corrector with batch-mean norms, then the reverse-diffusion predictor, as Score-SDE takes
+    them."""
     z = torch.randn_like(x)
     e = 2 * (r * norm(z) / norm(s)) ** 2
     x = x + e * s + (2 * e).sqrt() * z
@@ -50,8 +56,10 @@ def score_sde_level(x, s, g, r):
 
 def steps_of(sampler, backend, x, s, **options):
     """next() takes one step, or one level."""
-    with fastscore.use_backend(backend):   # asked when the generator is made
-        return functools.partial(next, getattr(sampling, sampler)(lambda *_: s, x, seed=1, **options))
+    with fastscore.use_backend(backend):  # asked when the generator is made
+        return functools.partial(
+            next, getattr(sampling, sampler)(lambda *_: s, x, seed=1, **options)
+        )
 
 
 def bench_annealed_langevin_step(compare, device, ours, shape):
@@ -64,9 +72,16 @@ def bench_annealed_langevin_step(compare, device, ours, shape):
         assert float((call().x - exact).abs().max()) < 3e-6
     alpha, sigma = (torch.tensor(c, device=device) for c in (e / 2, SIGMAS[0]))
     plain = {"eager": plain_step, "torch.compile": torch.compile(plain_step)}
-    peers = {"eager NCSNv2": (ncsnv2_step, alpha, sigma)} | {name: (f, e / 2, None) for name, f in plain.items()}
+    peers = {"eager NCSNv2": (ncsnv2_step, alpha, sigma)} | {
+        name: (f, e / 2, None) for name, f in plain.items()
+    }
     with torch.no_grad():
-        compare("annealed_langevin, a step", x, 3 * x.nbytes, calls | {n: functools.partial(f, x, s, *c) for n, (f, *c) in peers.items()})
+        compare(
+            "annealed_langevin, a step",
+            x,
+            3 * x.nbytes,
+            calls | {n: functools.partial(f, x, s, *c) for n, (f, *c) in peers.items()},
+        )
 
 
 def bench_predictor_corrector_level(compare, device, ours, shape):
@@ -78,9 +93,23 @@ def bench_predictor_corrector_level(compare, device, ours, shape):
     first, second = torch.tensor(sigmas[:2]).tolist()   # as the ladder stores them, in float32
     g = first**2 - second**2
     for call in calls.values():
-        z, z2 = (fastscore.random.normal(shape, seed=1, stream=k, step=i, device=device).double() for k, i in ((7, 0), (1, 1)))
-        e = 2 * (r * z.flatten(1).norm(dim=1) / s.double().flatten(1).norm(dim=1)).reshape(-1, 1, 1, 1) ** 2
+        z, z2 = (
+            fastscore.random.normal(shape, seed=1, stream=k, step=i, device=device).double()
+            for k, i in ((7, 0), (1, 1))
+        )
+        e = (
+            2
+            * (r * z.flatten(1).norm(dim=1) / s.double().flatten(1).norm(dim=1)).reshape(
+                -1, 1, 1, 1
+            )
+            ** 2
+        )
         exact = x + e * s.double() + (2 * e).sqrt() * z + g * s + math.sqrt(g) * z2
         assert float((call().x - exact).abs().max()) < 1e-5
     with torch.no_grad():
-        compare("predictor_corrector, a level", x, 9 * x.nbytes, calls | {"eager": functools.partial(score_sde_level, x, s, g, r)})
+        compare(
+            "predictor_corrector, a level",
+            x,
+            9 * x.nbytes,
+            calls | {"eager": functools.partial(score_sde_level, x, s, g, r)},
+        )

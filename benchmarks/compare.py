@@ -1,13 +1,16 @@
-"""Is anything slower than it was? The host's cost of small calls, here and in another checkout, one CPU thread.
+"""Is anything slower than it was? The host's cost of small calls, here and in another checkout, one
+CPU thread.
 
     python benchmarks/compare.py ../old                # every row
     python benchmarks/compare.py ../old -k "jvp|sliced" --rounds 60
 
-Three processes, one with this checkout and two with the other, take short slices of a row in turn; of each stands the least time of a
-call over all slices; the old one is the mean of two. "noise" is the ratio of those two: differences that small say nothing.
+Three processes, one with this checkout and two with the other, take short slices of a row in turn;
+of each stands the least time of a call over all slices; the old one is the mean of two. "noise" is
+the ratio of those two: differences that small say nothing.
 
-glibc gives memory of more than 128 KiB back to the system at once, until something large was freed: then page faults, which depend on
-what was imported before, cost up to a tenth of a row. Here it keeps the memory.
+glibc gives memory of more than 128 KiB back to the system at once, until something large was freed:
+then page faults, which depend on what was imported before, cost up to a tenth of a row. Here it
+keeps the memory.
 """
 
 import argparse
@@ -49,16 +52,31 @@ def rows():
 
     def conv():
         torch.manual_seed(0)
-        layers = [nn.Conv2d(1, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv2d(16, 16, 3, padding=1), nn.SiLU()]
+        layers = [
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.GroupNorm(4, 16),
+            nn.SiLU(),
+            nn.Conv2d(16, 16, 3, padding=1),
+            nn.SiLU(),
+        ]
         return nn.Sequential(*layers, nn.Conv2d(16, 1, 3, padding=1))
 
     def dropped():
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(2, 128), nn.SiLU(), nn.Dropout(0.1), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
+        return nn.Sequential(
+            nn.Linear(2, 128),
+            nn.SiLU(),
+            nn.Dropout(0.1),
+            nn.Linear(128, 128),
+            nn.SiLU(),
+            nn.Linear(128, 2),
+        )
 
     def ncsn():
         torch.manual_seed(0)
-        return models.NCSN(channels=1, ngf=8, sigmas=torch.logspace(0, -2, 4).tolist(), image_size=8)
+        return models.NCSN(
+            channels=1, ngf=8, sigmas=torch.logspace(0, -2, 4).tolist(), image_size=8
+        )
 
     def conditional():
         torch.manual_seed(0)
@@ -88,7 +106,9 @@ def rows():
     kinds = {
         "sliced, reduced": lambda x: lambda s: losses.sliced(s, x, seed=0),
         "sliced": lambda x: lambda s: losses.sliced(s, x, seed=0, variance_reduced=False),
-        "sliced, 4 gaussian": lambda x: lambda s: losses.sliced(s, x, seed=0, projections=4, distribution="gaussian"),
+        "sliced, 4 gaussian": lambda x: (
+            lambda s: losses.sliced(s, x, seed=0, projections=4, distribution="gaussian")
+        ),
         "exact": lambda x: lambda s: losses.exact(s, x[:, :2]),
         "finite differences": lambda x: lambda s: losses.finite_difference_sliced(s, x, seed=0),
         "denoising": lambda x: lambda s: losses.denoising(s, x, 0.5, seed=0),
@@ -129,7 +149,13 @@ def rows():
             if name != "exact" or net == "dropout":
                 add(net, batch, name)
 
-    for net, batch in (("2-128-128-2", 4), ("2-128-128-2", 64), ("2-128-128-2", 256), ("convolutions", 4), ("dropout", 4)):
+    for net, batch in (
+        ("2-128-128-2", 4),
+        ("2-128-128-2", 64),
+        ("2-128-128-2", 256),
+        ("convolutions", 4),
+        ("dropout", 4),
+    ):
 
         def jvp(net=net, batch=batch, graph=True):
             model, x = data[net][0](), torch.rand(shape_of(net, batch))
@@ -160,20 +186,30 @@ def rows():
 
         def noise_conditional(batch=batch, method="denoising"):
             net, x = conditional(), torch.rand(batch, 2)
-            return trained(net, lambda s: losses.noise_conditional(s, x, sigmas, seed=0, method=method))
+            return trained(
+                net, lambda s: losses.noise_conditional(s, x, sigmas, seed=0, method=method)
+            )
 
         found[f"noise_conditional, ScoreMLP 2-64, {batch}, with backward"] = noise_conditional
-        found[f"noise_conditional sliced, ScoreMLP 2-64, {batch}, with backward"] = lambda f=noise_conditional: f(method="sliced")
+        found[f"noise_conditional sliced, ScoreMLP 2-64, {batch}, with backward"] = (
+            lambda f=noise_conditional: f(method="sliced")
+        )
 
     for widths, batch in (((2, 128, 128), 256), ((2, 128, 128), 4), ((2, 32, 32), 64)):
         for name in ("sliced", "sliced, reduced", "denoising", "exact"):
 
             def energies(widths=widths, batch=batch, name=name):
                 x = torch.rand(batch, widths[0])
-                f = (lambda s: losses.denoising(lambda y, _: s(y), x, 0.5, seed=0)) if name == "denoising" else kinds[name](x)
+                f = (
+                    (lambda s: losses.denoising(lambda y, _: s(y), x, 0.5, seed=0))
+                    if name == "denoising"
+                    else kinds[name](x)
+                )
                 return trained(energy(*widths), f)
 
-            found[f"energy {'-'.join(map(str, widths))}-1, {name}, {batch}, with backward"] = energies
+            found[f"energy {'-'.join(map(str, widths))}-1, {name}, {batch}, with backward"] = (
+                energies
+            )
 
         def score(widths=widths, batch=batch):
             s, x = energy(*widths), torch.rand(batch, widths[0])
@@ -195,7 +231,11 @@ def rows():
 
         def annealed(batch=batch):
             net, x = conditional(), torch.rand(batch, 2)
-            return lambda: drained(sampling.annealed_langevin(net, x, sigmas=sigmas, steps_per_level=5, step_size=2e-5, seed=0))
+            return lambda: drained(
+                sampling.annealed_langevin(
+                    net, x, sigmas=sigmas, steps_per_level=5, step_size=2e-5, seed=0
+                )
+            )
 
         found[f"annealed_langevin, 50 steps, ScoreMLP 2-64, {batch}"] = annealed
 
@@ -225,14 +265,18 @@ def rows():
 
         def density(batch=batch):
             net, x = conditional(), torch.rand(batch, 2)
-            return lambda: likelihood.log_density(net, x, sigma_min=0.01, sigma_max=1.0, steps=5, method="heun")
+            return lambda: likelihood.log_density(
+                net, x, sigma_min=0.01, sigma_max=1.0, steps=5, method="heun"
+            )
 
         found[f"log_density, ScoreMLP 2-64, {batch}"] = density
 
     @row("sample, 20 steps, 2-128-128-2, 16")
     def _():
         net = mlp(2, 128, 128, 2)
-        return lambda: fastscore.sample(net, sampler="langevin", shape=(16, 2), steps=20, step_size=0.01, seed=0)
+        return lambda: fastscore.sample(
+            net, sampler="langevin", shape=(16, 2), steps=20, step_size=0.01, seed=0
+        )
 
     for size in (8, 4096, 65536):
 
@@ -241,7 +285,9 @@ def rows():
         e = torch.full((len(x),), 0.1)
         ops = {
             "langevin_step": lambda x=x, z=z: fastscore.langevin_step(x, z, 0.1, seed=0),
-            "langevin_step, given noise": lambda x=x, z=z: fastscore.langevin_step(x, z, 0.1, noise=z),
+            "langevin_step, given noise": lambda x=x, z=z: fastscore.langevin_step(
+                x, z, 0.1, noise=z
+            ),
             "langevin_step, (B,)": lambda x=x, z=z, e=e: fastscore.langevin_step(x, z, e, seed=0),
             "noisy_update": lambda x=x, z=z: fastscore.noisy_update(x, z, 0.1, 0.2, seed=0),
             "perturb": lambda x=x, e=e: fastscore.perturb(x, e, seed=0),
@@ -257,10 +303,18 @@ def rows():
         x = torch.rand(shape)
         weights = [torch.rand(shape[1]) for _ in range(3)]
         learnt = [w.clone().requires_grad_() for w in weights]
-        found[f"instance_norm_plus, {size}"] = lambda x=x, w=weights: lambda: fastscore.instance_norm_plus(x, *w)
-        found[f"instance_norm_plus, {size}, graph"] = lambda x=x, w=learnt: lambda: fastscore.instance_norm_plus(x, *w)
-        found[f"instance_norm_plus_dual, {size}"] = lambda x=x, w=weights: lambda: fastscore.ops.instance_norm_plus_dual(x, x[None], *w)
-        found[f"rademacher_jvp, {size}"] = lambda x=x: lambda: fastscore.rademacher_jvp(torch.sin, x, seed=0)
+        found[f"instance_norm_plus, {size}"] = lambda x=x, w=weights: (
+            lambda: fastscore.instance_norm_plus(x, *w)
+        )
+        found[f"instance_norm_plus, {size}, graph"] = lambda x=x, w=learnt: (
+            lambda: fastscore.instance_norm_plus(x, *w)
+        )
+        found[f"instance_norm_plus_dual, {size}"] = lambda x=x, w=weights: (
+            lambda: fastscore.ops.instance_norm_plus_dual(x, x[None], *w)
+        )
+        found[f"rademacher_jvp, {size}"] = lambda x=x: (
+            lambda: fastscore.rademacher_jvp(torch.sin, x, seed=0)
+        )
 
     @row("training_loop, a step of denoising, ScoreMLP 2-64, 128")
     def _():
@@ -292,20 +346,34 @@ def rows():
             x = torch.rand(batch, widths[0])
             return trained(energy(*widths), lambda s: plain_energy_loss(s, x))
 
-        found[f"energy {'-'.join(map(str, widths))}-1, denoising by hand, {batch}, with backward"] = by_hand
+        found[
+            f"energy {'-'.join(map(str, widths))}-1, denoising by hand, {batch}, with backward"
+        ] = by_hand
 
     @row("EnergyScore of convolutions, sliced, 4, with backward")
     def _():
         torch.manual_seed(0)
-        f = nn.Sequential(nn.Conv2d(1, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.SiLU(), nn.Flatten(), nn.Linear(128, 1))
+        f = nn.Sequential(
+            nn.Conv2d(1, 8, 3),
+            nn.SiLU(),
+            nn.Conv2d(8, 8, 3),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(128, 1),
+        )
         x = torch.rand(4, 1, 8, 8)
-        return trained(models.EnergyScore(f), lambda s: losses.sliced(s, x, seed=0, variance_reduced=False))
+        return trained(
+            models.EnergyScore(f), lambda s: losses.sliced(s, x, seed=0, variance_reduced=False)
+        )
 
     return found
 
 
 def serve():
-    """In a process of its own: rows are asked for by lines of standard input, answered by lines of JSON."""
+    """In a process of its own.
+
+    Rows are asked for by lines of standard input, answered by lines of JSON.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -343,7 +411,9 @@ class Worker:
         environment = os.environ | keep | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, "--serve", str(checkout)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, env=environment, cwd=checkout, stderr=subprocess.DEVNULL, **pipes)
+        self.process = subprocess.Popen(
+            command, env=environment, cwd=checkout, stderr=subprocess.DEVNULL, **pipes
+        )
         self.names = self.read()
 
     def read(self):
@@ -357,10 +427,14 @@ class Worker:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("other", type=Path, help="the checkout to compare with, its extension built")
+    parser.add_argument(
+        "other", type=Path, help="the checkout to compare with, its extension built"
+    )
     parser.add_argument("-k", default="", help="a regular expression: rows to measure")
     parser.add_argument("--rounds", type=int, default=25, help="slices of each process per row")
-    parser.add_argument("--limit", type=float, default=1.05, help="ratio from which a row is marked")
+    parser.add_argument(
+        "--limit", type=float, default=1.05, help="ratio from which a row is marked"
+    )
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -384,7 +458,10 @@ def main():
         ratio = new / old
         mark = " **" if ratio > options.limit else ""
         slower += [name] if mark else []
-        print(f"| {name} | {old * 1e6:.1f} | {new * 1e6:.1f} | {ratio:.2f}{mark} | {noise:.2f} |", flush=True)
+        print(
+            f"| {name} | {old * 1e6:.1f} | {new * 1e6:.1f} | {ratio:.2f}{mark} | {noise:.2f} |",
+            flush=True,
+        )
     print(f"\n{len(slower)} of {len(names)} rows slower by more than {options.limit - 1:.0%}")
     return 1 if slower else 0
 

@@ -24,8 +24,16 @@ def pytest_addoption(parser):
     help = "where to measure; emulated: a dry run of cuda's benchmarks without a GPU"
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda", "emulated"), help=help)
     parser.addoption("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.addoption("--smoke", action="store_true", help="tiny sizes, one round: does every benchmark run and verify?")
-    parser.addoption("--results", type=Path, help="write the figures to this JSON file, into the table that it holds")
+    parser.addoption(
+        "--smoke",
+        action="store_true",
+        help="tiny sizes, one round: does every benchmark run and verify?",
+    )
+    parser.addoption(
+        "--results",
+        type=Path,
+        help="write the figures to this JSON file, into the table that it holds",
+    )
 
 
 def pytest_configure(config):
@@ -36,14 +44,17 @@ def pytest_configure(config):
 
 
 def emulated():
-    """Tensors on the CPU, torch.cuda and CUDA C++ as build_support/emulate.py has them, Triton's interpreter, and nothing compiled."""
+    """Tensors on the CPU, torch.cuda and CUDA C++ as build_support/emulate.py has them, Triton's
+    interpreter, and nothing compiled."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "build_support"))
     import emulate
 
     stack = contextlib.ExitStack()
     stack.enter_context(emulate.installed())
     stack.enter_context(emulate.torch_cuda())
-    stack.enter_context(mock.patch.object(torch, "compile", lambda f=None, **options: f or (lambda g: g)))
+    stack.enter_context(
+        mock.patch.object(torch, "compile", lambda f=None, **options: f or (lambda g: g))
+    )
     stack.enter_context(mock.patch.object(harness, "REPLAYED", 2))
     return stack
 
@@ -63,7 +74,10 @@ def threads(request):
 
 @pytest.fixture(autouse=True)
 def equal_terms():
-    """No peer in TensorFloat-32, which keeps three digits; none compiled for the sizes of an earlier benchmark."""
+    """No peer in TensorFloat-32, which keeps three digits.
+
+    None compiled for the sizes of an earlier benchmark.
+    """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
@@ -90,19 +104,29 @@ def size(request):
 
 @pytest.fixture
 def compare(request, device):
-    """compare(op, like, bytes, calls): time the calls and the ceiling (a copy of `bytes` unless given), keep and return the row."""
+    """compare(op, like, bytes, calls).
+
+    Time the calls and the ceiling (a copy of `bytes` unless given), keep and return the row.
+    """
 
     def run(op, like, total_bytes, calls, ceiling=None):
         smoke = request.config.option.smoke
         calls = calls | {"ceiling": ceiling or copy_of(total_bytes, device)}
-        row = Row(op, list(like.shape), str(like.dtype).removeprefix("torch."), like.numel(), total_bytes)
+        row = Row(
+            op, list(like.shape), str(like.dtype).removeprefix("torch."), like.numel(), total_bytes
+        )
         clock = clocked(request.config)
-        row.seconds = interleave(calls, clock, rounds=1 if smoke else 15, least=0 if smoke else 0.005)
+        row.seconds = interleave(
+            calls, clock, rounds=1 if smoke else 15, least=0 if smoke else 0.005
+        )
         if clock == "cuda":
-            graphs = interleave(replays(calls), clock, rounds=1 if smoke else 7, least=0 if smoke else 0.002)
+            graphs = interleave(
+                replays(calls), clock, rounds=1 if smoke else 7, least=0 if smoke else 0.002
+            )
             row.replayed = {name: seconds / harness.REPLAYED for name, seconds in graphs.items()}
         ROWS.append(row)
-        if request.config.option.results:   # row by row: a run that is cut off keeps what it has measured
+        # Row by row: a run that is cut off keeps what it has measured.
+        if request.config.option.results:
             write(request.config.option.results, report([row], clock))
         return row
 
@@ -115,7 +139,8 @@ def pytest_terminal_summary(terminalreporter, config):
     result = report(ROWS, clocked(config))
     terminalreporter.write_line(f"\n{result['device']}, {result['versions']}\n{table(result)}")
     if config.option.results:
-        write(config.option.results, result)   # tiny runs may ask one question twice, and keep both rows
+        # Tiny runs may ask one question twice, and keep both rows.
+        write(config.option.results, result)
 
 
 def write(path, result):

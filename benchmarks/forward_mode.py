@@ -1,7 +1,8 @@
-"""How far the parameter gradient of a sliced-score loss is off in forward mode, network by network: `python benchmarks/forward_mode.py`.
+"""How far the parameter gradient of a sliced-score loss is off in forward mode, network by network:
+`python benchmarks/forward_mode.py`.
 
-Stock is torch.func.jvp, beside fastscore.jvp. The loss is Σ vᵀ(∂s/∂x)v + ½(vᵀs)² in float64. Double backprop is right for
-every layer (finite differences agree), so it is the yardstick.
+Stock is torch.func.jvp, beside fastscore.jvp. The loss is Σ vᵀ(∂s/∂x)v + ½(vᵀs)² in float64. Double
+backprop is right for every layer (finite differences agree), so it is the yardstick.
 """
 
 import importlib.util
@@ -52,15 +53,26 @@ def stock(score, x, v):
 def gradient(products, score, parameters, x, v):
     s, js = products(score, x, v)
     loss = (v * js).sum() + 0.5 * (v * s).flatten(2).sum(2).square().sum()
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)])
+    return torch.cat(
+        [
+            g.flatten()
+            for g in torch.autograd.grad(
+                loss, parameters, allow_unused=True, materialize_grads=True
+            )
+        ]
+    )
 
 
 def errors(net, x, v, call=None):
     """Relative, of torch.func.jvp and of fastscore.jvp."""
     score, parameters = call or net, [p for p in net.parameters() if p.requires_grad]
-    with sdpa_kernel(SDPBackend.MATH):   # fused attention has neither forward mode nor double backprop
+    # Fused attention has neither forward mode nor double backprop.
+    with sdpa_kernel(SDPBackend.MATH):
         right = gradient(double_backprop, score, parameters, x, v)
-        return [distance(lambda p=p: gradient(p, score, parameters, x, v), right) for p in (stock, fastscore.jvp)]
+        return [
+            distance(lambda p=p: gradient(p, score, parameters, x, v), right)
+            for p in (stock, fastscore.jvp)
+        ]
 
 
 def distance(found, right):
@@ -84,7 +96,9 @@ class Tokens(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.layer = nn.TransformerEncoderLayer(channels, 4, 2 * channels, dropout=0.0, batch_first=True, norm_first=True)
+        self.layer = nn.TransformerEncoderLayer(
+            channels, 4, 2 * channels, dropout=0.0, batch_first=True, norm_first=True
+        )
 
     def forward(self, x):
         return self.layer(x.flatten(2).mT).mT.reshape(x.shape)
@@ -105,10 +119,16 @@ def unet():
 
     torch.manual_seed(0)
     net = diffusers.UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=4,
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=4,
         attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
     return net.double()
 
 
@@ -117,7 +137,8 @@ def networks():
     norms = {
         "nn.InstanceNorm2d": nn.InstanceNorm2d(16),
         "nn.LayerNorm": nn.LayerNorm((16, 8, 8)),
-        "nn.BatchNorm2d, batch statistics": nn.BatchNorm2d(16, track_running_stats=False),   # else func.jvp refuses the counter
+        # Else func.jvp refuses the counter.
+        "nn.BatchNorm2d, batch statistics": nn.BatchNorm2d(16, track_running_stats=False),
         "nn.BatchNorm2d, running statistics": nn.BatchNorm2d(16).eval(),
         "nn.GroupNorm": nn.GroupNorm(4, 16),
         "fastscore.nn.InstanceNorm2d": fastscore.nn.InstanceNorm2d(16),
@@ -127,15 +148,35 @@ def networks():
     for name, norm in norms.items():
         yield f"conv, {name}, ELU", small(norm, nn.ELU()), None
     yield "conv, nn.InstanceNorm2d, SiLU", small(nn.InstanceNorm2d(16), nn.SiLU()), None
-    yield "residual, nn.InstanceNorm2d", small(Residual(nn.InstanceNorm2d(16), nn.SiLU(), conv(16, 16))), None
-    yield "residual, nn.GroupNorm", small(Residual(nn.GroupNorm(4, 16), nn.SiLU(), conv(16, 16))), None
+    yield (
+        "residual, nn.InstanceNorm2d",
+        small(Residual(nn.InstanceNorm2d(16), nn.SiLU(), conv(16, 16))),
+        None,
+    )
+    yield (
+        "residual, nn.GroupNorm",
+        small(Residual(nn.GroupNorm(4, 16), nn.SiLU(), conv(16, 16))),
+        None,
+    )
     yield "nn.TransformerEncoderLayer", small(Tokens(16)), None
-    mixed = fastscore.nn.GroupNormAct(4, 16, activation="silu"), conv(16, 16), nn.BatchNorm2d(16, track_running_stats=False), nn.Softplus()
-    yield "mixed: ours and nn.BatchNorm2d", small(Residual(*mixed), fastscore.nn.InstanceNorm2dPlus(16)), None
+    mixed = (
+        fastscore.nn.GroupNormAct(4, 16, activation="silu"),
+        conv(16, 16),
+        nn.BatchNorm2d(16, track_running_stats=False),
+        nn.Softplus(),
+    )
+    yield (
+        "mixed: ours and nn.BatchNorm2d",
+        small(Residual(*mixed), fastscore.nn.InstanceNorm2dPlus(16)),
+        None,
+    )
     if importlib.util.find_spec("diffusers"):
         net = unet()
         yield "diffusers.UNet2DModel", net, lambda x, net=net: net(x, 3).sample
-    for name, change in (("NCSN (ngf 16) on stock instance norm", stock_norms), ("fastscore.models.NCSN (ngf 16)", lambda net: net)):
+    for name, change in (
+        ("NCSN (ngf 16) on stock instance norm", stock_norms),
+        ("fastscore.models.NCSN (ngf 16)", lambda net: net),
+    ):
         torch.manual_seed(0)
         net = change(fastscore.models.NCSN(3, 16).double())
         yield name, net, lambda x, net=net: net(x, net.sigmas[3])
@@ -144,7 +185,10 @@ def networks():
 def rows(projections=(1, 4)):
     """(network, relative errors of the gradient: stock and ours for each number of projections)."""
     torch.manual_seed(0)
-    x, v = torch.rand(4, 3, 8, 8).double(), torch.randn(max(projections), 4, 3, 8, 8).double().sign()
+    x, v = (
+        torch.rand(4, 3, 8, 8).double(),
+        torch.randn(max(projections), 4, 3, 8, 8).double().sign(),
+    )
     for name, net, call in networks():
         yield name, [e for M in projections for e in errors(net, x, v[:M], call)]
 
@@ -157,7 +201,10 @@ def written(error):
 
 if __name__ == "__main__":
     print(f"torch {torch.__version__.split('+')[0]}\n")
-    print("| network | torch.func.jvp, M = 1 | fastscore.jvp, M = 1 | torch.func.jvp, M = 4 | fastscore.jvp, M = 4 |")
+    print(
+        "| network | torch.func.jvp, M = 1 | fastscore.jvp, M = 1 | torch.func.jvp, M = 4 | "
+        "fastscore.jvp, M = 4 |"
+    )
     print("|---|---|---|---|---|")
     for name, values in rows():
         print(f"| {name} | {' | '.join(map(written, values))} |", flush=True)

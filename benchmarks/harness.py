@@ -20,7 +20,10 @@ OURS = ("cpp", "cuda", "triton", "reference")
 
 @dataclass
 class Row:
-    """One question put to every competitor. `ceiling` is a copy of as many bytes as the op must move."""
+    """One question put to every competitor.
+
+    `ceiling` is a copy of as many bytes as the op must move.
+    """
 
     op: str
     shape: list
@@ -28,7 +31,8 @@ class Row:
     elements: int
     bytes: int
     seconds: dict = field(default_factory=dict)
-    replayed: dict = field(default_factory=dict)   # on a GPU: of one call in a CUDA graph, without the host's part
+    # On a GPU: of one call in a CUDA graph, without the host's part.
+    replayed: dict = field(default_factory=dict)
 
     @property
     def ours(self):
@@ -56,7 +60,11 @@ def versions(device):
 
 def l2_of(device):
     """Bytes of a GPU's L2; None on a CPU."""
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size if device == "cuda" else None
+    return (
+        torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        if device == "cuda"
+        else None
+    )
 
 
 def clock(call, repeats, device):
@@ -76,7 +84,10 @@ def clock(call, repeats, device):
 
 
 def interleave(calls, device, rounds, least):
-    """Median seconds per call of each; a timing lasts at least `least` seconds, the competitors take turns."""
+    """Median seconds per call of each.
+
+    A timing lasts at least `least` seconds, the competitors take turns.
+    """
     repeats = {}
     for name, call in calls.items():
         call(), call()   # compilation, allocation, caches
@@ -112,8 +123,10 @@ def captured(call, times):
 
 
 def release_generator():
-    """After a capture that failed, whose end PyTorch did not reach: its default generator takes itself for captured, and every later
-    draw, and every replay, ends in "Offset increment outside graph capture". A capture that succeeds releases it.
+    """After a capture that failed, whose end PyTorch did not reach.
+
+    Its default generator takes itself for captured, and every later draw, and every replay, ends in
+    "Offset increment outside graph capture". A capture that succeeds releases it.
     """
     with contextlib.suppress(Exception):
         torch.cuda.synchronize()
@@ -123,7 +136,10 @@ def release_generator():
 
 
 def replays(calls):
-    """Calls whose every run is REPLAYED of theirs in a CUDA graph; those that cannot be captured are left out."""
+    """Calls whose every run is REPLAYED of theirs in a CUDA graph.
+
+    Those that cannot be captured are left out.
+    """
     graphs = {}
     for name, call in calls.items():
         try:
@@ -139,7 +155,9 @@ def replays(calls):
 
 
 def keep_pages():
-    """Let malloc keep what is freed (glibc): else the system's first touch of fresh pages leads every time.
+    """Let malloc keep what is freed (glibc).
+
+    Else the system's first touch of fresh pages leads every time.
 
     The same for all competitors, who allocate their results (and eager its temporaries) as ever.
     """
@@ -152,7 +170,8 @@ def keep_pages():
 def copy_of(total_bytes, device):
     """The ceiling: read half of the bytes and write half of them.
 
-    Every call of a competitor takes the same tensors, and so does this: what fits in a GPU's L2 stays there for both of them.
+    Every call of a competitor takes the same tensors, and so does this: what fits in a GPU's L2
+    stays there for both of them.
     """
     source = torch.empty(max(1, total_bytes // 8), device=device).normal_()
     target = torch.empty_like(source)
@@ -167,9 +186,12 @@ def number(value):
 
 
 def table(report):
-    """Markdown: a line per row, the best of ours, each peer as a multiple of its time; those of few rows in one column.
+    """Markdown: a line per row, the best of ours, each peer as a multiple of its time.
 
-    "(L2)": what must move fits in the GPU's L2, where it stays from call to call: the ceiling is a copy of as much in the L2.
+    Those of few rows in one column.
+
+    "(L2)": what must move fits in the GPU's L2, where it stays from call to call: the ceiling is a
+    copy of as much in the L2.
     """
     rows, l2 = [Row(**row) for row in report["rows"]], report.get("l2") or 0
     head = ["op", "shape", "dtype", "back end", "time", "G elements/s", "GB/s", "% of ceiling"]
@@ -180,11 +202,27 @@ def table(report):
     for row in rows:
         for name in sorted((n for n in row.seconds if n in OURS), key=row.seconds.get):
             t = row.seconds[name]
-            ratio = {peer: number(seconds / t) + "×" for peer, seconds in row.seconds.items() if peer not in ("ceiling", *OURS)}
-            others = ", ".join(f"{peer} {ratio[peer]}" for peer in sorted(ratio.keys() - set(PEERS)))
-            cells = [row.op, "×".join(map(str, row.shape)), row.dtype, name, f"{t * 1e6:.0f} µs", f"{row.elements / t / 1e9:.2f}"]
+            ratio = {
+                peer: number(seconds / t) + "×"
+                for peer, seconds in row.seconds.items()
+                if peer not in ("ceiling", *OURS)
+            }
+            others = ", ".join(
+                f"{peer} {ratio[peer]}" for peer in sorted(ratio.keys() - set(PEERS))
+            )
+            cells = [
+                row.op,
+                "×".join(map(str, row.shape)),
+                row.dtype,
+                name,
+                f"{t * 1e6:.0f} µs",
+                f"{row.elements / t / 1e9:.2f}",
+            ]
             cached = " (L2)" if row.bytes <= l2 else ""
-            cells += [f"{row.bytes / t / 1e9:.0f}", f"{100 * row.seconds['ceiling'] / t:.0f}{cached}"]
+            cells += [
+                f"{row.bytes / t / 1e9:.0f}",
+                f"{100 * row.seconds['ceiling'] / t:.0f}{cached}",
+            ]
             cells += [*(ratio.get(p, "") for p in PEERS), others]
             cells += in_a_graph(row, name, cached) if graphs else []
             lines.append("| " + " | ".join(cells) + " |")
@@ -197,7 +235,11 @@ def in_a_graph(row, name, cached):
     if t is None:
         return ["", "", ""]
     ceiling, eager = (row.replayed.get(other) for other in ("ceiling", "eager"))
-    return [f"{t * 1e6:.1f} µs", f"{100 * ceiling / t:.0f}{cached}" if ceiling else "", number(eager / t) + "×" if eager else ""]
+    return [
+        f"{t * 1e6:.1f} µs",
+        f"{100 * ceiling / t:.0f}{cached}" if ceiling else "",
+        number(eager / t) + "×" if eager else "",
+    ]
 
 
 def report(rows, device):
@@ -207,7 +249,10 @@ def report(rows, device):
 
 
 def merged(path, new):
-    """The report in the file with its rows replaced and added to; of another device or other versions nothing is kept."""
+    """The report in the file with its rows replaced and added to.
+
+    Of another device or other versions nothing is kept.
+    """
     if not path.exists():
         return new
     old = json.loads(path.read_text())
@@ -224,4 +269,8 @@ def merged(path, new):
 if __name__ == "__main__":
     for path in sys.argv[1:]:
         result = json.loads(Path(path).read_text())
-        print(f"### {result['device']}\n\n{', '.join(f'{k} {v}' for k, v in result['versions'].items())}\n\n{table(result)}\n")
+        print(
+            f"### {result['device']}\n\n"
+            f"{', '.join(f'{k} {v}' for k, v in result['versions'].items())}\n\n"
+            f"{table(result)}\n"
+        )

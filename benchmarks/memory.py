@@ -1,7 +1,10 @@
-"""Memory of the sliced-score gradient, against double backprop: `python benchmarks/memory.py` (Linux).
+"""Memory of the sliced-score gradient, against double backprop.
 
-"saved" is what the graph holds for the backward pass, each storage once, parameters and data left out; "peak" is the largest resident size
-of a fresh process during loss and gradient, less what it was before.
+`python benchmarks/memory.py` (Linux).
+
+"saved" is what the graph holds for the backward pass, each storage once, parameters and data left
+out; "peak" is the largest resident size of a fresh process during loss and gradient, less what it
+was before.
 """
 
 import json
@@ -22,7 +25,10 @@ NAMES = ("fastscore", "double backprop", "double backprop of ours")
 
 def networks():
     torch.manual_seed(0)
-    ours, stock = (nn.Sequential(*[bench_sliced.Block(SHAPE[1], True, stock) for _ in range(3)]) for stock in (False, True))
+    ours, stock = (
+        nn.Sequential(*[bench_sliced.Block(SHAPE[1], True, stock) for _ in range(3)])
+        for stock in (False, True)
+    )
     stock.load_state_dict(ours.state_dict())
     return ours, stock
 
@@ -39,14 +45,18 @@ def call(name, batch):
 
 
 def saved_bytes(name):
-    """Bytes of the storages that are saved and alive at once, at most: none is let go before the backward pass ends."""
+    """Bytes of the storages that are saved and alive at once, at most.
+
+    None is let go before the backward pass ends.
+    """
     run, net, x = call(name, SHAPE[0])
     own, kept = {t.untyped_storage().data_ptr() for t in (x, *net.parameters())}, {}
 
     def keep(t):
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage   # holding it keeps its address from being used again
+            # Holding it keeps its address from being used again.
+            kept[storage.data_ptr()] = storage
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
@@ -55,7 +65,11 @@ def saved_bytes(name):
 
 
 def status(field):
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -70,18 +84,36 @@ def peak_bytes(name):
 
 def measure(name):
     """In a fresh process whose malloc gives large blocks back at once."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    result = subprocess.run([sys.executable, __file__, name], env=environment, capture_output=True, text=True, check=True)
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    result = subprocess.run(
+        [sys.executable, __file__, name],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return json.loads(result.stdout)
 
 
 def main():
     shape, rows = "×".join(map(str, SHAPE)), {name: measure(name) for name in NAMES}
-    print(f"torch {torch.__version__.split('+')[0]}, conv blocks on {shape}; the input has {SHAPE[0] * 64 * 32 * 32 * 4 / 2**20:.0f} MiB\n")
+    print(
+        f"torch {torch.__version__.split('+')[0]}, conv blocks on {shape}; "
+        f"the input has {SHAPE[0] * 64 * 32 * 32 * 4 / 2**20:.0f} MiB\n"
+    )
     print("| | saved | | peak | |\n|---|---|---|---|---|")
     base = rows["double backprop"]
     for name, row in rows.items():
-        print(f"| {name} |", " | ".join(f"{row[k] / 2**20:.0f} MiB | {row[k] / base[k]:.2f}×" for k in ("saved", "peak")), "|")
+        print(
+            f"| {name} |",
+            " | ".join(
+                f"{row[k] / 2**20:.0f} MiB | {row[k] / base[k]:.2f}×" for k in ("saved", "peak")
+            ),
+            "|",
+        )
 
 
 if __name__ == "__main__":

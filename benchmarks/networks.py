@@ -1,7 +1,9 @@
-"""The networks of the field as their authors lay them out, in stock PyTorch: sums in place into fresh zeros, norms of their own.
+"""The networks of the field as their authors lay them out, in stock PyTorch.
 
-The RefineNets of NCSN (a noise level in every norm) and NCSNv2 (none in the refinement), and a DiT. Written from the papers and the names
-of the checkpoints.
+Sums in place into fresh zeros, norms of their own.
+
+The RefineNets of NCSN (a noise level in every norm) and NCSNv2 (none in the refinement), and a DiT.
+Written from the papers and the names of the checkpoints.
 """
 
 import sys
@@ -20,7 +22,11 @@ class Conditional(nn.Module):
 
     def __init__(self, channels, levels):
         super().__init__()
-        self.norm = InstanceNorm2dPlus(channels) if levels is None else ConditionalInstanceNorm2dPlus(channels, levels)
+        self.norm = (
+            InstanceNorm2dPlus(channels)
+            if levels is None
+            else ConditionalInstanceNorm2dPlus(channels, levels)
+        )
 
     def forward(self, x, y):
         return self.norm(x) if y is None else self.norm(x, y)
@@ -33,18 +39,29 @@ class MeanPool(nn.Module):
 
     def forward(self, x):
         h = self.conv(x)
-        return sum([h[:, :, ::2, ::2], h[:, :, 1::2, ::2], h[:, :, ::2, 1::2], h[:, :, 1::2, 1::2]]) / 4
+        return (
+            sum([h[:, :, ::2, ::2], h[:, :, 1::2, ::2], h[:, :, ::2, 1::2], h[:, :, 1::2, 1::2]])
+            / 4
+        )
 
 
 class Residual(nn.Module):
     def __init__(self, inputs, outputs, levels, dilation=None, down=False):
         super().__init__()
         middle = inputs if down else outputs
-        self.norm1, self.norm2, self.act = Conditional(inputs, levels), Conditional(middle, levels), nn.ELU()
+        self.norm1, self.norm2, self.act = (
+            Conditional(inputs, levels),
+            Conditional(middle, levels),
+            nn.ELU(),
+        )
         d = dilation or 1
         self.conv1 = nn.Conv2d(inputs, middle, 3, padding=d, dilation=d)
         pooled = down and dilation is None
-        self.conv2 = MeanPool(middle, outputs, 3) if pooled else nn.Conv2d(middle, outputs, 3, padding=d, dilation=d)
+        self.conv2 = (
+            MeanPool(middle, outputs, 3)
+            if pooled
+            else nn.Conv2d(middle, outputs, 3, padding=d, dilation=d)
+        )
         self.shortcut = nn.Identity()
         if pooled:
             self.shortcut = MeanPool(inputs, outputs, 1)
@@ -63,8 +80,12 @@ class Units(nn.Module):
     def __init__(self, channels, units, levels):
         super().__init__()
         self.act = nn.ELU()
-        self.norms = nn.ModuleList(None if levels is None else Conditional(channels, levels) for _ in range(2 * units))
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2 * units))
+        self.norms = nn.ModuleList(
+            None if levels is None else Conditional(channels, levels) for _ in range(2 * units)
+        )
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2 * units)
+        )
 
     def forward(self, x, y):
         for k in range(0, len(self.convs), 2):
@@ -78,11 +99,19 @@ class Units(nn.Module):
 class Fusion(nn.Module):
     def __init__(self, inputs, channels, levels):
         super().__init__()
-        self.norms = nn.ModuleList(None if levels is None else Conditional(c, levels) for c in inputs)
+        self.norms = nn.ModuleList(
+            None if levels is None else Conditional(c, levels) for c in inputs
+        )
         self.convs = nn.ModuleList(nn.Conv2d(c, channels, 3, padding=1) for c in inputs)
 
     def forward(self, xs, y, shape):
-        sums = torch.zeros(xs[0].shape[0], self.convs[0].out_channels, *shape, dtype=xs[0].dtype, device=xs[0].device)
+        sums = torch.zeros(
+            xs[0].shape[0],
+            self.convs[0].out_channels,
+            *shape,
+            dtype=xs[0].dtype,
+            device=xs[0].device,
+        )
         for x, norm, conv in zip(xs, self.norms, self.convs):
             h = conv(x if norm is None else norm(x, y))
             h = F.interpolate(h, size=shape, mode="bilinear", align_corners=True)
@@ -94,8 +123,12 @@ class Pooling(nn.Module):
     def __init__(self, channels, levels):
         super().__init__()
         self.act = nn.ELU()
-        self.norms = nn.ModuleList(None if levels is None else Conditional(channels, levels) for _ in range(2))
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
+        self.norms = nn.ModuleList(
+            None if levels is None else Conditional(channels, levels) for _ in range(2)
+        )
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2)
+        )
         self.pool = nn.AvgPool2d(5, 1, 2) if levels else nn.MaxPool2d(5, 1, 2)
 
     def forward(self, x, y):
@@ -125,18 +158,39 @@ class RefineNet(nn.Module):
     def __init__(self, channels: int, ngf: int, levels: int | None):
         super().__init__()
         n, refined = ngf, levels
-        self.begin, self.end = nn.Conv2d(channels, n, 3, padding=1), nn.Conv2d(n, channels, 3, padding=1)
+        self.begin, self.end = (
+            nn.Conv2d(channels, n, 3, padding=1),
+            nn.Conv2d(n, channels, 3, padding=1),
+        )
         self.normalizer, self.act = Conditional(n, levels), nn.ELU()
-        self.stages = nn.ModuleList([
-            nn.ModuleList([Residual(n, n, levels), Residual(n, n, levels)]),
-            nn.ModuleList([Residual(n, 2 * n, levels, down=True), Residual(2 * n, 2 * n, levels)]),
-            nn.ModuleList([Residual(2 * n, 2 * n, levels, 2, down=True), Residual(2 * n, 2 * n, levels, 2)]),
-            nn.ModuleList([Residual(2 * n, 2 * n, levels, 4, down=True), Residual(2 * n, 2 * n, levels, 4)]),
-        ])  # fmt: skip
-        self.refines = nn.ModuleList([
-            Refine([2 * n], 2 * n, refined), Refine([2 * n, 2 * n], 2 * n, refined), Refine([2 * n, 2 * n], n, refined),
-            Refine([n, n], n, refined, units=3),
-        ])  # fmt: skip
+        self.stages = nn.ModuleList(
+            [
+                nn.ModuleList([Residual(n, n, levels), Residual(n, n, levels)]),
+                nn.ModuleList(
+                    [Residual(n, 2 * n, levels, down=True), Residual(2 * n, 2 * n, levels)]
+                ),
+                nn.ModuleList(
+                    [
+                        Residual(2 * n, 2 * n, levels, 2, down=True),
+                        Residual(2 * n, 2 * n, levels, 2),
+                    ]
+                ),
+                nn.ModuleList(
+                    [
+                        Residual(2 * n, 2 * n, levels, 4, down=True),
+                        Residual(2 * n, 2 * n, levels, 4),
+                    ]
+                ),
+            ]
+        )
+        self.refines = nn.ModuleList(
+            [
+                Refine([2 * n], 2 * n, refined),
+                Refine([2 * n, 2 * n], 2 * n, refined),
+                Refine([2 * n, 2 * n], n, refined),
+                Refine([n, n], n, refined, units=3),
+            ]
+        )
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         h, layers, below = self.begin(2 * x - 1), [], []
@@ -156,19 +210,32 @@ class DiTBlock(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = (nn.LayerNorm(width, elementwise_affine=False, eps=1e-6) for _ in range(2))
+        self.norm1, self.norm2 = (
+            nn.LayerNorm(width, elementwise_affine=False, eps=1e-6) for _ in range(2)
+        )
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+        )
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=1)
-        x = x + gate1.unsqueeze(1) * self.attention(self.norm1(x) * (1 + scale1.unsqueeze(1)) + shift1.unsqueeze(1))
-        return x + gate2.unsqueeze(1) * self.mlp(self.norm2(x) * (1 + scale2.unsqueeze(1)) + shift2.unsqueeze(1))
+        x = x + gate1.unsqueeze(1) * self.attention(
+            self.norm1(x) * (1 + scale1.unsqueeze(1)) + shift1.unsqueeze(1)
+        )
+        return x + gate2.unsqueeze(1) * self.mlp(
+            self.norm2(x) * (1 + scale2.unsqueeze(1)) + shift2.unsqueeze(1)
+        )
 
     def attention(self, x):
         B, N, C = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(x)
+            .reshape(B, N, 3, self.heads, C // self.heads)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C))
 
 
@@ -179,14 +246,21 @@ class DiT(nn.Module):
         super().__init__()
         self.channels, self.patch, self.width = channels, patch, width
         self.embed = nn.Conv2d(channels, width, patch, stride=patch)
-        self.position = nn.Parameter(0.02 * torch.randn(1, (side // patch) ** 2, width), requires_grad=False)
+        self.position = nn.Parameter(
+            0.02 * torch.randn(1, (side // patch) ** 2, width), requires_grad=False
+        )
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
-        self.norm, self.modulation = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6), nn.Linear(width, 2 * width)
+        self.norm, self.modulation = (
+            nn.LayerNorm(width, elementwise_affine=False, eps=1e-6),
+            nn.Linear(width, 2 * width),
+        )
         self.last = nn.Linear(width, patch**2 * channels)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        frequencies = torch.exp(-9.2 * torch.arange(self.width // 2, device=x.device) / (self.width // 2)).to(x.dtype)
+        frequencies = torch.exp(
+            -9.2 * torch.arange(self.width // 2, device=x.device) / (self.width // 2)
+        ).to(x.dtype)
         angles = t[:, None] * frequencies
         c = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1))
         h = self.embed(x).flatten(2).transpose(1, 2) + self.position

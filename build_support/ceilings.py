@@ -1,4 +1,7 @@
-"""What this GPU can do at best: `ceilings.py FILE`. GB/s of a copy, a read, a write; G/s of Philox blocks, of exp2 and of fma alone."""
+"""What this GPU can do at best: `ceilings.py FILE`.
+
+GB/s of a copy, a read, a write; G/s of Philox blocks, of exp2 and of fma alone.
+"""
 
 import contextlib
 import json
@@ -13,7 +16,8 @@ from workloads import DEVICE, EMULATED
 from fastscore.kernels.philox import philox
 
 BYTES = 2**14 if EMULATED else 2**31
-PROGRAMS, LANES, ROUNDS = (2, 128, 2) if EMULATED else (132 * 16, 1024, 256)   # enough programs for every multiprocessor
+# Enough programs for every multiprocessor.
+PROGRAMS, LANES, ROUNDS = (2, 128, 2) if EMULATED else (132 * 16, 1024, 256)
 
 
 @triton.jit
@@ -68,7 +72,10 @@ def main(path: Path) -> None:
     }
     for name, kernel in {"philox blocks": philox_only, "exp2": exp2_only, "fma": fma_only}.items():
         launch = kernel[(PROGRAMS,)]
-        tasks[name] = words.numel() * ROUNDS, lambda launch=launch: launch(words, 3, ROUNDS=ROUNDS, LANES=LANES)
+        tasks[name] = (
+            words.numel() * ROUNDS,
+            lambda launch=launch: launch(words, 3, ROUNDS=ROUNDS, LANES=LANES),
+        )
 
     figures = {"device": torch.cuda.get_device_name()}
     for name, (work, task) in tasks.items():

@@ -1,7 +1,10 @@
-"""The .cu files on the CPU: translated to C++, compiled with g++, run by the emulated driver of build_support/emulated/.
+"""The .cu files on the CPU.
 
-What a host compiler cannot read is translated here, line by line: launches, shared memory, assembly, the doors to torch. `python
-build_support/emulate.py` builds; `installed()` makes the result back end "cuda" of tensors on the CPU, with tests' `torch.cuda` if asked.
+Translated to C++, compiled with g++, run by the emulated driver of build_support/emulated/.
+
+What a host compiler cannot read is translated here, line by line: launches, shared memory,
+assembly, the doors to torch. `python build_support/emulate.py` builds; `installed()` makes the
+result back end "cuda" of tensors on the CPU, with tests' `torch.cuda` if asked.
 """
 
 import contextlib
@@ -24,9 +27,29 @@ import torch
 HERE = Path(__file__).resolve().parent / "emulated"
 BUILD = native.ROOT / "build" / "emulated"
 NAMESPACE = "fastscore_emulated"
-CHECKS = ["-fsanitize=kernel-address", "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero"]
-FLAGS = ["-O1", "-g", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-attributes", f"-DTORCH_TARGET_VERSION={native.TORCH_TARGET}"]
-DEVICE_FLAGS = [*CHECKS, "-DUSE_CUDA", "-ffp-contract=fast", "-Wno-unknown-pragmas", "-include", "on_host.h", "-include", "checked.h"]
+CHECKS = [
+    "-fsanitize=kernel-address",
+    "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+]
+FLAGS = [
+    "-O1",
+    "-g",
+    "-std=c++20",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wno-attributes",
+    f"-DTORCH_TARGET_VERSION={native.TORCH_TARGET}",
+]
+DEVICE_FLAGS = [
+    *CHECKS,
+    "-DUSE_CUDA",
+    "-ffp-contract=fast",
+    "-Wno-unknown-pragmas",
+    "-include",
+    "on_host.h",
+    "-include",
+    "checked.h",
+]
 
 
 class Untranslatable(Exception):
@@ -67,7 +90,10 @@ def translate(text: str) -> str:
     text = re.sub(r"\b(\w+)\.mutable_data_ptr\(\)", r"on_host::writable(\1)", text)
     text = text.replace("torch::stable::new_empty(", "on_host::new_empty(")
     text = text.replace("torch::stable::accelerator::DeviceGuard", "on_host::DeviceGuard")
-    text = text.replace("STABLE_TORCH_LIBRARY_IMPL(fastscore, CUDA, m)", f"STABLE_TORCH_LIBRARY_IMPL({NAMESPACE}, CPU, m)")
+    text = text.replace(
+        "STABLE_TORCH_LIBRARY_IMPL(fastscore, CUDA, m)",
+        f"STABLE_TORCH_LIBRARY_IMPL({NAMESPACE}, CPU, m)",
+    )
     text = re.sub(r"TORCH_BOX\((&\w+)\)", r"TORCH_BOX(&on_host::checked<\1>::call)", text)
     text = text.replace('"libtorch_cuda.so"', f'"{SONAME}"')
     assert text.count("\n") == lines
@@ -75,7 +101,8 @@ def translate(text: str) -> str:
 
 
 def _launch_bounds(text: str) -> tuple[str, dict[str, str]]:
-    """Without the bounds, and those of each kernel that do not depend on its template's parameters."""
+    """Without the bounds, and those of each kernel that do not depend on its template's
+    parameters."""
     bounds = {}
     while match := re.search(r"__launch_bounds__\s*\(", text):
         end = closing(text, match.end() - 1)
@@ -83,7 +110,9 @@ def _launch_bounds(text: str) -> tuple[str, dict[str, str]]:
         name = re.match(r"\s*(\w+)", text[end:])
         template = re.search(r"\btemplate\s*<[^;{}]*$", text[: match.start()])
         parameters = template[0] if template else ""
-        if name and not any(re.search(rf"\b{word}\b", parameters) for word in re.findall(r"[A-Za-z_]\w*", bound)):
+        if name and not any(
+            re.search(rf"\b{word}\b", parameters) for word in re.findall(r"[A-Za-z_]\w*", bound)
+        ):
             bounds[name[1]] = bound
         text = text[: match.start()] + " " + text[end:]
     return text, bounds
@@ -93,12 +122,15 @@ def _launches(text: str, bounds: dict[str, str]) -> str:
     """kernel<...><<<grid, block, bytes, stream>>>( -> on_host::launcher(kernel<...>, {...})(."""
     while (at := text.find("<<<")) >= 0:
         end = text.find(">>>", at)
-        start = opening(text, at) if text[at - 1] in ">)" else at   # of template arguments, or of a choice in brackets
+        # Of template arguments, or of a choice in brackets.
+        start = opening(text, at) if text[at - 1] in ">)" else at
         while start > 0 and (text[start - 1].isalnum() or text[start - 1] in "_:"):
             start -= 1
         kernel, configuration = text[start:at], text[at + 3 : end]
         name = re.search(r"[\w:]+", kernel)[0]
-        launcher = f'on_host::launcher({kernel}, {{"{name}", {bounds.get(name, 0)}, {configuration}}})'
+        launcher = (
+            f'on_host::launcher({kernel}, {{"{name}", {bounds.get(name, 0)}, {configuration}}})'
+        )
         text = text[:start] + launcher + text[end + 3 :]
     return text
 
@@ -109,7 +141,8 @@ def _shared_memory(text: str) -> str:
         if match[0].startswith("extern"):
             return f"auto* {name} = static_cast<{kind}*>(on_host::dynamic_shared_memory());"
         alias = f"shared_type_of_{name}"
-        return f"using {alias} = {kind}{dimensions}; {alias}& {name} = on_host::shared<{alias}>([] {{}});"
+        shared = f"{alias}& {name} = on_host::shared<{alias}>([] {{}});"
+        return f"using {alias} = {kind}{dimensions}; {shared}"
 
     scope = r"__shared__\s+(?:(?:__align__|alignas)\(\d+\)\s*)?"
     kind, rest = r"((?:typename\s+)?[\w:]+(?:<[^;]*?>)?(?:::\w+)*)", r"\s+(\w+)"
@@ -117,7 +150,10 @@ def _shared_memory(text: str) -> str:
     text = re.sub(rf"{scope}{kind}{rest}((?:\[[^\]]*\])*)\s*;", declared, text)
     if "__shared__" in text:
         line = text[: text.index("__shared__")].count("\n") + 1
-        raise Untranslatable(f"line {line}: a declaration of shared memory that build_support/emulate.py does not know")
+        raise Untranslatable(
+            f"line {line}: a declaration of shared memory that build_support/emulate.py does not "
+            "know"
+        )
     return text
 
 
@@ -129,10 +165,14 @@ def _assembly(text: str) -> str:
         templates = re.match(r'(\s*"(?:[^"\\]|\\.)*")+', inside)[0]
         code = "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', templates)).strip()
         opcode = re.match(r"\{?\s*([\w.:]+)", code)[1]
-        operands = re.findall(r'"[=+]?\w+"\s*\(([^()]*(?:\([^()]*\)[^()]*)*)\)', inside[len(templates) :])
+        operands = re.findall(
+            r'"[=+]?\w+"\s*\(([^()]*(?:\([^()]*\)[^()]*)*)\)', inside[len(templates) :]
+        )
         function = re.sub(r"\W+", "_", opcode)
         call = f"on_host::ptx_{function}({', '.join(operands)})"
-        text = text[: match.start()] + call + "\n" * text[match.start() : end].count("\n") + text[end:]
+        text = (
+            text[: match.start()] + call + "\n" * text[match.start() : end].count("\n") + text[end:]
+        )
     return text
 
 
@@ -146,18 +186,30 @@ def digest(*parts: str) -> str:
 
 @functools.cache
 def processor() -> list[str]:
-    """fma in one instruction where this machine has it; else the C library's, the same to the bit."""
+    """fma in one instruction where this machine has it.
+
+    Else the C library's, the same to the bit.
+    """
     info = Path("/proc/cpuinfo")
-    return ["-mfma"] if info.exists() and re.search(r"^flags.*\bfma\b", info.read_text(), re.M) else []
+    return (
+        ["-mfma"] if info.exists() and re.search(r"^flags.*\bfma\b", info.read_text(), re.M) else []
+    )
 
 
 def compile_object(source: Path, text: str, flags: list[str], headers: list[Path]) -> Path:
     """An object of a text; at once where nothing that it depends on has changed."""
     compiler = native.find_compiler().split()
     _, cpp_extension = native.find_torch()
-    command = [*compiler, *FLAGS, *flags, *(f"-I{path}" for path in (HERE, *cpp_extension.include_paths()))]
+    command = [
+        *compiler,
+        *FLAGS,
+        *flags,
+        *(f"-I{path}" for path in (HERE, *cpp_extension.include_paths())),
+    ]
     ours = [path.read_text() for path in sorted(HERE.glob("*.h"))]
-    hashed = digest(torch.__version__, *command, text, *ours, *(translate(path.read_text()) for path in headers))
+    hashed = digest(
+        torch.__version__, *command, text, *ours, *(translate(path.read_text()) for path in headers)
+    )
     target = BUILD / f"{source.stem}-{hashed}.o"
     if target.exists():
         return target
@@ -168,9 +220,15 @@ def compile_object(source: Path, text: str, flags: list[str], headers: list[Path
         (folder / path.name).write_text(f'#line 1 "{path.name}"\n{translate(path.read_text())}')
     translated = folder / f"{source.stem}.cpp"
     translated.write_text(f'#line 1 "{source.name}"\n{text}')
-    result = subprocess.run([*command, f"-I{folder}", "-c", translated, "-o", folder / "new.o"], capture_output=True, text=True)
+    result = subprocess.run(
+        [*command, f"-I{folder}", "-c", translated, "-o", folder / "new.o"],
+        capture_output=True,
+        text=True,
+    )
     if result.returncode:
-        raise native.BuildError(f"{source.name} does not compile for the emulated device:\n{result.stderr[-6000:]}")
+        raise native.BuildError(
+            f"{source.name} does not compile for the emulated device:\n{result.stderr[-6000:]}"
+        )
     (folder / "new.o").replace(target)
     return target
 
@@ -178,10 +236,18 @@ def compile_object(source: Path, text: str, flags: list[str], headers: list[Path
 def link(objects: list[Path], soname: str = SONAME) -> Path:
     target = BUILD / f"emulated-{digest(soname, *map(str, objects))}.so"
     if not target.exists():
-        libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
+        libraries = [
+            f"-L{Path(torch.__file__).parent / 'lib'}",
+            "-ltorch",
+            "-ltorch_cpu",
+            "-lc10",
+            "-ldl",
+        ]
         options = ["-shared", "-Wl,-z,defs", f"-Wl,-soname,{soname}"]
         new = target.with_suffix(f".{os.getpid()}")
-        subprocess.run([*native.find_compiler().split(), *options, *objects, "-o", new, *libraries], check=True)
+        subprocess.run(
+            [*native.find_compiler().split(), *options, *objects, "-o", new, *libraries], check=True
+        )
         new.replace(target)
     return target
 
@@ -191,8 +257,14 @@ def build() -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
     driver_source, headers = HERE / "driver.cpp", sorted(CSRC.glob("*.h"))
     tasks = [(driver_source, driver_source.read_text(), ["-O2"], [])]
-    tasks += [(path, translate(path.read_text()), DEVICE_FLAGS + processor(), headers) for path in sorted(CSRC.glob("*.cu"))]
-    with (BUILD / "lock").open("w") as lock, ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+    tasks += [
+        (path, translate(path.read_text()), DEVICE_FLAGS + processor(), headers)
+        for path in sorted(CSRC.glob("*.cu"))
+    ]
+    with (
+        (BUILD / "lock").open("w") as lock,
+        ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool,
+    ):
         fcntl.flock(lock, fcntl.LOCK_EX)
         return link(list(pool.map(lambda task: compile_object(*task), tasks)))
 
@@ -226,7 +298,9 @@ def driver() -> ctypes.CDLL:
     assert reason is None, reason
     define = torch.library.Library(NAMESPACE, "DEF")
     for name in operators():
-        define.define(str(getattr(torch.ops.fastscore, name).default._schema).removeprefix("fastscore::"))
+        define.define(
+            str(getattr(torch.ops.fastscore, name).default._schema).removeprefix("fastscore::")
+        )
     path = str(build())
     torch.ops.load_library(path)
     loaded = ctypes.CDLL(path)
@@ -255,7 +329,11 @@ def installed():
         return None if (name, device) == ("cuda", "cpu") else why_not(name, device)
 
     def raw_here(name, op):
-        return getattr(getattr(torch.ops, NAMESPACE), op).default if name == "cuda" and op in operators() else raw(name, op)
+        return (
+            getattr(getattr(torch.ops, NAMESPACE), op).default
+            if name == "cuda" and op in operators()
+            else raw(name, op)
+        )
 
     backend._choose.cache_clear()
     try:
@@ -285,7 +363,10 @@ def launched() -> list[tuple[str, int, int, int, int]]:
 
 
 class Graph(torch.utils._python_dispatch.TorchDispatchMode):
-    """torch.cuda.CUDAGraph and torch.cuda.graph in one: our launches are captured by the driver, the rest is done again at each replay."""
+    """torch.cuda.CUDAGraph and torch.cuda.graph in one.
+
+    Our launches are captured by the driver, the rest is done again at each replay.
+    """
 
     def __init__(self):
         super().__init__()
@@ -322,7 +403,9 @@ class Graph(torch.utils._python_dispatch.TorchDispatchMode):
     @staticmethod
     def again(function, arguments, options, results):
         new = function(*arguments, **options)
-        for old, value in zip(*(torch.utils._pytree.tree_leaves(values) for values in (results, new))):
+        for old, value in zip(
+            *(torch.utils._pytree.tree_leaves(values) for values in (results, new))
+        ):
             if isinstance(old, torch.Tensor) and old.data_ptr() != value.data_ptr():
                 old.copy_(value)
 
@@ -359,7 +442,8 @@ class Properties:
 
 @contextlib.contextmanager
 def torch_cuda():
-    """Within: the functions of torch.cuda that tests and benchmarks call are those of the emulated device."""
+    """Within: the functions of torch.cuda that tests and benchmarks call are those of the
+    emulated device."""
     fakes = {
         "CUDAGraph": Graph,
         "Event": Event,

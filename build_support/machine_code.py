@@ -1,7 +1,10 @@
-"""Compile the GPU kernels without a GPU and count what their machine code does. `machine_code.py triton | cuda` prints JSON.
+"""Compile the GPU kernels without a GPU and count what their machine code does.
 
-A row per kernel and target: instructions, how many of them per element where the kernel is straight-line, accesses to local
-memory (spills), 128-bit accesses to global memory, and the bytes that these read and write per thread.
+`machine_code.py triton | cuda` prints JSON.
+
+A row per kernel and target: instructions, how many of them per element where the kernel is
+straight-line, accesses to local memory (spills), 128-bit accesses to global memory, and the bytes
+that these read and write per thread.
 """
 
 import itertools
@@ -21,17 +24,33 @@ import native
 import torch
 import triton
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def count(path, per_thread=None, steps=1):
-    """{kernel: figures} of one cubin or object file; a loop, if there is one, runs `steps` times over `per_thread` elements."""
-    text = subprocess.run([BIN / "cuobjdump", "-sass", path], capture_output=True, text=True, check=True).stdout
-    usage = subprocess.run([BIN / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    """{kernel: figures} of one cubin or object file.
+
+    A loop, if there is one, runs `steps` times over `per_thread` elements.
+    """
+    text = subprocess.run(
+        [BIN / "cuobjdump", "-sass", path], capture_output=True, text=True, check=True
+    ).stdout
+    usage = subprocess.run(
+        [BIN / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True
+    ).stdout
     rows = {}
     for part in text.split("Function : ")[1:]:
-        lines = [line for line in part.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+\S", line) and "NOP" not in line]
+        lines = [
+            line
+            for line in part.splitlines()
+            if re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+\S", line) and "NOP" not in line
+        ]
         executed = len(lines) + (steps - 1) * loop(lines)
         registers = re.search(rf"{re.escape(part.split()[0])}:\s+REG:(\d+)", usage)
         rows[part.split()[0]] = {
@@ -40,7 +59,9 @@ def count(path, per_thread=None, steps=1):
             "loop": loop(lines),
             "registers": int(registers[1]),
             "local": sum(bool(re.search(r"\b(LDL|STL)", line)) for line in lines),
-            "wide": sum(bool(re.search(r"(LDG|STG)\.E\.(EF\.)?(128|ENL2\.256)", line)) for line in lines),
+            "wide": sum(
+                bool(re.search(r"(LDG|STG)\.E\.(EF\.)?(128|ENL2\.256)", line)) for line in lines
+            ),
             "streamed": sum(bool(re.search(r"(LDG|STG)\.E\.EF\.", line)) for line in lines),
             "read": wide_bytes("LDG", lines),
             "written": wide_bytes("STG", lines),
@@ -49,10 +70,13 @@ def count(path, per_thread=None, steps=1):
     return rows
 
 
-PIPES = {   # of sm_90, by what an opcode begins with; what is left counts for the scheduler alone
+PIPES = {  # of sm_90, by what an opcode begins with; what is left counts for the scheduler alone
     "fma": ("FFMA", "FMUL", "FADD", "HFMA2", "HMUL2", "HADD2"),
     "imad": ("IMAD",),
-    "alu": ("LOP3", "IADD", "SHF", "ISETP", "FSETP", "SEL", "FSEL", "FMNMX", "IMNMX", "VIMNMX", "PRMT", "LEA", "PLOP3", "F2FP", "FCHK"),
+    "alu": (
+        "LOP3", "IADD", "SHF", "ISETP", "FSETP", "SEL", "FSEL", "FMNMX", "IMNMX", "VIMNMX", "PRMT",
+        "LEA", "PLOP3", "F2FP", "FCHK",
+    ),
     "xu": ("MUFU", "I2F", "F2I", "F2F", "I2I", "POPC"),
     "lsu": ("LDG", "STG", "LDS", "STS", "SHFL", "LDC", "ATOM", "RED"),
     "fp64": ("DFMA", "DMUL", "DADD", "DSETP"),
@@ -60,16 +84,27 @@ PIPES = {   # of sm_90, by what an opcode begins with; what is left counts for t
 
 
 def pipes(lines):
-    """Instructions of each pipe, as they stand in the code. A move by IMAD goes through the FMA pipe, too."""
+    """Instructions of each pipe, as they stand in the code.
+
+    A move by IMAD goes through the FMA pipe, too.
+    """
     opcodes = [re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w]*)", line)[1] for line in lines]
-    return {pipe: sum(opcode.startswith(names) for opcode in opcodes) for pipe, names in PIPES.items()}
+    return {
+        pipe: sum(opcode.startswith(names) for opcode in opcodes) for pipe, names in PIPES.items()
+    }
 
 
 def loop(lines):
     """Instructions of the longest loop: between a branch and what it goes back to."""
     at = [int(re.match(r"\s+/\*([0-9a-f]+)\*/", line)[1], 16) for line in lines]
-    found = ((int(match[1], 16), here) for here, line in zip(at, lines) if (match := re.search(r"\bBRA.*?\s0x([0-9a-f]+)", line)))
-    return max((sum(start <= a <= here for a in at) for start, here in found if start < here), default=0)
+    found = (
+        (int(match[1], 16), here)
+        for here, line in zip(at, lines)
+        if (match := re.search(r"\bBRA.*?\s0x([0-9a-f]+)", line))
+    )
+    return max(
+        (sum(start <= a <= here for a in at) for start, here in found if start < here), default=0
+    )
 
 
 def wide_bytes(instruction, lines):
@@ -78,113 +113,248 @@ def wide_bytes(instruction, lines):
 
 
 def noise_kernels():
-    """(name, kernel, constants, types, aligned): the fast path of each launcher, an offset at a block's start."""
+    """(name, kernel, constants, types, aligned).
+
+    The fast path of each launcher, an offset at a block's start.
+    """
     from fastscore.kernels import tiles
     from fastscore.kernels.denoising_loss import noise_reduce_kernel
     from fastscore.kernels.noisy_update import noisy_update_kernel
     from fastscore.kernels.rademacher_project import project_kernel, spread_kernel
     from fastscore.kernels.random import fill_kernel
 
-    BLOCK, REDUCED = (tiles.TABLE["default"][kernel]["BLOCK"] for kernel in ("fill", "noise_reduce"))
+    BLOCK, REDUCED = (
+        tiles.TABLE["default"][kernel]["BLOCK"] for kernel in ("fill", "noise_reduce")
+    )
     common = {"HAS_KEY": False, "BLOCK": BLOCK, "key_ptr": None}
     for dtype in DTYPES:
         wide = dtype == "fp64"
         pointers = {name: f"*{dtype}" for name in ("out_ptr", "x_ptr", "d_ptr", "s_ptr")}
-        pointers |= {name: "*fp64" if wide else "*fp32" for name in ("a_ptr", "b_ptr", "sigma_ptr", "partial_ptr")}
+        pointers |= {
+            name: "*fp64" if wide else "*fp32"
+            for name in ("a_ptr", "b_ptr", "sigma_ptr", "partial_ptr")
+        }
         scalars = {"a": "fp32", "b": "fp32", "sigma": "fp32", "stream": "i32"}
-        constants = common | {"HAS_X": True, "HAS_D": True, "A_KIND": int(wide), "B_KIND": int(wide), "WIDE": wide, "shift": 0}
-        constants |= {"EACH": False, "CROSSES": False, "BLOCK": BLOCK * (2 if dtype in ("bf16", "fp16") else 1)}
+        constants = common | {
+            "HAS_X": True,
+            "HAS_D": True,
+            "A_KIND": int(wide),
+            "B_KIND": int(wide),
+            "WIDE": wide,
+            "shift": 0,
+        }
+        constants |= {
+            "EACH": False,
+            "CROSSES": False,
+            "BLOCK": BLOCK * (2 if dtype in ("bf16", "fp16") else 1),
+        }
         constants |= {} if wide else {"a_ptr": None, "b_ptr": None}
-        yield f"noisy_update {dtype}", noisy_update_kernel, constants, pointers | scalars, ("out_ptr", "x_ptr", "d_ptr", "n")
+        yield (
+            f"noisy_update {dtype}",
+            noisy_update_kernel,
+            constants,
+            pointers | scalars,
+            ("out_ptr", "x_ptr", "d_ptr", "n"),
+        )
         if not wide:
             each = constants | {"A_KIND": 2, "B_KIND": 2, "EACH": True}
             each = {name: value for name, value in each.items() if name not in ("a_ptr", "b_ptr")}
             aligned = "out_ptr", "x_ptr", "d_ptr", "a_ptr", "b_ptr", "n"
-            yield f"noisy_update each {dtype}", noisy_update_kernel, each, pointers | scalars | {"n": "i32"}, aligned
+            yield (
+                f"noisy_update each {dtype}",
+                noisy_update_kernel,
+                each,
+                pointers | scalars | {"n": "i32"},
+                aligned,
+            )
         for kind, label in enumerate(("words", "uniform", "normal")):
             types = pointers | scalars | ({"out_ptr": "*i64"} if kind == 0 else {})
             if kind or dtype == "fp32":
                 constants = common | {"KIND": kind, "shift": 0, "CROSSES": False}
                 yield f"{label} {dtype}", fill_kernel, constants, types, ("out_ptr", "n")
-        constants = common | {"DOT": False, "SIGMA_KIND": int(wide), "WIDE": wide, "ROWS": 1, "BLOCK": REDUCED}
+        constants = common | {
+            "DOT": False,
+            "SIGMA_KIND": int(wide),
+            "WIDE": wide,
+            "ROWS": 1,
+            "BLOCK": REDUCED,
+        }
         constants |= {"CROSSES": False, "ALIGNED": True} | ({} if wide else {"sigma_ptr": None})
         types = pointers | scalars | dict.fromkeys(("samples", "per_sample"), "i32")
         for label, full, steps in (("long", True, 4), ("full", True, 1), ("masked", False, 1)):
             more = {"FULL": full, "STEPS": steps}
-            yield f"noise_reduce {label} {dtype}", noise_reduce_kernel, constants | more, types, ("partial_ptr", "s_ptr", "per_sample")
-        constants = {"HAS_KEY": False, "key_ptr": None, "WIDE": wide, "ALIGNED": True, "ROWS": 1, "BLOCKS": 16 if wide else 32}
+            yield (
+                f"noise_reduce {label} {dtype}",
+                noise_reduce_kernel,
+                constants | more,
+                types,
+                ("partial_ptr", "s_ptr", "per_sample"),
+            )
+        constants = {
+            "HAS_KEY": False,
+            "key_ptr": None,
+            "WIDE": wide,
+            "ALIGNED": True,
+            "ROWS": 1,
+            "BLOCKS": 16 if wide else 32,
+        }
         several = 4 if dtype in ("bf16", "fp16") else 2
         forms = ("long", True, several), ("full", True, 1), ("masked", False, 1)
         pointers |= {name: f"*{dtype}" for name in ("js_ptr", "gjs_ptr", "gs_ptr")}
-        pointers |= {f"{name}_ptr": "*fp64" if wide else "*fp32" for name in ("vjv", "vs", "ss", "gvjv", "gvs", "gss")}
+        pointers |= {
+            f"{name}_ptr": "*fp64" if wide else "*fp32"
+            for name in ("vjv", "vs", "ss", "gvjv", "gvs", "gss")
+        }
         aligned = ("js_ptr", "s_ptr", "gjs_ptr", "gs_ptr", "samples")
         scalars |= dict.fromkeys(("samples", "projections"), "i32")
         flags = {"HAS_J": True, "HAS_S": True}, {"HAS_GJS": True, "HAS_GVS": True, "HAS_GSS": True}
         for label, full, steps in forms:
             form = {"FULL": full, "STEPS": steps}
-            yield f"project {label} {dtype}", project_kernel, constants | flags[0] | form, pointers | scalars, aligned
+            yield (
+                f"project {label} {dtype}",
+                project_kernel,
+                constants | flags[0] | form,
+                pointers | scalars,
+                aligned,
+            )
             form |= {"STEPS": 1} if dtype in ("bf16", "fp16") else {}
-            yield f"spread {label} {dtype}", spread_kernel, constants | flags[1] | form, pointers | scalars, aligned
+            yield (
+                f"spread {label} {dtype}",
+                spread_kernel,
+                constants | flags[1] | form,
+                pointers | scalars,
+                aligned,
+            )
 
 
 def pixel_kernels(arch):
-    """The normalisations' passes over 128 x 128 x 64 x 64, cut as the launchers do; the plainest variant for every dtype and target."""
+    """The normalisations' passes over 128 x 128 x 64 x 64, cut as the launchers do.
+
+    The plainest variant for every dtype and target.
+    """
     from fastscore.kernels import activation, normalise
     from fastscore.kernels.launch_normalise import tiles_of
 
     elu, none = activation.ELU.value, activation.IDENTITY.value
     plain = [("elu", elu, 0, False)]
-    more = [("large", elu, 0, False), ("none", none, 0, False), ("tangent", elu, 1, False), ("channels-last", elu, 0, True)]
-    kernels = normalise.moments_kernel, normalise.apply_kernel, normalise.cotangent_sums_kernel, normalise.gradient_kernel
-    variants = [(dtype, *v) for dtype in DTYPES for v in plain + (more if arch == 90 and dtype in ("fp32", "bf16") else [])]
+    more = [
+        ("large", elu, 0, False),
+        ("none", none, 0, False),
+        ("tangent", elu, 1, False),
+        ("channels-last", elu, 0, True),
+    ]
+    kernels = (
+        normalise.moments_kernel,
+        normalise.apply_kernel,
+        normalise.cotangent_sums_kernel,
+        normalise.gradient_kernel,
+    )
+    variants = [
+        (dtype, *v)
+        for dtype in DTYPES
+        for v in plain + (more if arch == 90 and dtype in ("fp32", "bf16") else [])
+    ]
     for dtype, label, kind, M, last in variants:
         x = torch.empty((128, 128, 64, 64), dtype=DTYPES[dtype], device="meta")
         x = x.to(memory_format=torch.channels_last) if last else x
-        pointers = {name: f"*{dtype}" for name in ("x_ptr", "t_ptr", "y_ptr", "ty_ptr", "gy_ptr", "gty_ptr", "gx_ptr", "gt_ptr")}
-        pointers |= {name: "*fp64" if dtype == "fp64" else "*fp32" for name in ("out_ptr", "table_ptr", "gtable_ptr")}
+        pointers = {
+            name: f"*{dtype}"
+            for name in (
+                "x_ptr", "t_ptr", "y_ptr", "ty_ptr", "gy_ptr", "gty_ptr", "gx_ptr", "gt_ptr",
+            )
+        }
+        pointers |= {
+            name: "*fp64" if dtype == "fp64" else "*fp32"
+            for name in ("out_ptr", "table_ptr", "gtable_ptr")
+        }
         for kernel in kernels:
             tiles = tiles_of(x, M)
             constants = {"KIND": kind, "HAS_Y": True, "HAS_GY": True, "M": M, "LAST": last}
             constants |= {"UNITS": tiles.UNITS, "PIXELS": tiles.PIXELS}
             constants["EVICT"] = "evict_first" if label == "large" else ""
-            constants |= {} if M else {"t_ptr": None, "ty_ptr": None, "gty_ptr": None, "gt_ptr": None}
+            constants |= (
+                {} if M else {"t_ptr": None, "ty_ptr": None, "gty_ptr": None, "gt_ptr": None}
+            )
             constants |= {"splits": 1} if tiles.splits == 1 else {}
             types = pointers | dict.fromkeys(("units", "C", "S", "splits"), "i32")
             name = f"{kernel.fn.__name__.removesuffix('_kernel')} {label} {dtype}"
-            yield name, kernel, constants, types, (*pointers, "units", "C", "S", "splits"), tiles.UNITS * tiles.PIXELS, tiles.warps
+            yield (
+                name,
+                kernel,
+                constants,
+                types,
+                (*pointers, "units", "C", "S", "splits"),
+                tiles.UNITS * tiles.PIXELS,
+                tiles.warps,
+            )
 
 
 def algebra_kernels(arch):
-    """The normalisations' algebra for 128 channels in float32 and float64, with tangents and everything optional."""
+    """The normalisations' algebra for 128 channels in float32 and float64, with tangents and
+    everything optional."""
     from fastscore.kernels import normalise, normalise_algebra
 
-    forms = {"channels": (False, True, 2, 128)} | ({"groups": (True, False, 64, 4)} if arch == 90 else {})
+    forms = {"channels": (False, True, 2, 128)} | (
+        {"groups": (True, False, 64, 4)} if arch == 90 else {}
+    )
     for dtype in ("fp32", "fp64"):
         names = "table", "stats", "coef", "tcoef", "gtable", "gcoef", "gtcoef", "sums", "part"
         types = {f"{name}_ptr": f"*{dtype}" for name in names} | {"labels_ptr": "*i64"}
-        types |= dict.fromkeys(("B", "C", "S", "groups", "domain", "coef_rows", "units", "splits"), "i32")
+        types |= dict.fromkeys(
+            ("B", "C", "S", "groups", "domain", "coef_rows", "units", "splits"), "i32"
+        )
         constants = {"PIXELS": 4096, "UNITS": 16, "SPLITS": 64, "STEPS": 2}
         yield f"merge {dtype}", normalise.merge_kernel, constants, types, ("units", "S"), 1024, 4
         kernels = normalise_algebra.coefficients_kernel, normalise_algebra.cotangents_kernel
         for (label, (grouped, alpha, rows, D)), kernel in itertools.product(forms.items(), kernels):
-            constants = {"EPS": 1e-5, "GROUPED": grouped, "ALPHA": alpha, "BETA": True, "HAS_LABELS": True, "ONE": False, "M": 2}
+            constants = {
+                "EPS": 1e-5,
+                "GROUPED": grouped,
+                "ALPHA": alpha,
+                "BETA": True,
+                "HAS_LABELS": True,
+                "ONE": False,
+                "M": 2,
+            }
             constants |= {"HAS_TCOEF": True, "ROWS": rows, "D": D}
             name = f"{kernel.fn.__name__.removesuffix('_kernel')} {label} {dtype}"
             yield name, kernel, constants, types, ("C",), rows * D, rows * D // 32
 
 
 def whole_kernels():
-    """The normalisation of a sample of 128 channels of 8 x 8 pixels (float64: 64) in one program, ELU, with everything optional."""
+    """The normalisation of a sample of 128 channels of 8 x 8 pixels (float64: 64) in one
+    program, ELU, with everything optional."""
     from fastscore.kernels import activation, normalise_algebra
 
     for dtype in DTYPES:
         compute = "fp64" if dtype == "fp64" else "fp32"
-        types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "stats_ptr": f"*{compute}", "coef_ptr": f"*{compute}", "labels_ptr": "*i64"}
+        types = {
+            "x_ptr": f"*{dtype}",
+            "y_ptr": f"*{dtype}",
+            "stats_ptr": f"*{compute}",
+            "coef_ptr": f"*{compute}",
+            "labels_ptr": "*i64",
+        }
         types |= dict.fromkeys(("B", "C", "S", "groups", "domain", "coef_rows"), "i32")
-        constants = {"EPS": 1e-5, "GROUPED": False, "ALPHA": True, "BETA": True, "HAS_LABELS": True, "ONE": False}
+        constants = {
+            "EPS": 1e-5,
+            "GROUPED": False,
+            "ALPHA": True,
+            "BETA": True,
+            "HAS_LABELS": True,
+            "ONE": False,
+        }
         D = 64 if dtype == "fp64" else 128
         constants |= {"KIND": activation.ELU.value, "D": D, "PIXELS": 64}
-        yield f"whole {dtype}", normalise_algebra.whole_kernel, constants, types, ("x_ptr", "y_ptr", "S", "C"), D * 64, D // 8
+        yield (
+            f"whole {dtype}",
+            normalise_algebra.whole_kernel,
+            constants,
+            types,
+            ("x_ptr", "y_ptr", "S", "C"),
+            D * 64,
+            D // 8,
+        )
 
 
 def stack_kernels(arch):
@@ -193,18 +363,36 @@ def stack_kernels(arch):
 
     block = tiles.TABLE["default"]["activate_dual"]["BLOCK"]
     names = "elu", "relu", "gelu", "softplus", "tanh", "sigmoid"
-    variants = [(dtype, "silu") for dtype in DTYPES] + ([("fp32", name) for name in names] if arch == 90 else [])
+    variants = [(dtype, "silu") for dtype in DTYPES] + (
+        [("fp32", name) for name in names] if arch == 90 else []
+    )
     for dtype, name in variants:
         pointers = {pointer: f"*{dtype}" for pointer in ("out_ptr", "s_ptr", "g_ptr")}
-        constants = {"M": 1, "KIND": getattr(activation, name.upper()).value, "WIDE": dtype == "fp64", "BLOCK": block}
-        for kernel in (activate_dual.activate_dual_kernel, activate_dual.activate_dual_gradient_kernel):
+        constants = {
+            "M": 1,
+            "KIND": getattr(activation, name.upper()).value,
+            "WIDE": dtype == "fp64",
+            "BLOCK": block,
+        }
+        for kernel in (
+            activate_dual.activate_dual_kernel,
+            activate_dual.activate_dual_gradient_kernel,
+        ):
             label = f"{kernel.fn.__name__.removesuffix('_kernel')} {name} {dtype}"
             yield label, kernel, constants, pointers | {"n": "i32"}, (*pointers, "n"), block, 4
         cut = tiles.TABLE["default"]["activate_jet"]
         constants |= {"STRAIGHT": False, "BLOCK": cut["BLOCK"]}
         for kernel in (activate_jet.activate_jet_kernel, activate_jet.activate_jet_gradient_kernel):
             label = f"{kernel.fn.__name__.removesuffix('_kernel')} {name} {dtype}"
-            yield label, kernel, constants, pointers | {"n": "i32"}, (*pointers, "n"), cut["BLOCK"], cut["num_warps"]
+            yield (
+                label,
+                kernel,
+                constants,
+                pointers | {"n": "i32"},
+                (*pointers, "n"),
+                cut["BLOCK"],
+                cut["num_warps"],
+            )
 
 
 def sign_kernels():
@@ -215,7 +403,15 @@ def sign_kernels():
     blocks, warps = tiles.TABLE["default"]["signs"].values()
     for dtype in DTYPES:
         constants = {"HAS_KEY": False, "key_ptr": None, "BLOCKS": blocks, "shift": 0}
-        yield f"rademacher {dtype}", sign_kernel, constants, {"out_ptr": f"*{dtype}"}, ("out_ptr", "n"), 128 * blocks, warps
+        yield (
+            f"rademacher {dtype}",
+            sign_kernel,
+            constants,
+            {"out_ptr": f"*{dtype}"},
+            ("out_ptr", "n"),
+            128 * blocks,
+            warps,
+        )
 
 
 def sum_kernels():
@@ -225,18 +421,33 @@ def sum_kernels():
     for dtype in ("fp32", "fp64"):
         types = {f"{name}{i}_ptr": f"*{dtype}" for name in ("out", "partial") for i in range(3)}
         constants = {"ROWS": 1, "BLOCK": sum_splits.SIZE}
-        yield f"sum_splits {dtype}", sum_splits.sum_splits_kernel, constants, types, tuple(types), sum_splits.SIZE, 4
+        yield (
+            f"sum_splits {dtype}",
+            sum_splits.sum_splits_kernel,
+            constants,
+            types,
+            tuple(types),
+            sum_splits.SIZE,
+            4,
+        )
 
 
 def cut_as_launched(entry, arch):
-    """A kernel of noise with its elements and warps; noisy_update by the table's entry for the target."""
+    """A kernel of noise with its elements and warps.
+
+    noisy_update by the table's entry for the target.
+    """
     from fastscore.kernels import tiles
 
     name, kernel, constants, *rest = entry
     warps = 4
     if name.startswith("noisy_update"):
-        default, here = (tiles.TABLE.get(key, {}).get("noisy_update", {}) for key in ("default", f"sm_{arch}"))
-        constants = constants | {"BLOCK": constants["BLOCK"] * (default | here)["BLOCK"] // default["BLOCK"]}
+        default, here = (
+            tiles.TABLE.get(key, {}).get("noisy_update", {}) for key in ("default", f"sm_{arch}")
+        )
+        constants = constants | {
+            "BLOCK": constants["BLOCK"] * (default | here)["BLOCK"] // default["BLOCK"]
+        }
         warps = (default | here)["num_warps"]
     elements = 128 * constants["BLOCKS"] if "BLOCKS" in constants else 4 * constants["BLOCK"]
     return name, kernel, constants, *rest, elements, warps
@@ -245,7 +456,9 @@ def cut_as_launched(entry, arch):
 def triton_kernels(arch):
     noise = (cut_as_launched(entry, arch) for entry in noise_kernels())
     fixed = whole_kernels(), sign_kernels(), sum_kernels()
-    return itertools.chain(noise, pixel_kernels(arch), algebra_kernels(arch), stack_kernels(arch), *fixed)
+    return itertools.chain(
+        noise, pixel_kernels(arch), algebra_kernels(arch), stack_kernels(arch), *fixed
+    )
 
 
 def compile_triton(entry, arch):
@@ -255,11 +468,23 @@ def compile_triton(entry, arch):
     name, kernel, constants, types, aligned, elements, warps = entry
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i64") for n in names}
-    unknown = [p.name for p in kernel.params if p.do_not_specialize]   # a launch would not tell the compiler
+    # a launch would not tell the compiler.
+    unknown = [p.name for p in kernel.params if p.do_not_specialize]
     assert not set(unknown) & set(aligned), (name, unknown)
-    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if n in names and n not in constants}
-    source = ASTSource(kernel, signature, constexprs={k: v for k, v in constants.items() if k in names}, attrs=attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    attrs = {
+        (names.index(n),): [["tt.divisibility", 16]]
+        for n in aligned
+        if n in names and n not in constants
+    }
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={k: v for k, v in constants.items() if k in names},
+        attrs=attrs,
+    )
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps}
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -271,8 +496,15 @@ def compile_cuda(source, folder):
     """One .cu for every target; kernels by their demangled-enough names."""
     torch, cpp_extension = native.find_torch()
     nvcc, target = native.find_nvcc(), folder / f"{source.stem}.o"
-    includes = [str(native.ROOT / "csrc"), *cpp_extension.include_paths(), str(Path(nvcc).resolve().parent.parent / "include")]
-    subprocess.run([nvcc, *native.nvcc_flags(includes), *native.gencode(), "-c", source, "-o", target], check=True)
+    includes = [
+        str(native.ROOT / "csrc"),
+        *cpp_extension.include_paths(),
+        str(Path(nvcc).resolve().parent.parent / "include"),
+    ]
+    subprocess.run(
+        [nvcc, *native.nvcc_flags(includes), *native.gencode(), "-c", source, "-o", target],
+        check=True,
+    )
     rows = count(target)
     for name, row in rows.items():
         packs = 32 if "bfloat16" in name or "half" in name else 16   # elements of four packs
@@ -280,7 +512,8 @@ def compile_cuda(source, folder):
             row["per_element"] = row["instructions"] / packs
         elif "fill_signs" in name:
             row["per_element"] = row["instructions"] / 128
-        elif "reduce_samples" in name and "ReadingE1E" in name and "reduce_samplesId" not in name:   # that many in each round of its loop
+        # That many in each round of its loop.
+        elif "reduce_samples" in name and "ReadingE1E" in name and "reduce_samplesId" not in name:
             row["per_element"] = row["loop"] / packs
     return rows
 
@@ -288,9 +521,16 @@ def compile_cuda(source, folder):
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         if sys.argv[1] == "triton":
-            rows = dict(compile_triton(entry, arch) for arch in (80, 90, 100) for entry in triton_kernels(arch))
+            rows = dict(
+                compile_triton(entry, arch)
+                for arch in (80, 90, 100)
+                for entry in triton_kernels(arch)
+            )
         else:
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
-            results = pool.map(lambda source: compile_cuda(source, Path(folder)), sorted((native.ROOT / "csrc").glob("*.cu")))
+            results = pool.map(
+                lambda source: compile_cuda(source, Path(folder)),
+                sorted((native.ROOT / "csrc").glob("*.cu")),
+            )
             rows = {name: row for result in results for name, row in result.items()}
     json.dump(rows, sys.stdout)

@@ -1,11 +1,15 @@
-"""What limits each Triton kernel on an H100, from its compiled code: `model.py [RESULTS.json]` prints the table of docs/gpu.md.
+"""What limits each Triton kernel on an H100, from its compiled code.
+
+`model.py [RESULTS.json]` prints the table of docs/gpu.md.
 
 A kernel takes at least as long as each of these, and is predicted to take as long as the longest:
 - memory: the bytes that must move, at the rate of a copy;
 - issue: its instructions at four warps a clock of each multiprocessor, of which 80 % are used;
 - a pipe: the instructions that one of its pipes takes, at that pipe's rate;
-- latency: with the warps that the registers leave room for, the bytes that all their loads ask for at once, a trip each.
-No GPU is needed. RESULTS: a report of the benchmarks (benchmarks/results), whose rows in a graph are put beside the predictions.
+- latency: with the warps that the registers leave room for, the bytes that all their loads ask for
+  at once, a trip each.
+No GPU is needed. RESULTS: a report of the benchmarks (benchmarks/results), whose rows in a graph
+are put beside the predictions.
 """
 
 import functools
@@ -21,14 +25,19 @@ import machine_code
 SIZE = 2**26   # elements
 COPY = 2.98e12   # bytes a second, measured on an H100 (build_support/ceilings.py)
 PROCESSORS, WARPS, REGISTERS = 132, 64, 65_536
-CLOCK = 1.6e9   # at which ncu saw 29 % of the H100's issue slots taken by 63.3 million warp instructions in 262 µs
+# At which ncu saw 29 % of the H100's issue slots taken by 63.3 million warp instructions in 262 µs.
+CLOCK = 1.6e9
 ISSUED = 0.8   # of the slots, at best
 LATENCY = 0.8e-6   # seconds of a load from memory under load
-LANES = {"fma": 128, "imad": 64, "alu": 64, "xu": 16, "lsu": 32, "fp64": 64}   # results a clock of a multiprocessor
+# Results a clock of a multiprocessor.
+LANES = {"fma": 128, "imad": 64, "alu": 64, "xu": 16, "lsu": 32, "fp64": 64}
 
 
 class Shape(NamedTuple):
-    """Tensors that must be read and written once, per element; the benchmark's row that shows the kernel alone."""
+    """Tensors that must be read and written once, per element.
+
+    The benchmark's row that shows the kernel alone.
+    """
 
     read: int
     written: int
@@ -56,16 +65,25 @@ KERNELS = {
     "activate_jet silu": Shape(3, 3),
     "activate_jet_gradient silu": Shape(6, 3),
 }
-WHOLE = {   # several kernels of one call: what must move for it, once
-    "instance_norm_plus": (("moments elu", "apply elu"), Shape(1, 1, ("instance_norm_plus", [128, 128, 32, 32]))),
-    "instance_norm_plus_dual": (("moments tangent", "apply tangent"), Shape(2, 2, ("instance_norm_plus_dual", [128, 128, 32, 32]))),
+WHOLE = {  # several kernels of one call: what must move for it, once
+    "instance_norm_plus": (
+        ("moments elu", "apply elu"),
+        Shape(1, 1, ("instance_norm_plus", [128, 128, 32, 32])),
+    ),
+    "instance_norm_plus_dual": (
+        ("moments tangent", "apply tangent"),
+        Shape(2, 2, ("instance_norm_plus_dual", [128, 128, 32, 32])),
+    ),
 }
 ITEM = {"fp32": 4, "bf16": 2}
 TORCH = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def occupancy(registers: int, warps: int) -> float:
-    """Share of a multiprocessor's warps that the registers leave room for; they are given out in units of 256 to a warp."""
+    """Share of a multiprocessor's warps that the registers leave room for.
+
+    They are given out in units of 256 to a warp.
+    """
     each = -(-registers * 32 // 256) * 256
     return min(WARPS // warps, REGISTERS // (each * warps), 32) * warps / WARPS
 
@@ -73,15 +91,20 @@ def occupancy(registers: int, warps: int) -> float:
 def limits(row: dict, warps: int, shape: Shape, item: int, size: int) -> dict[str, float]:
     """Seconds of each limit; `row` as machine_code.count makes it."""
     per_element = row["per_element"]
-    share = per_element / row["instructions"]   # what stands in the code once, per element; of a loop as if all of it were
-    pipes = {pipe: size * n * share / (PROCESSORS * LANES[pipe] * CLOCK) for pipe, n in row["pipes"].items()}
+    # What stands in the code once, per element; of a loop as if all of it were.
+    share = per_element / row["instructions"]
+    pipes = {
+        pipe: size * n * share / (PROCESSORS * LANES[pipe] * CLOCK)
+        for pipe, n in row["pipes"].items()
+    }
     found = {
         "memory": size * (shape.read + shape.written) * item / COPY,
         "issue": size * per_element / (PROCESSORS * 128 * CLOCK * ISSUED),
         **pipes,
     }
     if shape.read:
-        in_flight = row["read"] * 32 * WARPS * occupancy(row["registers"], warps)   # bytes of a multiprocessor
+        # Bytes of a multiprocessor.
+        in_flight = row["read"] * 32 * WARPS * occupancy(row["registers"], warps)
         found["latency"] = size * shape.read * item * LATENCY / (PROCESSORS * in_flight)
     return found
 
@@ -97,7 +120,10 @@ def compiled(names) -> dict[str, tuple[dict, int]]:
 def measured(report: dict | None, row: tuple | None, dtype: str) -> float | None:
     """Share of a copy's rate that a benchmark found, in a CUDA graph."""
     for found in report["rows"] if report and row else ():
-        if (found["op"], found["shape"], found["dtype"]) == (*row, TORCH[dtype]) and "triton" in found["replayed"]:
+        if (found["op"], found["shape"], found["dtype"]) == (
+            *row,
+            TORCH[dtype],
+        ) and "triton" in found["replayed"]:
             return found["replayed"]["ceiling"] / found["replayed"]["triton"]
     return None
 
@@ -107,7 +133,15 @@ def said(predicted: float, seen: float | None) -> str:
 
 
 def table(report: dict | None = None) -> str:
-    head = ["kernel", "bytes", "instructions", "FMA / IMAD / ALU / MUFU / memory", "registers", "occupancy", "bound by"]
+    head = [
+        "kernel",
+        "bytes",
+        "instructions",
+        "FMA / IMAD / ALU / MUFU / memory",
+        "registers",
+        "occupancy",
+        "bound by",
+    ]
     head += ["µs for 2^26 elements", "% of a copy"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     figures, seconds = compiled({f"{kernel} {dtype}" for kernel in KERNELS for dtype in ITEM}), {}
@@ -120,18 +154,32 @@ def table(report: dict | None = None) -> str:
         binds = max(found, key=found.get)
         seconds[name] = found[binds]
         share = row["per_element"] / row["instructions"]
-        parts = " / ".join(f"{row['pipes'][pipe] * share:.1f}" for pipe in ("fma", "imad", "alu", "xu", "lsu"))
+        parts = " / ".join(
+            f"{row['pipes'][pipe] * share:.1f}" for pipe in ("fma", "imad", "alu", "xu", "lsu")
+        )
         cells = [name, f"{(shape.read + shape.written) * item}", f"{row['per_element']:.1f}", parts]
         cells += [str(row["registers"]), f"{100 * occupancy(row['registers'], warps):.0f} %", binds]
         share = said(found["memory"] / found[binds], measured(report, shape.row, dtype))
-        lines.append("| " + " | ".join([*cells, f"predicted {1e6 * found[binds]:.0f}", share]) + " |")
+        lines.append(
+            "| " + " | ".join([*cells, f"predicted {1e6 * found[binds]:.0f}", share]) + " |"
+        )
 
     for (name, (kernels, shape)), (dtype, item) in itertools.product(WHOLE.items(), ITEM.items()):
         parts = [seconds.get(f"{kernel} {dtype}") for kernel in kernels]
         if all(parts):
             moved = (shape.read + shape.written) * item
             share = said(SIZE * moved / COPY / sum(parts), measured(report, shape.row, dtype))
-            cells = [f"{name} {dtype}", str(moved), "", "", "", "", "its kernels", f"predicted {1e6 * sum(parts):.0f}", share]
+            cells = [
+                f"{name} {dtype}",
+                str(moved),
+                "",
+                "",
+                "",
+                "",
+                "its kernels",
+                f"predicted {1e6 * sum(parts):.0f}",
+                share,
+            ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

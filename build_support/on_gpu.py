@@ -1,11 +1,15 @@
-"""Everything that only a GPU can tell, in parts: `python build_support/on_gpu.py build check=200 bench-ops bench-losses/energy ...`.
+"""Everything that only a GPU can tell, in parts.
 
-Each part has a time limit in seconds, never stops the next one, and leaves what it has found in a file as it goes ($OUT, else
-gpu-results/): a part that is called again goes on from there. SIGINT ends the running part and keeps its file.
-Needs torch, triton, pytest, ninja or g++, nvcc; no network.
+`python build_support/on_gpu.py build check=200 bench-ops bench-losses/energy ...`.
 
-FASTSCORE_EMULATED=1 is a dry run without a GPU: the same lines, with tiny sizes, on the device of build_support/emulate.py and Triton's
-interpreter. FASTSCORE_GPU_SELECT, as pytest's -k, takes a part of the tests and benchmarks.
+Each part has a time limit in seconds, never stops the next one, and leaves what it has found in a
+file as it goes ($OUT, else gpu-results/): a part that is called again goes on from there. SIGINT
+ends the running part and keeps its file. Needs torch, triton, pytest, ninja or g++, nvcc; no
+network.
+
+FASTSCORE_EMULATED=1 is a dry run without a GPU: the same lines, with tiny sizes, on the device of
+build_support/emulate.py and Triton's interpreter. FASTSCORE_GPU_SELECT, as pytest's -k, takes a
+part of the tests and benchmarks.
 """
 
 import contextlib
@@ -40,7 +44,10 @@ METRICS = (   # of ncu: share of the memory's and the arithmetic's peak, time, r
 
 
 def environment() -> dict:
-    """Ours first on the path; the compiled kernels of Triton and Inductor are kept between parts."""
+    """Ours first on the path.
+
+    The compiled kernels of Triton and Inductor are kept between parts.
+    """
     ours = (str(ROOT / folder) for folder in ("", "build_support", "benchmarks"))
     path = os.pathsep.join(filter(None, (*ours, os.environ.get("PYTHONPATH"))))
     emulated = {"FASTSCORE_GPU_TESTS_ON": "cpu", "TRITON_INTERPRET": "1"} if EMULATED else {}
@@ -48,7 +55,10 @@ def environment() -> dict:
 
 
 def run(command: list[str], seconds: float, log: Path, env: dict | None = None) -> str:
-    """One command with its output in a file; SIGINT at the limit, so that pytest still writes its summary."""
+    """One command with its output in a file.
+
+    SIGINT at the limit, so that pytest still writes its summary.
+    """
     with log.open("a") as out:
         process = subprocess.Popen(
             command, cwd=ROOT, env=env or environment(), stdout=out, stderr=subprocess.STDOUT
@@ -78,7 +88,10 @@ def build() -> str:
     kernels = ROOT / "fastscore" / "kernels"
     if not kernels.exists():
         kernels.symlink_to("../kernels")
-    served = "from fastscore import backend as b; r = b.why_not('cuda', 'cuda'); print(r); assert r is None"
+    served = (
+        "from fastscore import backend as b; r = b.why_not('cuda', 'cuda'); print(r); "
+        "assert r is None"
+    )
     log = RESULTS / "build.log"
     if run([sys.executable, "-c", served], 60, log) == "done":
         return "kept the extension that is here"
@@ -93,7 +106,11 @@ def build() -> str:
 def ceilings() -> str:
     """Of memory and of the arithmetic units; every figure is written as soon as it is known."""
     log = RESULTS / "ceilings.log"
-    outcome = run([sys.executable, "build_support/ceilings.py", str(RESULTS / "ceilings.json")], SECONDS["ceilings"], log)
+    outcome = run(
+        [sys.executable, "build_support/ceilings.py", str(RESULTS / "ceilings.json")],
+        SECONDS["ceilings"],
+        log,
+    )
     found = RESULTS / "ceilings.json"
     return f"{outcome}: {found.read_text().strip() if found.exists() else 'nothing'}"
 
@@ -104,11 +121,17 @@ def selected() -> list[str]:
 
 
 def check() -> str:
-    """tests/test_gpu.py in parallel processes, for Triton compiles on the CPU; what has passed is not run again."""
+    """tests/test_gpu.py in parallel processes, for Triton compiles on the CPU.
+
+    What has passed is not run again.
+    """
     found = RESULTS / "check.jsonl"
     lines = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
     passed = [line["test"] for line in lines if line["outcome"] == "passed"]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py", "-p", "no:cacheprovider", *selected()]
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py", "-p",
+        "no:cacheprovider", *selected(),
+    ]
     workers = max(1, min(14, (os.cpu_count() or 1) - 2))
     try:
         import xdist  # noqa: F401
@@ -127,7 +150,10 @@ def check() -> str:
 
 
 def bench(part: str) -> str:
-    """Each file of benchmarks, or the one behind a slash, in a process of its own; a row is written as soon as it is measured."""
+    """Each file of benchmarks, or the one behind a slash, in a process of its own.
+
+    A row is written as soon as it is measured.
+    """
     end, outcomes = time.monotonic() + SECONDS[part], []
     name, _, chosen = part.partition("/")
     for stem in [chosen] if chosen else BENCHMARKS[name]:
@@ -135,7 +161,15 @@ def bench(part: str) -> str:
         if left < 5:
             outcomes.append(f"{stem}: no time left")
             continue
-        command = [sys.executable, "-m", "pytest", "-q", f"benchmarks/bench_{stem}.py", "--device", "emulated" if EMULATED else "cuda"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            f"benchmarks/bench_{stem}.py",
+            "--device",
+            "emulated" if EMULATED else "cuda",
+        ]
         command += ["-p", "no:cacheprovider", "--results", str(RESULTS / "gpu.json"), *selected()]
         outcome = run(command, left, RESULTS / f"{name}.log")
         outcomes.append(f"{stem}: {'nothing selected' if outcome == 'exit status 5' else outcome}")
@@ -149,7 +183,10 @@ def tune() -> str:
 
 
 def profile() -> str:
-    """Each workload under ncu, or under PyTorch's profiler where that is not; one file for each, and none twice."""
+    """Each workload under ncu, or under PyTorch's profiler where that is not.
+
+    One file for each, and none twice.
+    """
     from workloads import WORKLOADS
 
     end, outcomes, ncu = time.monotonic() + SECONDS["profile"], [], shutil.which("ncu")
@@ -163,8 +200,21 @@ def profile() -> str:
         new.unlink(missing_ok=True)
         outcome = "no ncu"
         if ncu:
-            command = [ncu, "--csv", "--metrics", ",".join(METRICS), "--target-processes", "all", "--log-file", str(new)]
-            outcome = run([*command, sys.executable, "build_support/workloads.py", name], left, RESULTS / "profile.log")
+            command = [
+                ncu,
+                "--csv",
+                "--metrics",
+                ",".join(METRICS),
+                "--target-processes",
+                "all",
+                "--log-file",
+                str(new),
+            ]
+            outcome = run(
+                [*command, sys.executable, "build_support/workloads.py", name],
+                left,
+                RESULTS / "profile.log",
+            )
         left = end - time.monotonic()
         if outcome != "done" and left >= 5:   # counters may be forbidden
             command = [sys.executable, "build_support/profiled.py", name, str(new)]

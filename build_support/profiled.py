@@ -1,4 +1,7 @@
-"""Kernels and their times by PyTorch's own profiler, where ncu is not to be had: `profiled.py WORKLOAD FILE`."""
+"""Kernels and their times by PyTorch's own profiler, where ncu is not to be had.
+
+`profiled.py WORKLOAD FILE`.
+"""
 
 import contextlib
 import sys
@@ -22,7 +25,9 @@ with contextlib.ExitStack() as stack:
             call = WORKLOADS[sys.argv[1]].make(dtype, backend)
             call()
             torch.cuda.synchronize()
-            with profile(activities=[ProfilerActivity.CPU] if EMULATED else [ProfilerActivity.CUDA]) as found:
+            with profile(
+                activities=[ProfilerActivity.CPU] if EMULATED else [ProfilerActivity.CUDA]
+            ) as found:
                 for _ in range(CALLS):
                     call()
                 torch.cuda.synchronize()

@@ -22,7 +22,10 @@ SPECIAL = ("ops.", "nn.ablations.")
 
 
 def public_names() -> tuple[list[str], list[str]]:
-    """Every public name without the leading "fastscore.": those that count, and those in SPECIAL."""
+    """Every public name without the leading "fastscore.".
+
+    Those that count, and those in SPECIAL.
+    """
     found: dict[object, str] = {}
     for name, thing in _walk(fastscore, ""):
         # Numbers and words have no identity of their own: 1 may be many things.

@@ -1,7 +1,8 @@
 """Time every entry of the table of tiles beside its neighbours: `tune.py FILE [-k KERNEL]`.
 
-A line for each (kernel, call, entry) as soon as it is measured; what is in the file already is not measured again. At the end, or when
-it is cut off, the quickest entries are printed, and where they are worth a change of kernels/tiles.py.
+A line for each (kernel, call, entry) as soon as it is measured; what is in the file already is not
+measured again. At the end, or when it is cut off, the quickest entries are printed, and where they
+are worth a change of kernels/tiles.py.
 """
 
 import argparse
@@ -68,8 +69,12 @@ def measure(file: Path, chosen: str) -> None:
                 try:
                     with tiles.trying(kernel, entry), torch.no_grad():
                         t = seconds(WORKLOADS[workload].make(dtype, backend))
-                    row |= {"microseconds": round(t * 1e6, 2), "GB/s": round(least_bytes(workload, dtype) / t / 1e9)}
-                except Exception as error:   # an entry that does not compile or launch is a result, too
+                    row |= {
+                        "microseconds": round(t * 1e6, 2),
+                        "GB/s": round(least_bytes(workload, dtype) / t / 1e9),
+                    }
+                # An entry that does not compile or launch is a result, too.
+                except Exception as error:
                     row["error"] = f"{type(error).__name__}: {error}"[:300]
                 with file.open("a") as out:
                     out.write(json.dumps(row) + "\n")
@@ -80,9 +85,12 @@ def read(file: Path) -> list[dict]:
 
 
 def verdict(rows: list[dict]) -> list[str]:
-    """For each kernel the entry with the least total of its calls' times relative to those of the entry in use."""
+    """For each kernel the entry with the least total of its calls' times relative to those of
+    the entry in use."""
     lines = []
-    for kernel, group in itertools.groupby(sorted(rows, key=lambda row: row["kernel"]), key=lambda row: row["kernel"]):
+    for kernel, group in itertools.groupby(
+        sorted(rows, key=lambda row: row["kernel"]), key=lambda row: row["kernel"]
+    ):
         times = {}
         for row in group:
             times.setdefault(json.dumps(row["entry"]), {})[row["call"]] = row.get("microseconds")
@@ -94,7 +102,10 @@ def verdict(rows: list[dict]) -> list[str]:
                 ratios[entry] = sum(new / old for new, old in pairs) / len(pairs)
         best = min(ratios, key=ratios.get)
         change = "change kernels/tiles.py" if ratios[best] < 1 - WORTH else "keep"
-        lines.append(f"{kernel}: {change}; best {best} takes {ratios[best]:.3f} of the time of {used} ({len(ratios)} entries)")
+        lines.append(
+            f"{kernel}: {change}; best {best} takes {ratios[best]:.3f} of the time of {used} "
+            f"({len(ratios)} entries)"
+        )
     return lines
 
 

@@ -1,9 +1,9 @@
 """How much of the public interface has types: python build_support/type_completeness.py.
 
 pyright looks at a wheel in an environment of its own, for it finds no py.typed where fastscore is
-installed in place; torch and the rest are those of the Python that runs this. It prints the share of
-exported symbols whose type is known, and where the others are, and fails below LEAST. Then it checks
-tests/typed_client.py, strictly, as the user of an editor would see it.
+installed in place; torch and the rest are those of the Python that runs this. It prints the share
+of exported symbols whose type is known, and where the others are, and fails below LEAST. Then it
+checks tests/typed_client.py, strictly, as the user of an editor would see it.
 """
 
 import collections
@@ -26,7 +26,9 @@ def main() -> int:
     python = environment()
     report = pyright(python, "--verifytypes", "fastscore", "--ignoreexternal")["typeCompleteness"]
     score = report["completenessScore"]
-    print(f"types: {100 * score:.1f} % of the exported symbols are known (at least {100 * LEAST:g})")
+    print(
+        f"types: {100 * score:.1f} % of the exported symbols are known (at least {100 * LEAST:g})"
+    )
     for room, count in unknown(report["symbols"]).most_common():
         print(f"  {count:4d} unknown in {room}")
 

@@ -1,4 +1,5 @@
-"""One call of each kernel at the size at which its limit shows, for `make gpu-tune`, `make gpu-profile` and the model of docs/gpu.md.
+"""One call of each kernel at the size at which its limit shows, for `make gpu-tune`, `make
+gpu-profile` and the model of docs/gpu.md.
 
 `python build_support/workloads.py NAME` makes a few calls of one, for a profiler to look at.
 """
@@ -16,7 +17,8 @@ from fastscore import random
 from fastscore.ops.activate import activate_dual, activate_jet
 from fastscore.ops.rademacher_project import project
 
-EMULATED = os.environ.get("FASTSCORE_EMULATED") == "1"   # a dry run: build_support/emulate.py, tiny sizes
+# a dry run: build_support/emulate.py, tiny sizes.
+EMULATED = os.environ.get("FASTSCORE_EMULATED") == "1"
 DEVICE = "cpu" if EMULATED else "cuda"
 SIZE = 2**13 if EMULATED else 2**26
 IMAGES = (2, 8, 8, 8) if EMULATED else (128, 128, 32, 32)
@@ -40,14 +42,19 @@ def generator():
 
 def _fill(kind):
     def make(dtype, backend):
-        return lambda: getattr(random, kind)(SIZE, seed=1, stream=1024, device=DEVICE, dtype=dtype, backend=backend)
+        return lambda: getattr(random, kind)(
+            SIZE, seed=1, stream=1024, device=DEVICE, dtype=dtype, backend=backend
+        )
 
     return make
 
 
 def _langevin(per_sample):
     def make(dtype, backend):
-        x, s = (torch.randn(SIZE // 64, 64, device=DEVICE, generator=generator()).to(dtype) for _ in range(2))
+        x, s = (
+            torch.randn(SIZE // 64, 64, device=DEVICE, generator=generator()).to(dtype)
+            for _ in range(2)
+        )
         e = torch.full((len(x),), 1e-3, device=DEVICE) if per_sample else 1e-3
         return lambda: fastscore.langevin_step(x, s, e, seed=1, backend=backend)
 
@@ -61,12 +68,16 @@ def _loss(dtype, backend):
 
 def _images(dtype):
     x = torch.randn(IMAGES, device=DEVICE, generator=generator()).to(dtype)
-    return x, [torch.rand(IMAGES[1], device=DEVICE, generator=generator()).add(0.5) for _ in range(3)]
+    return x, [
+        torch.rand(IMAGES[1], device=DEVICE, generator=generator()).add(0.5) for _ in range(3)
+    ]
 
 
 def _norm(dtype, backend):
     x, c = _images(dtype)
-    return lambda: fastscore.instance_norm_plus(x, *(k.to(dtype) for k in c), activation="elu", backend=backend)
+    return lambda: fastscore.instance_norm_plus(
+        x, *(k.to(dtype) for k in c), activation="elu", backend=backend
+    )
 
 
 def _norm_backward(dtype, backend):
@@ -80,7 +91,9 @@ def _norm_backward(dtype, backend):
 def _norm_dual(dtype, backend):
     x, c = _images(dtype)
     t = torch.randn(1, *IMAGES, device=DEVICE, generator=generator()).to(dtype)
-    return lambda: fastscore.ops.instance_norm_plus_dual(x, t, *(k.to(dtype) for k in c), activation="elu", backend=backend)
+    return lambda: fastscore.ops.instance_norm_plus_dual(
+        x, t, *(k.to(dtype) for k in c), activation="elu", backend=backend
+    )
 
 
 def _project(dtype, backend):
@@ -118,11 +131,14 @@ WORKLOADS = {
     "langevin_step per sample": Workload(_langevin(True), ("noisy_update",), 3, True),
     "denoising_loss": Workload(_loss, ("noise_reduce",), 1, True),
     "instance_norm_plus": Workload(_norm, NORM, 2, False),
-    "instance_norm_plus backward": Workload(_norm_backward, ("cotangent_sums", "gradient"), 3, False),
+    "instance_norm_plus backward": Workload(
+        _norm_backward, ("cotangent_sums", "gradient"), 3, False
+    ),
     "instance_norm_plus dual": Workload(_norm_dual, NORM, 4, False),
     "project": Workload(_project, ("project",), 2, False),
     "activate_dual": Workload(_stack, ("activate_dual",), 2, False),
-    "activate_jet": Workload(_jet, ("activate_jet",), 6, False),   # three parts of a curve in and out
+    # Three parts of a curve in and out.
+    "activate_jet": Workload(_jet, ("activate_jet",), 6, False),
     "activate_jet backward": Workload(_jet_backward, ("activate_jet",), 9, False),
 }
 PARTS = {"activate_dual": 2, "activate_jet": 4, "activate_jet backward": 4}   # of SIZE, in values
@@ -142,7 +158,11 @@ def least_bytes(name: str, dtype: torch.dtype) -> int:
 def calls(name: str):
     """(label, dtype, back end) of every form of a workload."""
     backends = ("cuda", "triton") if WORKLOADS[name].cuda else ("triton",)
-    return [(f"{name} {label} {backend}", dtype, backend) for label, dtype in DTYPES.items() for backend in backends]
+    return [
+        (f"{name} {label} {backend}", dtype, backend)
+        for label, dtype in DTYPES.items()
+        for backend in backends
+    ]
 
 
 if __name__ == "__main__":

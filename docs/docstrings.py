@@ -1,4 +1,7 @@
-"""An extension of griffe: docstrings as this project writes them, in the words that griffe knows."""
+"""An extension of griffe.
+
+Docstrings as this project writes them, in the words that griffe knows.
+"""
 
 import re
 

@@ -54,7 +54,10 @@ def _entry(module: object, name: str) -> str:
 
 
 def _drawn(found: re.Match) -> str:
-    """An equation as paths: no script and no font of the reader's is needed, and none can lack √."""
+    """An equation as paths.
+
+    No script and no font of the reader's is needed, and none can lack √.
+    """
     source = " ".join(html.unescape(found[1]).split())
     drawn = ziamath.Latex(source, size=18, color="currentColor").svg()
 

@@ -1,4 +1,7 @@
-"""The tables of the README and of docs/performance.md, from benchmarks/results: `python docs/tables.py`."""
+"""The tables of the README and of docs/performance.md, from benchmarks/results.
+
+`python docs/tables.py`.
+"""
 
 import json
 import re
@@ -68,7 +71,16 @@ def speed() -> str:
 
 def cpu() -> str:
     report = results("cpu.json")
-    head = ["op", "shape", "dtype", "time", "% of ceiling", "vs eager", "vs torch.compile", "vs others"]
+    head = [
+        "op",
+        "shape",
+        "dtype",
+        "time",
+        "% of ceiling",
+        "vs eager",
+        "vs torch.compile",
+        "vs others",
+    ]
     lines = []
 
     for row in report["rows"]:

@@ -1,4 +1,7 @@
-"""Following the score without noise: every point ends on a mode, and the samples have lost the spread of the data."""
+"""Following the score without noise.
+
+Every point ends on a mode, and the samples have lost the spread of the data.
+"""
 
 import torch
 
@@ -13,7 +16,8 @@ def flow(x, steps, step_size=0.01):
 
 
 def main(out, quick=False):
-    """Returns the largest distance of an end point from its mode, and how many points each mode has collected."""
+    """Returns the largest distance of an end point from its mode, and how many points each mode
+    has collected."""
     *_, modes = flow(MIXTURE.means, 500)
     start = grid(20 if quick else 40)
     paths = torch.stack([start, *flow(start, 300)])
@@ -25,7 +29,10 @@ def main(out, quick=False):
     draw_points(axes[1], MIXTURE.sample(1000, seed=9), color="lightgray")
     draw_points(axes[1], paths[-1], s=20, color="crimson")
     save(figure, out, "collapse.png")
-    return {"distance": float(distance.max()), "points": torch.bincount(nearest, minlength=2).tolist()}
+    return {
+        "distance": float(distance.max()),
+        "points": torch.bincount(nearest, minlength=2).tolist(),
+    }
 
 
 if __name__ == "__main__":

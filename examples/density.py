@@ -1,4 +1,7 @@
-"""The density comes back from the score: by the probability flow, and by the line integral from one point, with a learnt score."""
+"""The density comes back from the score.
+
+By the probability flow, and by the line integral from one point, with a learnt score.
+"""
 
 import torch
 
@@ -11,14 +14,22 @@ N = 48   # points a side
 
 
 def main(out, quick=False):
-    """Returns, for the density that each way gives, the mean over samples of its distance to the true log p_σ, in nats."""
+    """Returns, for the density that each way gives, the mean over samples of its distance to the
+    true log p_σ, in nats."""
     sigma, steps = float(SIGMAS[-1]), 600 if quick else 4000
-    net = train(lambda net, x, step: losses.noise_conditional(net, x, SIGMAS, seed=1, step=step), steps, sigmas=SIGMAS)
-    start = MIXTURE.means[:1].float()   # where the line integrals begin; the constant that they leave open is log p there
+    net = train(
+        lambda net, x, step: losses.noise_conditional(net, x, SIGMAS, seed=1, step=step),
+        steps,
+        sigmas=SIGMAS,
+    )
+    # Where the line integrals begin; the constant that they leave open is log p there.
+    start = MIXTURE.means[:1].float()
     options = {"sigma_min": sigma, "sigma_max": float(SIGMAS[0]), "steps": 24}
 
     def by_ratio(x):
-        return MIXTURE.log_prob(start, sigma) + likelihood.log_ratio(net, start.expand_as(x), x, sigma=sigma, nodes=48)
+        return MIXTURE.log_prob(start, sigma) + likelihood.log_ratio(
+            net, start.expand_as(x), x, sigma=sigma, nodes=48
+        )
 
     ways = {
         "true": lambda x: MIXTURE.log_prob(x, sigma),
@@ -39,7 +50,13 @@ def main(out, quick=False):
 def draw_levels(axes, log_p):
     """Contours two nats apart, from the mode down; below -12 nothing was ever trained."""
     axis = torch.linspace(-EXTENT, EXTENT, N).tolist()
-    axes.contourf(axis, axis, log_p.reshape(N, N).T.clamp(-12, 2).tolist(), levels=list(range(-12, 3, 2)), cmap="Blues")
+    axes.contourf(
+        axis,
+        axis,
+        log_p.reshape(N, N).T.clamp(-12, 2).tolist(),
+        levels=list(range(-12, 3, 2)),
+        cmap="Blues",
+    )
 
 
 if __name__ == "__main__":

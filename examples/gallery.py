@@ -1,6 +1,9 @@
-"""Every sampler and every condition, on a mixture of two Gaussians and on the 8x8 digits: the pictures and figures of docs/gallery.md.
+"""Every sampler and every condition, on a mixture of two Gaussians and on the 8x8 digits.
 
-    python examples/gallery.py docs      writes docs/gallery.md and docs/gallery/*.png; networks are kept in runs/gallery
+The pictures and figures of docs/gallery.md.
+
+    python examples/gallery.py docs
+    writes docs/gallery.md and docs/gallery/*.png; networks are kept in runs/gallery
 """
 
 import argparse
@@ -24,22 +27,34 @@ def main(out, runs="runs/gallery", quick=False):
     for part in PARTS:
         sections, rows[part.__name__] = part.draw(out / "gallery", runs, quick)
         text += sections
-    text.append(f"\nMade with torch {torch.__version__} on the CPU; with the training, some six minutes of one core.\n")
+    text.append(
+        f"\nMade with torch {torch.__version__} on the CPU; "
+        "with the training, some six minutes of one core.\n"
+    )
     (out / "gallery.md").write_text("\n".join(text))
     return rows
 
 
 HEAD = """# Gallery
 
-`python examples/gallery.py docs` makes this page: it trains what it needs (the networks stay in `runs/gallery`), draws with every sampler
-and every condition, and measures. Seeds are fixed. Calls are network calls per sample.
+`python examples/gallery.py docs` makes this page: it trains what it needs (the networks stay in
+`runs/gallery`), draws with every sampler and every condition, and measures. Seeds are fixed. Calls
+are network calls per sample.
 """
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", default="docs", help="where gallery.md and gallery/ go")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder", nargs="?", default="docs", help="where gallery.md and gallery/ go"
+    )
     parser.add_argument("--runs", default="runs/gallery", help="where trained networks are kept")
-    parser.add_argument("--quick", action="store_true", help="a few updates and samples, to see that everything runs")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a few updates and samples, to see that everything runs",
+    )
     options = parser.parse_args()
     main(options.folder, options.runs, options.quick)
     print(f"page: {options.folder}/gallery.md")

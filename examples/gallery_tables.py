@@ -1,4 +1,7 @@
-"""What the parts of the gallery share: scores that count their calls, samplers by title, and tables."""
+"""What the parts of the gallery share.
+
+Scores that count their calls, samplers by title, and tables.
+"""
 
 import fastscore
 from fastscore import schedules
@@ -18,7 +21,10 @@ class Counted:
 
 
 def samplers(sigma_max, sigma_min, quick=False):
-    """{title: options of `fastscore.sample`}: each sampler at a few hundred calls; at a tenth of them if quick."""
+    """{title: options of `fastscore.sample`}: each sampler at a few hundred calls.
+
+    At a tenth of them if quick.
+    """
     smallest, steps = sigma_min**2, 2 if quick else 20
 
     def ladder(n):
@@ -26,28 +32,55 @@ def samplers(sigma_max, sigma_min, quick=False):
 
     coarse = {"rtol": 1e-2, "atol": 1e-2} if quick else {}
     return {
-        "annealed_langevin": {"sigmas": ladder(LEVELS), "steps_per_level": steps, "step_size": 0.2 * smallest},
+        "annealed_langevin": {
+            "sigmas": ladder(LEVELS),
+            "steps_per_level": steps,
+            "step_size": 0.2 * smallest,
+        },
         "annealed_langevin, no last denoise": {
-            "sigmas": ladder(LEVELS), "steps_per_level": steps, "step_size": 0.2 * smallest, "denoise": False,
+            "sigmas": ladder(LEVELS),
+            "steps_per_level": steps,
+            "step_size": 0.2 * smallest,
+            "denoise": False,
         },
         "annealed_langevin, a step size from technique 4": {
-            "sigmas": ladder(LEVELS), "steps_per_level": steps, "step_size": schedules.technique4_step_size(ladder(LEVELS), steps),
+            "sigmas": ladder(LEVELS),
+            "steps_per_level": steps,
+            "step_size": schedules.technique4_step_size(ladder(LEVELS), steps),
         },
         "consistent_annealed": {"sampler": "consistent_annealed", "sigmas": ladder(320)},
         "predictor_corrector": {"sampler": "predictor_corrector", "sigmas": ladder(160)},
         "predictor_corrector, norms of each sample": {
-            "sampler": "predictor_corrector", "sigmas": ladder(160), "corrector": "langevin", "norms": "sample",
+            "sampler": "predictor_corrector",
+            "sigmas": ladder(160),
+            "corrector": "langevin",
+            "norms": "sample",
         },
         "predictor_corrector, batch norms": {
-            "sampler": "predictor_corrector", "sigmas": ladder(160), "corrector": "langevin", "norms": "batch",
+            "sampler": "predictor_corrector",
+            "sigmas": ladder(160),
+            "corrector": "langevin",
+            "norms": "batch",
         },
-        "predictor_corrector, ancestral": {"sampler": "predictor_corrector", "sigmas": ladder(160), "predictor": "ancestral"},
+        "predictor_corrector, ancestral": {
+            "sampler": "predictor_corrector",
+            "sigmas": ladder(160),
+            "predictor": "ancestral",
+        },
         "predictor only, euler": {
-            "sampler": "predictor_corrector", "sigmas": ladder(320), "predictor": "euler", "corrector": "none",
+            "sampler": "predictor_corrector",
+            "sigmas": ladder(320),
+            "predictor": "euler",
+            "corrector": "none",
         },
         "probability_flow, heun": {"sampler": "probability_flow", "sigmas": ladder(40)},
-        "probability_flow, adaptive": {"sampler": "probability_flow", "sigmas": ladder(2), "method": "adaptive", **coarse},
-    }  # fmt: skip
+        "probability_flow, adaptive": {
+            "sampler": "probability_flow",
+            "sigmas": ladder(2),
+            "method": "adaptive",
+            **coarse,
+        },
+    }
 
 
 def drawn(score, shape, options):

@@ -1,4 +1,7 @@
-"""The data with more and more noise: densities, their scores, and the field that denoising score matching learns."""
+"""The data with more and more noise.
+
+Densities, their scores, and the field that denoising score matching learns.
+"""
 
 from fastscore import losses
 
@@ -13,8 +16,9 @@ def covered(sigma):
 
 
 def main(out, quick=False):
-    """Returns the part of the square where the density is above 1 % of its maximum, for each σ; and for a field learnt at σ = 0.5 its
-    Fisher ratio to the noisy and to the clean truth.
+    """Returns the part of the square where the density is above 1 % of its maximum, for each σ.
+
+    And for a field learnt at σ = 0.5 its Fisher ratio to the noisy and to the clean truth.
 
     Denoising score matching learns the density with its noise, not the one without.
     """
@@ -22,7 +26,10 @@ def main(out, quick=False):
     for a, sigma in zip(axes, SIGMAS):
         draw_density(a, lambda x, sigma=sigma: MIXTURE.log_prob(x, sigma))
         draw_field(a, lambda x, sigma=sigma: MIXTURE.score(x, sigma))
-    net = train(lambda net, x, step: losses.denoising(lambda x, _: net(x), x, 0.5, seed=1, step=step), 400 if quick else 2000)
+    net = train(
+        lambda net, x, step: losses.denoising(lambda x, _: net(x), x, 0.5, seed=1, step=step),
+        400 if quick else 2000,
+    )
     draw_field(axes[-1], net)
     save(figure, out, "perturbed_fields.png")
     noisy, clean = MIXTURE.sample(5000, 0.5, seed=9), MIXTURE.sample(5000, seed=9)

@@ -1,4 +1,7 @@
-"""What the examples share: a mixture of two Gaussians with unequal weights, a small training run, and panels of vector fields."""
+"""What the examples share.
+
+a mixture of two Gaussians with unequal weights, a small training run, and panels of vector fields.
+"""
 
 import argparse
 import sys
@@ -19,7 +22,9 @@ def train(loss, steps, sigmas=None, density=MIXTURE, seed=0):
     torch.manual_seed(seed)
     net = ScoreMLP(2, width=64, depth=2, sigmas=sigmas)
     batches = (density.sample(256, seed=seed, step=step) for step in range(steps))
-    loop = fastscore.training.training_loop(net, batches, loss, steps=steps, lr=4e-3, ema_decay=0.98)
+    loop = fastscore.training.training_loop(
+        net, batches, loss, steps=steps, lr=4e-3, ema_decay=0.98
+    )
     *_, last = loop
     return last.ema.module.requires_grad_(False)
 
@@ -48,7 +53,14 @@ def panels(*titles, rows=1):
     for a in axes[len(titles) :]:
         a.set_axis_off()
     for a, title in zip(axes, titles):
-        a.set(title=title, xlim=(-EXTENT, EXTENT), ylim=(-EXTENT, EXTENT), aspect="equal", xticks=[], yticks=[])
+        a.set(
+            title=title,
+            xlim=(-EXTENT, EXTENT),
+            ylim=(-EXTENT, EXTENT),
+            aspect="equal",
+            xticks=[],
+            yticks=[],
+        )
     return figure, axes
 
 
@@ -57,7 +69,10 @@ def draw_points(axes, x, **options):
 
 
 def draw_field(axes, score, n=22):
-    """Arrows along the score; their lengths are square roots, for the far ones would hide the near ones."""
+    """Arrows along the score.
+
+    Their lengths are square roots, for the far ones would hide the near ones.
+    """
     x = grid(n)
     s = score(x)
     s = s / s.norm(dim=1, keepdim=True).clamp_min(1e-12).sqrt()
@@ -76,8 +91,13 @@ def save(figure, out, name):
 
 def run(main):
     """What each script does when it is started: `python examples/NAME.py [folder] [--quick]`."""
-    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", default="pictures", help="where to write the pictures (created)")
+    parser = argparse.ArgumentParser(
+        description=sys.modules["__main__"].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "folder", nargs="?", default="pictures", help="where to write the pictures (created)"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer steps and points")
     options = parser.parse_args()
     for name, figure in main(options.folder, quick=options.quick).items():

@@ -1,4 +1,7 @@
-"""What a training step costs in d dimensions: the exact trace takes d derivatives, a projection takes one."""
+"""What a training step costs in d dimensions.
+
+The exact trace takes d derivatives, a projection takes one.
+"""
 
 import time
 
@@ -31,7 +34,9 @@ def main(out, quick=False):
         for name, loss in objectives.items():
             result[name][d] = seconds(loss, net, x)
     figure = Figure(figsize=(5, 3.6), layout="constrained")
-    axes = figure.add_subplot(xlabel="dimensions", ylabel="seconds per training step", xscale="log", yscale="log")
+    axes = figure.add_subplot(
+        xlabel="dimensions", ylabel="seconds per training step", xscale="log", yscale="log"
+    )
     for name, times in result.items():
         axes.plot(list(times), list(times.values()), "o-", label=name)
     axes.legend()

@@ -1,4 +1,7 @@
-"""Data, the vector field of its true score, and fields learnt from the data alone: by the exact trace and by random projections."""
+"""Data, the vector field of its true score, and fields learnt from the data alone.
+
+By the exact trace and by random projections.
+"""
 
 from fastscore import losses
 
@@ -6,7 +9,8 @@ from toy import MIXTURE, draw_field, draw_points, fisher_ratio, panels, run, sav
 
 
 def main(out, quick=False):
-    """Returns the Fisher divergence of each learnt field, as a fraction of that of the zero field."""
+    """Returns the Fisher divergence of each learnt field, as a fraction of that of the zero
+    field."""
     steps, x = 250 if quick else 2000, MIXTURE.sample(5000, seed=9)
     learnt = {
         "exact": train(lambda net, x, step: losses.exact(net, x), steps),

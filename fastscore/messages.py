@@ -42,7 +42,7 @@ def shown_ladder(values: list[float]) -> str:
 def brief(value: object) -> str:
     """A value as it stands inside a printed object.
 
-    a tensor by dtype and shape, a module or a function by its name.
+    A tensor by dtype and shape, a module or a function by its name.
 
     >>> brief(torch.zeros(3, 2)), brief(torch.nn.Linear(2, 2)), brief(0.5)
     ('float32 (3, 2)', 'Linear', '0.5')

@@ -134,7 +134,7 @@ def whole(value: Any) -> bool:
 def plain_int(value: Any) -> int:
     """Python's int of what is `whole`: a numpy scalar wraps round and is no JSON.
 
-    a compiled graph's symbol stays one.
+    A compiled graph's symbol stays one.
     """
     return value if type(value) is int or isinstance(value, torch.SymInt) else int(value)
 

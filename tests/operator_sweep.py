@@ -1,8 +1,11 @@
-"""PyTorch's own samples of its operators through fastscore.jvp and the gradient of its result; writes docs/operators.md.
+"""PyTorch's own samples of its operators through fastscore.jvp and the gradient of its result.
+
+Writes docs/operators.md.
 
     python tests/operator_sweep.py [--only PATTERN ...] [--most 4] [--out docs/operators.md]
 
-The yardsticks are reverse mode and extrapolated differences in float64; the differences decide where the function is smooth.
+The yardsticks are reverse mode and extrapolated differences in float64; the differences decide
+where the function is smooth.
 """
 
 import argparse
@@ -21,14 +24,29 @@ from fastscore.dual import dispatch, jvp
 from fastscore.dual import routes as ways
 
 # Not swept. Their results are what happened to lie in memory,
-UNINITIALISED = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted", "resize_", "resize_as_")
-# or are read from outside of the sample, or are left open by PyTorch where indices repeat, as the samples' do.
-OPEN = ("as_strided.partial_views", "nn.functional.max_unpool1d", "nn.functional.max_unpool2d", "nn.functional.max_unpool3d")
+UNINITIALISED = (
+    "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted",
+    "resize_", "resize_as_",
+)
+# or are read from outside of the sample, or are left open by PyTorch where indices repeat, as the
+# samples' do.
+OPEN = (
+    "as_strided.partial_views",
+    "nn.functional.max_unpool1d",
+    "nn.functional.max_unpool2d",
+    "nn.functional.max_unpool3d",
+)
 
-# Right as PyTorch's reverse mode has it, by conventions that differences do not know: rows of padding and what brings a row back into its
-# norm have no derivative, counts only scale gradients, singular values of a least-squares driver are not differentiable, and of the
-# slopes that a norm has at zero one is taken.
-CONVENTIONS = ("nn.functional.embedding", "nn.functional.embedding_bag", "linalg.lstsq", "linalg.norm.subgradients_at_zero")
+# Right as PyTorch's reverse mode has it, by conventions that differences do not know: rows of
+# padding and what brings a row back into its norm have no derivative, counts only scale gradients,
+# singular values of a least-squares driver are not differentiable, and of the slopes that a norm
+# has at zero one is taken.
+CONVENTIONS = (
+    "nn.functional.embedding",
+    "nn.functional.embedding_bag",
+    "linalg.lstsq",
+    "linalg.norm.subgradients_at_zero",
+)
 
 
 COARSE = {
@@ -39,7 +57,10 @@ COARSE = {
 
 
 class Case(NamedTuple):
-    """f of one float64 tensor: an operator at one of its samples, as a function of one or all of its tensors."""
+    """f of one float64 tensor.
+
+    An operator at one of its samples, as a function of one or all of its tensors.
+    """
 
     name: str
     f: Callable[[torch.Tensor], torch.Tensor]
@@ -64,14 +85,25 @@ def operators():
 
 def spread(items: list, most: int) -> list:
     """The middle one of each of `most` parts."""
-    return items if len(items) <= most else [items[(2 * i + 1) * len(items) // (2 * most)] for i in range(most)]
+    return (
+        items
+        if len(items) <= most
+        else [items[(2 * i + 1) * len(items) // (2 * most)] for i in range(most)]
+    )
 
 
 def samples(op, most: int) -> list:
     torch.manual_seed(0)
     with quiet():
         found = itertools.islice(op.sample_inputs("cpu", torch.float64), 10 * most)
-        return spread([sample for sample in found if any(map(_varies, tree_flatten((sample.input, sample.args))[0]))], most)
+        return spread(
+            [
+                sample
+                for sample in found
+                if any(map(_varies, tree_flatten((sample.input, sample.args))[0]))
+            ],
+            most,
+        )
 
 
 @contextlib.contextmanager
@@ -93,19 +125,26 @@ def variants(op) -> dict:
 
 
 def cases(op, most: int) -> Iterator[Case]:
-    """Every sample as a function of its first tensor, of each other one, and of all of them together."""
+    """Every sample as a function of its first tensor, of each other one, and of all of them
+    together."""
     for k, sample in enumerate(samples(op, most)):
         leaves, spec = tree_flatten((sample.input, sample.args, sample.kwargs))
         places = [i for i, leaf in enumerate(leaves) if _varies(leaf)]
-        resolution = {torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 3e-2}.get(COARSE.get(op.name), 0.0)
+        resolution = {torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 3e-2}.get(
+            COARSE.get(op.name), 0.0
+        )
         groups = [[i] for i in places] + ([places] if len(places) > 1 else [])
 
         for kind, function in variants(op).items():
             for group in groups if kind == "" else groups[:1]:
                 which = "all" if len(group) > 1 else str(places.index(group[0]))
-                f, plain = (_function_of(op, g, sample, leaves, spec, group) for g in (function, op.op))
+                f, plain = (
+                    _function_of(op, g, sample, leaves, spec, group) for g in (function, op.op)
+                )
                 name = f"{full_name(op)}{kind}[{k}, {which}]"
-                yield Case(name, f, _point(leaves, group), plain, resolution, full_name(op) in CONVENTIONS)
+                yield Case(
+                    name, f, _point(leaves, group), plain, resolution, full_name(op) in CONVENTIONS
+                )
 
 
 def full_name(op) -> str:
@@ -113,7 +152,12 @@ def full_name(op) -> str:
 
 
 def _varies(leaf) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 and leaf.layout == torch.strided and leaf.numel() > 0
+    return (
+        isinstance(leaf, torch.Tensor)
+        and leaf.dtype == torch.float64
+        and leaf.layout == torch.strided
+        and leaf.numel() > 0
+    )
 
 
 def _point(leaves, group):
@@ -125,12 +169,18 @@ def _point(leaves, group):
 def _function_of(op, function, sample, leaves, spec, group):
     def f(x):
         pieces = [x] if len(group) == 1 else x.split([leaves[i].numel() for i in group])
-        filled = [leaf.clone() if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided else leaf for leaf in leaves]
+        filled = [
+            leaf.clone()
+            if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided
+            else leaf
+            for leaf in leaves
+        ]
         for i, piece in zip(group, pieces):
             filled[i] = piece.reshape(leaves[i].shape).clone()   # which the operator may write to
 
         input, args, kwargs = tree_unflatten(filled, spec)
-        torch.default_generator.manual_seed(0)   # torch.manual_seed asks for every kind of device, at ten times the price
+        # torch.manual_seed asks for every kind of device, at ten times the price.
+        torch.default_generator.manual_seed(0)
         result = op.gradcheck_wrapper(function, input, *args, **kwargs)
         return _real_parts(sample.output_process_fn_grad(result))
 
@@ -139,17 +189,26 @@ def _function_of(op, function, sample, leaves, spec, group):
 
 def _real_parts(result) -> torch.Tensor:
     """All floating-point results side by side, complex ones as pairs."""
-    found = [t for t in tree_flatten(result)[0] if isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex())]
+    found = [
+        t
+        for t in tree_flatten(result)[0]
+        if isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex())
+    ]
     found = [t.to_dense() if t.layout != torch.strided else t for t in found]
     found = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in found]
-    return torch.cat([t.reshape(-1).double() for t in found]) if found else torch.zeros(0, dtype=torch.float64)
+    return (
+        torch.cat([t.reshape(-1).double() for t in found])
+        if found
+        else torch.zeros(0, dtype=torch.float64)
+    )
 
 
 class Expected(NamedTuple):
     value: torch.Tensor
     products: torch.Tensor | None   # w · J v_m, (M,), by reverse mode
     gradient: torch.Tensor | None   # of Σ c_m w · J v_m + u · f, like x, by reverse mode
-    product_quotient: tuple[float, bool]   # w · J V, V = Σ c_m v_m, and whether the function is smooth enough for it
+    # w · J V, V = Σ c_m v_m, and whether the function is smooth enough for it.
+    product_quotient: tuple[float, bool]
     gradient_quotient: tuple[float, bool]   # the gradient along d
 
 
@@ -199,13 +258,21 @@ def quotients(f, x, k: Weights):
 
     def along(w, x, v, h):
         plus, minus = f(x + h * v), f(x - h * v)
-        steep.append(float((plus + minus - 2 * y).abs().max()) > 1e3 * h * (1 + float(y.abs().max())))   # a jump
+        # a jump.
+        steep.append(
+            float((plus + minus - 2 * y).abs().max()) > 1e3 * h * (1 + float(y.abs().max()))
+        )
         return float(w @ (plus - minus)) / (2 * h)
 
     def mixed(h):
-        return (along(k.w, x + h * k.d, V, h) - along(k.w, x - h * k.d, V, h)) / (2 * h) + along(k.u, x, k.d, h)
+        return (along(k.w, x + h * k.d, V, h) - along(k.w, x - h * k.d, V, h)) / (2 * h) + along(
+            k.u, x, k.d, h
+        )
 
-    found = extrapolated(lambda h: along(k.w, x, V, h), (2e-4, 1e-4, 5e-5)), extrapolated(mixed, (1e-3, 5e-4, 2.5e-4))
+    found = (
+        extrapolated(lambda h: along(k.w, x, V, h), (2e-4, 1e-4, 5e-5)),
+        extrapolated(mixed, (1e-3, 5e-4, 2.5e-4)),
+    )
     if not found[1][1]:   # too near to where f is steep: shorter steps, for one digit less
         found = found[0], extrapolated(mixed, (1e-4, 5e-5, 2.5e-5))
     return tuple((value, smooth and not any(steep)) for value, smooth in found)
@@ -221,14 +288,20 @@ def close(a, b, tolerance) -> bool:
 
 def undefined(found, theirs) -> bool:
     """No number where reverse mode has none either."""
-    return close(torch.where(theirs.isnan(), 0, found), theirs.nan_to_num(0.0, math.inf, -math.inf), 1e-8) and bool(theirs.isnan().any())
+    return close(
+        torch.where(theirs.isnan(), 0, found), theirs.nan_to_num(0.0, math.inf, -math.inf), 1e-8
+    ) and bool(theirs.isnan().any())
 
 
 @contextlib.contextmanager
 def routes():
     """What a call resorts to, collected by name."""
     met = set()
-    slower = [(dispatch, "generic", "operation"), (ways, "_forward_mode", "function"), (ways, "_double_backward", "reverse")]
+    slower = [
+        (dispatch, "generic", "operation"),
+        (ways, "_forward_mode", "function"),
+        (ways, "_double_backward", "reverse"),
+    ]
 
     def noted(called, function):
         def call(*args, **kwargs):
@@ -276,14 +349,20 @@ def examine(case: Case, M: int, product: Callable = plain_jvp) -> Verdict | None
             value, jv = product(g, leaf, k.v[0] if M == 1 else k.v)
             products = (jv[None] if M == 1 else jv) @ k.w
             total = k.c @ products + k.u @ value
-            (gradient,) = torch.autograd.grad(total, leaf, materialize_grads=True) if total.requires_grad else (torch.zeros_like(x),)
+            (gradient,) = (
+                torch.autograd.grad(total, leaf, materialize_grads=True)
+                if total.requires_grad
+                else (torch.zeros_like(x),)
+            )
         except Exception as error:
             return refusal(error, plain, x, k, route_of(met))
 
     if value.shape != y.shape or value.dtype != y.dtype or not close(value.detach(), y, 1e-10):
         return Verdict("wrong", route_of(met), "the value")
 
-    return judged(case, plain, x, k, products.detach(), gradient.detach(), route_of(met), everywhere)
+    return judged(
+        case, plain, x, k, products.detach(), gradient.detach(), route_of(met), everywhere
+    )
 
 
 def refusal(error, plain, x, k, route) -> Verdict:
@@ -331,7 +410,11 @@ def judged(case, f, x, k, products, gradient, route, everywhere) -> Verdict | No
         if theirs is not None and (not smooth or not everywhere) and undefined(found, theirs):
             continue
         size = f"{along:.6g}; quotient {quotient:.6g}{'' if smooth else ' (not smooth)'}"
-        reverse = "none" if theirs is None else f"{float((k.c @ theirs) if what == 'J v' else (theirs * k.d).sum()):.6g}"
+        reverse = (
+            "none"
+            if theirs is None
+            else f"{float((k.c @ theirs) if what == 'J v' else (theirs * k.d).sum()):.6g}"
+        )
         return Verdict("wrong", route, f"{what}: {size}; reverse mode {reverse}")
     return Verdict("right", route)
 
@@ -353,7 +436,13 @@ def sweep(ops, most: int, directions=(1, 3), report: Callable = lambda *found: N
                 verdict = examine(case, M)
                 if verdict is None:
                     continue
-                column = verdict.outcome if verdict.outcome != "right" else "rule" if verdict.route == "rule" else "fallback"
+                column = (
+                    verdict.outcome
+                    if verdict.outcome != "right"
+                    else "rule"
+                    if verdict.route == "rule"
+                    else "fallback"
+                )
                 counts[column] = counts.get(column, 0) + 1
                 why = why or (verdict.why if verdict.outcome == "refused" else "")
                 if verdict.outcome in ("wrong", "raw"):
@@ -364,18 +453,27 @@ def sweep(ops, most: int, directions=(1, 3), report: Callable = lambda *found: N
 
 
 def table(rows: dict) -> str:
-    total = {column: sum(row.counts.get(column, 0) for row in rows.values()) for column in ("rule", "fallback", "refused", "wrong", "raw")}
+    total = {
+        column: sum(row.counts.get(column, 0) for row in rows.values())
+        for column in ("rule", "fallback", "refused", "wrong", "raw")
+    }
     version = torch.__version__.split("+")[0]
     lines = [
         "# Operators",
         "",
-        f"`fastscore.jvp` and the gradient of its result, through the samples that PyTorch {version} has of {len(rows)} of its operators",
-        "(`op_db` of `torch.testing`): as functions, methods and in place, of each tensor and of all of them, along one and three",
-        "directions, against reverse mode and extrapolated differences in float64. `python tests/operator_sweep.py --out",
-        "docs/operators.md` writes this page; `make test-slow` takes more samples, and fails on a wrong value.",
+        "`fastscore.jvp` and the gradient of its result, through the samples that PyTorch "
+        f"{version} has of {len(rows)} of its operators",
+        "(`op_db` of `torch.testing`): as functions, methods and in place, of each tensor and of "
+        "all of them, along one and three",
+        "directions, against reverse mode and extrapolated differences in float64. `python "
+        "tests/operator_sweep.py --out",
+        "docs/operators.md` writes this page; `make test-slow` takes more samples, and fails on a "
+        "wrong value.",
         "",
-        f"Right by a rule: {total['rule']:,} cases. Right by a fallback (stock forward mode of the operation or of the whole",
-        f"function, or two backward passes): {total['fallback']:,}. Refused: {total['refused']:,}. Wrong: {total['wrong']}.",
+        f"Right by a rule: {total['rule']:,} cases. Right by a fallback (stock forward mode of the "
+        "operation or of the whole",
+        f"function, or two backward passes): {total['fallback']:,}. Refused: "
+        f"{total['refused']:,}. Wrong: {total['wrong']}.",
         "",
         "| operator | right by rule | right by fallback | refused | why |",
         "|---|---|---|---|---|",
@@ -388,7 +486,9 @@ def table(rows: dict) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="PyTorch's samples of its operators through fastscore.jvp")
+    parser = argparse.ArgumentParser(
+        description="PyTorch's samples of its operators through fastscore.jvp"
+    )
     parser.add_argument("--only", nargs="*", help="patterns of operators' names")
     parser.add_argument("--most", type=int, default=4, help="samples of an operator")
     parser.add_argument("--out", help="write the table here")
@@ -397,7 +497,11 @@ def main():
     def report(name, M, verdict):
         print(verdict.outcome.upper(), name, f"M={M}", verdict.route, verdict.why[:200], flush=True)
 
-    chosen = [op for op in operators() if not arguments.only or any(re.fullmatch(p, full_name(op)) for p in arguments.only)]
+    chosen = [
+        op
+        for op in operators()
+        if not arguments.only or any(re.fullmatch(p, full_name(op)) for p in arguments.only)
+    ]
     page = table(sweep(chosen, arguments.most, report=report))
     if arguments.out:
         with open(arguments.out, "w") as file:

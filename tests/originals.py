@@ -1,4 +1,5 @@
-"""The layers of ermongroup/ncsn and ncsnv2 under their own names, written from their formulas on stock PyTorch."""
+"""The layers of ermongroup/ncsn and ncsnv2 under their own names, written from their formulas on
+stock PyTorch."""
 
 import torch
 from torch import nn
@@ -60,7 +61,9 @@ class ConditionalInstanceNorm2dPlus(_Conditional):
         self.instance_norm = nn.InstanceNorm2d(num_features)
 
     def forward(self, x, y):
-        gamma, alpha, *beta = (c[..., None, None] for c in self.embed(y).split(self.num_features, 1))
+        gamma, alpha, *beta = (
+            c[..., None, None] for c in self.embed(y).split(self.num_features, 1)
+        )
         return gamma * (self.instance_norm(x) + alpha * _channel_term(x)) + sum(beta)
 
 
@@ -69,7 +72,10 @@ class InstanceNorm2dPlus(nn.Module):
         super().__init__()
         self.num_features = num_features
         self.instance_norm = nn.InstanceNorm2d(num_features)
-        self.alpha, self.gamma = nn.Parameter(torch.ones(num_features)), nn.Parameter(torch.ones(num_features))
+        self.alpha, self.gamma = (
+            nn.Parameter(torch.ones(num_features)),
+            nn.Parameter(torch.ones(num_features)),
+        )
         if bias:
             self.beta = nn.Parameter(torch.zeros(num_features))
 

@@ -50,7 +50,8 @@ def shortenings(page: Path) -> list[tuple[str, str]]:
 
 
 def run(page: Path, *, quick: bool) -> dict:
-    """Run the programs of a page one after another in one namespace, and look at what they print."""
+    """Run the programs of a page one after another in one namespace, and look at what they
+    print."""
     rules = shortenings(page) if quick else []
     names = {"__name__": "__main__"}
     shortened = False
@@ -76,5 +77,6 @@ def run(page: Path, *, quick: bool) -> dict:
 def check(page: Path, block: Block, printed: str) -> None:
     if not doctest.OutputChecker().check_output(block.output, printed, FLAGS):
         raise AssertionError(
-            f"{name(page)}, line {block.line}: the page says\n{block.output}\nand the program\n{printed}"
+            f"{name(page)}, line {block.line}: the page says\n{block.output}\nand the "
+            f"program\n{printed}"
         )

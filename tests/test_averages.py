@@ -1,4 +1,7 @@
-"""The averaged weights: their values in every dtype, their buffers, and models that keep results of earlier calls."""
+"""The averaged weights.
+
+Their values in every dtype, their buffers, and models that keep results of earlier calls.
+"""
 
 import copy
 
@@ -27,12 +30,18 @@ def squares(net, x, step):
     return net(x.to(next(net.parameters()).dtype)).float().square().flatten(1).sum(1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 def test_an_average_has_its_value_in_every_dtype(dtype):
-    """1.5 - 0.5 · 0.999^3000 = 1.4751. In bfloat16 the first step, 0.0005, is lost: the last bit of 1.0 is 0.0078."""
+    """1.5 - 0.5 · 0.999^3000 = 1.4751.
+
+    In bfloat16 the first step, 0.0005, is lost: the last bit of 1.0 is 0.0078.
+    """
     net = torch.nn.Linear(1, 1, bias=False, dtype=dtype)
     value = after_3000_updates(training.averaged(net, 0.999), net)
-    # float32 rounds each of 3,000 updates by 2^-24 relative; the average forgets, so some 1/(1 - d) = 1,000 of them add up.
+    # float32 rounds each of 3,000 updates by 2^-24 relative; the average forgets, so some 1/(1 - d)
+    # = 1,000 of them add up.
     slack = 1000 * 2**-24 * 1.5 if dtype != torch.float64 else 1e-9
     assert abs(value - (1.5 - 0.5 * 0.999**3000)) <= slack + torch.finfo(dtype).eps
 
@@ -86,9 +95,12 @@ def test_an_average_saved_without_shadows_loads():
 def test_an_average_stays_in_float32_where_it_is_moved_to_another_dtype():
     net = torch.nn.Linear(1, 1, bias=False).bfloat16()
     ema = training.averaged(net, 0.999).bfloat16()
-    assert {t.dtype for k, t in ema.state_dict().items() if k.startswith("average_")} == {torch.float32}
+    assert {t.dtype for k, t in ema.state_dict().items() if k.startswith("average_")} == {
+        torch.float32
+    }
 
-    wide = training.averaged(torch.nn.Linear(1, 1, bias=False), 0.999).bfloat16()   # narrow only now
+    # Narrow only now.
+    wide = training.averaged(torch.nn.Linear(1, 1, bias=False), 0.999).bfloat16()
     assert 1.46 < after_3000_updates(wide, net) < 1.49
 
 
@@ -96,7 +108,9 @@ def test_the_average_of_float32_weights_is_that_of_pytorch_bit_for_bit():
     from torch.optim.swa_utils import AveragedModel
 
     def average(ema, current, n):
-        torch._foreach_lerp_(list(ema), list(current), 1 - min(0.99, (1 + float(n)) / (10 + float(n))))
+        torch._foreach_lerp_(
+            list(ema), list(current), 1 - min(0.99, (1 + float(n)) / (10 + float(n)))
+        )
 
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3))
@@ -111,7 +125,9 @@ def test_the_average_of_float32_weights_is_that_of_pytorch_bit_for_bit():
 def test_a_model_that_keeps_results_of_its_calls_is_trained_and_averaged(norm):
     """The old weight_norm keeps a weight with a graph, which copy.deepcopy refuses."""
     torch.manual_seed(0)
-    net = torch.nn.Sequential(norm(torch.nn.Linear(3, 4)), torch.nn.Tanh(), norm(torch.nn.Linear(4, 3)))
+    net = torch.nn.Sequential(
+        norm(torch.nn.Linear(3, 4)), torch.nn.Tanh(), norm(torch.nn.Linear(4, 3))
+    )
     net[0].seen = [{"last": net(X)}]
     before = net(X)
     *_, state = training.training_loop(net, [X], squares, steps=50, lr=0.05, ema_decay=0.5)
@@ -129,7 +145,9 @@ def test_a_model_that_keeps_results_of_its_calls_is_trained_and_averaged(norm):
 def test_the_average_is_in_evaluation_mode_and_the_model_stays_in_training():
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.5))
     for state in training.training_loop(net, [X], squares, steps=2):
-        assert not any(m.training for m in state.ema.modules()) and all(m.training for m in net.modules())
+        assert not any(m.training for m in state.ema.modules()) and all(
+            m.training for m in net.modules()
+        )
 
 
 def test_buffers_that_a_model_makes_as_it_runs_reach_its_average():
@@ -176,27 +194,57 @@ def test_complex_weights_are_averaged():
             net.weight.fill_(complex(n, -2 * n))
         average.update_parameters(net)
         decay = 0.0 if n == 0 else min(0.5, (1 + n) / (10 + n))
-        expected = complex(n, -2 * n) if n == 0 else decay * expected + (1 - decay) * complex(n, -2 * n)
-    assert abs(average.module.weight[0, 0].item() - expected) < 1e-5 < abs(expected - complex(4, -8))
+        expected = (
+            complex(n, -2 * n) if n == 0 else decay * expected + (1 - decay) * complex(n, -2 * n)
+        )
+    assert (
+        abs(average.module.weight[0, 0].item() - expected) < 1e-5 < abs(expected - complex(4, -8))
+    )
 
 
 @pytest.mark.parametrize("decay", [2.0, 1.0, -0.1, float("nan"), "0.9", True])
 def test_a_decay_that_is_none_is_refused(decay):
-    with pytest.raises(ValueError, match=r"averaged: decay must be a finite number in \[0, 1\); got"):
+    with pytest.raises(
+        ValueError, match=r"averaged: decay must be a finite number in \[0, 1\); got"
+    ):
         averages.averaged(torch.nn.Linear(2, 2), decay)
 
 
 def test_a_model_without_weights_is_refused():
-    with pytest.raises(ValueError, match=r"averaged: the model must have weights; 0\.weight has no shape yet"):
+    with pytest.raises(
+        ValueError, match=r"averaged: the model must have weights; 0\.weight has no shape yet"
+    ):
         averages.averaged(torch.nn.Sequential(torch.nn.LazyLinear(3)), 0.9)
 
 
 def test_what_is_given_twice_is_refused():
     """It was dropped in silence."""
     net = torch.nn.Linear(2, 2)
-    given = {"steps": 1, "optimizer": torch.optim.SGD(net.parameters(), lr=0.1), "ema": averages.averaged(net, 0.5)}
-    refused = (({"lr": 1e-2}, "give either an optimizer"), ({"ema_decay": 0.9}, "ema_decay must be that of the ema that is given, 0.5"))
+    given = {
+        "steps": 1,
+        "optimizer": torch.optim.SGD(net.parameters(), lr=0.1),
+        "ema": averages.averaged(net, 0.5),
+    }
+    refused = (
+        ({"lr": 1e-2}, "give either an optimizer"),
+        ({"ema_decay": 0.9}, "ema_decay must be that of the ema that is given, 0.5"),
+    )
     for more, message in refused:
         with pytest.raises(ValueError, match=f"training_loop: {message}"):
-            training.training_loop(net, [torch.ones(1, 2)], lambda net, x, step: net(x).sum(1), **given, **more)
-    assert len(list(training.training_loop(net, [torch.ones(1, 2)], lambda net, x, step: net(x).sum(1), **given, ema_decay=0.5))) == 1
+            training.training_loop(
+                net, [torch.ones(1, 2)], lambda net, x, step: net(x).sum(1), **given, **more
+            )
+    assert (
+        len(
+            list(
+                training.training_loop(
+                    net,
+                    [torch.ones(1, 2)],
+                    lambda net, x, step: net(x).sum(1),
+                    **given,
+                    ema_decay=0.5,
+                )
+            )
+        )
+        == 1
+    )

@@ -1,6 +1,9 @@
-"""While a CUDA graph is captured no generator of the GPU can be asked or set back: what would draw twice is refused.
+"""While a CUDA graph is captured no generator of the GPU can be asked or set back.
 
-The driver is a mocked one: a capture runs, and the GPU's generator answers as PyTorch's does then. Tensors on "meta" stand for the GPU's.
+What would draw twice is refused.
+
+The driver is a mocked one: a capture runs, and the GPU's generator answers as PyTorch's does then.
+Tensors on "meta" stand for the GPU's.
 """
 
 import sys
@@ -28,8 +31,15 @@ def capturing(monkeypatch):
 
 @pytest.fixture
 def on_gpu(capturing, monkeypatch):
-    """What the library asks of generators, it asks as if its tensors lay on a GPU; draws on the CPU count as the GPU's."""
-    for module in (routes, sys.modules["fastscore.losses.exact"], sys.modules["fastscore.losses.finite_difference"]):
+    """What the library asks of generators, it asks as if its tensors lay on a GPU.
+
+    Draws on the CPU count as the GPU's.
+    """
+    for module in (
+        routes,
+        sys.modules["fastscore.losses.exact"],
+        sys.modules["fastscore.losses.finite_difference"],
+    ):
         monkeypatch.setattr(module, "Once", lambda device, *functions: once.Once(CUDA, *functions))
     for module in (generic, transposed):
         monkeypatch.setattr(module, "Draws", lambda device, *rest: once.Draws(CUDA, *rest))
@@ -44,12 +54,21 @@ def meta_noise():
     return torch.rand(4, device="meta")
 
 
-@pytest.mark.parametrize("draw", [meta_noise, lambda: torch.empty(4, device="meta").random_(), lambda: torch.randperm(4, device="meta")])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        meta_noise,
+        lambda: torch.empty(4, device="meta").random_(),
+        lambda: torch.randperm(4, device="meta"),
+    ],
+)
 def test_a_second_evaluation_of_what_draws_is_refused(capturing, draw):
     twice = once.Once(CUDA, draw)
     with twice:
         draw()
-    with pytest.raises(RuntimeError, match=r"f draws random numbers \(aten\.rand.* while a CUDA graph is captured"):
+    with pytest.raises(
+        RuntimeError, match=r"f draws random numbers \(aten\.rand.* while a CUDA graph is captured"
+    ):
         with twice:
             draw()
     with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
@@ -65,16 +84,19 @@ def test_outside_a_capture_the_generator_is_set_back(monkeypatch):
     for _ in range(2):
         with twice:
             meta_noise()
-    assert said == ["state 0", "state 0"]   # before the second evaluation, and after it to where the first had left it
+    # Before the second evaluation, and after it to where the first had left it.
+    assert said == ["state 0", "state 0"]
 
 
 @pytest.mark.parametrize(
     "quiet",
     [
-        lambda: torch.rand(4),   # of the CPU, which is set back
+        lambda: torch.rand(4),  # of the CPU, which is set back
         lambda: F.dropout(torch.ones(4, device="meta"), 0.5, training=False),
         lambda: torch.ones(4, device="meta") * 2,
-        lambda: torch.ops.aten._scaled_dot_product_efficient_attention(*(torch.ones(1, 1, 4, 8, device="meta"),) * 3, None, False),
+        lambda: torch.ops.aten._scaled_dot_product_efficient_attention(
+            *(torch.ones(1, 1, 4, 8, device="meta"),) * 3, None, False
+        ),
     ],
     ids=["cpu", "not-training", "no-draw", "attention"],
 )

@@ -1,4 +1,7 @@
-"""Dual numbers written into ordinary tensors: those become carriers of the tangents, and f is called once."""
+"""Dual numbers written into ordinary tensors.
+
+Those become carriers of the tangents, and f is called once.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -35,7 +38,8 @@ def h(x):
 
 
 def into(write, make=lambda x: torch.zeros(x.shape, dtype=x.dtype)):
-    """A function that writes into a tensor which does not depend on x, and uses it in more than one way."""
+    """A function that writes into a tensor which does not depend on x, and uses it in more than
+    one way."""
 
     def f(x):
         out = make(x)
@@ -108,11 +112,16 @@ def integers(x):
 
 FUNCTIONS = {
     "accumulated": into(accumulate),
-    "buffer-of-ones": into(lambda out, x: out.mul_(h(x)).add_(1), make=lambda x: torch.ones(x.shape, **F64)),
+    "buffer-of-ones": into(
+        lambda out, x: out.mul_(h(x)).add_(1), make=lambda x: torch.ones(x.shape, **F64)
+    ),
     "empty": into(lambda out, x: out.copy_(h(x)), make=lambda x: torch.empty(x.shape, **F64)),
     "clone-of-a-constant": into(accumulate, make=lambda x: BIAS.detach().expand(x.shape).clone()),
     "depends-on-a-parameter": into(accumulate, make=lambda x: BIAS.expand(x.shape).clone()),
-    "range": into(lambda out, x: out.addcmul_(h(x), x, value=2), make=lambda x: torch.arange(1.0, 5, **F64).repeat(len(x), 1)),
+    "range": into(
+        lambda out, x: out.addcmul_(h(x), x, value=2),
+        make=lambda x: torch.arange(1.0, 5, **F64).repeat(len(x), 1),
+    ),
     "broadcast": into(lambda out, x: out.copy_(h(x).mean(0))),
     "one-number": into(lambda out, x: out.fill_(h(x).mean())),
     "views": into(by_views),
@@ -135,14 +144,23 @@ FUNCTIONS = {
     "divided": into(lambda out, x: out.__iadd__(1).__itruediv__(h(x) + 3)),
     "put": into(lambda out, x: out.put_(COLUMNS, h(x)[0, :3])),
     "into-integers": integers,
-    "foreign-to-dual": lambda x: (lambda out: out.copy_(torch.zeros(x.shape, **F64).add_(h(x))) * x)(torch.zeros_like(x)),
-    "list": lambda x: torch.stack([h(x)[:, i] * i for i in range(4)], 1) + torch.cat([*h(x).unbind(1)]).view(4, -1).t(),
-    "resized": into(lambda out, x: out.resize_as_(h(x)).copy_(h(x)), make=lambda x: torch.empty(0, **F64)),
+    "foreign-to-dual": lambda x: (
+        lambda out: out.copy_(torch.zeros(x.shape, **F64).add_(h(x))) * x
+    )(torch.zeros_like(x)),
+    "list": lambda x: (
+        torch.stack([h(x)[:, i] * i for i in range(4)], 1)
+        + torch.cat([*h(x).unbind(1)]).view(4, -1).t()
+    ),
+    "resized": into(
+        lambda out, x: out.resize_as_(h(x)).copy_(h(x)), make=lambda x: torch.empty(0, **F64)
+    ),
     "bits": lambda x: h(x).view(torch.int64).bitwise_and(-(2**52)).view(torch.float64) * x,
     "bits-of-another-width": lambda x: h(x).view(dtype=torch.float32).double()[:, :4] * x,
     "bits-as-complex": lambda x: torch.view_as_real(h(x).view(torch.complex128)).flatten(1) * x,
-    "no-dimensions": lambda x: (lambda total: [total.add_(row.sum()) for row in h(x)][-1] * x)(torch.zeros((), **F64)),
-}  # fmt: skip
+    "no-dimensions": lambda x: (lambda total: [total.add_(row.sum()) for row in h(x)][-1] * x)(
+        torch.zeros((), **F64)
+    ),
+}
 
 
 @torch.jit.script
@@ -210,7 +228,9 @@ def checkpointed(x):
 
 
 UNSEEN = {
-    "transposed": into(lambda out, x: out.t().add_(h(x).t()), make=lambda x: torch.zeros(4, len(x), **F64).t()),
+    "transposed": into(
+        lambda out, x: out.t().add_(h(x).t()), make=lambda x: torch.zeros(4, len(x), **F64).t()
+    ),
     "base": into(by_the_base),
     "read-in-between": read_in_between,
     "below-other-modes": with_modes,
@@ -230,7 +250,9 @@ UNSEEN = {
 def double_backprop(f, x, v):
     x = x.clone().requires_grad_()
     y = f(x)
-    vj = torch.stack([torch.autograd.grad(y, x, d, create_graph=True, materialize_grads=True)[0] for d in v])
+    vj = torch.stack(
+        [torch.autograd.grad(y, x, d, create_graph=True, materialize_grads=True)[0] for d in v]
+    )
     return x, y, (vj * v).flatten(1).sum(1)
 
 
@@ -297,7 +319,11 @@ def test_a_buffer_is_an_ordinary_tensor_afterwards_and_holds_the_value():
 
     _, jv = jvp(f, x, torch.ones_like(x))
     assert torch.allclose(jv, 1 + x.sin() + x * x.cos())
-    assert type(buffer) is torch.Tensor and buffer.data_ptr() == address and torch.allclose(buffer, 1 + x.sin())
+    assert (
+        type(buffer) is torch.Tensor
+        and buffer.data_ptr() == address
+        and torch.allclose(buffer, 1 + x.sin())
+    )
 
 
 def test_a_buffer_is_as_it_was_where_f_fails():
@@ -359,10 +385,16 @@ def doubled_in_place(y):
 
 @pytest.mark.parametrize(
     "write, value",
-    [(doubled_in_place, 2), (lambda y: y.mul_(2), 2), (torch.relu_, 1), (lambda y: F.relu(y, inplace=True), 1),
-     (lambda y: torch.add(y, y, out=y), 2), (lambda y: y.contiguous(), 1)],
+    [
+        (doubled_in_place, 2),
+        (lambda y: y.mul_(2), 2),
+        (torch.relu_, 1),
+        (lambda y: F.relu(y, inplace=True), 1),
+        (lambda y: torch.add(y, y, out=y), 2),
+        (lambda y: y.contiguous(), 1),
+    ],
     ids=["+=", "mul_", "relu_", "inplace=True", "out=", "contiguous"],
-)  # fmt: skip
+)
 def test_what_hands_back_its_argument_without_gradients_keeps_its_tangents(write, value):
     """As autograd's: y is c x² with the derivative 2x, for its graph does not know of c."""
     x, v = torch.randn(4, 4, **F64), torch.randn(2, 4, 4, **F64)
@@ -430,7 +462,15 @@ def test_the_state_of_a_module_moves_once():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("alias", [lambda t: t.numpy(), lambda t: t.__dlpack__(), lambda t: t.untyped_storage(), lambda t: t.detach()])
+@pytest.mark.parametrize(
+    "alias",
+    [
+        lambda t: t.numpy(),
+        lambda t: t.__dlpack__(),
+        lambda t: t.untyped_storage(),
+        lambda t: t.detach(),
+    ],
+)
 def test_a_fallback_takes_memory_that_is_held_elsewhere(alias):
     def f(x):
         out = torch.zeros(x.shape, **F64)

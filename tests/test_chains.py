@@ -1,4 +1,7 @@
-"""Chains of linear layers and activations inside jvp: computed late, once, with right gradients, or refused; and the loss along signs."""
+"""Chains of linear layers and activations inside jvp.
+
+Computed late, once, with right gradients, or refused; and the loss along signs.
+"""
 
 import pytest
 import torch
@@ -13,7 +16,11 @@ from fastscore.losses.projections import directions
 
 def mlp(*widths, activation=nn.SiLU, bias=True):
     torch.manual_seed(0)
-    layers = [layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b, bias=bias), activation())]
+    layers = [
+        layer
+        for a, b in zip(widths, widths[1:])
+        for layer in (nn.Linear(a, b, bias=bias), activation())
+    ]
     return nn.Sequential(*layers[:-1])
 
 
@@ -25,19 +32,27 @@ def gradients(net, x, v, inputs, product=jvp):
 
 def setting(net, *shape, M=2, dtype=torch.float64):
     torch.manual_seed(1)
-    return net.to(dtype), torch.randn(shape, dtype=dtype, requires_grad=True), torch.randn(M, *shape, dtype=dtype)
+    return (
+        net.to(dtype),
+        torch.randn(shape, dtype=dtype, requires_grad=True),
+        torch.randn(M, *shape, dtype=dtype),
+    )
 
 
 @pytest.fixture
 def runs(monkeypatch):
     """The lengths of the chains that were computed."""
     lengths, run = [], chains.run
-    monkeypatch.setattr(chains, "run", lambda s, steps: (lengths.append(len(steps)), run(s, steps))[1])
+    monkeypatch.setattr(
+        chains, "run", lambda s, steps: (lengths.append(len(steps)), run(s, steps))[1]
+    )
     return lengths
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", [nn.SiLU, nn.ELU, nn.GELU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.ReLU])
+@pytest.mark.parametrize(
+    "activation", [nn.SiLU, nn.ELU, nn.GELU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.ReLU]
+)
 def test_one_chain_with_the_products_and_gradients_of_stock_forward_mode(runs, activation, bias):
     """Over linear layers and activations stock forward mode is right."""
     net, x, v = setting(mlp(3, 12, 7, 3, activation=activation, bias=bias), 5, 3)
@@ -60,13 +75,21 @@ def test_narrow_and_wide_layers_in_float32(width):
     found = gradients(net, x, v, list(net.parameters()))
     net, x, v = net.double(), x.detach().double().requires_grad_(), v.double()
     for a, b in zip(found, gradients(net, x, v, list(net.parameters()))):
-        assert a.dtype == torch.float32 and a.is_contiguous() and float((a - b).norm()) <= 2e-6 * float(b.norm())
+        assert (
+            a.dtype == torch.float32
+            and a.is_contiguous()
+            and float((a - b).norm()) <= 2e-6 * float(b.norm())
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("activation", [nn.SiLU, nn.ELU, nn.GELU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.ReLU])
+@pytest.mark.parametrize(
+    "activation", [nn.SiLU, nn.ELU, nn.GELU, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.ReLU]
+)
 def test_chains_on_every_back_end(backend, runs, activation, dtype):
-    """Activations in a row and one at the end: gradients overwrite each other's cotangents, but not the caller's or what the graph keeps.
+    """Activations in a row and one at the end.
+
+    Gradients overwrite each other's cotangents, but not the caller's or what the graph keeps.
 
     In float32 to 60 roundings of the largest entry.
     """
@@ -76,8 +99,12 @@ def test_chains_on_every_back_end(backend, runs, activation, dtype):
 
     def found(net, x, v, inputs):
         y, jv = jvp(net, x, v)
-        a, b = (torch.autograd.grad((y, jv), inputs, (g.to(x.dtype), h), retain_graph=True) for h in [jv.detach().clone()] * 2)
-        assert all(map(torch.equal, a, b))   # the second backward pass reads what the first one left
+        a, b = (
+            torch.autograd.grad((y, jv), inputs, (g.to(x.dtype), h), retain_graph=True)
+            for h in [jv.detach().clone()] * 2
+        )
+        # The second backward pass reads what the first one left.
+        assert all(map(torch.equal, a, b))
         return y.detach(), jv.detach(), *a
 
     kept = g.clone()
@@ -86,7 +113,9 @@ def test_chains_on_every_back_end(backend, runs, activation, dtype):
     with backends.use_backend("reference"):
         net, x, v = net.double(), x.detach().double().requires_grad_(), v.double()
         for a, b in zip(result, found(net, x, v, [x, *net.parameters()]), strict=True):
-            assert a.dtype == dtype and float((a - b).abs().max()) <= 60 * torch.finfo(dtype).eps * max(1, float(b.abs().max()))
+            assert a.dtype == dtype and float((a - b).abs().max()) <= 60 * torch.finfo(
+                dtype
+            ).eps * max(1, float(b.abs().max()))
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 2, 3)], ids=["no batch", "two batch dimensions"])
@@ -94,7 +123,11 @@ def test_shapes(runs, shape):
     net, x, v = setting(mlp(3, 6, 3), *shape)
     y, jv = jvp(net, x, v)
     expected = [torch.func.jvp(net, (x,), (d,)) for d in v]
-    assert runs == [3] and torch.allclose(y, expected[0][0]) and torch.allclose(jv, torch.stack([t for _, t in expected]))
+    assert (
+        runs == [3]
+        and torch.allclose(y, expected[0][0])
+        and torch.allclose(jv, torch.stack([t for _, t in expected]))
+    )
 
 
 def test_gradients_of_every_order():
@@ -111,7 +144,10 @@ def test_gradients_of_every_order():
 
 def test_weights_that_depend_on_x():
     """The second derivative must not count the path from x to the weight twice."""
-    x, v = torch.randn(2, 2, dtype=torch.float64, requires_grad=True), torch.randn(1, 2, 2, dtype=torch.float64)
+    x, v = (
+        torch.randn(2, 2, dtype=torch.float64, requires_grad=True),
+        torch.randn(1, 2, 2, dtype=torch.float64),
+    )
 
     def f(x, v):
         return jvp(lambda y: F.linear(torch.tanh(F.linear(y, x.sin())), x.exp(), x[0]), x.cos(), v)
@@ -124,7 +160,11 @@ def test_weights_that_depend_on_x():
 def test_frozen_layers(frozen):
     net, x, v = setting(mlp(3, 6, 5, 3), 4, 3)
     x = x.detach()
-    expected = dict(zip((n for n, _ in net.named_parameters()), gradients(net, x, v, list(net.parameters()))[2:]))
+    expected = dict(
+        zip(
+            (n for n, _ in net.named_parameters()), gradients(net, x, v, list(net.parameters()))[2:]
+        )
+    )
     for k in frozen:
         net[k].requires_grad_(False)
     named = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
@@ -146,7 +186,9 @@ def test_what_f_still_holds_is_computed_once(runs):
     found = gradients(f, x, v, [x, *first.parameters(), *second.parameters()])
     assert runs == [1, 2]
     expected = [torch.func.jvp(f, (x,), (d,)) for d in v]
-    assert torch.allclose(found[0], expected[0][0]) and torch.allclose(found[1], torch.stack([t for _, t in expected]))
+    assert torch.allclose(found[0], expected[0][0]) and torch.allclose(
+        found[1], torch.stack([t for _, t in expected])
+    )
 
 
 def test_writing_in_place_does_not_reach_what_was_computed_before():
@@ -171,7 +213,9 @@ def test_writing_in_place_does_not_reach_what_was_computed_before():
         for a, b in zip(*(jvp(lambda x, i=i: f(x, i), x, v) for i in (True, False))):
             assert torch.equal(a, b)
     # The layer keeps its input: h takes another stack.
-    for a, b in zip(*(gradients(lambda x, i=i: f(x, i), x, v, [x, *layer.parameters()]) for i in (True, False))):
+    for a, b in zip(
+        *(gradients(lambda x, i=i: f(x, i), x, v, [x, *layer.parameters()]) for i in (True, False))
+    ):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -184,7 +228,10 @@ def test_a_parameter_written_in_between_is_refused():
             layer.weight.mul_(2)
         return y
 
-    with pytest.raises(RuntimeError, match="f changed the parameters of a linear layer in place after it had used them"):
+    with pytest.raises(
+        RuntimeError,
+        match="f changed the parameters of a linear layer in place after it had used them",
+    ):
         jvp(f, x, x)
 
 
@@ -218,7 +265,10 @@ def test_errors_are_those_of_the_layer():
 
 
 def test_the_graph_keeps_the_input_of_every_layer_once():
-    """Of the three products and two activations: their five inputs (1 + M, B, *), and nothing for a frozen product."""
+    """Of the three products and two activations.
+
+    Their five inputs (1 + M, B, *), and nothing for a frozen product.
+    """
     net, x, v = setting(mlp(3, 16, 16, 3), 8, 3, M=3, dtype=torch.float32)
 
     def kept():
@@ -229,9 +279,14 @@ def test_the_graph_keeps_the_input_of_every_layer_once():
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            result = chains.run(torch.cat([x[None], v]), [chains.Step(p[0], p[1]) if p else chains.Step(name="silu") for p in layers])
+            result = chains.run(
+                torch.cat([x[None], v]),
+                [chains.Step(p[0], p[1]) if p else chains.Step(name="silu") for p in layers],
+            )
         assert result.requires_grad
-        return sum(t.untyped_storage().nbytes() for address, t in storages.items() if address not in own)
+        return sum(
+            t.untyped_storage().nbytes() for address, t in storages.items() if address not in own
+        )
 
     layers = [list(layer.parameters()) for layer in net]
     row = 4 * 8 * 4   # (1 + M) B floats
@@ -245,7 +300,12 @@ def test_the_graph_keeps_the_input_of_every_layer_once():
 
 def conv_net():
     torch.manual_seed(0)
-    layers = (nn.Conv2d(1, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.SiLU(), nn.Conv2d(3, 1, 3, padding=1))
+    layers = (
+        nn.Conv2d(1, 3, 3, padding=1),
+        nn.GroupNorm(1, 3),
+        nn.SiLU(),
+        nn.Conv2d(3, 1, 3, padding=1),
+    )
     return nn.Sequential(*layers).double()
 
 
@@ -253,13 +313,21 @@ def conv_net():
 @pytest.mark.parametrize("variance_reduced", [True, False], ids=["variance-reduced", "plain"])
 def test_signs_of_a_key_give_the_loss_of_given_signs(variance_reduced, projections):
     """To float64 rounding; noise, value and every gradient."""
-    net, x, key = conv_net(), torch.randn(3, 1, 4, 5, dtype=torch.float64, requires_grad=True), {"seed": 5, "step": 3}
+    net, x, key = (
+        conv_net(),
+        torch.randn(3, 1, 4, 5, dtype=torch.float64, requires_grad=True),
+        {"seed": 5, "step": 3},
+    )
     v = directions("t", x.detach(), projections, offset=40, **key)
-    found = losses.sliced(net, x, projections=projections, variance_reduced=variance_reduced, first_sample=2, **key)
+    found = losses.sliced(
+        net, x, projections=projections, variance_reduced=variance_reduced, first_sample=2, **key
+    )
     given = losses.sliced(net, x, v=v, variance_reduced=variance_reduced)
     assert torch.allclose(found, given, rtol=1e-13, atol=1e-13)
     weights = torch.rand(3, dtype=torch.float64)
-    for a, b in zip(*(torch.autograd.grad(loss @ weights, [x, *net.parameters()]) for loss in (found, given))):
+    for a, b in zip(
+        *(torch.autograd.grad(loss @ weights, [x, *net.parameters()]) for loss in (found, given))
+    ):
         assert torch.allclose(a, b, rtol=1e-11, atol=1e-12)
 
 
@@ -277,7 +345,9 @@ def test_derivatives_of_the_loss_along_signs(variance_reduced):
     assert torch.allclose(torch.func.grad(lambda x: f(x).sum())(x), g)
     rows = torch.vmap(f)(torch.stack([x, 2 * x]))
     for row, scaled in zip(rows, (x, 2 * x)):
-        assert torch.allclose(row, losses.sliced(net, scaled, v=v, variance_reduced=variance_reduced))
+        assert torch.allclose(
+            row, losses.sliced(net, scaled, v=v, variance_reduced=variance_reduced)
+        )
 
 
 def test_no_signs_are_kept_for_the_backward_pass():
@@ -285,11 +355,14 @@ def test_no_signs_are_kept_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         losses.sliced(nn.Linear(40, 40), x, seed=1, projections=2)
     big = {t.untyped_storage().data_ptr(): t for t in kept if t.numel() >= x.numel()}
-    assert sorted(t.untyped_storage().nbytes() for t in big.values()) == [3 * 50 * 40 * 4] * 2   # input of the layer; s and Jv
+    # Input of the layer; s and Jv.
+    assert sorted(t.untyped_storage().nbytes() for t in big.values()) == [3 * 50 * 40 * 4] * 2
 
 
 def test_the_dtype_of_the_loss_is_that_of_x():
     x = torch.randn(4, 3)
     for a, b in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
         loss = losses.sliced(lambda x, b=b: x.to(b).sin(), x.to(a), seed=1)
-        assert loss.dtype == a and torch.allclose(loss.double(), losses.sliced(torch.sin, x.double(), seed=1), atol=1e-5)
+        assert loss.dtype == a and torch.allclose(
+            loss.double(), losses.sliced(torch.sin, x.double(), seed=1), atol=1e-5
+        )

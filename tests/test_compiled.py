@@ -1,4 +1,7 @@
-"""Networks that torch.compile has had: our numbers, forward mode and energies run them as they were written."""
+"""Networks that torch.compile has had.
+
+Our numbers, forward mode and energies run them as they were written.
+"""
 
 import copy
 import gc
@@ -43,7 +46,9 @@ class Bent(nn.Module):
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 4), Bent()).double()
+    return nn.Sequential(
+        nn.Linear(4, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 4), Bent()
+    ).double()
 
 
 def compiled_forms(net, backend):
@@ -52,7 +57,10 @@ def compiled_forms(net, backend):
     yield "fullgraph", torch.compile(net, backend=backend, fullgraph=True)
     yield "dynamic", torch.compile(net, backend=backend, dynamic=True)
     yield "function", torch.compile(lambda x: net(x), backend=backend)
-    yield "compiled within compiled", torch.compile(torch.compile(net, backend=backend), backend=backend)
+    yield (
+        "compiled within compiled",
+        torch.compile(torch.compile(net, backend=backend), backend=backend),
+    )
 
     parts = [torch.compile(part, backend=backend) for part in net]
     yield "parts", nn.Sequential(*parts)
@@ -102,7 +110,9 @@ def test_losses_of_a_compiled_network_equal_double_backprop(backend, forms):
         for f in (c, lambda x, c=c: c(x)):
             found = losses.sliced(f, x, v=v)
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, msg=name)
-            torch.testing.assert_close(gradient(found, net), slope, rtol=1e-10, atol=1e-10, msg=name)
+            torch.testing.assert_close(
+                gradient(found, net), slope, rtol=1e-10, atol=1e-10, msg=name
+            )
 
 
 @pytest.mark.parametrize("backend", LONG_WITH_INDUCTOR)
@@ -115,16 +125,22 @@ def test_every_loss_of_a_compiled_network_is_that_of_the_network(backend):
     c = torch.compile(net, backend=backend)
 
     for method in METHODS:
-        expected, found = (losses.noise_conditional(f, x, sigmas, method=method, seed=3) for f in (net, c))
+        expected, found = (
+            losses.noise_conditional(f, x, sigmas, method=method, seed=3) for f in (net, c)
+        )
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, msg=method)
-        torch.testing.assert_close(gradient(found, net), gradient(expected, net), rtol=1e-10, atol=1e-10, msg=method)
+        torch.testing.assert_close(
+            gradient(found, net), gradient(expected, net), rtol=1e-10, atol=1e-10, msg=method
+        )
 
     for name in ("exact", "sliced", "finite_difference_sliced"):
         loss = getattr(losses, name)
         key = {} if name == "exact" else {"seed": 3}
         expected, found = (loss(lambda x, f=f: f(x, 0.1), x, **key) for f in (net, c))
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, msg=name)
-        torch.testing.assert_close(gradient(found, net), gradient(expected, net), rtol=1e-10, atol=1e-10, msg=name)
+        torch.testing.assert_close(
+            gradient(found, net), gradient(expected, net), rtol=1e-10, atol=1e-10, msg=name
+        )
 
 
 def test_log_density_of_a_compiled_score():
@@ -160,7 +176,9 @@ class Cube(torch.autograd.Function):
         return 3 * ctx.saved_tensors[0] ** 2 * g
 
 
-@pytest.mark.parametrize("function", [torch.ops.aten.sinh, Cube.apply], ids=["forward mode", "double backward"])
+@pytest.mark.parametrize(
+    "function", [torch.ops.aten.sinh, Cube.apply], ids=["forward mode", "double backward"]
+)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_the_other_routes_through_a_compiled_network(backend, function):
     net, x = Odd(network(), function), points()
@@ -172,7 +190,9 @@ def test_the_other_routes_through_a_compiled_network(backend, function):
         for f in (Odd(c, function), torch.compile(Odd(c, function), backend=backend)):
             found = losses.sliced(f, x, v=v)
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, msg=name)
-            torch.testing.assert_close(gradient(found, net), slope, rtol=1e-10, atol=1e-10, msg=name)
+            torch.testing.assert_close(
+                gradient(found, net), slope, rtol=1e-10, atol=1e-10, msg=name
+            )
 
 
 @pytest.mark.parametrize("transform", ["grad", "vmap"])
@@ -184,7 +204,10 @@ def test_a_compiled_network_inside_torch_func(transform):
         return lambda x: losses.sliced(lambda y: f(y), x[None], v=v[None])[0]
 
     around = torch.func.grad if transform == "grad" else lambda f: f
-    expected, found = (torch.stack([around(loss(f))(sample) for sample in x]) for f in (net, torch.compile(net, backend="eager")))
+    expected, found = (
+        torch.stack([around(loss(f))(sample) for sample in x])
+        for f in (net, torch.compile(net, backend="eager"))
+    )
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     if transform == "vmap":
         found = torch.vmap(loss(torch.compile(net, backend="eager")))(x)
@@ -202,22 +225,35 @@ def test_a_compiled_energy(backend):
 
     inside = copy.copy(f)
     inside.compile(backend=backend)
-    for name, c in (("energy", EnergyScore(torch.compile(f, backend=backend))), ("net.compile()", EnergyScore(inside))):
+    for name, c in (
+        ("energy", EnergyScore(torch.compile(f, backend=backend))),
+        ("net.compile()", EnergyScore(inside)),
+    ):
         assert torch.allclose(c(x), plain(x), rtol=1e-12, atol=1e-12), name
         with torch.no_grad():
             assert torch.allclose(c(x), plain(x), rtol=1e-12, atol=1e-12), name
 
         for form in (True, False):
-            expected, found = (losses.sliced(s, x, variance_reduced=form, seed=1) for s in (plain, c))
+            expected, found = (
+                losses.sliced(s, x, variance_reduced=form, seed=1) for s in (plain, c)
+            )
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, msg=name)
-            torch.testing.assert_close(gradient(found, f), gradient(expected, f), rtol=1e-10, atol=1e-10, msg=name)
+            torch.testing.assert_close(
+                gradient(found, f), gradient(expected, f), rtol=1e-10, atol=1e-10, msg=name
+            )
 
         expected, found = (losses.exact(s, x) for s in (plain, c))
-        torch.testing.assert_close(gradient(found, f), gradient(expected, f), rtol=1e-10, atol=1e-10, msg=name)
+        torch.testing.assert_close(
+            gradient(found, f), gradient(expected, f), rtol=1e-10, atol=1e-10, msg=name
+        )
 
-        expected, found = (losses.denoising(lambda x, sigma, s=s: s(x), x, 0.5, seed=1) for s in (plain, c))
+        expected, found = (
+            losses.denoising(lambda x, sigma, s=s: s(x), x, 0.5, seed=1) for s in (plain, c)
+        )
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10, msg=name)
-        torch.testing.assert_close(gradient(found, f), gradient(expected, f), rtol=1e-10, atol=1e-10, msg=name)
+        torch.testing.assert_close(
+            gradient(found, f), gradient(expected, f), rtol=1e-10, atol=1e-10, msg=name
+        )
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -235,8 +271,12 @@ def test_a_compiled_score_of_an_energy(backend):
     for form in (True, False):
         expected, found = (losses.sliced(s, x, variance_reduced=form, seed=1) for s in (plain, c))
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(gradient(found, f), gradient(expected, f), rtol=1e-10, atol=1e-10)
-    expected, found = (losses.denoising(lambda x, sigma, s=s: s(x), x, 0.5, seed=1) for s in (plain, c))
+        torch.testing.assert_close(
+            gradient(found, f), gradient(expected, f), rtol=1e-10, atol=1e-10
+        )
+    expected, found = (
+        losses.denoising(lambda x, sigma, s=s: s(x), x, 0.5, seed=1) for s in (plain, c)
+    )
     torch.testing.assert_close(gradient(found, f), gradient(expected, f), rtol=1e-10, atol=1e-10)
 
 
@@ -246,7 +286,9 @@ def test_a_compiled_step_around_a_compiled_network():
     c = torch.compile(net, backend="aot_eager")
     found = torch.compile(lambda x: losses.sliced(c, x, seed=3).mean(), backend="aot_eager")(x)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(gradient(found, net), gradient(expected, net), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        gradient(found, net), gradient(expected, net), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_a_compiled_network_still_compiles_after_a_loss_or_an_error():
@@ -281,7 +323,12 @@ def test_losses_in_several_threads_leave_the_compiler_as_it_was():
     net, x = network(), points()
     c = torch.compile(net, backend=counter)
     expected, found = losses.sliced(net, x, seed=0), []
-    threads = [threading.Thread(target=lambda: found.extend(losses.sliced(c, x, seed=0) for _ in range(20))) for _ in range(4)]
+    threads = [
+        threading.Thread(
+            target=lambda: found.extend(losses.sliced(c, x, seed=0) for _ in range(20))
+        )
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -293,7 +340,8 @@ def test_losses_in_several_threads_leave_the_compiler_as_it_was():
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_network_in_a_checkpoint(backend):
-    """The checkpoint calls the network once more during the backward pass, with our numbers but outside our call."""
+    """The checkpoint calls the network once more during the backward pass, with our numbers but
+    outside our call."""
     net, x = network(), points()
     v = torch.ones_like(x)
     expected = by_double_backprop(net, x, v)
@@ -362,6 +410,8 @@ def test_a_compiled_network_under_ddp(order, backend, process_group):
         loss = losses.sliced(ddp, x, v=v)
         torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
         loss.mean().backward()
-        torch.testing.assert_close(torch.cat([p.grad.flatten() for p in net.parameters()]), slope, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            torch.cat([p.grad.flatten() for p in net.parameters()]), slope, rtol=1e-10, atol=1e-10
+        )
 
     del ddp   # before its process group

@@ -24,7 +24,12 @@ def problem(process, dtype=torch.float64, batch=4):
     sigma = torch.tensor([0.05, 0.4, 0.8, 0.95], dtype=dtype)
     alpha = (1 - sigma**2).sqrt() if process == VP else torch.ones_like(sigma)
     s, a = sigma[:, None, None], alpha[:, None, None]
-    predictions = {"score": -z / s, "noise": z, "denoiser": x0, "v": (a * z - s * x0) / (a**2 + s**2).sqrt()}
+    predictions = {
+        "score": -z / s,
+        "noise": z,
+        "denoiser": x0,
+        "v": (a * z - s * x0) / (a**2 + s**2).sqrt(),
+    }
     return a * x0 + s * z, sigma, alpha, predictions
 
 
@@ -45,7 +50,9 @@ def test_round_trips_of_anything(kind, to, process):
     x, sigma, alpha, _ = problem(process)
     prediction = random.normal(x.shape, seed=9, stream=1024, dtype=x.dtype)
     there = function(kind, to)(prediction, x, sigma, alpha)
-    assert torch.allclose(function(to, kind)(there, x, sigma, alpha), prediction, rtol=1e-11, atol=1e-11)
+    assert torch.allclose(
+        function(to, kind)(there, x, sigma, alpha), prediction, rtol=1e-11, atol=1e-11
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -57,9 +64,12 @@ def test_dtype_is_kept_and_the_result_rounded_once(kind, to, dtype):
     found = function(kind, to)(prediction, x, sigma.float())
     expected = function(kind, to)(prediction.double(), x.double(), sigma.float().double())
     assert found.dtype == dtype
-    # One rounding of the result, and of half precision nothing else; float32 rounds some eight times, on terms up to |x|/σ² ~ 30.
+    # One rounding of the result, and of half precision nothing else; float32 rounds some eight
+    # times, on terms up to |x|/σ² ~ 30.
     loss = 8 * 2**-24 * 30
-    assert ((found.double() - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + loss).all()
+    assert (
+        (found.double() - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + loss
+    ).all()
 
 
 @pytest.mark.parametrize(("kind", "to"), PAIRS)
@@ -106,8 +116,11 @@ def test_converted_network_is_a_module_with_parameters_and_gradients():
 
 
 def test_rescaled_score_is_that_of_the_rescaled_law():
-    law = models.Gaussian(torch.tensor([0.2, -0.4]), torch.tensor([[0.3, 0.1], [0.1, 0.2]]))   # of u = 2 y - 1
-    small = models.Gaussian((torch.tensor([0.2, -0.4]) + 1) / 2, torch.tensor([[0.3, 0.1], [0.1, 0.2]]) / 4)
+    # Of u = 2 y - 1
+    law = models.Gaussian(torch.tensor([0.2, -0.4]), torch.tensor([[0.3, 0.1], [0.1, 0.2]]))
+    small = models.Gaussian(
+        (torch.tensor([0.2, -0.4]) + 1) / 2, torch.tensor([[0.3, 0.1], [0.1, 0.2]]) / 4
+    )
     y, sigma = random.uniform((4, 2), seed=4, stream=1024), torch.tensor([0.01, 0.1, 1.0, 5.0])
     found = conversions.Rescaled(law.score, 2, -1)(y, sigma)
     assert torch.allclose(found, small.score(y, sigma), rtol=1e-4, atol=1e-4)
@@ -120,17 +133,28 @@ def test_vp_score_becomes_the_score_of_the_rescaled_process():
     sigma = torch.tensor([0.1, 0.9, 7.0])
     abar = schedules.alphas_cumprod(sigma)
     x = random.normal((3, 2), seed=5, stream=1024)
-    for i in range(3):   # x_vp = √ᾱ x is normal with mean √ᾱ μ and covariance ᾱ Σ + (1 - ᾱ) I
-        vp = models.Gaussian(abar[i].sqrt() * torch.tensor([0.2, -0.4]), abar[i] * torch.tensor([[0.3, 0.1], [0.1, 0.2]]))
+    for i in range(3):  # x_vp = √ᾱ x is normal with mean √ᾱ μ and covariance ᾱ Σ + (1 - ᾱ) I
+        vp = models.Gaussian(
+            abar[i].sqrt() * torch.tensor([0.2, -0.4]),
+            abar[i] * torch.tensor([[0.3, 0.1], [0.1, 0.2]]),
+        )
         s_vp = vp.score(abar[i].sqrt() * x[i : i + 1], (1 - abar[i]).sqrt().reshape(1))
         found = conversions.vp_to_ve(s_vp, abar[i])
-        assert torch.allclose(found, law.score(x[i : i + 1], sigma[i : i + 1]), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(
+            found, law.score(x[i : i + 1], sigma[i : i + 1]), rtol=1e-4, atol=1e-5
+        )
         assert torch.allclose(conversions.ve_to_vp(found, abar[i]), s_vp, rtol=1e-6)
 
 
 def test_sampling_from_a_denoiser_equals_sampling_from_its_score():
     law = models.Gaussian(torch.zeros(2), torch.eye(2))
-    options = {"shape": (6, 2), "sigmas": schedules.geometric(3.0, 0.3, 5), "steps_per_level": 3, "step_size": 0.05, "seed": 1}
+    options = {
+        "shape": (6, 2),
+        "sigmas": schedules.geometric(3.0, 0.3, 5),
+        "steps_per_level": 3,
+        "step_size": 0.05,
+        "seed": 1,
+    }
     denoiser = conversions.Converted(law.score, kind="score", to="denoiser")
     found = sample(conversions.Converted(denoiser, kind="denoiser"), **options)
     assert torch.allclose(found, sample(law.score, **options), atol=1e-4)
@@ -142,13 +166,41 @@ X = torch.ones(3, 2)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: function("score", "noise")(X[:2], X, 1.0), ValueError, r"value must have the shape of x, \(3, 2\); got \(2, 2\)"),
-        (lambda: function("score", "noise")(X.double(), X, 1.0), TypeError, "must have the dtype of x"),
-        (lambda: function("noise", "score")(X, X, 0.0), ValueError, "convert: sigma must be finite and >= 1e-30; got 0.0"),
-        (lambda: function("v", "score")(X, X, 1.0, -1.0), ValueError, "alpha must be finite and >= 1e-30; got -1.0"),
-        (lambda: function("v", "score")(X, X, torch.ones(2)), ValueError, r"0-d or \(3,\); got shape \(2,\)"),
-        (lambda: function("score", "v")("no", X, 1.0), TypeError, "value must be a tensor; got str"),
-        (lambda: conversions.convert(X, X, 1.0, kind="eps", to="score"), ValueError, "one of score, noise, denoiser, v; got 'eps'"),
+        (
+            lambda: function("score", "noise")(X[:2], X, 1.0),
+            ValueError,
+            r"value must have the shape of x, \(3, 2\); got \(2, 2\)",
+        ),
+        (
+            lambda: function("score", "noise")(X.double(), X, 1.0),
+            TypeError,
+            "must have the dtype of x",
+        ),
+        (
+            lambda: function("noise", "score")(X, X, 0.0),
+            ValueError,
+            "convert: sigma must be finite and >= 1e-30; got 0.0",
+        ),
+        (
+            lambda: function("v", "score")(X, X, 1.0, -1.0),
+            ValueError,
+            "alpha must be finite and >= 1e-30; got -1.0",
+        ),
+        (
+            lambda: function("v", "score")(X, X, torch.ones(2)),
+            ValueError,
+            r"0-d or \(3,\); got shape \(2,\)",
+        ),
+        (
+            lambda: function("score", "v")("no", X, 1.0),
+            TypeError,
+            "value must be a tensor; got str",
+        ),
+        (
+            lambda: conversions.convert(X, X, 1.0, kind="eps", to="score"),
+            ValueError,
+            "one of score, noise, denoiser, v; got 'eps'",
+        ),
         (lambda: function("v", "v")(X, X[:2], 1.0), ValueError, "value must have the shape of x"),
         (lambda: function("noise", "noise")(X, X, math.nan), ValueError, "sigma must be finite"),
         (lambda: conversions.Converted(len, kind="noise", to="x0"), ValueError, "got 'x0'"),

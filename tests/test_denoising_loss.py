@@ -16,13 +16,23 @@ KEY = {"seed": 12, "step": 1, "offset": 6}
 
 
 def exact(s, sigma):
-    z = random.normal(s.shape, stream=random.PERTURB, dtype=torch.float64, backend="reference", **KEY)
-    sigma = sigma.double().reshape(-1, *[1] * (s.dim() - 1)) if isinstance(sigma, torch.Tensor) and sigma.dim() else sigma
+    z = random.normal(
+        s.shape, stream=random.PERTURB, dtype=torch.float64, backend="reference", **KEY
+    )
+    sigma = (
+        sigma.double().reshape(-1, *[1] * (s.dim() - 1))
+        if isinstance(sigma, torch.Tensor) and sigma.dim()
+        else sigma
+    )
     return 0.5 * (sigma * s.double() + z).square().flatten(1).sum(1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(4, 1), (300, 2), (7, 3, 5, 5), (3, 1025), (2, 20_000), (0, 4), (3, 0)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize(
+    "shape", [(4, 1), (300, 2), (7, 3, 5, 5), (3, 1025), (2, 20_000), (0, 4), (3, 0)], ids=str
+)
 def test_value(backend, dtype, shape):
     if backend == "triton" and math.prod(shape) > 30_000:
         pytest.skip("too large for the interpreter")
@@ -50,12 +60,18 @@ def test_derivatives_in_every_mode(backend):
     assert torch.allclose(rows[1], f(2 * s.detach(), 0.3))
 
 
-@pytest.mark.parametrize("nesting", ["".join(c) for k in (2, 3) for c in itertools.product("FR", repeat=k)])
+@pytest.mark.parametrize(
+    "nesting", ["".join(c) for k in (2, 3) for c in itertools.product("FR", repeat=k)]
+)
 def test_every_nesting_of_transforms(backend, nesting):
-    """F: jvp, R: grad, inner to outer, against plain PyTorch on the given noise, to the noise in float32 that higher orders amplify."""
+    """F: jvp, R: grad, inner to outer, against plain PyTorch on the given noise, to the noise in
+    float32 that higher orders amplify."""
     torch.manual_seed(0)
     x = torch.randn(3, 4).double()
-    v, z = torch.ones_like(x).cumsum(-1) / 4, random.normal((3, 4), stream=random.PERTURB, dtype=torch.float64, **KEY)
+    v, z = (
+        torch.ones_like(x).cumsum(-1) / 4,
+        random.normal((3, 4), stream=random.PERTURB, dtype=torch.float64, **KEY),
+    )
 
     def nested(key):
         def f(x):
@@ -77,7 +93,9 @@ def test_compiled_gradient_equals_eager_gradient(backend):
     if backend == "triton":
         pytest.skip("the interpreter cannot be compiled")
     s, sigma = torch.randn(4, 6, requires_grad=True), torch.rand(4)
-    compiled = torch.compile(lambda s: fastscore.denoising_loss(s.sin(), sigma, **KEY).sum(), fullgraph=True)
+    compiled = torch.compile(
+        lambda s: fastscore.denoising_loss(s.sin(), sigma, **KEY).sum(), fullgraph=True
+    )
     expected = torch.autograd.grad(fastscore.denoising_loss(s.sin(), sigma, **KEY).sum(), s)[0]
     assert torch.allclose(torch.autograd.grad(compiled(s), s)[0], expected, atol=1e-6)
 
@@ -94,7 +112,11 @@ def test_raw_op_refuses_derivatives_and_passes_opcheck(backend):
         pytest.skip("plain PyTorch, no raw op")
     s, sigma = torch.randn(3, 4), torch.rand(3)
     op, key = backends.raw(backend, "noise_reduce"), (0, 0, random.PERTURB, 0)
-    arguments = [(torch.empty(3), s, each, 0.5, None, *key, mode) for each in (None, sigma) for mode in (LOSS, DOT)]
+    arguments = [
+        (torch.empty(3), s, each, 0.5, None, *key, mode)
+        for each in (None, sigma)
+        for mode in (LOSS, DOT)
+    ]
     for tensors in arguments + [(torch.empty(3), s, sigma, 0.0, torch.tensor([3, 1]), *key, LOSS)]:
         torch.library.opcheck(op, tensors)
     for at in (1, 2):   # the score, sigma

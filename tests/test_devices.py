@@ -1,6 +1,8 @@
-"""Of several GPUs, every launch of Triton's goes to that of its tensors, on the stream that is current there.
+"""Of several GPUs, every launch of Triton's goes to that of its tensors, on the stream that is
+current there.
 
-Two fake devices: PyTorch's own guard moves between them, and what is launched is noted, not run. Kernels in CUDA C++: test_emulation.
+Two fake devices: PyTorch's own guard moves between them, and what is launched is noted, not run.
+Kernels in CUDA C++: test_emulation.
 """
 
 import importlib
@@ -55,7 +57,11 @@ def noted(gpus, monkeypatch):
         gpus.launches.append((kernel, gpus.current))
 
     for name, module in list(sys.modules.items()):
-        if name.startswith("fastscore.kernels") and getattr(module, "launch", None) is launching.launch and module is not launching:
+        if (
+            name.startswith("fastscore.kernels")
+            and getattr(module, "launch", None) is launching.launch
+            and module is not launching
+        ):
             monkeypatch.setattr(module, "launch", note)
     return gpus
 
@@ -91,12 +97,25 @@ CALLS = {
     "noise_reduce": [(rows, x, rows, 0.0, *KEY, 0), (second(2), long, None, 0.5, *KEY, 0)],
     "normalise": [forward(4), forward(100), forward(4, M=2)],
     "normalise_backward": [backward(4), backward(100), backward(4, M=2)],
-    "rademacher_project": [(second(1, 4), None, None, js, None, 1, *KEY), (second(1, 2), None, None, long[None], None, 1, *KEY)],
+    "rademacher_project": [
+        (second(1, 4), None, None, js, None, 1, *KEY),
+        (second(1, 2), None, None, long[None], None, 1, *KEY),
+    ],
     "rademacher_spread": [(js, None, second(1, 4), None, None, None, 1, *KEY)],
-    "activate_dual": [(second(2, 64), second(2, 64), None, 2), (second(2, 64), second(2, 64), second(2, 64), 2)],
-    "activate_jet": [(second(3, 64), second(3, 64), None, 1, 2), (second(3, 64), second(3, 64), second(3, 64), 1, 2)],
+    "activate_dual": [
+        (second(2, 64), second(2, 64), None, 2),
+        (second(2, 64), second(2, 64), second(2, 64), 2),
+    ],
+    "activate_jet": [
+        (second(3, 64), second(3, 64), None, 1, 2),
+        (second(3, 64), second(3, 64), second(3, 64), 1, 2),
+    ],
 }
-FORMS = [pytest.param(op, call, id=f"{op}-{i}") for op, calls in CALLS.items() for i, call in enumerate(calls)]
+FORMS = [
+    pytest.param(op, call, id=f"{op}-{i}")
+    for op, calls in CALLS.items()
+    for i, call in enumerate(calls)
+]
 
 
 def test_every_launcher_is_called():
@@ -118,7 +137,10 @@ def test_without_a_guard_this_is_noticed(noted, monkeypatch, op, arguments):
 
 
 def test_a_launch_takes_the_stream_and_the_module_of_the_device_that_is_current(gpus, monkeypatch):
-    """The first one by Triton's dispatch, which loads a module there; later ones by its function and that device's own stream."""
+    """The first one by Triton's dispatch, which loads a module there.
+
+    Later ones by its function and that device's own stream.
+    """
 
     class Compiled:
         function = packed_metadata = None
@@ -133,12 +155,20 @@ def test_a_launch_takes_the_stream_and_the_module_of_the_device_that_is_current(
             gpus.launches.append(("again", self.device, stream))
 
     class Kernel:
-        params, arg_names = (SimpleNamespace(is_constexpr=False, do_not_specialize=False),), ["x_ptr"]
+        params, arg_names = (
+            (SimpleNamespace(is_constexpr=False, do_not_specialize=False),),
+            ["x_ptr"],
+        )
 
         def __getitem__(self, grid):
-            return lambda *args, **constants: gpus.launches.append(("first", gpus.current, None)) or Compiled()
+            return lambda *args, **constants: (
+                gpus.launches.append(("first", gpus.current, None)) or Compiled()
+            )
 
-    active = SimpleNamespace(get_current_device=lambda: gpus.current, get_current_stream=lambda device: f"stream of {device}")
+    active = SimpleNamespace(
+        get_current_device=lambda: gpus.current,
+        get_current_stream=lambda device: f"stream of {device}",
+    )
     monkeypatch.setattr(launching, "INTERPRETED", False)
     monkeypatch.setattr(launching, "_compiled", {})
     monkeypatch.setattr(launching.triton.runtime.driver, "_active", active, raising=False)
@@ -147,13 +177,23 @@ def test_a_launch_takes_the_stream_and_the_module_of_the_device_that_is_current(
     for device in (0, 1, 0, 1):
         with torch.cuda.device(device):
             launching.launch(kernel, (1,), torch.ones(4))
-    assert gpus.launches == [("first", 0, None), ("first", 1, None), ("again", 0, "stream of 0"), ("again", 1, "stream of 1")]
+    assert gpus.launches == [
+        ("first", 0, None),
+        ("first", 1, None),
+        ("again", 0, "stream of 0"),
+        ("again", 1, "stream of 1"),
+    ]
 
 
 def test_launches_share_a_kernel_only_where_triton_would_compile_the_same_one():
-    """What its dispatch specialises on: dtypes, alignment, None, whether a number is 1, a multiple of 16 or wide, and constants."""
+    """What its dispatch specialises on.
+
+    Dtypes, alignment, None, whether a number is 1, a multiple of 16 or wide, and constants.
+    """
     free, fixed = (SimpleNamespace(is_constexpr=False, do_not_specialize=d) for d in (False, True))
-    kernel = SimpleNamespace(params=[free, free, fixed, SimpleNamespace(is_constexpr=True, do_not_specialize=False)])
+    kernel = SimpleNamespace(
+        params=[free, free, fixed, SimpleNamespace(is_constexpr=True, do_not_specialize=False)]
+    )
     x = torch.ones(8)
     alike = [(x, 5, 1, True), (torch.zeros(3), 7, 2, True), (x[4:], 2**31 - 1, 2**40, True)]
     unlike = [

@@ -1,4 +1,7 @@
-"""diffusers' UNet2DModel, unmodified, as a score network through every loss: gradients equal double backprop in float64."""
+"""diffusers' UNet2DModel, unmodified, as a score network through every loss.
+
+Gradients equal double backprop in float64.
+"""
 
 import pytest
 import torch
@@ -16,7 +19,10 @@ LABELS = torch.tensor([0, 2])
 
 @pytest.fixture(scope="module")
 def unet():
-    """Two levels, the lower one with attention, as is the middle; random weights, also in the convolutions that start at zero."""
+    """Two levels, the lower one with attention, as is the middle.
+
+    Random weights, also in the convolutions that start at zero.
+    """
     torch.manual_seed(0)
     net = diffusers.UNet2DModel(
         sample_size=4,
@@ -48,7 +54,11 @@ def along(score, x, v):
 
 def sliced(score, x, v, variance_reduced):
     s, vjv = along(score, x, v)
-    rest = s.square().flatten(1).sum(1) if variance_reduced else (v * s).flatten(2).sum(2).square().mean(0)
+    rest = (
+        s.square().flatten(1).sum(1)
+        if variance_reduced
+        else (v * s).flatten(2).sum(2).square().mean(0)
+    )
     return vjv.mean(0) + 0.5 * rest
 
 
@@ -60,7 +70,10 @@ def exact(score, x):
 
 def assert_equal_gradients(net, loss, expected):
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
-    ours, theirs = (torch.autograd.grad(value.sum(), list(net.parameters()), allow_unused=True) for value in (loss, expected))
+    ours, theirs = (
+        torch.autograd.grad(value.sum(), list(net.parameters()), allow_unused=True)
+        for value in (loss, expected)
+    )
     scale = max(float(g.abs().max()) for g in theirs if g is not None)
     for a, b in zip(ours, theirs):
         a, b = (torch.zeros(1, dtype=loss.dtype) if g is None else g for g in (a, b))
@@ -76,7 +89,9 @@ def test_sliced(unet, data, variance_reduced, projections):
 
     options = {"projections": projections, "variance_reduced": variance_reduced, "seed": 2}
     v = directions("test", data, projections, seed=2)
-    assert_equal_gradients(unet, losses.sliced(score, data, **options), sliced(score, data, v, variance_reduced))
+    assert_equal_gradients(
+        unet, losses.sliced(score, data, **options), sliced(score, data, v, variance_reduced)
+    )
 
 
 def test_exact(unet, data):
@@ -90,21 +105,39 @@ def test_finite_differences_converge_to_sliced(unet, data):
     """They hold no derivative but the backward pass: order two, in the loss and in its gradient."""
 
     def vector(loss):
-        gradients = torch.autograd.grad(loss.sum(), list(unet.parameters()), allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(
+            loss.sum(), list(unet.parameters()), allow_unused=True, materialize_grads=True
+        )
         return torch.cat([loss.detach(), *(g.flatten() for g in gradients)])
 
     def score(x):
         return unet(x, 3).sample
 
     def error(epsilon):
-        return float((vector(losses.finite_difference_sliced(score, data, projections=2, seed=2, radius=epsilon)) - target).norm())
+        return float(
+            (
+                vector(
+                    losses.finite_difference_sliced(
+                        score, data, projections=2, seed=2, radius=epsilon
+                    )
+                )
+                - target
+            ).norm()
+        )
 
     target = vector(losses.sliced(score, data, projections=2, seed=2))
     errors = [error(0.02), error(0.01)]
     assert 3.8 < errors[0] / errors[1] < 4.2 and errors[1] < 1e-2 * float(target.norm())
 
 
-CASES = [("denoising", 1), ("exact", 1), ("sliced", 1), ("sliced", 4), ("sliced-vr", 1), ("sliced-vr", 4)]
+CASES = [
+    ("denoising", 1),
+    ("exact", 1),
+    ("sliced", 1),
+    ("sliced", 4),
+    ("sliced-vr", 1),
+    ("sliced-vr", 4),
+]
 
 
 @pytest.mark.parametrize("method, projections", CASES)
@@ -113,12 +146,19 @@ def test_noise_conditional(unet, data, method, projections):
         return unet(x, 100 * sigma).sample
 
     options = {} if method in ("denoising", "exact") else {"projections": projections}
-    loss = losses.noise_conditional(score, data, SIGMAS, method=method, labels=LABELS, seed=5, **options)
+    loss = losses.noise_conditional(
+        score, data, SIGMAS, method=method, labels=LABELS, seed=5, **options
+    )
     each = SIGMAS.float().double()[LABELS]
-    noisy, z = fastscore.perturb(data, each, seed=5), random.normal(data.shape, seed=5, stream=random.PERTURB, dtype=data.dtype)
+    noisy, z = (
+        fastscore.perturb(data, each, seed=5),
+        random.normal(data.shape, seed=5, stream=random.PERTURB, dtype=data.dtype),
+    )
     v = directions("test", data, projections, seed=5)
     expected = {
-        "denoising": lambda f: 0.5 * (f(noisy) + z / each.view(-1, 1, 1, 1)).square().flatten(1).sum(1),
+        "denoising": lambda f: (
+            0.5 * (f(noisy) + z / each.view(-1, 1, 1, 1)).square().flatten(1).sum(1)
+        ),
         "exact": lambda f: exact(f, noisy),
         "sliced": lambda f: sliced(f, noisy, v, False),
         "sliced-vr": lambda f: sliced(f, noisy, v, True),
@@ -129,5 +169,7 @@ def test_noise_conditional(unet, data, method, projections):
 def test_denoising(unet, data):
     z = random.normal(data.shape, seed=3, stream=random.PERTURB, dtype=data.dtype)
     loss = losses.denoising(lambda x, sigma: unet(x, sigma).sample, data, 0.5, seed=3)
-    score = unet(fastscore.perturb(data, 0.5, seed=3), torch.full((2,), 0.5, dtype=torch.float64)).sample
+    score = unet(
+        fastscore.perturb(data, 0.5, seed=3), torch.full((2,), 0.5, dtype=torch.float64)
+    ).sample
     assert_equal_gradients(unet, loss, 0.5 * (score + z / 0.5).square().flatten(1).sum(1))

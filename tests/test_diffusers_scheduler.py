@@ -1,4 +1,7 @@
-"""AnnealedLangevinScheduler is a scheduler of diffusers: what its common scheduler tests assert, and pipelines that are saved and cast."""
+"""AnnealedLangevinScheduler is a scheduler of diffusers.
+
+What its common scheduler tests assert, and pipelines that are saved and cast.
+"""
 
 import copy
 import importlib.util
@@ -14,8 +17,12 @@ from fastscore import interop, models, random, schedules
 
 diffusers = pytest.importorskip("diffusers")
 cls = interop.AnnealedLangevinScheduler
-# diffusers' own tables hand tensors to NumPy 42,000 times, and each warning travels from a worker of xdist to its master.
-pytestmark = [pytest.mark.filterwarnings(f"ignore:__array{kind}__:DeprecationWarning") for kind in ("", "_wrap")]
+# diffusers' own tables hand tensors to NumPy 42,000 times, and each warning travels from a worker
+# of xdist to its master.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:__array{kind}__:DeprecationWarning")
+    for kind in ("", "_wrap")
+]
 
 LADDER = schedules.geometric(3.0, 0.1, 4)
 DDPM = diffusers.DDPMScheduler(clip_sample=False)
@@ -28,9 +35,16 @@ CONFIGS = {
 }
 each_config = pytest.mark.parametrize("name", CONFIGS)
 CHANGES = [
-    {"steps_per_level": 2, "denoise": False}, {"step_size": 1e-3}, {"seed": 3}, {"seed": 2**63 - 1, "first_sample": 5}, {"denoise": False},
-    *({"prediction_type": kind} for kind in ("score", "noise", "epsilon", "denoiser", "sample", "v", "v_prediction")),
-]  # fmt: skip
+    {"steps_per_level": 2, "denoise": False},
+    {"step_size": 1e-3},
+    {"seed": 3},
+    {"seed": 2**63 - 1, "first_sample": 5},
+    {"denoise": False},
+    *(
+        {"prediction_type": kind}
+        for kind in ("score", "noise", "epsilon", "denoiser", "sample", "v", "v_prediction")
+    ),
+]
 
 
 def images(seed=1, shape=(4, 3, 8, 8)):
@@ -82,7 +96,9 @@ def test_every_compatible_takes_the_config_and_gives_it_back(name):
         between = other.from_config(scheduler.config)
         assert type(between) is other
         again = cls.from_config(between.config)
-        assert {k: v for k, v in again.config.items() if k in scheduler.config} == dict(scheduler.config)
+        assert {k: v for k, v in again.config.items() if k in scheduler.config} == dict(
+            scheduler.config
+        )
         new = set(again.config) - set(scheduler.config)
         assert not new & set(inspect.signature(cls.__init__).parameters)
 
@@ -95,7 +111,10 @@ def test_loaded_config_is_the_saved_one(tmp_path, name):
     config = dict(scheduler.config)
     del config["_use_default_values"]
     assert config == loaded.config
-    assert json.loads((tmp_path / "scheduler_config.json").read_text())["_class_name"] == "AnnealedLangevinScheduler"
+    assert (
+        json.loads((tmp_path / "scheduler_config.json").read_text())["_class_name"]
+        == "AnnealedLangevinScheduler"
+    )
 
 
 @each_config
@@ -112,7 +131,9 @@ def test_tuple_and_dict_outputs_are_equal(name):
         scheduler.set_timesteps(calls)
         t, generator = scheduler.timesteps[0], torch.Generator().manual_seed(0)
         answer = scheduler.scale_model_input(images(), t)
-        outputs[as_dict] = scheduler.step(answer, t, images(), generator=generator, return_dict=as_dict)
+        outputs[as_dict] = scheduler.step(
+            answer, t, images(), generator=generator, return_dict=as_dict
+        )
     assert isinstance(outputs[True], diffusers.utils.BaseOutput)
     for a, b in zip(outputs[False], outputs[True].values(), strict=True):
         assert torch.equal(a, b)
@@ -121,7 +142,9 @@ def test_tuple_and_dict_outputs_are_equal(name):
 @each_config
 def test_public_interface(name):
     scheduler = cls(**CONFIGS[name][0])
-    assert isinstance(scheduler, (diffusers.SchedulerMixin, diffusers.ConfigMixin)) and callable(scheduler.step)
+    assert isinstance(scheduler, (diffusers.SchedulerMixin, diffusers.ConfigMixin)) and callable(
+        scheduler.step
+    )
     assert scheduler.init_noise_sigma == 3.0 and scheduler.order == 1
     scaled = scheduler.scale_model_input(images(), 0.0)   # before any plan
     root = DDPM.alphas_cumprod[0].sqrt() if name.startswith("vp") else 1
@@ -143,20 +166,31 @@ def test_noise_is_added_at_a_timestep_of_the_plan(name):
 
 @pytest.mark.parametrize("name", ["vp", "vp-ladder"])
 def test_an_input_can_be_scaled_at_any_timestep_and_steps_take_their_own(name):
-    """√ᾱ of that timestep, whatever was planned; a network that did not see the input of the step is not believed."""
+    """√ᾱ of that timestep, whatever was planned.
+
+    A network that did not see the input of the step is not believed.
+    """
     options, calls = CONFIGS[name]
     scheduler = cls(**options)
     scheduler.set_timesteps(calls)
-    torch.testing.assert_close(scheduler.scale_model_input(images(), 0.0), DDPM.alphas_cumprod[0].sqrt() * images())
+    torch.testing.assert_close(
+        scheduler.scale_model_input(images(), 0.0), DDPM.alphas_cumprod[0].sqrt() * images()
+    )
     t = scheduler.timesteps
     between = scheduler.scale_model_input(images(), t[2])
     torch.testing.assert_close(between, images() / (1 + scheduler.sigmas[2] ** 2).sqrt())
-    with pytest.raises(ValueError, match="must come from scale_model_input, which was not called for this step"):
+    with pytest.raises(
+        ValueError, match="must come from scale_model_input, which was not called for this step"
+    ):
         scheduler.step(between, t[0], images())
     scheduler.scale_model_input(images(), t[0])
     with pytest.raises(ValueError, match="step: step 0 is at timestep"):
         scheduler.step(between, t[2], images())
-    assert scheduler.step(between, t[0], images(), generator=torch.Generator()).prev_sample.isfinite().all()
+    assert (
+        scheduler.step(between, t[0], images(), generator=torch.Generator())
+        .prev_sample.isfinite()
+        .all()
+    )
 
 
 def test_a_ve_network_needs_no_scaling():
@@ -168,7 +202,9 @@ def test_a_ve_network_needs_no_scaling():
         plain = scheduler.step(0.1 * images(), scheduler.timesteps[0], images()).prev_sample
         scheduler.set_timesteps(calls)
         scaled = 0.1 * scheduler.scale_model_input(images(), scheduler.timesteps[0])
-        assert torch.equal(scheduler.step(scaled, scheduler.timesteps[0], images()).prev_sample, plain)
+        assert torch.equal(
+            scheduler.step(scaled, scheduler.timesteps[0], images()).prev_sample, plain
+        )
 
 
 def test_no_deprecated_arguments():
@@ -177,7 +213,12 @@ def test_no_deprecated_arguments():
 
 def test_a_table_of_numpy_is_saved(tmp_path):
     """As `trained_betas` of the VP schedulers."""
-    scheduler = cls(sigma_max=3.0, sigma_min=0.1, prediction_type="epsilon", alphas_cumprod=DDPM.alphas_cumprod.numpy())
+    scheduler = cls(
+        sigma_max=3.0,
+        sigma_min=0.1,
+        prediction_type="epsilon",
+        alphas_cumprod=DDPM.alphas_cumprod.numpy(),
+    )
     scheduler.save_pretrained(tmp_path)
     assert cls.from_pretrained(tmp_path).config.alphas_cumprod == DDPM.alphas_cumprod.tolist()
 
@@ -187,11 +228,16 @@ def test_attributes_are_found_and_the_config_is_reached_with_a_warning(caplog):
     scheduler.dummy_attribute = 5
     scheduler.register_to_config(test_attribute=5)
     with caplog.at_level(logging.WARNING):
-        assert scheduler.dummy_attribute == 5 and scheduler.save_pretrained == scheduler.save_pretrained
+        assert (
+            scheduler.dummy_attribute == 5
+            and scheduler.save_pretrained == scheduler.save_pretrained
+        )
     assert not caplog.records
     with pytest.warns(FutureWarning, match="test_attribute"):
         assert scheduler.test_attribute == 5
-    with pytest.raises(AttributeError, match="'AnnealedLangevinScheduler' object has no attribute 'does_not_exist'"):
+    with pytest.raises(
+        AttributeError, match="'AnnealedLangevinScheduler' object has no attribute 'does_not_exist'"
+    ):
         _ = scheduler.does_not_exist
 
 
@@ -203,7 +249,9 @@ def test_unexpected_entries_are_named_and_given_ones_stick(tmp_path, monkeypatch
     said = []
     monkeypatch.setattr(diffusers.configuration_utils.logger, "warning", said.append)
     cls.from_config(cls.load_config(tmp_path))
-    assert len(said) == 1 and said[0].startswith("The config attributes {'unexpected': True} were passed to AnnealedLangevinScheduler")
+    assert len(said) == 1 and said[0].startswith(
+        "The config attributes {'unexpected': True} were passed to AnnealedLangevinScheduler"
+    )
     changed = cls.from_config(scheduler.config, steps_per_level=3)
     there = diffusers.ScoreSdeVeScheduler.from_config(changed.config)
     assert cls.from_config(there.config).config.steps_per_level == 3
@@ -214,7 +262,11 @@ def test_a_ladder_takes_the_place_of_ends_and_ends_that_of_a_ladder():
     assert cls.from_config(ends.config, sigmas=[9.0, 1.0]).config.sigma_max == 9.0
     assert cls.from_config(ladder.config, sigmas=[9.0, 1.0]).config.sigmas == [9.0, 1.0]
     changed = cls.from_config(ladder.config, sigma_max=5.0)
-    assert (changed.config.sigmas, changed.config.sigma_max, changed.config.sigma_min) == (None, 5.0, LADDER[-1].item())
+    assert (changed.config.sigmas, changed.config.sigma_max, changed.config.sigma_min) == (
+        None,
+        5.0,
+        LADDER[-1].item(),
+    )
 
 
 # Configs of other schedulers
@@ -223,7 +275,12 @@ def test_a_ladder_takes_the_place_of_ends_and_ends_that_of_a_ladder():
 @pytest.mark.parametrize("other", [c for c in cls._compatibles if c != "ScoreSdeVeScheduler"])
 @pytest.mark.parametrize("from_file", [True, False])
 def test_config_of_a_vp_scheduler_gives_its_table_prediction_and_range(tmp_path, other, from_file):
-    options = {"beta_schedule": "scaled_linear", "beta_start": 1e-3, "beta_end": 1e-2, "prediction_type": "v_prediction"}
+    options = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 1e-3,
+        "beta_end": 1e-2,
+        "prediction_type": "v_prediction",
+    }
     theirs = getattr(diffusers, other)(num_train_timesteps=500, **options)
     if from_file:
         theirs.save_config(tmp_path)
@@ -235,7 +292,9 @@ def test_config_of_a_vp_scheduler_gives_its_table_prediction_and_range(tmp_path,
     ends = [float(((1 - a) / a).sqrt()) for a in table[[-1, 0]].double()]
     assert [ours.config.sigma_max, ours.config.sigma_min] == pytest.approx(ends, rel=1e-3)
     ours.set_timesteps(20)
-    assert float(ours.timesteps[0]) == pytest.approx(499) and float(ours.timesteps[-1]) == pytest.approx(0, abs=1e-2)
+    assert float(ours.timesteps[0]) == pytest.approx(499) and float(
+        ours.timesteps[-1]
+    ) == pytest.approx(0, abs=1e-2)
     back = getattr(diffusers, other).from_config(ours.config)
     torch.testing.assert_close(back.alphas_cumprod, theirs.alphas_cumprod)
     assert back.config.prediction_type == "v_prediction"
@@ -244,14 +303,21 @@ def test_config_of_a_vp_scheduler_gives_its_table_prediction_and_range(tmp_path,
 def test_a_table_of_ones_own_reaches_other_schedulers():
     table = torch.linspace(0.995, 0.05, 20)
     ours = cls(sigma_max=4.0, sigma_min=0.1, prediction_type="epsilon", alphas_cumprod=table)
-    torch.testing.assert_close(diffusers.DDIMScheduler.from_config(ours.config).alphas_cumprod, table)
+    torch.testing.assert_close(
+        diffusers.DDIMScheduler.from_config(ours.config).alphas_cumprod, table
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"sigma_min": 0.02, "sigma_max": 20.0}], ids=["defaults", "given"])
+@pytest.mark.parametrize(
+    "options", [{}, {"sigma_min": 0.02, "sigma_max": 20.0}], ids=["defaults", "given"]
+)
 def test_config_of_the_ve_scheduler_gives_its_range(options):
     theirs = diffusers.ScoreSdeVeScheduler(**options)
     ours = cls.from_config(theirs.config)
-    assert (ours.config.sigma_max, ours.config.sigma_min) == (options.get("sigma_max", 1348.0), options.get("sigma_min", 0.01))
+    assert (ours.config.sigma_max, ours.config.sigma_min) == (
+        options.get("sigma_max", 1348.0),
+        options.get("sigma_min", 0.01),
+    )
     assert ours.config.prediction_type == "score" and ours.config.alphas_cumprod is None
     ladder = cls.from_config(theirs.config, sigmas=LADDER)
     assert ladder.config.sigmas == LADDER.tolist()
@@ -267,18 +333,27 @@ def test_a_score_is_not_taken_for_noise_by_another_scheduler():
         euler.step(images(), euler.timesteps[0], images())
 
 
-@pytest.mark.parametrize("other", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "CMStochasticIterativeScheduler"])
+@pytest.mark.parametrize(
+    "other",
+    ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "CMStochasticIterativeScheduler"],
+)
 def test_other_processes_are_refused(tmp_path, other):
     theirs = getattr(diffusers, other)()
-    with pytest.raises(ValueError, match=r"must be of ScoreSdeVeScheduler or of a VP scheduler .*; got one with "):
+    with pytest.raises(
+        ValueError, match=r"must be of ScoreSdeVeScheduler or of a VP scheduler .*; got one with "
+    ):
         cls.from_config(theirs.config)
     theirs.save_config(tmp_path)
-    with pytest.raises(ValueError, match=f"must be of ScoreSdeVeScheduler or of a VP scheduler .*; got '{other}'"):
+    with pytest.raises(
+        ValueError, match=f"must be of ScoreSdeVeScheduler or of a VP scheduler .*; got '{other}'"
+    ):
         cls.from_pretrained(tmp_path)
 
 
 def test_flow_sigmas_and_flow_predictions_are_refused():
-    flow = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    flow = diffusers.UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction"
+    )
     with pytest.raises(ValueError, match="must be of ScoreSdeVeScheduler or of a VP scheduler"):
         cls.from_config(flow.config)
 
@@ -291,13 +366,22 @@ def test_arguments_given_by_position_or_changed_in_a_config_are_not_dropped():
 
 
 def test_ends_of_another_ladder_are_refused():
-    with pytest.raises(ValueError, match=r"sigmas and sigma_max, sigma_min must agree if both are given; got 3 to 0\.1, and 4\.0 and 0\.1"):
+    with pytest.raises(
+        ValueError,
+        match=r"sigmas and sigma_max, sigma_min must agree if both are given; "
+              r"got 3 to 0\.1, and 4\.0 and 0\.1",
+    ):
         cls(LADDER, sigma_max=4.0, sigma_min=0.1)
 
 
-@pytest.mark.parametrize("name, value", [("seed", "a"), ("seed", 0.5), ("seed", True), ("step_size", -1.0), ("step_size", "b")])
+@pytest.mark.parametrize(
+    "name, value",
+    [("seed", "a"), ("seed", 0.5), ("seed", True), ("step_size", -1.0), ("step_size", "b")],
+)
 def test_wrong_numbers_are_refused_at_once(name, value):
-    with pytest.raises(ValueError, match=f"AnnealedLangevinScheduler: {name} must be .*; got {value!r}"):
+    with pytest.raises(
+        ValueError, match=f"AnnealedLangevinScheduler: {name} must be .*; got {value!r}"
+    ):
         cls(LADDER, **{name: value})
 
 
@@ -308,7 +392,9 @@ def test_numbers_may_be_tensors():
 
 def test_without_diffusers_the_way_out_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="a scheduler of diffusers, which is not installed: pip install diffusers"):
+    with pytest.raises(
+        ImportError, match="a scheduler of diffusers, which is not installed: pip install diffusers"
+    ):
         _ = interop.AnnealedLangevinScheduler
 
 
@@ -317,15 +403,31 @@ def test_without_diffusers_the_way_out_is_said(monkeypatch):
 
 def unet(embedding="fourier"):
     torch.manual_seed(0)
-    return diffusers.UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, time_embedding_type=embedding, norm_num_groups=4, layers_per_block=1,
-        block_out_channels=(8, 16), down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-    ).eval().requires_grad_(False)  # fmt: skip
+    return (
+        diffusers.UNet2DModel(
+            sample_size=8,
+            in_channels=3,
+            out_channels=3,
+            time_embedding_type=embedding,
+            norm_num_groups=4,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+        )
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def drawn(pipeline):
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(batch_size=2, generator=torch.Generator().manual_seed(5), num_inference_steps=5, output_type="pt").images
+    return pipeline(
+        batch_size=2,
+        generator=torch.Generator().manual_seed(5),
+        num_inference_steps=5,
+        output_type="pt",
+    ).images
 
 
 def test_pipeline_is_saved_and_loaded_with_the_scheduler(tmp_path):
@@ -334,13 +436,18 @@ def test_pipeline_is_saved_and_loaded_with_the_scheduler(tmp_path):
     pipeline.save_pretrained(tmp_path)
     loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path)
     assert type(loaded.scheduler) is cls and torch.equal(drawn(loaded), expected)
-    swapped = diffusers.DDPMPipeline.from_pretrained(tmp_path, scheduler=cls.from_config(loaded.scheduler.config, seed=3))
+    swapped = diffusers.DDPMPipeline.from_pretrained(
+        tmp_path, scheduler=cls.from_config(loaded.scheduler.config, seed=3)
+    )
     assert swapped.scheduler.config.seed == 3 and swapped.scheduler.config.sigmas == LADDER.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_pipeline_draws(dtype):
-    """Its state is rounded where the network sees it, 9 bits of 3; the network's own rounding is as large."""
+    """Its state is rounded where the network sees it, 9 bits of 3.
+
+    The network's own rounding is as large.
+    """
     scheduler = cls(LADDER, step_size=2e-3, seed=1)
     net = unet()
     expected = drawn(diffusers.DDPMPipeline(net, scheduler))
@@ -382,7 +489,9 @@ def test_an_edited_sample_is_taken_as_it_is():
     exact[:, :, :4] = 7.0
     plain.step(images(), plain.timesteps[0], images())
     found = scheduler.step(0 * x, scheduler.timesteps[1], x).prev_sample
-    assert torch.equal(found, plain.step(0 * exact, plain.timesteps[1], exact).prev_sample.bfloat16())
+    assert torch.equal(
+        found, plain.step(0 * exact, plain.timesteps[1], exact).prev_sample.bfloat16()
+    )
 
 
 @each_config
@@ -402,7 +511,11 @@ def test_noise_is_added_with_one_timestep_or_one_for_each():
     scheduler.set_timesteps(10)
     x, t = images(), scheduler.timesteps
     assert torch.equal(scheduler.add_noise(x, x, t[[3, 3, 3, 3]]), scheduler.add_noise(x, x, t[3]))
-    with pytest.raises(ValueError, match="add_noise: timesteps must be one or one for each of the 4 samples; got 2"):
+    with pytest.raises(
+        ValueError, match="add_noise: timesteps must be one or one for each of the 4 samples; got 2"
+    ):
         scheduler.add_noise(x, x, t[:2])
-    with pytest.raises(ValueError, match="add_noise: noise must have the shape of original_samples"):
+    with pytest.raises(
+        ValueError, match="add_noise: noise must have the shape of original_samples"
+    ):
         scheduler.add_noise(x, x[:1], t[:1])

@@ -1,4 +1,7 @@
-"""The direct way from Python to the CPU kernels: it runs what is plain, as the checked way does, and refuses everything else."""
+"""The direct way from Python to the CPU kernels.
+
+It runs what is plain, as the checked way does, and refuses everything else.
+"""
 
 import math
 import sys
@@ -21,7 +24,10 @@ LAYOUTS = {
 }
 
 fastscore.langevin_step(torch.ones(1), torch.ones(1), 0.1, seed=0)   # loads the extension
-pytestmark = pytest.mark.skipif(direct.door is None, reason="the extension is not built, or PyTorch has no table of DLPack functions")
+pytestmark = pytest.mark.skipif(
+    direct.door is None,
+    reason="the extension is not built, or PyTorch has no table of DLPack functions",
+)
 
 
 def checked(call):
@@ -35,14 +41,22 @@ def checked(call):
 def coefficients(dtype, n):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     each = torch.linspace(0.1, 2, n, dtype=wide)
-    return {"float": 0.3, "int": 2, "0-d": torch.tensor(0.7, dtype=wide), "(B,)": each, "(B,)-strided": torch.stack([each, each], 1)[:, 0]}
+    return {
+        "float": 0.3,
+        "int": 2,
+        "0-d": torch.tensor(0.7, dtype=wide),
+        "(B,)": each,
+        "(B,)-strided": torch.stack([each, each], 1)[:, 0],
+    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_plain_calls_go_directly_and_give_the_same_bits(dtype, layout):
     torch.manual_seed(0)
-    x, d = (LAYOUTS[layout](torch.randn(5, 3, 4, 6, dtype=torch.float64).to(dtype)) for _ in range(2))
+    x, d = (
+        LAYOUTS[layout](torch.randn(5, 3, 4, 6, dtype=torch.float64).to(dtype)) for _ in range(2)
+    )
     key = {"seed": -(2**70) + 5, "step": 2**33 + 9, "offset": 13}
     for c in coefficients(dtype, 5).values():
         calls = {
@@ -56,7 +70,11 @@ def test_plain_calls_go_directly_and_give_the_same_bits(dtype, layout):
                 found = call()
             assert seen == [name], seen   # of our functions, only the public one ran
             wanted = checked(call)
-            assert found.dtype == wanted.dtype and found.stride() == wanted.stride() and torch.equal(found, wanted), name
+            assert (
+                found.dtype == wanted.dtype
+                and found.stride() == wanted.stride()
+                and torch.equal(found, wanted)
+            ), name
 
 
 class counted:
@@ -93,14 +111,24 @@ def test_words_go_directly_and_give_the_same_bits():
 
     with counted() as seen:
         found = call()
-    assert seen == ["words", "draw"] and found.dtype == torch.int64 and torch.equal(found, checked(call))
+    assert (
+        seen == ["words", "draw"]
+        and found.dtype == torch.int64
+        and torch.equal(found, checked(call))
+    )
 
 
 @pytest.mark.parametrize("n", [1, 16384, 16385, 300_000])
 def test_sizes_of_one_and_of_many_threads(n):
     x, d = torch.rand(n), torch.rand(n)
-    assert torch.equal(fastscore.langevin_step(x, d, 0.1, seed=1), checked(lambda: fastscore.langevin_step(x, d, 0.1, seed=1)))
-    assert torch.equal(fastscore.denoising_loss(x[None], 0.1, seed=1), checked(lambda: fastscore.denoising_loss(x[None], 0.1, seed=1)))
+    assert torch.equal(
+        fastscore.langevin_step(x, d, 0.1, seed=1),
+        checked(lambda: fastscore.langevin_step(x, d, 0.1, seed=1)),
+    )
+    assert torch.equal(
+        fastscore.denoising_loss(x[None], 0.1, seed=1),
+        checked(lambda: fastscore.denoising_loss(x[None], 0.1, seed=1)),
+    )
 
 
 @pytest.mark.parametrize("where", ["new", "x", "score", "channels-last", "beside"])
@@ -108,7 +136,13 @@ def test_out_gives_the_same_bits_and_takes_the_same_way(where):
     x, s = torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5)
     wide = torch.zeros(2, 3, 4, 10)
     wanted = fastscore.langevin_step(x, s, 0.1, seed=3)
-    out = {"new": torch.empty_like(x), "x": x, "score": s, "channels-last": LAYOUTS["channels-last"](x * 0), "beside": wide[..., 5:]}[where]
+    out = {
+        "new": torch.empty_like(x),
+        "x": x,
+        "score": s,
+        "channels-last": LAYOUTS["channels-last"](x * 0),
+        "beside": wide[..., 5:],
+    }[where]
     with counted() as seen:
         result = fastscore.langevin_step(x, s, 0.1, seed=3, out=out)
     assert seen == ["langevin_step"] and result is out and torch.equal(out, wanted)
@@ -122,7 +156,10 @@ def test_autograd_sees_that_out_was_written(way):
     h = x.exp()   # whose derivative is itself
     loss = h.sum()
     with torch.no_grad():
-        call = lambda: fastscore.langevin_step(h.detach(), h.detach(), 0.1, seed=0, out=h.detach())   # noqa: E731
+
+        def call():
+            return fastscore.langevin_step(h.detach(), h.detach(), 0.1, seed=0, out=h.detach())
+
         call() if way == "direct" else checked(call)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -184,15 +221,33 @@ def test_tensors_that_are_not_plain_are_refused(name):
 
 
 ODD_COEFFICIENTS = [
-    math.nan, math.inf, -math.inf, 1e39, 10**400, True, "1", None, 1j, torch.ones(3), torch.ones(4, 1), torch.ones(4).double(),
-    torch.tensor([1.0, math.nan, 1, 1]), torch.tensor([1.0, 1, 1, math.inf]), torch.ones(4, requires_grad=True),
+    math.nan,
+    math.inf,
+    -math.inf,
+    1e39,
+    10**400,
+    True,
+    "1",
+    None,
+    1j,
+    torch.ones(3),
+    torch.ones(4, 1),
+    torch.ones(4).double(),
+    torch.tensor([1.0, math.nan, 1, 1]),
+    torch.tensor([1.0, 1, 1, math.inf]),
+    torch.ones(4, requires_grad=True),
     torch.ones(4, device="meta"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("odd", ODD_COEFFICIENTS, ids=range(len(ODD_COEFFICIENTS)))
 def test_coefficients_that_are_not_plain_are_refused(odd):
-    assert refused(a=odd) and refused(b=odd) and refused(kind=direct.LANGEVIN, a=odd) and refused(kind=direct.PERTURB, d=None, b=odd)
+    assert (
+        refused(a=odd)
+        and refused(b=odd)
+        and refused(kind=direct.LANGEVIN, a=odd)
+        and refused(kind=direct.PERTURB, d=None, b=odd)
+    )
 
 
 def test_negative_step_sizes_are_refused_and_negative_drifts_are_not():
@@ -204,9 +259,23 @@ def test_negative_step_sizes_are_refused_and_negative_drifts_are_not():
 
 @pytest.mark.parametrize(
     ("part", "odd"),
-    [("seed", None), ("seed", True), ("seed", 0.5), ("seed", torch.tensor(1)), ("step", None), ("step", 1.0), ("step", torch.tensor(1)),
-     ("stream", 0), ("stream", 65536), ("stream", True), ("offset", -1), ("offset", 2**63), ("offset", 2**70), ("offset", 1.0)],
-)  # fmt: skip
+    [
+        ("seed", None),
+        ("seed", True),
+        ("seed", 0.5),
+        ("seed", torch.tensor(1)),
+        ("step", None),
+        ("step", 1.0),
+        ("step", torch.tensor(1)),
+        ("stream", 0),
+        ("stream", 65536),
+        ("stream", True),
+        ("offset", -1),
+        ("offset", 2**63),
+        ("offset", 2**70),
+        ("offset", 1.0),
+    ],
+)
 def test_keys_that_are_not_plain_are_refused(part, odd):
     assert refused(**{part: odd})
     call = [random.NORMAL, (4, 3), 0, 0, 1, 0, 0, None, None]
@@ -216,9 +285,26 @@ def test_keys_that_are_not_plain_are_refused(part, odd):
 
 @pytest.mark.parametrize(
     ("at", "odd"),
-    [(1, (4, -3)), (1, (4, 0)), (1, [4, 3]), (1, (4, 3.0)), (1, (True,)), (1, (2**21, 2**21)), (1, None), (5, 65536), (5, -1),
-     (7, torch.int64), (7, torch.int32), (7, torch.bool), (7, torch.complex64), (7, "float32"), (8, "meta"), (8, "nowhere"), (8, 0.5)],
-)  # fmt: skip
+    [
+        (1, (4, -3)),
+        (1, (4, 0)),
+        (1, [4, 3]),
+        (1, (4, 3.0)),
+        (1, (True,)),
+        (1, (2**21, 2**21)),
+        (1, None),
+        (5, 65536),
+        (5, -1),
+        (7, torch.int64),
+        (7, torch.int32),
+        (7, torch.bool),
+        (7, torch.complex64),
+        (7, "float32"),
+        (8, "meta"),
+        (8, "nowhere"),
+        (8, 0.5),
+    ],
+)
 def test_draws_that_are_not_plain_are_refused(at, odd):
     call = [random.NORMAL, (4, 3), 0, 0, 1, 0, 0, None, None]
     assert direct.door.fill(*call) is not None
@@ -228,8 +314,14 @@ def test_draws_that_are_not_plain_are_refused(at, odd):
 
 def test_out_that_shares_memory_is_refused():
     base = torch.ones(9, 3)
-    assert refused(x=base[:4], out=base[1:5]) and refused(d=base[:4], out=base[1:5]) and not refused(x=base[:4], out=base[4:8])
-    assert refused(out=torch.ones(1, 3).expand(4, 3)) and refused(out=torch.ones(6).as_strided((4, 3), (1, 1)))
+    assert (
+        refused(x=base[:4], out=base[1:5])
+        and refused(d=base[:4], out=base[1:5])
+        and not refused(x=base[:4], out=base[4:8])
+    )
+    assert refused(out=torch.ones(1, 3).expand(4, 3)) and refused(
+        out=torch.ones(6).as_strided((4, 3), (1, 1))
+    )
     with torch.inference_mode():
         made_inside = torch.ones(4, 3)
         assert not refused(out=made_inside)
@@ -291,14 +383,20 @@ def norm_calls(dtype, layout, C=6):
     torch.manual_seed(1)
     x = LAYOUTS[layout](torch.randn(3, C, 4, 5, dtype=torch.float64).to(dtype))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    gamma, alpha, beta = torch.randn(C, dtype=wide), torch.randn(3, C, dtype=wide), torch.randn(C, 2, dtype=wide)[:, 1]
+    gamma, alpha, beta = (
+        torch.randn(C, dtype=wide),
+        torch.randn(3, C, dtype=wide),
+        torch.randn(C, 2, dtype=wide)[:, 1],
+    )
     labels, table = torch.tensor([1, 0, 1]), torch.randn(2, 3 * C, dtype=wide)
     narrow = table[:, : 2 * C].contiguous()
     return {
         "instance_norm_plus": [
             lambda: fastscore.instance_norm_plus(x, gamma),
             lambda: fastscore.instance_norm_plus(x, gamma, alpha, activation="elu"),
-            lambda: fastscore.instance_norm_plus(x, gamma, None, beta, eps=0.1, activation="softplus"),
+            lambda: fastscore.instance_norm_plus(
+                x, gamma, None, beta, eps=0.1, activation="softplus"
+            ),
             lambda: fastscore.instance_norm_plus(x, gamma, alpha, beta, activation="gelu"),
         ],
         "conditional_instance_norm_plus": [
@@ -324,8 +422,16 @@ def test_norms_go_directly_and_give_the_same_bits(dtype, layout):
             assert found.stride() == wanted.stride() and torch.equal(found, wanted), name
 
 
-IMAGE, COLUMN, LABELS, TABLE = torch.ones(2, 4, 3, 3), torch.ones(4), torch.tensor([0, 1]), torch.ones(2, 12)
-COLUMNS = {"x": IMAGE, "gamma": COLUMN, "alpha": None, "beta": COLUMN, "labels": None, "table": None, "groups": 0, "eps": 1e-5, "code": 0}
+IMAGE, COLUMN, LABELS, TABLE = (
+    torch.ones(2, 4, 3, 3),
+    torch.ones(4),
+    torch.tensor([0, 1]),
+    torch.ones(2, 12),
+)
+COLUMNS = {
+    "x": IMAGE, "gamma": COLUMN, "alpha": None, "beta": COLUMN, "labels": None, "table": None,
+    "groups": 0, "eps": 1e-5, "code": 0,
+}
 ROWS = {**COLUMNS, "gamma": None, "alpha": True, "beta": True, "labels": LABELS, "table": TABLE}
 ODD_NORMS = [
     (COLUMNS, {"x": torch.ones(2, 4)}),

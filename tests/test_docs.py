@@ -26,7 +26,9 @@ import tables  # noqa: E402
 LINKED = [*pages.PAGES, ROOT / "CHANGELOG.md", ROOT / "benchmarks/README.md"]
 PROGRAMS = [page for page in pages.PAGES if pages.blocks(page, "python")]
 LONG = [page for page in PROGRAMS if pages.shortenings(page)]
-MODULES = [path for path in sorted((ROOT / "fastscore").rglob("*.py")) if ">>> " in path.read_text()]
+MODULES = [
+    path for path in sorted((ROOT / "fastscore").rglob("*.py")) if ">>> " in path.read_text()
+]
 
 
 @pytest.fixture
@@ -92,9 +94,17 @@ OURS = [*of("fastscore"), *(entry for entry in of("torchrun") if "fastscore" in 
 def test_the_functionsof_the_pages_are_understood(page, words, monkeypatch):
     words = words[words.index("fastscore") :]
     called = []
-    functions = ((train, "train"), (sample, "sample"), (evaluate, "evaluate"), (train, "demo"), (recipe, "recipe"))
+    functions = (
+        (train, "train"),
+        (sample, "sample"),
+        (evaluate, "evaluate"),
+        (train, "demo"),
+        (recipe, "recipe"),
+    )
     for module, name in functions:
-        recorded = functools.wraps(getattr(module, name))(lambda *args, name=name, **options: called.append(name))
+        recorded = functools.wraps(getattr(module, name))(
+            lambda *args, name=name, **options: called.append(name)
+        )
         monkeypatch.setattr(module, name, recorded)
     monkeypatch.setattr(cli, "_doctor", lambda: called.append("doctor") or sys.exit(0))
     monkeypatch.setattr(sys, "argv", words)
@@ -126,25 +136,46 @@ def test_the_tables_of_speed_are_those_of_the_results():
 def test_the_gains_in_the_text_are_those_of_the_results():
     def times(file, op, elements, peer):
         rows = tables.results(file)["rows"]
-        (row,) = [r for r in rows if (r["op"], r["elements"], r["dtype"]) == (op, elements, "float32")]
-        return row["seconds"][peer] / min(row["seconds"][name] for name in harness.OURS if name in row["seconds"])
+        (row,) = [
+            r for r in rows if (r["op"], r["elements"], r["dtype"]) == (op, elements, "float32")
+        ]
+        return row["seconds"][peer] / min(
+            row["seconds"][name] for name in harness.OURS if name in row["seconds"]
+        )
 
-    eager, compiled = (times("cpu.json", "langevin_step", 2**24, peer) for peer in ("eager", "torch.compile"))
+    eager, compiled = (
+        times("cpu.json", "langevin_step", 2**24, peer) for peer in ("eager", "torch.compile")
+    )
     h100 = times("nvidia-h100-80gb-hbm3.json", "langevin_step", 2**24, "eager")
-    mlp = times("cpu.json", "sliced loss + gradient, MLP 2×128×128×2, M=1, 1 thread", 2048, "compiled func.vjp")
+    mlp = times(
+        "cpu.json",
+        "sliced loss + gradient, MLP 2×128×128×2, M=1, 1 thread",
+        2048,
+        "compiled func.vjp",
+    )
 
     readme, why, performance = (
-        " ".join((ROOT / name).read_text().split()) for name in ("README.md", "docs/why.md", "docs/performance.md")
+        " ".join((ROOT / name).read_text().split())
+        for name in ("README.md", "docs/why.md", "docs/performance.md")
     )
     assert f"{eager:.0f} times as fast on two CPU cores, {h100:.1f} times on an H100" in readme
-    assert f"{eager:.0f} times as fast as eager PyTorch and {compiled:.0f} times as fast as `torch.compile`" in why
+    assert (
+        f"{eager:.0f} times as fast as eager PyTorch and {compiled:.0f} times as fast as "
+        "`torch.compile`"
+        in why
+    )
     assert f"takes {mlp:.2f} of our time" in performance
 
 
 def test_the_streams_of_the_contract_have_their_numbers():
     page = (ROOT / "docs/noise.md").read_text()
-    listed = {name: int(number) for name, number in re.findall(r"^\| `([A-Z]+)` \| (\d+) \|", page, re.MULTILINE)}
-    assert listed and all(getattr(fastscore.random, name) == number for name, number in listed.items())
+    listed = {
+        name: int(number)
+        for name, number in re.findall(r"^\| `([A-Z]+)` \| (\d+) \|", page, re.MULTILINE)
+    }
+    assert listed and all(
+        getattr(fastscore.random, name) == number for name, number in listed.items()
+    )
 
 
 @pytest.mark.slow
@@ -154,7 +185,9 @@ def test_the_table_of_derivatives_says_what_is_measured():
         (line,) = re.findall(rf"^\| {re.escape(network)} \| (.*) \|$", page, re.MULTILINE)
         for error, cell in zip(errors, line.split(" | "), strict=True):
             exact = 0 <= error < 1e-13
-            assert (float(cell) < 1e-13) if exact else (cell == forward_mode.written(error)), network
+            assert (float(cell) < 1e-13) if exact else (cell == forward_mode.written(error)), (
+                network
+            )
 
 
 def test_every_public_module_has_its_page():
@@ -177,13 +210,18 @@ def test_every_file_that_is_named_exists(page):
 @pytest.mark.parametrize("page", LINKED, ids=pages.name)
 def test_every_link_leads_to_a_file(page):
     text = pages.FENCE.sub("", page.read_text())
-    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    links = [
+        link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link
+    ]
     missing = [link for link in links if link and not (page.parent / link).exists()]
     assert not missing
 
 
 def documented(path):
-    """The docstrings with examples, by name; not found by inspection, for torch.compile puts its own objects into a module."""
+    """The docstrings with examples, by name.
+
+    Not found by inspection, for torch.compile puts its own objects into a module.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             text = ast.get_docstring(node)
@@ -191,10 +229,16 @@ def documented(path):
                 yield getattr(node, "name", path.stem), text
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT / "fastscore").with_suffix("").as_posix())
+@pytest.mark.parametrize(
+    "path",
+    MODULES,
+    ids=lambda path: path.relative_to(ROOT / "fastscore").with_suffix("").as_posix(),
+)
 def test_examples_in_docstrings(path):
     module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     for name, text in documented(path):
-        example = doctest.DocTestParser().get_doctest(text, {"torch": torch, **vars(module)}, name, str(path), 0)
+        example = doctest.DocTestParser().get_doctest(
+            text, {"torch": torch, **vars(module)}, name, str(path), 0
+        )
         found = doctest.DocTestRunner().run(example)
         assert found.attempted and not found.failed, name

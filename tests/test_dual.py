@@ -1,4 +1,7 @@
-"""jvp through unmodified networks: value, product and every parameter's gradient against double backprop."""
+"""jvp through unmodified networks.
+
+Value, product and every parameter's gradient against double backprop.
+"""
 
 import pytest
 import torch
@@ -24,17 +27,34 @@ class Attention(nn.Module):
 
     def __init__(self, fused):
         super().__init__()
-        self.fused, self.norm, self.qkv, self.out = fused, nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.fused, self.norm, self.qkv, self.out = (
+            fused,
+            nn.LayerNorm(8),
+            nn.Linear(8, 24),
+            nn.Linear(8, 8),
+        )
 
     def forward(self, x):
         B, C, H, W = x.shape
-        q, k, v = self.qkv(self.norm(x.flatten(2).transpose(1, 2))).view(B, H * W, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
-        a = F.scaled_dot_product_attention(q, k, v) if self.fused else ((q @ k.transpose(-2, -1)) / 2).softmax(dim=-1) @ v
-        return x + self.out(a.transpose(1, 2).reshape(B, H * W, C)).transpose(1, 2).reshape(B, C, H, W)
+        q, k, v = (
+            self.qkv(self.norm(x.flatten(2).transpose(1, 2)))
+            .view(B, H * W, 3, 2, 4)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
+        a = (
+            F.scaled_dot_product_attention(q, k, v)
+            if self.fused
+            else ((q @ k.transpose(-2, -1)) / 2).softmax(dim=-1) @ v
+        )
+        return x + self.out(a.transpose(1, 2).reshape(B, H * W, C)).transpose(1, 2).reshape(
+            B, C, H, W
+        )
 
 
 class Odd(nn.Module):
-    """What people write: in-place, slices, cat, chunk, padding, resizing, reductions, where, indexing, einsum, stack."""
+    """What people write: in-place, slices, cat, chunk, padding, resizing, reductions, where,
+    indexing, einsum, stack."""
 
     def __init__(self):
         super().__init__()
@@ -47,13 +67,23 @@ class Odd(nn.Module):
         F.elu_(h)
         a, b = h.chunk(2, dim=1)
         h = torch.cat([a * torch.sigmoid(b), b - a.mean(dim=(2, 3), keepdim=True)], dim=1)
-        h = F.interpolate(F.avg_pool2d(F.pad(h, (1, 1, 1, 1)), 2), scale_factor=2, mode="bilinear")[:, :, 1:-1, 1:-1]
+        h = F.interpolate(F.avg_pool2d(F.pad(h, (1, 1, 1, 1)), 2), scale_factor=2, mode="bilinear")[
+            :, :, 1:-1, 1:-1
+        ]
         h = torch.where(h > 0, h, 0.1 * h) / (1 + h.square().sum(dim=1, keepdim=True).sqrt())
-        h = torch.einsum("bchw,dc->bdhw", h, self.scale.flatten()[:3, None] * torch.ones(3, 8, dtype=x.dtype))
+        h = torch.einsum(
+            "bchw,dc->bdhw", h, self.scale.flatten()[:3, None] * torch.ones(3, 8, dtype=x.dtype)
+        )
         out = torch.zeros_like(x)
         out[:, :2] = h[:, [2, 0]]
         out[:, 2] = torch.stack([h[:, 1], x[:, 1]], dim=0).amax(dim=0)
-        return out * x.shape[1] - x.clamp(-1, 1) + torch.norm(x, dim=1, keepdim=True) + x.roll(1, -1).flip(-2) + 2 ** (x / 4)
+        return (
+            out * x.shape[1]
+            - x.clamp(-1, 1)
+            + torch.norm(x, dim=1, keepdim=True)
+            + x.roll(1, -1).flip(-2)
+            + 2 ** (x / 4)
+        )
 
 
 def conv(inputs, outputs):
@@ -61,26 +91,50 @@ def conv(inputs, outputs):
 
 
 NETWORKS = {
-    "instance-norm": lambda: nn.Sequential(conv(3, 8), nn.InstanceNorm2d(8, affine=True), nn.ELU(), conv(8, 3)),
-    "instance-norm-running": lambda: nn.Sequential(conv(3, 8), nn.InstanceNorm2d(8, track_running_stats=True), nn.ELU(), conv(8, 3)),
+    "instance-norm": lambda: nn.Sequential(
+        conv(3, 8), nn.InstanceNorm2d(8, affine=True), nn.ELU(), conv(8, 3)
+    ),
+    "instance-norm-running": lambda: nn.Sequential(
+        conv(3, 8), nn.InstanceNorm2d(8, track_running_stats=True), nn.ELU(), conv(8, 3)
+    ),
     "layer-norm": lambda: nn.Sequential(conv(3, 8), nn.LayerNorm((8, 6, 6)), nn.SiLU(), conv(8, 3)),
     "batch-norm": lambda: nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.GELU(), conv(8, 3)),
-    "group-norm": lambda: nn.Sequential(conv(3, 8), nn.GroupNorm(2, 8), nn.SiLU(inplace=True), conv(8, 3)),
-    "rms-norm": lambda: nn.Sequential(
-        nn.Flatten(), nn.Linear(108, 30), nn.RMSNorm(30), nn.Tanh(), nn.Linear(30, 108), nn.Unflatten(1, (3, 6, 6))
+    "group-norm": lambda: nn.Sequential(
+        conv(3, 8), nn.GroupNorm(2, 8), nn.SiLU(inplace=True), conv(8, 3)
     ),
-    "ours": lambda: nn.Sequential(conv(3, 8), fastscore.nn.InstanceNorm2dPlus(8, activation="elu"), conv(8, 3)),
+    "rms-norm": lambda: nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(108, 30),
+        nn.RMSNorm(30),
+        nn.Tanh(),
+        nn.Linear(30, 108),
+        nn.Unflatten(1, (3, 6, 6)),
+    ),
+    "ours": lambda: nn.Sequential(
+        conv(3, 8), fastscore.nn.InstanceNorm2dPlus(8, activation="elu"), conv(8, 3)
+    ),
     "mixed-residual": lambda: nn.Sequential(
         conv(3, 8),
-        Residual(fastscore.nn.GroupNormAct(2, 8, activation="silu"), conv(8, 8), nn.BatchNorm2d(8), nn.Softplus(), conv(8, 8)),
+        Residual(
+            fastscore.nn.GroupNormAct(2, 8, activation="silu"),
+            conv(8, 8),
+            nn.BatchNorm2d(8),
+            nn.Softplus(),
+            conv(8, 8),
+        ),
         Residual(nn.InstanceNorm2d(8), nn.Tanh(), conv(8, 8)),
-        nn.PixelUnshuffle(2), nn.Sigmoid(), nn.PixelShuffle(2), nn.ConvTranspose2d(8, 3, 3, padding=1),
+        nn.PixelUnshuffle(2),
+        nn.Sigmoid(),
+        nn.PixelShuffle(2),
+        nn.ConvTranspose2d(8, 3, 3, padding=1),
     ),
     "attention": lambda: nn.Sequential(conv(3, 8), Attention(False), nn.SiLU(), conv(8, 3)),
     "fused-attention": lambda: nn.Sequential(conv(3, 8), Attention(True), nn.SiLU(), conv(8, 3)),
-    "dropout": lambda: nn.Sequential(conv(3, 8), nn.Dropout(0.0), nn.LeakyReLU(0.2), nn.MaxPool2d(1), conv(8, 3)),
+    "dropout": lambda: nn.Sequential(
+        conv(3, 8), nn.Dropout(0.0), nn.LeakyReLU(0.2), nn.MaxPool2d(1), conv(8, 3)
+    ),
     "odd": Odd,
-}  # fmt: skip
+}
 
 
 def both_gradients(net, x, v):
@@ -116,8 +170,12 @@ def no_detour(monkeypatch):
 @pytest.mark.parametrize("M", [1, 4])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"])
-def test_loss_and_every_gradient_equal_double_backprop(no_detour, name, training, M, dtype, tolerance):
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
+def test_loss_and_every_gradient_equal_double_backprop(
+    no_detour, name, training, M, dtype, tolerance
+):
     torch.manual_seed(0)
     net = NETWORKS[name]().to(dtype).train(training)
     x, v = torch.randn(4, 3, 6, 6, dtype=dtype), torch.randn(M, 4, 3, 6, 6, dtype=dtype).sign()
@@ -129,13 +187,18 @@ def test_loss_and_every_gradient_equal_double_backprop(no_detour, name, training
 
 
 @pytest.mark.parametrize("name", ["mixed-residual", "instance-norm", "batch-norm"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
 def test_every_back_end_gives_these_gradients(backend, no_detour, name, dtype, tolerance):
     torch.manual_seed(0)
     net = NETWORKS[name]().to(dtype)
     x, v = torch.randn(2, 3, 4, 4, dtype=dtype), torch.randn(2, 2, 3, 4, 4, dtype=dtype).sign()
     (loss, *_, gradients), (expected, *_, expected_gradients) = both_gradients(net, x, v)
-    assert torch.allclose(loss, expected, rtol=10 * tolerance) and relative(gradients, expected_gradients) < tolerance
+    assert (
+        torch.allclose(loss, expected, rtol=10 * tolerance)
+        and relative(gradients, expected_gradients) < tolerance
+    )
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -155,7 +218,11 @@ def test_product_equals_the_difference_quotient(no_detour, name):
 def test_score_networks(no_detour, name):
     torch.manual_seed(0)
     models = fastscore.models
-    net = models.ScoreMLP(192, 32, 2, sigmas=[1.0, 0.1]) if name == "ScoreMLP" else getattr(models, name)(3, 8)
+    net = (
+        models.ScoreMLP(192, 32, 2, sigmas=[1.0, 0.1])
+        if name == "ScoreMLP"
+        else getattr(models, name)(3, 8)
+    )
     net = net.double()
     sigma = net.sigmas[:2] if hasattr(net, "sigmas") else torch.tensor([1.0, 0.1]).double()
     if hasattr(net, "last"):
@@ -166,9 +233,17 @@ def test_score_networks(no_detour, name):
     y, jv = jvp(f, x, v)
     got = torch.autograd.grad((jv * v).sum(), parameters, allow_unused=True)
     leaf = x.clone().requires_grad_()
-    vj = torch.stack([torch.autograd.grad((f(leaf) * d).sum(), leaf, create_graph=True)[0] for d in v])
+    vj = torch.stack(
+        [torch.autograd.grad((f(leaf) * d).sum(), leaf, create_graph=True)[0] for d in v]
+    )
     expected = torch.autograd.grad((vj * v).sum(), parameters, allow_unused=True)
-    assert relative([a for a, b in zip(got, expected) if b is not None], [b for b in expected if b is not None]) < 1e-10
+    assert (
+        relative(
+            [a for a, b in zip(got, expected) if b is not None],
+            [b for b in expected if b is not None],
+        )
+        < 1e-10
+    )
 
 
 def test_running_statistics_move_as_in_an_ordinary_pass():
@@ -240,15 +315,24 @@ class Sine(torch.autograd.Function):
 
 
 def test_an_autograd_function_inside_f_is_no_constant():
-    """Its forward runs without gradients, like a block that means to be constant: its own jvp, or two levels of backward, or a refusal."""
+    """Its forward runs without gradients, like a block that means to be constant.
+
+    Its own jvp, or two levels of backward, or a refusal.
+    """
     x, v = torch.randn(3, 4).double(), torch.randn(3, 4).double()
     assert torch.allclose(jvp(lambda x: Cubed.apply(x) + x, x, v)[1], v * (3 * x**2 + 1))
-    with pytest.raises(NotImplementedError, match="You must implement either the backward or vjp method for your custom"):
+    with pytest.raises(
+        NotImplementedError,
+        match="You must implement either the backward or vjp method for your custom",
+    ):
         jvp(lambda x: Sine.apply(x) + x, x, v)
 
 
 def test_gradient_inside_f_is_carried_as_a_whole():
-    """A score that is the gradient of an energy: no rule can carry autograd.grad, stock forward mode over it can."""
+    """A score that is the gradient of an energy.
+
+    No rule can carry autograd.grad, stock forward mode over it can.
+    """
     weight = torch.randn(4, 4).double().requires_grad_()
 
     def score(x):
@@ -258,17 +342,24 @@ def test_gradient_inside_f_is_carried_as_a_whole():
 
     x, v = torch.randn(3, 4).double(), torch.randn(3, 4).double()
     _, jv = jvp(score, x.clone(), v)
-    expected = torch.stack([-(weight * ((xi @ weight).sin())) @ weight.T @ vi for xi, vi in zip(x, v)])
+    expected = torch.stack(
+        [-(weight * ((xi @ weight).sin())) @ weight.T @ vi for xi, vi in zip(x, v)]
+    )
     assert torch.allclose(jv, expected)
     (g,) = torch.autograd.grad((jv * v).sum(), weight)
     assert torch.allclose(g, torch.autograd.grad((expected * v).sum(), weight)[0])
 
 
 def test_gradients_reach_x_and_the_directions():
-    x, v = torch.randn(2, 3, 4, 4).double().requires_grad_(), torch.randn(2, 2, 3, 4, 4).double().requires_grad_()
+    x, v = (
+        torch.randn(2, 3, 4, 4).double().requires_grad_(),
+        torch.randn(2, 2, 3, 4, 4).double().requires_grad_(),
+    )
     net = nn.Sequential(conv(3, 4), nn.InstanceNorm2d(4), nn.SiLU(), conv(4, 3)).double()
     assert torch.autograd.gradcheck(lambda x, v: jvp(net, x, v), (x, v))
-    assert torch.autograd.gradgradcheck(lambda x, v: jvp(net, x, v)[1], (x[:1, :, :2, :2], v[:, :1, :, :2, :2]))
+    assert torch.autograd.gradgradcheck(
+        lambda x, v: jvp(net, x, v)[1], (x[:1, :, :2, :2], v[:, :1, :, :2, :2])
+    )
 
 
 def test_transforms_around_it():
@@ -296,15 +387,42 @@ def test_low_precision_and_channels_last():
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: jvp(torch.sin, torch.ones(2, 3), torch.ones(3)), ValueError, r"v must have the shape of x, \(2, 3\)"),
-        (lambda: jvp(torch.sin, torch.ones(2), torch.ones(2).double()), ValueError, "v must be torch.float32"),
-        (lambda: jvp(torch.sin, torch.ones(2, dtype=torch.int64), torch.ones(2)), TypeError, "x must be float32"),
-        (lambda: jvp(lambda x: (x, x), torch.ones(2), torch.ones(2)), TypeError, "f must return a tensor; got tuple"),
-        (lambda: jvp(lambda x: torch.native_layer_norm(x, (2,), None, None, 1e-5)[0], torch.ones(2), torch.ones(2)), NotImplementedError,
-         "torch.native_layer_norm has no right forward mode"),
-        (lambda: jvp(torch.sin, torch.ones(2, 3), torch.ones(0, 2, 3)), ValueError, "v must hold at least one direction"),
+        (
+            lambda: jvp(torch.sin, torch.ones(2, 3), torch.ones(3)),
+            ValueError,
+            r"v must have the shape of x, \(2, 3\)",
+        ),
+        (
+            lambda: jvp(torch.sin, torch.ones(2), torch.ones(2).double()),
+            ValueError,
+            "v must be torch.float32",
+        ),
+        (
+            lambda: jvp(torch.sin, torch.ones(2, dtype=torch.int64), torch.ones(2)),
+            TypeError,
+            "x must be float32",
+        ),
+        (
+            lambda: jvp(lambda x: (x, x), torch.ones(2), torch.ones(2)),
+            TypeError,
+            "f must return a tensor; got tuple",
+        ),
+        (
+            lambda: jvp(
+                lambda x: torch.native_layer_norm(x, (2,), None, None, 1e-5)[0],
+                torch.ones(2),
+                torch.ones(2),
+            ),
+            NotImplementedError,
+            "torch.native_layer_norm has no right forward mode",
+        ),
+        (
+            lambda: jvp(torch.sin, torch.ones(2, 3), torch.ones(0, 2, 3)),
+            ValueError,
+            "v must hold at least one direction",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refusals_are_one_sentence(call, error, message):
     with pytest.raises(error, match=message) as found:
         call()
@@ -312,7 +430,8 @@ def test_refusals_are_one_sentence(call, error, message):
 
 
 def test_a_rules_own_type_error_comes_through(monkeypatch):
-    """Taken for a spelling that the rule does not know, it would hide a fault behind a slower path."""
+    """Taken for a spelling that the rule does not know, it would hide a fault behind a slower
+    path."""
     from fastscore.dual.table import RULES
 
     def broken(x):

@@ -1,4 +1,7 @@
-"""The device that build_support/emulate.py makes of the CPU: that it computes, and that it notices what a GPU would not forgive."""
+"""The device that build_support/emulate.py makes of the CPU.
+
+That it computes, and that it notices what a GPU would not forgive.
+"""
 
 import ctypes
 import os
@@ -40,14 +43,18 @@ def faulty():
     text = emulate.translate(source.read_text())
     objects = [
         emulate.compile_object(driver, driver.read_text(), ["-O2"], []),
-        emulate.compile_object(source, text, emulate.CHECKS + ["-include", "on_host.h", "-Wno-unknown-pragmas"], []),
+        emulate.compile_object(
+            source, text, emulate.CHECKS + ["-include", "on_host.h", "-Wno-unknown-pragmas"], []
+        ),
     ]
     library = ctypes.CDLL(str(emulate.link(objects, "libfaulty.so")))
     library.run.restype = ctypes.c_char_p
 
     def run(kernel, how="", out=None, blocks=1):
         out = torch.zeros(64) if out is None else out
-        fault = library.run(kernel.encode(), how.encode(), ctypes.c_void_p(out.data_ptr()), out.numel(), blocks)
+        fault = library.run(
+            kernel.encode(), how.encode(), ctypes.c_void_p(out.data_ptr()), out.numel(), blocks
+        )
         return fault and fault.decode()
 
     run.library = library
@@ -95,7 +102,9 @@ def test_a_mistake_of_a_kernel_is_named(faulty, kernel, words):
 
 
 def test_blocks_that_write_one_place_race(faulty):
-    assert faulty("blocks_write") is None and "a race: thread 0 of block 0" in faulty("blocks_write", blocks=2)
+    assert faulty("blocks_write") is None and "a race: thread 0 of block 0" in faulty(
+        "blocks_write", blocks=2
+    )
 
 
 def test_a_barrier_of_a_warp_orders_its_memory(faulty):
@@ -122,7 +131,10 @@ def test_a_mistake_of_a_launch_is_named(faulty, how, words):
 
 def calls(x, key=None):
     """Every operator that is there in CUDA C++, with its temporaries."""
-    s, each = torch.full_like(x, 0.5), torch.rand(len(x), generator=torch.Generator().manual_seed(0))
+    s, each = (
+        torch.full_like(x, 0.5),
+        torch.rand(len(x), generator=torch.Generator().manual_seed(0)),
+    )
     options = {"seed": 5} if key is None else {"seed": 5, "step": key}
     yield lambda: fastscore.random.normal(x.shape, stream=9, **options)
     yield lambda: fastscore.random.rademacher(x.shape, stream=9, **options)
@@ -144,7 +156,9 @@ def test_the_order_of_threads_and_blocks_changes_nothing(device):
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_normals_hold_with_the_documented_errors_of_the_hardware(device, sign):
-    expected = fastscore.random.normal(2**18, seed=1, stream=9, dtype=torch.float64, backend="reference")
+    expected = fastscore.random.normal(
+        2**18, seed=1, stream=9, dtype=torch.float64, backend="reference"
+    )
     device.emulated_approximation(sign)
     try:
         got = fastscore.random.normal(2**18, seed=1, stream=9, dtype=torch.float64)
@@ -165,18 +179,25 @@ def test_kernels_run_on_the_device_and_the_current_stream_of_their_tensors(devic
         finally:
             device.emulated_use_stream(1, 0)
     launches = emulate.launched()
-    assert launches and {launch[-2:] for launch in launches} == {(1, 1)} and torch.equal(out, expected)
+    assert (
+        launches and {launch[-2:] for launch in launches} == {(1, 1)} and torch.equal(out, expected)
+    )
     assert device.emulated_current_device() == 0   # as it was before
 
 
 def test_every_operator_launches_on_the_device_and_the_current_stream_of_its_tensors(device):
     x, each = torch.randn(4, 20_000), torch.rand(4)
     out, sums = torch.empty_like(x), torch.empty(4)
-    numbers = (None, 5, 0, 9, 0)   # key, seed, step, stream, offset
+    numbers = (None, 5, 0, 9, 0)  # key, seed, step, stream, offset
     calls = {
         "fill": lambda: torch.ops.fastscore_emulated.fill(out, 2, *numbers),
-        "noisy_update": lambda: torch.ops.fastscore_emulated.noisy_update(out, x, x, None, 0.1, each, 0.0, *numbers),
-        "noise_reduce": lambda: torch.ops.fastscore_emulated.noise_reduce(sums, x, each, 0.0, *numbers, 0),   # with its partial sums
+        "noisy_update": lambda: torch.ops.fastscore_emulated.noisy_update(
+            out, x, x, None, 0.1, each, 0.0, *numbers
+        ),
+        # With its partial sums.
+        "noise_reduce": lambda: torch.ops.fastscore_emulated.noise_reduce(
+            sums, x, each, 0.0, *numbers, 0
+        ),
     }
     assert set(calls) == set(emulate.operators())
     with emulate.on_device(x, each, out, sums):
@@ -195,11 +216,15 @@ def test_an_operator_says_what_its_kernels_did_wrong(device):
     """Here that a key or a coefficient lies on another device."""
     x, key, each = torch.randn(4, 1500), torch.tensor([5, 0]), torch.rand(4)
     out, sums = torch.empty_like(x), torch.empty(4)
-    numbers = (5, 0, 9, 0)   # seed, step, stream, offset
+    numbers = (5, 0, 9, 0)  # seed, step, stream, offset
     calls = {
         "fill": lambda: torch.ops.fastscore_emulated.fill(out, 2, key, *numbers),
-        "noisy_update": lambda: torch.ops.fastscore_emulated.noisy_update(out, x, None, None, 0.0, each, 0.0, None, *numbers),
-        "noise_reduce": lambda: torch.ops.fastscore_emulated.noise_reduce(sums, x, each, 0.0, None, *numbers, 0),
+        "noisy_update": lambda: torch.ops.fastscore_emulated.noisy_update(
+            out, x, None, None, 0.0, each, 0.0, None, *numbers
+        ),
+        "noise_reduce": lambda: torch.ops.fastscore_emulated.noise_reduce(
+            sums, x, each, 0.0, None, *numbers, 0
+        ),
     }
     assert set(calls) == set(emulate.operators())
     for name, call in calls.items():
@@ -244,16 +269,26 @@ def test_captured_calls_are_those_of_the_step_that_they_find(device):
 def test_a_broken_kernel_fails_the_tests_that_run_on_it(tmp_path, text, instead):
     csrc = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
-    found = [path for path in csrc.iterdir() if path.suffix in (".cu", ".h") and text in path.read_text()]
+    found = [
+        path for path in csrc.iterdir() if path.suffix in (".cu", ".h") and text in path.read_text()
+    ]
     assert found, text
     for path in found:
         path.write_text(path.read_text().replace(text, instead))
     environment = os.environ | {"FASTSCORE_EMULATED_CSRC": str(csrc)}
-    tests = ["tests/test_gpu.py", "tests/test_emulation.py", "-k", "cuda and not compiled and not derivatives or emulation and not broken"]
-    result = children.run([sys.executable, "-m", "pytest", "-q", "-x", *tests], cwd=ROOT, env=environment, seconds=800)
+    tests = [
+        "tests/test_gpu.py",
+        "tests/test_emulation.py",
+        "-k",
+        "cuda and not compiled and not derivatives or emulation and not broken",
+    ]
+    result = children.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", *tests], cwd=ROOT, env=environment, seconds=800
+    )
     said = result.stdout[-3000:] + result.stderr[-1000:]
     assert result.returncode == 1 and "1 failed" in result.stdout, said
-    assert "BuildError" not in result.stdout and "Untranslatable" not in result.stdout, said   # it ran
+    # It ran.
+    assert "BuildError" not in result.stdout and "Untranslatable" not in result.stdout, said
 
 
 def test_operators_with_open_offsets_are_defined_once():

@@ -1,4 +1,7 @@
-"""Energies that are layers and activations in a row: score and gradients by hand, against autograd's."""
+"""Energies that are layers and activations in a row.
+
+Score and gradients by hand, against autograd's.
+"""
 
 import pytest
 import torch
@@ -13,7 +16,13 @@ D = torch.float64
 class Energy(nn.Module):
     def __init__(self, activation, end, dtype=D):
         super().__init__()
-        layers = nn.Linear(3, 5), activation(), nn.Linear(5, 4, bias=False), activation(), nn.Linear(4, 1)
+        layers = (
+            nn.Linear(3, 5),
+            activation(),
+            nn.Linear(5, 4, bias=False),
+            activation(),
+            nn.Linear(4, 1),
+        )
         self.net, self.end, self.calls = nn.Sequential(*layers).to(dtype), end, 0
 
     def forward(self, x, *arguments):
@@ -41,9 +50,12 @@ def by_hand(monkeypatch):
 
 
 ENDS = {
-    "column": lambda y: y[:, 0], "squeeze": lambda y: y.squeeze(-1), "view": lambda y: y.view(-1), "flatten": lambda y: y.flatten(),
+    "column": lambda y: y[:, 0],
+    "squeeze": lambda y: y.squeeze(-1),
+    "view": lambda y: y.view(-1),
+    "flatten": lambda y: y.flatten(),
     "kept": lambda y: y,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("activation", [nn.SiLU, nn.GELU, nn.Softplus, nn.Tanh, nn.ELU, nn.Sigmoid])
@@ -58,15 +70,30 @@ def test_score_and_gradients_of_two_orders(by_hand, activation, end):
         first = torch.autograd.grad(result, inputs, u, create_graph=True, allow_unused=True)
         second = torch.autograd.grad(truth, inputs, u, create_graph=True, allow_unused=True)
         for a, b in zip(first, second, strict=True):
-            assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-9, atol=1e-12))
-        again = [torch.autograd.grad(sum(g.square().sum() for g in gs if g is not None), inputs, retain_graph=True, allow_unused=True)
-                 for gs in (first, second)]  # fmt: skip
+            assert (a is None) == (b is None) and (
+                a is None or torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+            )
+        again = [
+            torch.autograd.grad(
+                sum(g.square().sum() for g in gs if g is not None),
+                inputs,
+                retain_graph=True,
+                allow_unused=True,
+            )
+            for gs in (first, second)
+        ]
         for a, b in zip(*again, strict=True):
-            assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-8, atol=1e-11))
+            assert (a is None) == (b is None) and (
+                a is None or torch.allclose(a, b, rtol=1e-8, atol=1e-11)
+            )
     s = EnergyScore(f)(x.detach())   # no cotangent of x; without create_graph
     gradients = torch.autograd.grad(s, inputs[1:], u, allow_unused=True)
-    for a, b in zip(gradients, torch.autograd.grad(expected, inputs[1:], u, allow_unused=True), strict=True):
-        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-9, atol=1e-12))
+    for a, b in zip(
+        gradients, torch.autograd.grad(expected, inputs[1:], u, allow_unused=True), strict=True
+    ):
+        assert (a is None) == (b is None) and (
+            a is None or torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+        )
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
@@ -76,8 +103,11 @@ def test_frozen_layers_get_no_gradient(frozen):
     list(f.net)[2 * frozen].requires_grad_(False)
     trained = [p for p in f.parameters() if p.requires_grad]
     s, leaf = EnergyScore(f)(x), x.clone().requires_grad_()
-    for a, b in zip(torch.autograd.grad(s.square().sum(), trained, allow_unused=True),
-                    torch.autograd.grad(plain(f, leaf).square().sum(), trained, allow_unused=True), strict=True):  # fmt: skip
+    for a, b in zip(
+        torch.autograd.grad(s.square().sum(), trained, allow_unused=True),
+        torch.autograd.grad(plain(f, leaf).square().sum(), trained, allow_unused=True),
+        strict=True,
+    ):
         assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-10))
 
 
@@ -106,7 +136,8 @@ def test_what_is_no_chain_is_left_to_autograd_and_remembers_one_call(kind):
     f, x = kind(nn.SiLU, ENDS["column"]), torch.randn(6, 3, dtype=D)
     score = EnergyScore(f)
     assert torch.allclose(score(x), plain(f, x.clone().requires_grad_()), rtol=1e-12)
-    assert f.calls == 2   # what f remembers of the attempt is forgotten; the other call is that of `plain`
+    # What f remembers of the attempt is forgotten; the other call is that of `plain`
+    assert f.calls == 2
     score(x)
     assert f.calls == 3 and score._chain is False
 
@@ -120,7 +151,10 @@ def test_a_module_with_hooks_or_parts_of_another_kind_is_left_to_autograd(by_han
     assert seen == [torch.Tensor] and not by_hand
 
 
-@pytest.mark.parametrize("other", [nn.Softplus(beta=2), nn.ELU(alpha=0.5), nn.GELU(approximate="tanh"), nn.SiLU(inplace=True)])
+@pytest.mark.parametrize(
+    "other",
+    [nn.Softplus(beta=2), nn.ELU(alpha=0.5), nn.GELU(approximate="tanh"), nn.SiLU(inplace=True)],
+)
 def test_an_activation_of_another_parameter(other):
     torch.manual_seed(0)
     f, x = nn.Sequential(nn.Linear(3, 4), other, nn.Linear(4, 1)).to(D), torch.randn(6, 3, dtype=D)
@@ -144,18 +178,36 @@ def test_denoising_loss_and_its_gradient(by_hand):
     def score(x, sigma):
         return plain(f, x.clone().requires_grad_())
 
-    found, expected = (torch.autograd.grad(losses.denoising(s, x, 0.3, seed=1).mean(), parameters) for s in (EnergyScore(f), score))
-    assert by_hand and all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(found, expected, strict=True))
+    found, expected = (
+        torch.autograd.grad(losses.denoising(s, x, 0.3, seed=1).mean(), parameters)
+        for s in (EnergyScore(f), score)
+    )
+    assert by_hand and all(
+        torch.allclose(a, b, rtol=1e-10) for a, b in zip(found, expected, strict=True)
+    )
 
 
 def sequence(*activations, bias=True):
     torch.manual_seed(0)
-    layers = [nn.Linear(3, 5), activations[0], nn.Linear(5, 4, bias=bias), *activations[1:], nn.Linear(4, 1)]
+    layers = [
+        nn.Linear(3, 5),
+        activations[0],
+        nn.Linear(5, 4, bias=bias),
+        *activations[1:],
+        nn.Linear(4, 1),
+    ]
     return nn.Sequential(*layers).to(D)
 
 
-@pytest.mark.parametrize("activations", [(nn.SiLU(), nn.Tanh()), (nn.GELU(), nn.Softplus()), (nn.Sigmoid(), nn.SiLU(), nn.Tanh()),
-                                         (nn.SiLU(),)])  # fmt: skip
+@pytest.mark.parametrize(
+    "activations",
+    [
+        (nn.SiLU(), nn.Tanh()),
+        (nn.GELU(), nn.Softplus()),
+        (nn.Sigmoid(), nn.SiLU(), nn.Tanh()),
+        (nn.SiLU(),),
+    ],
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_sequence_is_read_from_its_modules(by_hand, activations, bias):
     f, x = sequence(*activations, bias=bias), torch.randn(6, 3, dtype=D, requires_grad=True)
@@ -164,9 +216,14 @@ def test_a_sequence_is_read_from_its_modules(by_hand, activations, bias):
     s, expected = EnergyScore(f)(x), plain(f, x)
     assert not by_hand and torch.allclose(s, expected, rtol=1e-12)   # not even called
     for result, truth in ((s, expected), (s.sin() * x, expected.sin() * x)):
-        found, right = (torch.autograd.grad(t.square().sum(), inputs, retain_graph=True, allow_unused=True) for t in (result, truth))
+        found, right = (
+            torch.autograd.grad(t.square().sum(), inputs, retain_graph=True, allow_unused=True)
+            for t in (result, truth)
+        )
         for a, b in zip(found, right, strict=True):
-            assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-9, atol=1e-12))
+            assert (a is None) == (b is None) and (
+                a is None or torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+            )
 
 
 def test_a_frozen_sequence_has_a_score_and_one_in_another_dtype_fails_as_ever():
@@ -180,10 +237,18 @@ def test_a_frozen_sequence_has_a_score_and_one_in_another_dtype_fails_as_ever():
 
 
 LISTENERS = {
-    "hook": lambda f, seen: f[2].register_forward_hook(lambda m, given, result: seen.append(result.shape)),
-    "hook of the whole": lambda f, seen: f.register_forward_pre_hook(lambda m, given: seen.append(given[0].shape)),
-    "another forward": lambda f, seen: vars(f[2]).update(forward=lambda h: seen.append(h.shape) or nn.Linear.forward(f[2], h)),
-    "hook of all": lambda f, seen: nn.modules.module.register_module_forward_pre_hook(lambda m, given: seen.append(m)),
+    "hook": lambda f, seen: f[2].register_forward_hook(
+        lambda m, given, result: seen.append(result.shape)
+    ),
+    "hook of the whole": lambda f, seen: f.register_forward_pre_hook(
+        lambda m, given: seen.append(given[0].shape)
+    ),
+    "another forward": lambda f, seen: vars(f[2]).update(
+        forward=lambda h: seen.append(h.shape) or nn.Linear.forward(f[2], h)
+    ),
+    "hook of all": lambda f, seen: nn.modules.module.register_module_forward_pre_hook(
+        lambda m, given: seen.append(m)
+    ),
     "compiled": lambda f, seen: f.compile(backend=lambda graph, given: seen.append(graph) or graph),
 }
 

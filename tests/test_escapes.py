@@ -1,4 +1,7 @@
-"""Losses in unusual places: inside an autograd.Function or checkpoint, under other modes of PyTorch, and numbers that leave f."""
+"""Losses in unusual places.
+
+Inside an autograd.Function or checkpoint, under other modes of PyTorch, and numbers that leave f.
+"""
 
 import copy
 
@@ -38,7 +41,12 @@ def energy():
     return EnergyScore(f)
 
 
-SCORES = {"rules": torch.neg, "forward mode": torch.ops.aten.sinh, "double backward": Cube.apply, "energy": energy()}
+SCORES = {
+    "rules": torch.neg,
+    "forward mode": torch.ops.aten.sinh,
+    "double backward": Cube.apply,
+    "energy": energy(),
+}
 LOSSES = {
     "sliced": lambda f, x: losses.sliced(f, x, seed=0),
     "plain": lambda f, x: losses.sliced(f, x, seed=0, variance_reduced=False),
@@ -108,7 +116,12 @@ def network():
 
 def images_network():
     torch.manual_seed(0)
-    layers = nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 1, 3, padding=1)
+    layers = (
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.GroupNorm(2, 4),
+        nn.SiLU(),
+        nn.Conv2d(4, 1, 3, padding=1),
+    )
     return nn.Sequential(nn.Unflatten(1, (1, 1, 3)), *layers, nn.Flatten(1)).double()
 
 
@@ -142,7 +155,8 @@ def difference(f, x, v, h=1e-4):
 @pytest.mark.parametrize("net", NETWORKS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_forward_mode_around_a_loss_equals_finite_differences(name, net, grad):
-    """Differences of a fourth order at h = 1e-4 keep h⁴ and 1e-16 / h of values of order 1 to 100."""
+    """Differences of a fourth order at h = 1e-4 keep h⁴ and 1e-16 / h of values of order 1 to
+    100."""
     x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     v = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
@@ -158,7 +172,10 @@ def test_forward_mode_around_a_loss_equals_finite_differences(name, net, grad):
 
 @pytest.mark.parametrize("net", ["linear", "convolutions", "no rule", "energy"])
 def test_forward_mode_around_a_loss_in_float32(net, backend):
-    """The kernels are those of float32; a network of some 10 roundings of 6e-8 on values of order 10."""
+    """The kernels are those of float32.
+
+    A network of some 10 roundings of 6e-8 on values of order 10.
+    """
     net = copy.deepcopy(NETWORKS[net])
     x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     v = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -166,13 +183,18 @@ def test_forward_mode_around_a_loss_in_float32(net, backend):
     for dtype in (torch.float64, torch.float32):
         net = net.to(dtype)
         with torch.autograd.forward_ad.dual_level():
-            y = losses.sliced(net, torch.autograd.forward_ad.make_dual(x.to(dtype), v.to(dtype)), seed=0)
+            y = losses.sliced(
+                net, torch.autograd.forward_ad.make_dual(x.to(dtype), v.to(dtype)), seed=0
+            )
             tangents.append(torch.autograd.forward_ad.unpack_dual(y).tangent.double())
     torch.testing.assert_close(*tangents, rtol=1e-4, atol=1e-4)
 
 
 def test_forward_mode_through_a_function_without_it_is_refused():
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="implement the jvp"):
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="implement the jvp"),
+    ):
         losses.sliced(Cube.apply, torch.autograd.forward_ad.make_dual(X, X), seed=0)
 
 
@@ -189,7 +211,9 @@ def test_batched_gradients_are_right_or_refused(name, net):
     way_out = "torch.func.jacrev"
     for attempt in (
         lambda: torch.autograd.functional.jacobian(loss, x, vectorize=True),
-        lambda: torch.autograd.functional.jacobian(loss, x, vectorize=True, strategy="forward-mode"),
+        lambda: torch.autograd.functional.jacobian(
+            loss, x, vectorize=True, strategy="forward-mode"
+        ),
         lambda: torch.func.jacrev(loss)(x),
     ):
         try:
@@ -207,7 +231,9 @@ def test_the_batched_gradient_of_a_network_names_the_way_out():
     with pytest.raises(NotImplementedError, match=r"is_grads_batched.*torch\.func\.vjp"):
         torch.autograd.grad(loss, x, torch.ones(5, 1, dtype=torch.float64), is_grads_batched=True)
     with pytest.raises(NotImplementedError, match=r"vectorize=True.*torch\.func"):
-        torch.autograd.functional.hessian(lambda x: losses.sliced(network(), x, seed=0).sum(), X, vectorize=True)
+        torch.autograd.functional.hessian(
+            lambda x: losses.sliced(network(), x, seed=0).sum(), X, vectorize=True
+        )
 
 
 # ---- numbers that leave f
@@ -238,7 +264,9 @@ PENALTIES = {
     "hidden": lambda net: net.kept["hidden"].square().mean(),
     "activation": lambda net: net.kept["activation"].pow(2).sum(),
     "output": lambda net: torch.cat([net.list[0], net.list[1][0]]).abs().sum(),
-    "norm of all": lambda net: torch.stack([net.aux, net.list[0].norm(), net.list[1][1].sum()]).sum(),
+    "norm of all": lambda net: torch.stack(
+        [net.aux, net.list[0].norm(), net.list[1][1].sum()]
+    ).sum(),
 }
 
 
@@ -274,9 +302,21 @@ def test_what_is_kept_looks_like_a_tensor():
     value = net.a(X)
 
     kept = net.kept["hidden"]
-    assert kept.shape == value.shape and kept.dtype == value.dtype and kept.requires_grad and not kept.is_leaf
-    assert torch.equal(kept, value) and kept.tolist() == value.tolist() and repr(kept.detach()) == repr(value.detach())
-    assert torch.equal(kept.detach().clone(), value.detach()) and (kept.detach().numpy() == value.detach().numpy()).all()
+    assert (
+        kept.shape == value.shape
+        and kept.dtype == value.dtype
+        and kept.requires_grad
+        and not kept.is_leaf
+    )
+    assert (
+        torch.equal(kept, value)
+        and kept.tolist() == value.tolist()
+        and repr(kept.detach()) == repr(value.detach())
+    )
+    assert (
+        torch.equal(kept.detach().clone(), value.detach())
+        and (kept.detach().numpy() == value.detach().numpy()).all()
+    )
     assert net.aux.item() == pytest.approx(value.sigmoid().mul(value).square().mean().item())
     net.aux.backward()
     assert net.a.weight.grad.abs().sum() > 0
@@ -286,7 +326,9 @@ def test_what_is_kept_without_gradients_is_its_value():
     net = Keeps().double()
     with torch.no_grad():
         losses.sliced(net, X, seed=0)
-        assert torch.equal(net.kept["hidden"] + 0, net.a(X)) and not net.kept["hidden"].requires_grad
+        assert (
+            torch.equal(net.kept["hidden"] + 0, net.a(X)) and not net.kept["hidden"].requires_grad
+        )
 
 
 @pytest.mark.parametrize("loss", ["sliced", "exact", "energy"])
@@ -313,7 +355,9 @@ def test_what_an_earlier_call_kept_is_a_constant_of_the_next(loss):
                 value = losses.exact(f, x, chunk=3)
             else:
                 value = losses.sliced(f, x, v=torch.ones_like(x), variance_reduced=loss != "energy")
-        return value, torch.autograd.grad(value.mean(), list(net.parameters()), materialize_grads=True)
+        return value, torch.autograd.grad(
+            value.mean(), list(net.parameters()), materialize_grads=True
+        )
 
     def truth():
         net = Remembers().double()
@@ -322,11 +366,15 @@ def test_what_an_earlier_call_kept_is_a_constant_of_the_next(loss):
             s = net(x)
             if loss == "energy":
                 (s,) = torch.autograd.grad(s.sum(), x, create_graph=True)
-            J = torch.stack([torch.autograd.grad(s[:, i].sum(), x, create_graph=True)[0] for i in range(3)], 1)
+            J = torch.stack(
+                [torch.autograd.grad(s[:, i].sum(), x, create_graph=True)[0] for i in range(3)], 1
+            )
             trace = J.diagonal(dim1=1, dim2=2).sum(1) if loss == "exact" else J.sum((1, 2))
             rest = s.sum(1) if loss == "energy" else s.square().sum(1).sqrt()
             value = trace + 0.5 * rest.square()
-        return value, torch.autograd.grad(value.mean(), list(net.parameters()), materialize_grads=True)
+        return value, torch.autograd.grad(
+            value.mean(), list(net.parameters()), materialize_grads=True
+        )
 
     (found, slopes), (expected, right) = run(loss), truth()
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
@@ -347,7 +395,8 @@ def test_what_a_hook_keeps():
 
 
 def test_what_is_kept_in_a_checkpoint():
-    """The checkpoint takes the numbers up again during the backward pass, and has their tangents."""
+    """The checkpoint takes the numbers up again during the backward pass, and has their
+    tangents."""
     net = Keeps().double()
     v = torch.ones_like(X)
     expected = by_double_backprop(net, X, v).mean()
@@ -375,7 +424,12 @@ def small():
 
 
 def gradient(loss, net):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), list(net.parameters()), materialize_grads=True)])
+    return torch.cat(
+        [
+            g.flatten()
+            for g in torch.autograd.grad(loss.sum(), list(net.parameters()), materialize_grads=True)
+        ]
+    )
 
 
 def modes():
@@ -427,7 +481,9 @@ def test_a_traced_function_of_sigma_holds_for_other_sigmas(name, mode):
     x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
     traced = make_fx(OF_SIGMA[name], tracing_mode=mode)(x, SIGMAS)
     for sigma in (SIGMAS, torch.tensor([2.0, 0.5])):
-        torch.testing.assert_close(traced(2 * x, sigma), OF_SIGMA[name](2 * x, sigma), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            traced(2 * x, sigma), OF_SIGMA[name](2 * x, sigma), rtol=1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("name", OF_SIGMA)
@@ -466,9 +522,20 @@ def test_a_ladder_of_numbers_is_checked_while_tracing():
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("name", ["InstanceNorm2dPlus", "ConditionalInstanceNorm2dPlus", "ConditionalInstanceNorm2d", "GroupNormAct"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "InstanceNorm2dPlus",
+        "ConditionalInstanceNorm2dPlus",
+        "ConditionalInstanceNorm2d",
+        "GroupNormAct",
+    ],
+)
 def test_exported_norms(name, backend, strict):
-    """Kernels have no derivative in a graph: it runs without, or is exported on the reference. B = C ties nothing."""
+    """Kernels have no derivative in a graph: it runs without, or is exported on the reference.
+
+    B = C ties nothing.
+    """
     torch.manual_seed(0)
     x, labels = torch.randn(4, 4, 6, 6), torch.tensor([0, 1, 2, 0])
     conditional = name.startswith("Conditional")
@@ -491,7 +558,9 @@ def test_exported_norms(name, backend, strict):
         for key, p in norm.named_parameters():
             torch.testing.assert_close(slopes[key].grad, p.grad, rtol=1e-4, atol=1e-4)
     else:
-        with pytest.raises(NotImplementedError, match=r'torch\.no_grad\(\).*use_backend\("reference"\)'):
+        with pytest.raises(
+            NotImplementedError, match=r'torch\.no_grad\(\).*use_backend\("reference"\)'
+        ):
             exported(*inputs)
 
 

@@ -20,7 +20,11 @@ def test_a_fallback_is_named_with_its_line_once():
             jvp(f, x, x)
     found = [w for w in seen if w.category is fastscore.FallbackWarning]
     line = f.__code__.co_firstlineno + 1
-    assert len(found) == 1 and f"grad cannot be carried through with its tangents ({__file__}:{line})" in str(found[0].message)
+    assert len(
+        found
+    ) == 1 and f"grad cannot be carried through with its tangents ({__file__}:{line})" in str(
+        found[0].message
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", category=fastscore.FallbackWarning)
         with pytest.raises(fastscore.FallbackWarning, match="grad cannot be carried"):
@@ -34,7 +38,10 @@ def test_a_write_into_memory_that_has_another_alias_is_right_and_says_that_it_co
         sums += x.sin()
         return view.t() * x
 
-    x, v = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3), torch.ones(2, 3, dtype=torch.float64)
+    x, v = (
+        torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3),
+        torch.ones(2, 3, dtype=torch.float64),
+    )
     with pytest.warns(fastscore.FallbackWarning, match="an ordinary tensor that is held elsewhere"):
         y, t = jvp(f, x, v)
     torch.testing.assert_close(t, x.cos() * x + x.sin())
@@ -43,4 +50,8 @@ def test_a_write_into_memory_that_has_another_alias_is_right_and_says_that_it_co
 def test_what_is_carried_says_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        jvp(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.SiLU(), torch.nn.LayerNorm(4)), torch.ones(2, 3), torch.ones(2, 3))
+        jvp(
+            torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.SiLU(), torch.nn.LayerNorm(4)),
+            torch.ones(2, 3),
+            torch.ones(2, 3),
+        )

@@ -1,4 +1,8 @@
-"""autograd.Functions inside f: what their backward says is what jvp and the losses take, or they are refused. Against double backprop."""
+"""autograd.Functions inside f.
+
+What their backward says is what jvp and the losses take, or they are refused. Against double
+backprop.
+"""
 
 import numpy as np
 import pytest
@@ -14,7 +18,11 @@ from fastscore import jvp, losses
 
 def function(forward, backward, setup=None, **more):
     """A Function: forward(x, ...) or forward(ctx, x, ...), backward(ctx, *cotangents)."""
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward), **{k: staticmethod(m) for k, m in more.items()}}
+    members = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(backward),
+        **{k: staticmethod(m) for k, m in more.items()},
+    }
     if setup is not None:
         members["setup_context"] = staticmethod(setup)
     return type("Custom", (Function,), members)
@@ -45,7 +53,10 @@ Viewed = function(lambda ctx, x: x.view_as(x), lambda ctx, g: -2 * g)
 Setup = function(
     lambda x, scale: x.sign() * scale,
     lambda ctx, g: (g * ctx.scale * ctx.saved_tensors[0].cos(), None),
-    lambda ctx, inputs, output: (ctx.save_for_backward(inputs[0]), setattr(ctx, "scale", inputs[1])),
+    lambda ctx, inputs, output: (
+        ctx.save_for_backward(inputs[0]),
+        setattr(ctx, "scale", inputs[1]),
+    ),
 )
 Outputs = function(
     lambda ctx, x: save(ctx, x, (x.detach().sin(), "a word", x.detach().square(), 7)),
@@ -69,19 +80,31 @@ def dirty(ctx, x):
 
 
 Dirty = function(dirty, lambda ctx, g: 3 * g)
-Nested = function(lambda ctx, x: save(ctx, x, Sign.apply(Detached.apply(x))), lambda ctx, g: Sign.apply(g) * 0 + cosine(ctx, g))
+Nested = function(
+    lambda ctx, x: save(ctx, x, Sign.apply(Detached.apply(x))),
+    lambda ctx, g: Sign.apply(g) * 0 + cosine(ctx, g),
+)
 Two = function(
     lambda ctx, x, w: (ctx.save_for_backward(x, w), (x.detach() @ w.detach()).round())[1],
     lambda ctx, g: (g @ ctx.saved_tensors[1].t(), ctx.saved_tensors[0].t() @ g),
 )
-Listed = function(lambda ctx, many, x: save(ctx, x, many[0].sin() + x.detach()), lambda ctx, g: (None, g))
+Listed = function(
+    lambda ctx, many, x: save(ctx, x, many[0].sin() + x.detach()), lambda ctx, g: (None, g)
+)
 Unmaterialised = function(
     lambda ctx, x: (ctx.set_materialize_grads(False), save(ctx, x, (x.sin(), x.cos())))[1],
-    lambda ctx, a, b: (0 if a is None else a * ctx.saved_tensors[0].cos()) + (0 if b is None else -b * ctx.saved_tensors[0].sin()),
+    lambda ctx, a, b: (
+        (0 if a is None else a * ctx.saved_tensors[0].cos())
+        + (0 if b is None else -b * ctx.saved_tensors[0].sin())
+    ),
 )
-Reduced = function(lambda ctx, x: save(ctx, x, x.detach().square().sum()), lambda ctx, g: 2 * g * ctx.saved_tensors[0])
+Reduced = function(
+    lambda ctx, x: save(ctx, x, x.detach().square().sum()),
+    lambda ctx, g: 2 * g * ctx.saved_tensors[0],
+)
 Complex = function(
-    lambda ctx, x: save(ctx, x, torch.complex(x.detach().sin(), x.detach())), lambda ctx, g: g.real * ctx.saved_tensors[0].cos() + g.imag
+    lambda ctx, x: save(ctx, x, torch.complex(x.detach().sin(), x.detach())),
+    lambda ctx, g: g.real * ctx.saved_tensors[0].cos() + g.imag,
 )
 NoGradient = function(lambda ctx, x: x.sign(), lambda ctx, g: None)
 Halved = function(
@@ -122,7 +145,9 @@ RIGHT = {
     "nested": lambda x: Nested.apply(x) + Nested.apply(Sign.apply(x)),
     "two-arguments": lambda x: Two.apply(x, WEIGHT) + Two.apply(x, x.t() @ x),
     "in-a-list": lambda x: Listed.apply([x], x),
-    "unmaterialised": lambda x: Unmaterialised.apply(x)[0] + (lambda a, b: a * b)(*Unmaterialised.apply(x)),
+    "unmaterialised": lambda x: (
+        Unmaterialised.apply(x)[0] + (lambda a, b: a * b)(*Unmaterialised.apply(x))
+    ),
     "reduced": lambda x: x * Reduced.apply(x),
     "complex": lambda x: (Complex.apply(x) * (1 + 2j)).abs().square(),
     "no-gradient": lambda x: NoGradient.apply(x) + x.sin(),
@@ -131,7 +156,7 @@ RIGHT = {
     "network": nn.Sequential(nn.Linear(3, 5), nn.SiLU(), Through(), nn.Linear(5, 3)).double(),
     "checkpoint": lambda x: checkpoint(lambda z: sign(z) * z, x, use_reentrant=False) + x,
     "reentrant": lambda x: checkpoint(lambda z: F.silu(z @ WEIGHT), x, use_reentrant=True) + x,
-}  # fmt: skip
+}
 
 
 class Constant:
@@ -149,7 +174,12 @@ def by_double_backprop(f, x, v):
 
 def gradients(y, jv, x, f):
     parameters = [WEIGHT, *(f.parameters() if isinstance(f, nn.Module) else ())]
-    return torch.autograd.grad((y * y).sum() + (jv * jv.detach().cos()).sum(), [x, *parameters], allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(
+        (y * y).sum() + (jv * jv.detach().cos()).sum(),
+        [x, *parameters],
+        allow_unused=True,
+        materialize_grads=True,
+    )
 
 
 @pytest.mark.parametrize("M", [1, 3])
@@ -165,13 +195,16 @@ def test_products_and_gradients_are_those_of_double_backprop(name, M):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
     with torch.no_grad():
         y, jv = jvp(f, x.detach(), v)
-    if name != "under-no-grad":   # where the caller is under no_grad, the block inside is no constant
+    # Where the caller is under no_grad, the block inside is no constant.
+    if name != "under-no-grad":
         assert torch.allclose(jv, theirs[1], rtol=1e-10, atol=1e-10) and not jv.requires_grad
 
 
 def test_straight_through_in_a_loss():
     x = torch.tensor([[0.5, -1.0, 2.0]], dtype=torch.float64)
-    assert torch.allclose(jvp(lambda x: sign(x) + x, x, torch.ones_like(x))[1], torch.full_like(x, 2))
+    assert torch.allclose(
+        jvp(lambda x: sign(x) + x, x, torch.ones_like(x))[1], torch.full_like(x, 2)
+    )
     s = x.sign() - 2 * x
     expected = -3 + 0.5 * s.square().sum()
     assert torch.allclose(losses.sliced(lambda x: sign(x) - 2 * x, x, seed=0), expected)
@@ -179,10 +212,20 @@ def test_straight_through_in_a_loss():
 
 
 HIDDEN = {
-    "backward-detaches": function(lambda ctx, x: save(ctx, x, x.sin()), lambda ctx, g: (g * ctx.saved_tensors[0].cos()).detach()),
-    "backward-data": function(lambda ctx, x: save(ctx, x, x.sin()), lambda ctx, g: g.data * ctx.saved_tensors[0].cos()),
-    "backward-numpy": function(lambda ctx, x: save(ctx, x, x.sin()), lambda ctx, g: numpy_sine(g.detach())),
-    "half-of-it": function(lambda ctx, x: save(ctx, x, x.sin()), lambda ctx, g: g * ctx.saved_tensors[0].cos() + g.detach()),
+    "backward-detaches": function(
+        lambda ctx, x: save(ctx, x, x.sin()),
+        lambda ctx, g: (g * ctx.saved_tensors[0].cos()).detach(),
+    ),
+    "backward-data": function(
+        lambda ctx, x: save(ctx, x, x.sin()), lambda ctx, g: g.data * ctx.saved_tensors[0].cos()
+    ),
+    "backward-numpy": function(
+        lambda ctx, x: save(ctx, x, x.sin()), lambda ctx, g: numpy_sine(g.detach())
+    ),
+    "half-of-it": function(
+        lambda ctx, x: save(ctx, x, x.sin()),
+        lambda ctx, g: g * ctx.saved_tensors[0].cos() + g.detach(),
+    ),
     "clipped": function(lambda ctx, x: x.sign(), lambda ctx, g: g.clamp(-0.5, 0.5)),
     "once": function(lambda ctx, x: save(ctx, x, x.sin()), once_differentiable(cosine)),
     "without": type("Custom", (Function,), {"forward": staticmethod(lambda ctx, x: x.sin())}),
@@ -216,7 +259,10 @@ def test_an_energy_with_a_function():
     from fastscore.models import EnergyScore
 
     x = torch.linspace(-2, 2, 12, dtype=torch.float64).view(3, 4)
-    for f in (lambda x: Data.apply(x).sum(1) - x.square().sum(1), lambda x: Reversed.apply(x.sin()).sum(1)):
+    for f in (
+        lambda x: Data.apply(x).sum(1) - x.square().sum(1),
+        lambda x: Reversed.apply(x.sin()).sum(1),
+    ):
         score = EnergyScore(f)
         leaf = x.clone().requires_grad_()
         s = torch.autograd.grad(f(leaf).sum(), leaf, create_graph=True)[0]
@@ -234,9 +280,14 @@ def test_torch_script_and_custom_operators_are_called_once():
         calls.append(1)
         return x.sin()
 
-    counted.register_autograd(cosine, setup_context=lambda ctx, inputs, output: save(ctx, *inputs, None))
+    counted.register_autograd(
+        cosine, setup_context=lambda ctx, inputs, output: save(ctx, *inputs, None)
+    )
     x, v = torch.randn(3, 4).double(), torch.randn(2, 3, 4).double()
-    assert torch.allclose(jvp(lambda x: counted(x) * x, x, v)[1], v * (x.cos() * x + x.sin())) and len(calls) == 1
+    assert (
+        torch.allclose(jvp(lambda x: counted(x) * x, x, v)[1], v * (x.cos() * x + x.sin()))
+        and len(calls) == 1
+    )
     script = torch.jit.script(lambda_free)
     assert torch.allclose(jvp(lambda x: script(x) * x, x, v)[1], v * (x.cos() * x + x.sin()))
 
@@ -256,9 +307,14 @@ def test_numpy_outside_a_function_is_no_constant():
 
 def test_inside_a_transform():
     Smooth = function(
-        lambda x: x.detach().sin(), cosine, lambda ctx, inputs, output: ctx.save_for_backward(*inputs), generate_vmap_rule=True
+        lambda x: x.detach().sin(),
+        cosine,
+        lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+        generate_vmap_rule=True,
     )
     Smooth.generate_vmap_rule = True
     x, v = torch.randn(3, 4).double(), torch.randn(3, 4).double()
-    (g,) = torch.func.grad(lambda x: (jvp(lambda x: Smooth.apply(x) * x, x, v)[1] * v).sum(), argnums=(0,))(x)
+    (g,) = torch.func.grad(
+        lambda x: (jvp(lambda x: Smooth.apply(x) * x, x, v)[1] * v).sum(), argnums=(0,)
+    )(x)
     assert torch.allclose(g, v.square() * (2 * x.cos() - x.sin() * x))

@@ -1,7 +1,8 @@
 """On a GPU: the same words, the same values, the same law.
 
-Without one, the kernels in CUDA C++ run on the device that build_support/emulate.py makes of the CPU. FASTSCORE_GPU_TESTS_ON=cpu runs
-the rest there, too, on Triton's interpreter and the C++ kernels, to find the mistakes of these tests early.
+Without one, the kernels in CUDA C++ run on the device that build_support/emulate.py makes of the
+CPU. FASTSCORE_GPU_TESTS_ON=cpu runs the rest there, too, on Triton's interpreter and the C++
+kernels, to find the mistakes of these tests early.
 """
 
 import contextlib
@@ -33,7 +34,9 @@ pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-DEVICE = os.environ.get("FASTSCORE_GPU_TESTS_ON") or ("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = os.environ.get("FASTSCORE_GPU_TESTS_ON") or (
+    "cuda" if torch.cuda.is_available() else "cpu"
+)
 if DEVICE == "cpu":
     sys.path.insert(0, str(Path(__file__).parent.parent / "build_support"))
     import emulate
@@ -45,9 +48,16 @@ def on_gpu_or(few, many):
 
 
 def pairs(a, b):
-    """All of them; without a GPU, where Triton's interpreter would take minutes, each of both at least once."""
+    """All of them; without a GPU, where Triton's interpreter would take minutes, each of both at
+    least once."""
     every = list(itertools.product(a, b))
-    return every if DEVICE == "cuda" else list(itertools.islice(zip(itertools.cycle(a), itertools.cycle(b)), max(len(a), len(b))))
+    return (
+        every
+        if DEVICE == "cuda"
+        else list(
+            itertools.islice(zip(itertools.cycle(a), itertools.cycle(b)), max(len(a), len(b)))
+        )
+    )
 
 
 @pytest.fixture(params=["triton", "cuda"] + ["cpp"] * (DEVICE == "cpu"), autouse=True)
@@ -68,7 +78,9 @@ def gpu_backend(request):
 
 def cpu(function, *args, **kwargs):
     with fastscore.use_backend("reference"):
-        return function(*(a.detach().cpu() if isinstance(a, torch.Tensor) else a for a in args), **kwargs)
+        return function(
+            *(a.detach().cpu() if isinstance(a, torch.Tensor) else a for a in args), **kwargs
+        )
 
 
 def close(got, expected, dtype):
@@ -76,24 +88,37 @@ def close(got, expected, dtype):
     return bool(((got - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + 5e-6).all())
 
 
-@pytest.mark.parametrize("offset", [0, 3, 2**31 - 2, 2**32 + 5, 2**34 - 4002, 2**39 - 3000])   # the last two: of blocks across 2^32
+# The last two: of blocks across 2^32
+@pytest.mark.parametrize("offset", [0, 3, 2**31 - 2, 2**32 + 5, 2**34 - 4002, 2**39 - 3000])
 @pytest.mark.parametrize("kind", ["words", "uniform", "normal", "rademacher"])
 def test_noise_equals_that_of_the_cpu(kind, offset):
     key = {"seed": -(2**40) - 1, "step": 3, "stream": 9, "substream": 2, "offset": offset}
-    got, expected = getattr(random, kind)(10_007, device=DEVICE, **key).cpu(), cpu(getattr(random, kind), 10_007, **key)
-    assert torch.equal(got, expected) if kind != "normal" else torch.allclose(got, expected, atol=1e-6, rtol=5e-7)
+    got, expected = (
+        getattr(random, kind)(10_007, device=DEVICE, **key).cpu(),
+        cpu(getattr(random, kind), 10_007, **key),
+    )
+    assert (
+        torch.equal(got, expected)
+        if kind != "normal"
+        else torch.allclose(got, expected, atol=1e-6, rtol=5e-7)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset, n", [(0, 16_384), (16, 20_000), (5, 9_001)])
-def test_noise_of_every_type_and_size_equals_that_of_the_cpu(gpu_backend, monkeypatch, dtype, offset, n):
+def test_noise_of_every_type_and_size_equals_that_of_the_cpu(
+    gpu_backend, monkeypatch, dtype, offset, n
+):
     """Signs as of a large tensor, too."""
     for large in (False, True) if gpu_backend == "triton" else (False,):
         if large:
             monkeypatch.setattr("fastscore.kernels.MANY_SIGNS", 0)
         for kind in ("uniform", "normal", "rademacher"):
             key = {"seed": 7, "stream": 9, "offset": offset, "dtype": dtype}
-            got, expected = getattr(random, kind)(n, device=DEVICE, **key).cpu(), cpu(getattr(random, kind), n, **key)
+            got, expected = (
+                getattr(random, kind)(n, device=DEVICE, **key).cpu(),
+                cpu(getattr(random, kind), n, **key),
+            )
             assert close(got, expected, dtype) if kind == "normal" else torch.equal(got, expected)
 
 
@@ -103,7 +128,12 @@ def test_normals_are_within_a_millionth_or_four_ulp():
     for step in range(64):
         key = {"seed": 1, "step": step, "stream": 9, "device": DEVICE, "dtype": torch.float64}
         n = on_gpu_or(2**14, 2**24)
-        worst = max(worst, float((random.normal(n, **key) - random.normal(n, backend="reference", **key)).abs().max()))
+        worst = max(
+            worst,
+            float(
+                (random.normal(n, **key) - random.normal(n, backend="reference", **key)).abs().max()
+            ),
+        )
     assert worst <= 4 * 2**-21   # four units of the last place of a normal in [4, 8)
 
 
@@ -138,12 +168,22 @@ def test_ops_equal_those_of_the_cpu(dtype, x, offset):
 @pytest.mark.parametrize("B, d", [(40, 150), (64, 64), (700, 24)])
 def test_samples_do_not_depend_on_how_the_batch_is_split(dtype, B, d):
     """Bit for bit on one back end: whole tiles, tails and strided elements compute one formula."""
-    x, s, e = torch.randn(B, d).to(DEVICE, dtype), torch.randn(B, d).to(DEVICE, dtype), torch.rand(B, device=DEVICE)
+    x, s, e = (
+        torch.randn(B, d).to(DEVICE, dtype),
+        torch.randn(B, d).to(DEVICE, dtype),
+        torch.rand(B, device=DEVICE),
+    )
     for step_size in (0.3, e):
         whole = fastscore.langevin_step(x, s, step_size, seed=5)
         for k in (B // 2, B // 2 - 3):
             parts = [
-                fastscore.langevin_step(x[i:j], s[i:j], step_size if step_size is not e else e[i:j], seed=5, offset=i * d)
+                fastscore.langevin_step(
+                    x[i:j],
+                    s[i:j],
+                    step_size if step_size is not e else e[i:j],
+                    seed=5,
+                    offset=i * d,
+                )
                 for i, j in ((0, k), (k, B))
             ]
             assert torch.equal(torch.cat(parts), whole)
@@ -152,14 +192,17 @@ def test_samples_do_not_depend_on_how_the_batch_is_split(dtype, B, d):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("B, d", [(10, 150), (6, 640), (13, 24), (3, 4100), (3, 8192)])
 def test_sums_over_a_sample_do_not_depend_on_how_the_batch_is_split(gpu_backend, dtype, B, d):
-    """Bit for bit: neither the order of a sum nor its formula may depend on where a part of a batch lies in memory."""
+    """Bit for bit: neither the order of a sum nor its formula may depend on where a part of a
+    batch lies in memory."""
     s, js = torch.randn(B, d).to(DEVICE, dtype), torch.randn(2, B, d).to(DEVICE, dtype)
 
     def sums(i, j):
         loss = fastscore.denoising_loss(s[i:j], 0.3, seed=5, offset=i * d)
         if gpu_backend == "cuda":   # projections on a GPU are Triton's
             return [loss[None]]
-        vjv, vs, ss = project(s[i:j], js[:, i:j], None, (5, 0, random.PROJECTION, i * d), gpu_backend)
+        vjv, vs, ss = project(
+            s[i:j], js[:, i:j], None, (5, 0, random.PROJECTION, i * d), gpu_backend
+        )
         return loss[None], vjv, vs, ss[None]
 
     for k in (B // 2, B // 2 - 1):
@@ -169,14 +212,19 @@ def test_sums_over_a_sample_do_not_depend_on_how_the_batch_is_split(gpu_backend,
 
 @pytest.mark.parametrize("M", [0, 1])
 def test_normalisation_beyond_the_cache_is_the_same(norm_backend, monkeypatch, M):
-    """Bit for bit: how long the caches keep something is no part of a result, for it depends on the batch."""
+    """Bit for bit: how long the caches keep something is no part of a result, for it depends on
+    the batch."""
     form = Form(0, True, True, 1e-5, "silu")
     (x, t, coef, tcoef, gy, gty), _ = norm_problem(form, (3, 40, 20, 20), torch.float32, M)
 
     def run():
         leaves = [a.detach().requires_grad_() for a in ((x, t, coef, tcoef) if M else (x, coef))]
         x_, t_, coef_, tcoef_ = leaves if M else (leaves[0], None, leaves[1], None)
-        outputs = _normalise(x_, t_, coef_, tcoef_, None, form, norm_backend, True)[:2] if M else [normalise(x_, coef_, None, form, None)]
+        outputs = (
+            _normalise(x_, t_, coef_, tcoef_, None, form, norm_backend, True)[:2]
+            if M
+            else [normalise(x_, coef_, None, form, None)]
+        )
         return [*outputs, *torch.autograd.grad(outputs, leaves, [gy, gty] if M else [gy])]
 
     within = run()
@@ -190,7 +238,9 @@ def test_a_normalised_sample_does_not_depend_on_its_batch(norm_backend, shape):
     table = torch.randn(shape[0], 3 * shape[1], device=DEVICE)
     whole = fastscore.conditional_instance_norm_plus(x, labels, table, activation="elu")
     for i in range(shape[0]):
-        alone = fastscore.conditional_instance_norm_plus(x[i : i + 1], labels[i : i + 1], table, activation="elu")
+        alone = fastscore.conditional_instance_norm_plus(
+            x[i : i + 1], labels[i : i + 1], table, activation="elu"
+        )
         assert torch.equal(alone, whole[i : i + 1])
 
 
@@ -198,14 +248,19 @@ def test_a_normalised_sample_does_not_depend_on_its_batch(norm_backend, shape):
 def test_loss_at_every_group_size(shape):
     s = torch.randn(shape, device=DEVICE, requires_grad=True)
     loss = fastscore.denoising_loss(s, 0.5, seed=5)
-    assert torch.allclose(loss.cpu(), cpu(fastscore.denoising_loss, s.detach(), 0.5, seed=5), rtol=1e-5)
+    assert torch.allclose(
+        loss.cpu(), cpu(fastscore.denoising_loss, s.detach(), 0.5, seed=5), rtol=1e-5
+    )
     z = random.normal(shape, seed=5, stream=random.PERTURB, device=DEVICE)
-    assert torch.allclose(torch.autograd.grad(loss.sum(), s)[0], 0.5 * (0.5 * s + z).detach(), atol=3e-6)
+    assert torch.allclose(
+        torch.autograd.grad(loss.sum(), s)[0], 0.5 * (0.5 * s + z).detach(), atol=3e-6
+    )
 
 
 @pytest.mark.parametrize("splits", [2, 37, 1024, 2500])
 def test_partial_sums_are_summed_whatever_their_number(norm_backend, splits):
-    """Of one call up to three results, each sum in an order that does not depend on how many there are."""
+    """Of one call up to three results, each sum in an order that does not depend on how many
+    there are."""
     if norm_backend != "triton":
         pytest.skip("a kernel of Triton's")
     from fastscore.kernels.sum_splits import sum_splits
@@ -214,8 +269,11 @@ def test_partial_sums_are_summed_whatever_their_number(norm_backend, splits):
         partials = [torch.randn(*shape, splits, device=DEVICE) for shape in shapes]
         outputs = [torch.empty(shape, device=DEVICE) for shape in shapes]
         sum_splits(outputs, partials, splits)
-        for total, partial in zip(outputs, partials):   # of terms of size 1, at random: the rounding of log2(2500) + 3 sums
-            assert torch.allclose(total.double(), partial.double().sum(-1), rtol=1e-6, atol=1e-7 * splits)
+        # Of terms of size 1, at random: the rounding of log2(2500) + 3 sums.
+        for total, partial in zip(outputs, partials):
+            assert torch.allclose(
+                total.double(), partial.double().sum(-1), rtol=1e-6, atol=1e-7 * splits
+            )
             alone = torch.empty_like(total.flatten()[-1:])
             sum_splits([alone], [partial.flatten(0, -2)[-1:].clone()], splits)
             assert torch.equal(alone, total.flatten()[-1:])
@@ -235,7 +293,11 @@ def test_sums_over_long_samples_take_two_launches(norm_backend, monkeypatch):
 
     for module in (kernels, kernels.launch_rademacher_project, kernels.sum_splits):
         real = module.launch
-        monkeypatch.setattr(module, "launch", lambda *args, real=real, **named: (launched.append(args[0]), real(*args, **named)))
+        monkeypatch.setattr(
+            module,
+            "launch",
+            lambda *args, real=real, **named: (launched.append(args[0]), real(*args, **named)),
+        )
     s, js = torch.randn(2, 20_000, device=DEVICE), torch.randn(2, 2, 20_000, device=DEVICE)
     vjv, vs = (torch.empty(2, 2, device=DEVICE) for _ in range(2))
     with Recorded():
@@ -243,23 +305,33 @@ def test_sums_over_long_samples_take_two_launches(norm_backend, monkeypatch):
         assert len(launched) == 2
         kernels.LAUNCHERS["rademacher_project"](vjv, vs, vs[0].clone(), js, s, 2, None, 5, 0, 1, 0)
         assert len(launched) == 4
-    made = {"empty", "select", "clone"} | ({"new_empty", "copy_", "set_"} if DEVICE == "cpu" else set())   # by the interpreter
+    # By the interpreter.
+    made = {"empty", "select", "clone"} | (
+        {"new_empty", "copy_", "set_"} if DEVICE == "cpu" else set()
+    )
     assert {name.split(".")[1] for name in operations} <= made, operations
 
 
 def test_derivatives_in_every_mode():
     s = torch.randn(2, 5, dtype=torch.float64, device=DEVICE, requires_grad=True)
     e = torch.rand(2, dtype=torch.float64, device=DEVICE).add(0.1).requires_grad_()
-    for f in (lambda s, e: fastscore.langevin_step(s.sin(), s, e, seed=3), lambda s, e: fastscore.denoising_loss(s, e, seed=3)):
+    for f in (
+        lambda s, e: fastscore.langevin_step(s.sin(), s, e, seed=3),
+        lambda s, e: fastscore.denoising_loss(s, e, seed=3),
+    ):
         assert torch.autograd.gradcheck(f, (s, e), check_forward_ad=True)
         assert torch.autograd.gradgradcheck(f, (s, e), check_fwd_over_rev=True)
 
 
 def test_compiled_equals_eager():
     x = torch.randn(64, 100, device=DEVICE, requires_grad=True)
-    f = torch.compile(lambda x, step: fastscore.langevin_step(x, x.sin(), 0.1, seed=4, step=step), fullgraph=True)
+    f = torch.compile(
+        lambda x, step: fastscore.langevin_step(x, x.sin(), 0.1, seed=4, step=step), fullgraph=True
+    )
     for step in range(3):
-        assert torch.allclose(f(x, step), fastscore.langevin_step(x, x.sin(), 0.1, seed=4, step=step), atol=2e-6)
+        assert torch.allclose(
+            f(x, step), fastscore.langevin_step(x, x.sin(), 0.1, seed=4, step=step), atol=2e-6
+        )
     assert torch.allclose(torch.autograd.grad(f(x, 0).sum(), x)[0], 1 + 0.05 * x.cos(), atol=1e-6)
 
 
@@ -314,7 +386,9 @@ def norm_problem(form, shape, dtype, M=0, channels_last=False):
     images = [x, draw(M, *shape), draw(*shape), draw(M, *shape)]
     compute = torch.promote_types(dtype, torch.float32)
     coefficients = [(1 + 0.5 * draw(shape[0], KC)).to(compute), draw(M, shape[0], KC).to(compute)]
-    x, t, gy, gty = ((_last(a, a.dim() - len(shape) + 1) if channels_last else a).to(DEVICE) for a in images)
+    x, t, gy, gty = (
+        (_last(a, a.dim() - len(shape) + 1) if channels_last else a).to(DEVICE) for a in images
+    )
     coef, tcoef = (c.to(DEVICE) for c in coefficients)
     tensors = x, t, coef, tcoef, gy, gty
     return tensors, [a.cpu().double() for a in tensors]
@@ -327,28 +401,48 @@ def _last(a, channel):
 @pytest.mark.parametrize("shape", IMAGES)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_normalisation_and_its_gradient_equal_those_of_the_cpu(norm_backend, dtype, channels_last, shape):
+def test_normalisation_and_its_gradient_equal_those_of_the_cpu(
+    norm_backend, dtype, channels_last, shape
+):
     for activation, (groups, alpha, beta) in pairs(OF_NORMS, FORMS):
         form = Form(groups, alpha, beta, 1e-5, activation)
-        (x, _, coef, _, gy, _), (x_, _, coef_, _, gy_, _) = norm_problem(form, shape, dtype, channels_last=channels_last)
+        (x, _, coef, _, gy, _), (x_, _, coef_, _, gy_, _) = norm_problem(
+            form, shape, dtype, channels_last=channels_last
+        )
         exact = normalise_ref(x_.requires_grad_(), coef_.requires_grad_(), None, form)
         y = normalise(x.requires_grad_(), coef.requires_grad_(), None, form, None)
         assert y.dtype == dtype and close(y.detach(), exact.detach(), dtype), form
         assert y.movedim(1, -1).is_contiguous() == x.movedim(1, -1).is_contiguous()
         scale = cancelling(x_, coef_, gy_, form)
-        off_the_kink = normalise_ref(x_.detach(), coef_.detach(), None, form._replace(activation=None)).abs() > 1e-4   # of relu
+        # Of relu.
+        off_the_kink = (
+            normalise_ref(x_.detach(), coef_.detach(), None, form._replace(activation=None)).abs()
+            > 1e-4
+        )
         gy, gy_ = gy * off_the_kink.to(gy), gy_ * off_the_kink
-        got, expected = torch.autograd.grad(y, (x, coef), gy), torch.autograd.grad(exact, (x_, coef_), gy_)
-        for a, b, least in zip(got, expected, (scale, 0)):   # float32 sums of up to 90300 pixels, after float32 or float64 arithmetic
-            assert relative(a, b, least) <= max(torch.finfo(dtype).eps, 1e-5 if dtype != torch.float64 else 1e-10), form
+        got, expected = (
+            torch.autograd.grad(y, (x, coef), gy),
+            torch.autograd.grad(exact, (x_, coef_), gy_),
+        )
+        # float32 sums of up to 90300 pixels, after float32 or float64 arithmetic.
+        for a, b, least in zip(got, expected, (scale, 0)):
+            assert relative(a, b, least) <= max(
+                torch.finfo(dtype).eps, 1e-5 if dtype != torch.float64 else 1e-10
+            ), form
 
 
 def cancelling(x, coef, gy, form):
-    """The norm of γ gy / σ, whose means are subtracted in the gradient of x: of one pixel per channel they leave zero, up to rounding of
-    terms 1/√ε = 316 times as large as gy."""
+    """The norm of γ gy / σ, whose means are subtracted in the gradient of x.
+
+    Of one pixel per channel they leave zero, up to rounding of terms 1/√ε = 316 times as large as
+    gy.
+    """
     B, C = x.shape[:2]
     grouped = x.detach().reshape(B, form.groups or C, -1)
-    r = torch.rsqrt(grouped.var(-1, unbiased=False) + form.eps).repeat_interleave(C // (form.groups or C), 1)   # (B, C)
+    # (B, C).
+    r = torch.rsqrt(grouped.var(-1, unbiased=False) + form.eps).repeat_interleave(
+        C // (form.groups or C), 1
+    )
     gamma = coef.detach()[:, :C].expand(B, C)
     return (gy * (gamma * r).reshape(B, C, *[1] * (x.dim() - 2))).norm()
 
@@ -378,7 +472,11 @@ def test_tangents_and_their_gradient_equal_those_of_the_cpu(norm_backend, dtype,
 def test_normalisation_has_every_derivative(norm_backend):
     form = Form(0, True, True, 1e-5, "silu")
     (x, _, table, *_), _ = norm_problem(form, on_gpu_or((2, 2, 2, 1), (3, 6, 2, 2)), torch.float64)
-    x, table, labels = x.requires_grad_(), table.requires_grad_(), torch.tensor([2, 0, 2][-len(x) :], device=DEVICE) % len(x)
+    x, table, labels = (
+        x.requires_grad_(),
+        table.requires_grad_(),
+        torch.tensor([2, 0, 2][-len(x) :], device=DEVICE) % len(x),
+    )
 
     def f(x, table):
         return fastscore.conditional_instance_norm_plus(x, labels, table, activation="silu")
@@ -390,17 +488,28 @@ def test_normalisation_has_every_derivative(norm_backend):
 def test_compiled_normalisation_equals_eager(norm_backend):
     form = Form(0, True, True, 1e-5, "elu")
     (x, t, table, _, gy, _), _ = norm_problem(form, (4, 6, 8, 8), torch.float32, 1)
-    x, table, labels = x.requires_grad_(), table.requires_grad_(), torch.tensor([1, 0, 3, 1], device=DEVICE)
+    x, table, labels = (
+        x.requires_grad_(),
+        table.requires_grad_(),
+        torch.tensor([1, 0, 3, 1], device=DEVICE),
+    )
 
     def f(x, table):
         return fastscore.conditional_instance_norm_plus(x.sin(), labels, table, activation="elu")
 
     compiled = torch.compile(f, fullgraph=True)
     assert torch.allclose(compiled(x, table), f(x, table), atol=1e-6)
-    for a, b in zip(torch.autograd.grad(compiled(x, table), (x, table), gy), torch.autograd.grad(f(x, table), (x, table), gy)):
+    for a, b in zip(
+        torch.autograd.grad(compiled(x, table), (x, table), gy),
+        torch.autograd.grad(f(x, table), (x, table), gy),
+    ):
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-5)
-    tangent = torch.compile(lambda x, t: torch.func.jvp(lambda x: f(x, table), (x,), (t,))[1], fullgraph=True)
-    assert torch.allclose(tangent(x, t[0]), torch.func.jvp(lambda x: f(x, table), (x,), (t[0],))[1], atol=1e-5)
+    tangent = torch.compile(
+        lambda x, t: torch.func.jvp(lambda x: f(x, table), (x,), (t,))[1], fullgraph=True
+    )
+    assert torch.allclose(
+        tangent(x, t[0]), torch.func.jvp(lambda x: f(x, table), (x,), (t[0],))[1], atol=1e-5
+    )
 
 
 def test_gradients_of_a_table_and_of_split_rows_are_repeatable(norm_backend):
@@ -419,14 +528,18 @@ def test_gradients_of_a_table_and_of_split_rows_are_repeatable(norm_backend):
 def test_normalisation_of_more_than_two_to_the_31_elements(norm_backend, channels_last):
     """The last sample of a large tensor equals that sample on its own; 12 GB in float16."""
     large = DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory >= 24 * 2**30
-    x = torch.empty((2**15 + 1 if large else on_gpu_or(3, 9), 64, 32, 32), dtype=torch.float16, device=DEVICE)
+    x = torch.empty(
+        (2**15 + 1 if large else on_gpu_or(3, 9), 64, 32, 32), dtype=torch.float16, device=DEVICE
+    )
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     for part in x.split(4096):   # in place, so that memory is needed twice and not four times
         part.normal_()
     gamma = torch.ones(64, device=DEVICE, requires_grad=True)
     y, last = fastscore.instance_norm_plus(x, gamma, gamma, activation="elu"), x[-1:].clone()
     alone = fastscore.instance_norm_plus(last, gamma, gamma, activation="elu")
-    assert torch.equal(y[-1:], alone), f"{int((y[-1:] != alone).sum())} differ by up to {float((y[-1:] - alone).abs().max())}"
+    assert torch.equal(y[-1:], alone), (
+        f"{int((y[-1:] != alone).sum())} differ by up to {float((y[-1:] - alone).abs().max())}"
+    )
 
 
 SAMPLER_OPTIONS = {
@@ -449,7 +562,9 @@ def test_samplers_draw_what_the_cpu_draws_and_never_wait_for_the_device(sampler)
 
     def states(x):
         f = log_prob if sampler == "mala" else score
-        return getattr(fastscore.sampling, sampler)(f, x, seed=1, diagnostics=True, **SAMPLER_OPTIONS[sampler])
+        return getattr(fastscore.sampling, sampler)(
+            f, x, seed=1, diagnostics=True, **SAMPLER_OPTIONS[sampler]
+        )
 
     start = random.normal((32, 12), seed=2, stream=1024, device=DEVICE)
     list(states(start))   # kernels are compiled
@@ -471,24 +586,41 @@ def test_activation_of_a_stack_and_its_gradient(norm_backend, dtype, name):
         s = s.to(DEVICE).requires_grad_()
         y = activate_dual(s, name)
         assert y.dtype == dtype and near(y.detach().cpu(), exact(name, s_), dtype)
-        assert near(torch.autograd.grad(y, s, g.to(DEVICE))[0].cpu(), exact_gradient(name, s_, g_), dtype, 60)
+        assert near(
+            torch.autograd.grad(y, s, g.to(DEVICE))[0].cpu(),
+            exact_gradient(name, s_, g_),
+            dtype,
+            60,
+        )
 
 
 @pytest.mark.parametrize("straight", [True, False], ids=["straight", "bent"])
 @pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activation_of_curves_and_its_gradient(norm_backend, dtype, name, straight):
-    """Against the equations in float64: slopes are within a few ulp of 1, which u'^2 and u'' multiply, and g in reverse."""
+    """Against the equations in float64.
+
+    Slopes are within a few ulp of 1, which u'^2 and u'' multiply, and g in reverse.
+    """
     generator = torch.Generator().manual_seed(0)
     for shape, M in (((3, 5, 7), 1), ((8, 1024), 3), ((1024,), 2), ((2, 0), 1)):
-        s, g = (torch.randn(1 + k * M, *shape, generator=generator).to(dtype) for k in (1 if straight else 2, 2))
+        s, g = (
+            torch.randn(1 + k * M, *shape, generator=generator).to(dtype)
+            for k in (1 if straight else 2, 2)
+        )
         s[0] = 4 * s[0] + 0.125 * s[0].sign()   # away from the kink of relu
         wide, leaf = s.double().requires_grad_(), s.to(DEVICE).requires_grad_()
         room = 1 + wide[1:].detach().square().sum(0) + wide[1:].detach().abs().sum(0)
         y, got = activate_jet_ref(wide, M, name), activate_jet(leaf, M, name)
-        (right,), (found,) = torch.autograd.grad(y, wide, g.double()), torch.autograd.grad(got, leaf, g.to(DEVICE))
+        (right,), (found,) = (
+            torch.autograd.grad(y, wide, g.double()),
+            torch.autograd.grad(got, leaf, g.to(DEVICE)),
+        )
         assert got.dtype == dtype and found.dtype == dtype
-        eps, least = torch.finfo(dtype).eps, torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        eps, least = (
+            torch.finfo(dtype).eps,
+            torch.finfo(torch.promote_types(dtype, torch.float32)).eps,
+        )
         for a, b, scale in ((got, y, room), (found, right, room * (1 + g.double().abs().sum(0)))):
             assert bool(((a.cpu().double() - b).abs() <= eps * b.abs() + 20 * least * scale).all())
 
@@ -497,14 +629,18 @@ def test_curves_of_more_than_two_to_the_31_elements(norm_backend):
     large = DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory >= 24 * 2**30
     s = torch.zeros((2, 2**30 + 2**16 if large else 5000), dtype=torch.float16, device=DEVICE)
     s[:, -3000:] = torch.randn(2, 3000)
-    assert torch.equal(activate_jet(s, 1, "silu")[:, -3000:], activate_jet(s[:, -3000:].contiguous(), 1, "silu"))
+    assert torch.equal(
+        activate_jet(s, 1, "silu")[:, -3000:], activate_jet(s[:, -3000:].contiguous(), 1, "silu")
+    )
 
 
 def test_stack_of_more_than_two_to_the_31_elements(norm_backend):
     large = DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory >= 24 * 2**30
     s = torch.zeros((2, 2**30 + 2**16 if large else 5000), dtype=torch.float16, device=DEVICE)
     s[:, -3000:] = torch.randn(2, 3000)
-    assert torch.equal(activate_dual(s, "silu")[:, -3000:], activate_dual(s[:, -3000:].contiguous(), "silu"))
+    assert torch.equal(
+        activate_dual(s, "silu")[:, -3000:], activate_dual(s[:, -3000:].contiguous(), "silu")
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -516,34 +652,69 @@ def test_stack_of_more_than_two_to_the_31_elements(norm_backend):
         pytest.param((2, 20_000), 3, 2**33 + 5, id="splits"),
         pytest.param((700, 2), 3, 2**33 + 5, id="many-rows-per-program"),
         pytest.param((3, 8192), 2, 2**33 + 128, id="whole-tiles"),
-        pytest.param((2, 2**18), 1, 2**39 - 2**18, id="several-tiles-per-program"),   # and blocks on both sides of 2^32
+        # And blocks on both sides of 2^32
+        pytest.param((2, 2**18), 1, 2**39 - 2**18, id="several-tiles-per-program"),
     ],
 )
-def test_projections_and_their_gradient_equal_those_of_the_cpu(norm_backend, dtype, shape, M, offset):
+def test_projections_and_their_gradient_equal_those_of_the_cpu(
+    norm_backend, dtype, shape, M, offset
+):
     numbers = 2**40 + 7, 3, random.PROJECTION, offset
-    js, s = torch.randn(M, *shape).to(DEVICE, dtype).requires_grad_(), torch.randn(shape).to(DEVICE, dtype).requires_grad_()
-    key = {"seed": numbers[0], "step": numbers[1], "stream": numbers[2], "offset": numbers[3], "dtype": torch.float64}
-    v = torch.stack([random.rademacher(shape, substream=m, backend="reference", **key) for m in range(M)])
+    js, s = (
+        torch.randn(M, *shape).to(DEVICE, dtype).requires_grad_(),
+        torch.randn(shape).to(DEVICE, dtype).requires_grad_(),
+    )
+    key = {
+        "seed": numbers[0],
+        "step": numbers[1],
+        "stream": numbers[2],
+        "offset": numbers[3],
+        "dtype": torch.float64,
+    }
+    v = torch.stack(
+        [random.rademacher(shape, substream=m, backend="reference", **key) for m in range(M)]
+    )
     got = project(s, js, None, numbers, norm_backend)
     wide = [t.detach().cpu().double().requires_grad_() for t in (s, js)]
     expected = project_ref(*wide, v)
-    for a, b in zip(got, expected):   # sums of up to 2^18 terms of size 1, at random
-        assert torch.allclose(a.detach().cpu().double(), b.detach(), rtol=1e-5, atol=1e-3 if dtype != torch.float64 else 1e-9)
+    for a, b in zip(got, expected):  # sums of up to 2^18 terms of size 1, at random
+        assert torch.allclose(
+            a.detach().cpu().double(),
+            b.detach(),
+            rtol=1e-5,
+            atol=1e-3 if dtype != torch.float64 else 1e-9,
+        )
     weights = [torch.randn(a.shape) for a in got]
     gradients = torch.autograd.grad([(a * w.to(a)).sum() for a, w in zip(got, weights)], (s, js))
-    for a, b in zip(gradients, torch.autograd.grad([(a * w.to(a)).sum() for a, w in zip(expected, weights)], wide)):
+    for a, b in zip(
+        gradients,
+        torch.autograd.grad([(a * w.to(a)).sum() for a, w in zip(expected, weights)], wide),
+    ):
         assert near(a.cpu(), b, dtype, 60)
 
 
 def mlp():
     nn = torch.nn
-    return nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 40), nn.Softplus(), nn.Linear(40, 12))
+    return nn.Sequential(
+        nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 40), nn.Softplus(), nn.Linear(40, 12)
+    )
 
 
 def conv_net():
     conv, nn = (lambda a, b: torch.nn.Conv2d(a, b, 3, padding=1)), torch.nn
     norms = nn.InstanceNorm2d(8, affine=True), nn.GroupNorm(2, 8), nn.BatchNorm2d(8)
-    return nn.Sequential(conv(3, 8), norms[0], nn.ELU(), conv(8, 8), norms[1], nn.SiLU(), conv(8, 8), norms[2], nn.GELU(), conv(8, 3))
+    return nn.Sequential(
+        conv(3, 8),
+        norms[0],
+        nn.ELU(),
+        conv(8, 8),
+        norms[1],
+        nn.SiLU(),
+        conv(8, 8),
+        norms[2],
+        nn.GELU(),
+        conv(8, 3),
+    )
 
 
 def double_backprop(net, x, v):
@@ -552,13 +723,22 @@ def double_backprop(net, x, v):
     y, total = wide(leaf), 0
     for d in v.cpu().double():
         total = total + (torch.autograd.grad((y * d).sum(), leaf, create_graph=True)[0] * d).sum()
-    return torch.autograd.grad(total + 0.5 * y.square().sum(), list(wide.parameters()), allow_unused=True)
+    return torch.autograd.grad(
+        total + 0.5 * y.square().sum(), list(wide.parameters()), allow_unused=True
+    )
 
 
 def worst(gradients, expected):
     """Relative to the gradient as a whole."""
-    pairs = [(torch.zeros_like(b) if a is None else a.cpu().double(), b) for a, b in zip(gradients, expected) if b is not None]
-    return float(torch.cat([(a - b).flatten() for a, b in pairs]).norm() / torch.cat([b.flatten() for _, b in pairs]).norm())
+    pairs = [
+        (torch.zeros_like(b) if a is None else a.cpu().double(), b)
+        for a, b in zip(gradients, expected)
+        if b is not None
+    ]
+    return float(
+        torch.cat([(a - b).flatten() for a, b in pairs]).norm()
+        / torch.cat([b.flatten() for _, b in pairs]).norm()
+    )
 
 
 @pytest.fixture
@@ -572,17 +752,27 @@ def full_float32():
 
 @pytest.mark.parametrize("M", [1, 4])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
-@pytest.mark.parametrize("make, shape", [(mlp, (32, 12)), (conv_net, (6, 3, 8, 8))], ids=["mlp", "conv-net"])
-def test_jvp_of_a_network_and_its_gradient_equal_double_backprop(norm_backend, full_float32, make, shape, channels_last, M):
+@pytest.mark.parametrize(
+    "make, shape", [(mlp, (32, 12)), (conv_net, (6, 3, 8, 8))], ids=["mlp", "conv-net"]
+)
+def test_jvp_of_a_network_and_its_gradient_equal_double_backprop(
+    norm_backend, full_float32, make, shape, channels_last, M
+):
     if channels_last and make is mlp:
         pytest.skip("no images")
     torch.manual_seed(0)
-    net, x, v = make().to(DEVICE), torch.randn(shape).to(DEVICE), torch.randn(M, *shape).sign().to(DEVICE)
+    net, x, v = (
+        make().to(DEVICE),
+        torch.randn(shape).to(DEVICE),
+        torch.randn(M, *shape).sign().to(DEVICE),
+    )
     if channels_last:
         net, x = net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     y, jv = fastscore.jvp(net, x, v)
     assert torch.allclose(y, net(x), atol=1e-5)
-    got = torch.autograd.grad((jv * v).sum() + 0.5 * y.square().sum(), list(net.parameters()), allow_unused=True)
+    got = torch.autograd.grad(
+        (jv * v).sum() + 0.5 * y.square().sum(), list(net.parameters()), allow_unused=True
+    )
     assert worst(got, double_backprop(net, x, v)) < 1e-5
 
 
@@ -596,11 +786,15 @@ LOSSES = {
     "finite-difference": lambda s, x: losses.finite_difference_sliced(s, x, seed=3, projections=2),
 }
 CONDITIONAL = {
-    method: lambda s, x, sigmas, method=method: losses.noise_conditional(s, x, sigmas, method=method, seed=3, step=2)
+    method: lambda s, x, sigmas, method=method: losses.noise_conditional(
+        s, x, sigmas, method=method, seed=3, step=2
+    )
     for method in METHODS
 } | {
     "denoising-number": lambda s, x, sigmas: losses.denoising(s, x, 0.5, seed=3),
-    "labels": lambda s, x, sigmas: losses.noise_conditional(s, x, sigmas, labels=torch.arange(len(x), device=x.device) % 3, seed=3),
+    "labels": lambda s, x, sigmas: losses.noise_conditional(
+        s, x, sigmas, labels=torch.arange(len(x), device=x.device) % 3, seed=3
+    ),
 }
 
 
@@ -616,14 +810,23 @@ def score(kind, conditional):
 
 def value_and_gradient(loss, net, *args):
     value = loss(net, *args)
-    return value.detach(), torch.autograd.grad(value.sum(), list(net.parameters()), allow_unused=True)
+    return value.detach(), torch.autograd.grad(
+        value.sum(), list(net.parameters()), allow_unused=True
+    )
 
 
 @pytest.mark.parametrize("kind", ["mlp", "energy"])
 @pytest.mark.parametrize("name", [*LOSSES, *CONDITIONAL])
 def test_losses_equal_those_of_the_cpu(norm_backend, full_float32, name, kind):
-    """The same seed draws the same noise and the same signs; the CPU's are float64. The GPU is never waited for."""
-    loss, rest = (LOSSES[name], ()) if name in LOSSES else (CONDITIONAL[name], (torch.tensor([1.0, 0.5, 0.1]),))
+    """The same seed draws the same noise and the same signs; the CPU's are float64.
+
+    The GPU is never waited for.
+    """
+    loss, rest = (
+        (LOSSES[name], ())
+        if name in LOSSES
+        else (CONDITIONAL[name], (torch.tensor([1.0, 0.5, 0.1]),))
+    )
     x, net = torch.randn(7, 12), score(kind, bool(rest))
     on_gpu = copy.deepcopy(net).to(DEVICE), x.to(DEVICE), *(t.to(DEVICE) for t in rest)
     value_and_gradient(loss, *on_gpu)   # kernels are loaded, which may wait
@@ -633,7 +836,10 @@ def test_losses_equal_those_of_the_cpu(norm_backend, full_float32, name, kind):
         expected, exact_gradients = value_and_gradient(loss, net.double(), x.double(), *rest)
     # Differences of scores over 2h, h = 0.1/sqrt(12), lose a factor 20.
     bound = 2e-4 if name == "finite-difference" else 2e-5
-    assert float((value.cpu().double() - expected).norm() / expected.norm()) < bound and worst(gradients, exact_gradients) < 10 * bound
+    assert (
+        float((value.cpu().double() - expected).norm() / expected.norm()) < bound
+        and worst(gradients, exact_gradients) < 10 * bound
+    )
 
 
 @contextlib.contextmanager
@@ -666,14 +872,23 @@ def test_score_of_an_energy_and_its_products(norm_backend, full_float32, kind):
 @pytest.mark.parametrize("name", ["sliced", "denoising", "sliced-vr"])
 def test_losses_under_autocast_stay_near_float64(norm_backend, name):
     """bfloat16 keeps two to three digits."""
-    loss, rest = (LOSSES[name], ()) if name in LOSSES else (CONDITIONAL[name], (torch.tensor([1.0, 0.5, 0.1]),))
+    loss, rest = (
+        (LOSSES[name], ())
+        if name in LOSSES
+        else (CONDITIONAL[name], (torch.tensor([1.0, 0.5, 0.1]),))
+    )
     x, net = torch.randn(64, 12), score("mlp", bool(rest))
     with torch.autocast(DEVICE, torch.bfloat16):
-        value, gradients = value_and_gradient(loss, copy.deepcopy(net).to(DEVICE), x.to(DEVICE), *(t.to(DEVICE) for t in rest))
+        value, gradients = value_and_gradient(
+            loss, copy.deepcopy(net).to(DEVICE), x.to(DEVICE), *(t.to(DEVICE) for t in rest)
+        )
     assert value.dtype == torch.float32
     with fastscore.use_backend("reference"):
         expected, exact_gradients = value_and_gradient(loss, net.double(), x.double(), *rest)
-    assert float((value.cpu().double() - expected).norm() / expected.norm()) < 0.03 and worst(gradients, exact_gradients) < 0.03
+    assert (
+        float((value.cpu().double() - expected).norm() / expected.norm()) < 0.03
+        and worst(gradients, exact_gradients) < 0.03
+    )
 
 
 def test_compiled_stack_and_projection_equal_eager(norm_backend):
@@ -688,7 +903,9 @@ def test_compiled_stack_and_projection_equal_eager(norm_backend):
 
     compiled = torch.compile(f, fullgraph=True)
     assert torch.allclose(compiled(x), f(x), rtol=1e-5)
-    assert torch.allclose(torch.autograd.grad(compiled(x), x)[0], torch.autograd.grad(f(x), x)[0], atol=1e-4)
+    assert torch.allclose(
+        torch.autograd.grad(compiled(x), x)[0], torch.autograd.grad(f(x), x)[0], atol=1e-4
+    )
 
 
 def test_compiled_loss_equals_eager(norm_backend):

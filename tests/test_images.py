@@ -1,4 +1,7 @@
-"""One reader for data sets, observations and masks: the value of every mode, depth and layout, and what is asked for or refused."""
+"""One reader for data sets, observations and masks.
+
+The value of every mode, depth and layout, and what is asked for or refused.
+"""
 
 import io
 import sys
@@ -19,7 +22,9 @@ UNIT_RGB = torch.from_numpy(COLOURS.transpose(2, 0, 1) / 255).float()
 
 
 def save(path, array, mode=None, **options):
-    Image.fromarray(array, mode).save(path, **options) if mode else Image.fromarray(array).save(path, **options)
+    Image.fromarray(array, mode).save(path, **options) if mode else Image.fromarray(array).save(
+        path, **options
+    )
     return path
 
 
@@ -42,18 +47,32 @@ def png(array, depth, colour, transparent=None):
     import zlib
 
     def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     h, w = array.shape[:2]
     if depth < 8:
-        bits = ((array[..., None] >> np.arange(depth - 1, -1, -1)) & 1).astype(np.uint8).reshape(h, -1)
+        bits = (
+            ((array[..., None] >> np.arange(depth - 1, -1, -1)) & 1).astype(np.uint8).reshape(h, -1)
+        )
         rows = [np.packbits(row).tobytes() for row in bits]
     else:
         rows = [row.astype(f">u{depth // 8}").tobytes() for row in array]
     data = zlib.compress(b"".join(b"\0" + row for row in rows))
     header = struct.pack(">IIBBBBB", w, h, depth, colour, 0, 0, 0)
-    middle = b"" if transparent is None else chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + middle + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    middle = (
+        b""
+        if transparent is None
+        else chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
+    )
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + middle
+        + chunk(b"IDAT", data)
+        + chunk(b"IEND", b"")
+    )
 
 
 def written(path, content):
@@ -66,8 +85,14 @@ BITS = np.array([[0, 1, 1], [1, 0, 1]])
 PICTURES = {
     "1": (lambda p: save(p, BITS.astype(bool)), torch.tensor(BITS).float()[None]),
     "L": (lambda p: save(p, GREY), UNIT),
-    "L-2-bit": (lambda p: written(p, png(np.arange(6).reshape(2, 3) % 4, 2, 0)), torch.tensor([[0, 1, 2], [3, 0, 1]])[None] / 3),
-    "L-4-bit": (lambda p: written(p, png(np.arange(6).reshape(2, 3) * 3, 4, 0)), torch.arange(6).reshape(1, 2, 3) / 5),
+    "L-2-bit": (
+        lambda p: written(p, png(np.arange(6).reshape(2, 3) % 4, 2, 0)),
+        torch.tensor([[0, 1, 2], [3, 0, 1]])[None] / 3,
+    ),
+    "L-4-bit": (
+        lambda p: written(p, png(np.arange(6).reshape(2, 3) * 3, 4, 0)),
+        torch.arange(6).reshape(1, 2, 3) / 5,
+    ),
     "I;16": (lambda p: save(p, ODD.astype(np.uint16)), torch.from_numpy(ODD / 65535).float()[None]),
     "LA": (lambda p: save(p, opaque(GREY), "LA"), UNIT),
     "P": (lambda p: palette(COLOURS).save(p), UNIT_RGB),
@@ -82,7 +107,11 @@ PICTURES = {
 def test_every_mode_and_depth_has_one_value_everywhere(tmp_path, mode, use):
     write, expected = PICTURES[mode]
     path = write(tmp_path / "x.png") or tmp_path / "x.png"
-    found = datasets.load(tmp_path)[0][0] if use == "folder" else observations.load_image(str(path), None)[0]
+    found = (
+        datasets.load(tmp_path)[0][0]
+        if use == "folder"
+        else observations.load_image(str(path), None)[0]
+    )
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
@@ -125,12 +154,20 @@ TRANSPARENT = {
 def test_transparent_pixels_are_asked_for(tmp_path, kind):
     TRANSPARENT[kind](tmp_path / "x.png")
     for read in (datasets.load, lambda p: observations.load_image(f"{p}/x.png", None)):
-        with pytest.raises(ValueError, match=r"x.png has transparent pixels: say what shows behind them, .*:on-white or .*:on-black"):
+        with pytest.raises(
+            ValueError,
+            match=r"x.png has transparent pixels: say what shows behind them, .*:on-white or "
+                  r".*:on-black",
+        ):
             read(tmp_path)
     white, black = (datasets.load(f"{tmp_path}:on-{name}")[0] for name in ("white", "black"))
-    shown = white - black   # 1 - alpha, in each colour
-    hidden = {"RGBA": 1.8, "LA": 1.8, "palette": None, "grey": 1, "grey-2-bit": 1, "colour": 1}[kind]
-    assert float(shown.max()) == 1 and (hidden is None or float(shown[0, 0].sum()) == pytest.approx(hidden))
+    shown = white - black  # 1 - alpha, in each colour
+    hidden = {"RGBA": 1.8, "LA": 1.8, "palette": None, "grey": 1, "grey-2-bit": 1, "colour": 1}[
+        kind
+    ]
+    assert float(shown.max()) == 1 and (
+        hidden is None or float(shown[0, 0].sum()) == pytest.approx(hidden)
+    )
 
 
 def test_background_shows_through_by_alpha(tmp_path):
@@ -144,7 +181,11 @@ def test_background_shows_through_by_alpha(tmp_path):
 
 def test_grey_beside_colours_is_asked_for(tmp_path):
     save(tmp_path / "a.png", GREY), save(tmp_path / "b.png", COLOURS)
-    with pytest.raises(ValueError, match=r"grey images and images in colour \(a.png has 1 channels, b.png 3\): say .*:grey or .*:rgb"):
+    with pytest.raises(
+        ValueError,
+        match=r"grey images and images in colour \(a.png has 1 channels, b.png 3\): "
+              r"say .*:grey or .*:rgb",
+    ):
         datasets.load(tmp_path)
     rgb, grey = (datasets.load(f"{tmp_path}:{word}")[0] for word in ("rgb", "grey"))
     torch.testing.assert_close(rgb, torch.stack([UNIT.expand(3, 2, 3), UNIT_RGB]))
@@ -153,12 +194,32 @@ def test_grey_beside_colours_is_asked_for(tmp_path):
 
 
 REFUSED = {
-    "sixteen-bit-colour": (lambda p: written(p, png(np.zeros((2, 3, 3), int), 16, 2)), "16 bits for each colour, of which Pillow reads 8"),
-    "sixteen-bit-grey-and-alpha": (lambda p: written(p, png(np.zeros((2, 3, 2), int), 16, 4)), "16 bits for each colour"),
-    "frames": (lambda p: Image.fromarray(GREY).save(p, save_all=True, append_images=[Image.fromarray(GREY[::-1])]), "holds 2 frames"),
-    "zeros-and-ones": (lambda p: save(p, BITS.astype(np.uint8)), r"uint8 up to 1, which hardly means 1/255 of white: say .*:max=1 "),
-    "twelve-bits": (lambda p: save(p, (ODD >> 4).astype(np.uint16)), r"uint16 up to 4095, .*: say .*:max=4095"),
-    "damaged": (lambda p: written(p, png(GREY, 8, 0)[:-30]), r"is not a readable PNG or JPEG image \("),
+    "sixteen-bit-colour": (
+        lambda p: written(p, png(np.zeros((2, 3, 3), int), 16, 2)),
+        "16 bits for each colour, of which Pillow reads 8",
+    ),
+    "sixteen-bit-grey-and-alpha": (
+        lambda p: written(p, png(np.zeros((2, 3, 2), int), 16, 4)),
+        "16 bits for each colour",
+    ),
+    "frames": (
+        lambda p: Image.fromarray(GREY).save(
+            p, save_all=True, append_images=[Image.fromarray(GREY[::-1])]
+        ),
+        "holds 2 frames",
+    ),
+    "zeros-and-ones": (
+        lambda p: save(p, BITS.astype(np.uint8)),
+        r"uint8 up to 1, which hardly means 1/255 of white: say .*:max=1 ",
+    ),
+    "twelve-bits": (
+        lambda p: save(p, (ODD >> 4).astype(np.uint16)),
+        r"uint16 up to 4095, .*: say .*:max=4095",
+    ),
+    "damaged": (
+        lambda p: written(p, png(GREY, 8, 0)[:-30]),
+        r"is not a readable PNG or JPEG image \(",
+    ),
     "text": (lambda p: written(p, b"hello"), r"is not a readable PNG or JPEG image \("),
 }
 
@@ -169,24 +230,34 @@ def test_what_a_picture_does_not_tell_is_refused_or_asked_for(tmp_path, kind, us
     write, message = REFUSED[kind]
     write(tmp_path / "x.png")
     with pytest.raises(ValueError, match=message) as error:
-        datasets.load(tmp_path) if use == "folder" else observations.load_image(f"{tmp_path}/x.png", None)
+        datasets.load(tmp_path) if use == "folder" else observations.load_image(
+            f"{tmp_path}/x.png", None
+        )
     assert "\n" not in str(error.value)
 
 
 def test_cmyk_is_refused(tmp_path):
     Image.new("CMYK", (4, 4), (0, 0, 0, 255)).save(tmp_path / "x.jpg")
-    with pytest.raises(ValueError, match=r"x\.jpg is a picture of mode CMYK, whose colours depend on a profile"):
+    with pytest.raises(
+        ValueError, match=r"x\.jpg is a picture of mode CMYK, whose colours depend on a profile"
+    ):
         datasets.load(tmp_path)
 
 
 def test_white_can_be_said(tmp_path):
     save(tmp_path / "x.png", BITS.astype(np.uint8))
-    torch.testing.assert_close(datasets.load(f"{tmp_path}:max=1")[0][0, 0], torch.tensor(BITS).float())
+    torch.testing.assert_close(
+        datasets.load(f"{tmp_path}:max=1")[0][0, 0], torch.tensor(BITS).float()
+    )
     np.savez(tmp_path / "x.npz", images=np.arange(17).repeat(2).reshape(2, 17, 1, 1))   # int64
     with pytest.raises(ValueError, match="int64 up to 16, which does not tell white"):
         datasets.load(f"{tmp_path}/x.npz:channels-last")
     found, _ = datasets.load(f"{tmp_path}/x.npz:channels-last:max=16")
-    assert found.shape == (2, 1, 17, 1) and float(found.max()) == 1 and float(found[0, 0, 2, 0]) == 1 / 16
+    assert (
+        found.shape == (2, 1, 17, 1)
+        and float(found.max()) == 1
+        and float(found[0, 0, 2, 0]) == 1 / 16
+    )
 
 
 def test_pictures_in_a_folder_that_are_not_read_are_named(tmp_path):
@@ -221,19 +292,28 @@ def test_arrays_are_read_by_dtype_and_by_the_axis_that_can_be_channels(tmp_path,
         assert labels is None and found.dtype == torch.float32
         torch.testing.assert_close(found, unit, rtol=0, atol=1e-3 if dtype == "<f2" else 1e-6)
         np.save(tmp_path / "one.npy", array[0])
-        torch.testing.assert_close(observations.load_image(f"{tmp_path}/one.npy", None)[0], found[0])
+        torch.testing.assert_close(
+            observations.load_image(f"{tmp_path}/one.npy", None)[0], found[0]
+        )
     np.save(tmp_path / "all.npy", stored)
     torch.testing.assert_close(datasets.load(f"{tmp_path}/all.npy")[0], found)
 
 
-@pytest.mark.parametrize("shape", [(5, 1, 16, 3), (5, 3, 16, 1), (5, 3, 3, 3), (5, 8, 8, 8), (5, 13, 32, 32), (5, 2, 4, 4)])
+@pytest.mark.parametrize(
+    "shape",
+    [(5, 1, 16, 3), (5, 3, 16, 1), (5, 3, 3, 3), (5, 8, 8, 8), (5, 13, 32, 32), (5, 2, 4, 4)],
+)
 def test_ambiguous_layouts_are_asked_for(tmp_path, shape):
     array = random_images(*shape)
     np.save(tmp_path / "one.npy", array[0])
     file = archive(tmp_path, array)
     for read in (lambda word: datasets.load(f"{file}{word}")[0],
-                 lambda word: observations.load_image(f"{tmp_path}/one.npy{word}", None)[0][None]):  # fmt: skip
-        with pytest.raises(ValueError, match=r"may be the first or the last axis of an image: say .*:channels-first or .*:channels-last"):
+                 lambda word: observations.load_image(f"{tmp_path}/one.npy{word}", None)[0][None]):
+        with pytest.raises(
+            ValueError,
+            match=r"may be the first or the last axis of an image: "
+                  r"say .*:channels-first or .*:channels-last",
+        ):
             read("")
         first, last = read(":channels-first"), read(":channels-last")
         assert torch.equal(first, torch.from_numpy(array[: len(first)]) / 255)
@@ -243,16 +323,25 @@ def test_ambiguous_layouts_are_asked_for(tmp_path, shape):
 @pytest.mark.parametrize(
     "array, message",
     [
-        (np.zeros((28, 28, 3), np.uint8), r"may hold 28 grey images of 28 x 3 pixels, or one image"),
+        (
+            np.zeros((28, 28, 3), np.uint8),
+            r"may hold 28 grey images of 28 x 3 pixels, or one image",
+        ),
         (np.zeros((4, 4), np.uint8), r"must hold images \(N, H, W\), .*; got uint8 \(4, 4\)"),
         (np.zeros((0, 4, 4), np.uint8), r"got uint8 \(0, 4, 4\)"),
-        (np.full((2, 8, 8), 255.0), r"must have values in \[0, 1\], or say .*:max=N; got 255 to 255"),
+        (
+            np.full((2, 8, 8), 255.0),
+            r"must have values in \[0, 1\], or say .*:max=N; got 255 to 255",
+        ),
         (np.full((2, 8, 8), -1.0), r"must have values in \[0, 1\]"),
         (np.full((2, 8, 8), np.nan), "must hold finite numbers"),
         (np.full((2, 8, 8), 1j), r"must hold bools, integers or floats; got complex128"),
         (np.full((2, 8, 8), "a"), r"must hold bools, integers or floats; got <U1"),
         (np.full((2, 8, 8), 200), r"int64 up to 200, which does not tell white: say .*:max=255"),
-        (np.full((2, 8, 8), 1, np.uint8), r"uint8 up to 1, .*: say .*:max=1 or what it is; .*:max=255 if the images are so dark"),
+        (
+            np.full((2, 8, 8), 1, np.uint8),
+            r"uint8 up to 1, .*: say .*:max=1 or what it is; .*:max=255 if the images are so dark",
+        ),
         (np.full((2, 8, 8), 16, np.uint8), r"uint8 up to 16, .*: say .*:max=16"),
         (np.full((2, 8, 8), None), "is not a readable .npz file of plain arrays"),
     ],
@@ -264,25 +353,45 @@ def test_wrong_arrays_are_one_sentence(tmp_path, array, message):
 
 
 @pytest.mark.parametrize(
-    "labels", [np.zeros((3, 2), int), np.zeros(4, int), np.array([0.5, 1, 2]), np.array([-1, 0, 1]), np.array(["a", "b", "c"])],
+    "labels",
+    [
+        np.zeros((3, 2), int),
+        np.zeros(4, int),
+        np.array([0.5, 1, 2]),
+        np.array([-1, 0, 1]),
+        np.array(["a", "b", "c"]),
+    ],
     ids=["one-hot", "too-many", "fractions", "negative", "text"],
-)  # fmt: skip
+)
 def test_labels_are_whole_numbers_one_for_each_image(tmp_path, labels):
     file = archive(tmp_path, random_images(3, 8, 8), labels=labels)
-    with pytest.raises(ValueError, match="labels must be 3 whole numbers from 0, one for each image"):
+    with pytest.raises(
+        ValueError, match="labels must be 3 whole numbers from 0, one for each image"
+    ):
         datasets.load(file)
 
 
 def test_labels_may_be_stored_as_floats(tmp_path):
-    _, labels = datasets.load(archive(tmp_path, random_images(3, 8, 8), labels=np.array([2.0, 0, 1])))
+    _, labels = datasets.load(
+        archive(tmp_path, random_images(3, 8, 8), labels=np.array([2.0, 0, 1]))
+    )
     assert labels.tolist() == [2, 0, 1] and labels.dtype == torch.int64
 
 
 def test_damaged_files_are_one_sentence(tmp_path):
     whole = archive(tmp_path, random_images(3, 8, 8)).read_bytes()
     np.save(tmp_path / "a.npy", random_images(3, 8, 8))
-    texts = {"npz": [b"", b"PK", whole[:100], whole[: len(whole) // 2], whole[:-10], (tmp_path / "a.npy").read_bytes()],
-             "npy": [b"", b"hello", (tmp_path / "a.npy").read_bytes()[:-10], whole]}  # fmt: skip
+    texts = {
+        "npz": [
+            b"",
+            b"PK",
+            whole[:100],
+            whole[: len(whole) // 2],
+            whole[:-10],
+            (tmp_path / "a.npy").read_bytes(),
+        ],
+        "npy": [b"", b"hello", (tmp_path / "a.npy").read_bytes()[:-10], whole],
+    }
     for suffix, contents in texts.items():
         for content in contents:
             file = written(tmp_path / f"x.{suffix}", content)
@@ -298,7 +407,8 @@ def test_damaged_files_are_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     "word, message",
     [
-        ("grey:rgb", "says two things about one"), ("max=0", "max=N must be a positive number; got 'max=0'"),
+        ("grey:rgb", "says two things "
+                     "about one"), ("max=0", "max=N must be a positive number; got 'max=0'"),
         ("max=white", "max=N must be a positive number"),
         ("channels-first", "is a picture; channels-first and channels-last are for arrays"),
     ],
@@ -307,12 +417,16 @@ def test_wrong_readings_are_one_sentence(tmp_path, word, message):
     save(tmp_path / "x.png", GREY)
     with pytest.raises(ValueError, match=message):
         datasets.load(f"{tmp_path}:{word}")
-    with pytest.raises(ValueError, match=r"folder of images or an \.npz or \.npy file; got 'digits:rgb'"):
+    with pytest.raises(
+        ValueError, match=r"folder of images or an \.npz or \.npy file; got 'digits:rgb'"
+    ):
         datasets.load("digits:rgb")
 
 
 def test_channels_that_no_weights_fit_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"x.npz:grey must have 1 or 3 channels to go by; it has 4"):
+    with pytest.raises(
+        ValueError, match=r"x.npz:grey must have 1 or 3 channels to go by; it has 4"
+    ):
         datasets.load(f"{archive(tmp_path, random_images(2, 8, 8, 4))}:grey")
 
 
@@ -321,11 +435,19 @@ def test_channels_that_no_weights_fit_are_refused(tmp_path):
 
 KNOWN = np.eye(8, dtype=np.uint8)
 MASKS = {
-    "bool.npy": KNOWN.astype(bool), "0-1.npy": KNOWN, "int64.npy": KNOWN.astype(int), "0-255.npy": KNOWN * 255,
-    "float.npy": KNOWN / 1.0, "0-1.png": KNOWN, "0-255.png": KNOWN * 255,
-    "1-bit.png": KNOWN.astype(bool), "16-bit.png": KNOWN.astype(np.uint16) * 65535,
-    "rgb.png": np.stack([KNOWN * 255] * 3, -1), "rgba.png": opaque(np.stack([KNOWN * 255] * 3, -1)), "soft.png": KNOWN * 155 + 50,
-}  # fmt: skip
+    "bool.npy": KNOWN.astype(bool),
+    "0-1.npy": KNOWN,
+    "int64.npy": KNOWN.astype(int),
+    "0-255.npy": KNOWN * 255,
+    "float.npy": KNOWN / 1.0,
+    "0-1.png": KNOWN,
+    "0-255.png": KNOWN * 255,
+    "1-bit.png": KNOWN.astype(bool),
+    "16-bit.png": KNOWN.astype(np.uint16) * 65535,
+    "rgb.png": np.stack([KNOWN * 255] * 3, -1),
+    "rgba.png": opaque(np.stack([KNOWN * 255] * 3, -1)),
+    "soft.png": KNOWN * 155 + 50,
+}
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -340,10 +462,13 @@ def test_masks_of_every_kind_know_the_same_pixels(tmp_path, name, channels):
 @pytest.mark.parametrize(
     "array, message",
     [
-        (np.eye(8) * 255, r"must have values in \[0, 1\]"), (np.eye(8).astype(np.uint16) * 255, "uint16 up to 255"),
-        (np.eye(8).astype(int) * 255, "int64 up to 255"), (np.eye(8) * np.nan, "must hold finite numbers"),
+        (np.eye(8) * 255, r"must have values in "
+                          r"\[0, 1\]"), (np.eye(8).astype(np.uint16) * 255, "uint16 up to 255"),
+        (np.eye(8).astype(int) * 255, "int64 up "
+                                      "to 255"), (np.eye(8) * np.nan, "must hold finite numbers"),
         (np.eye(7, dtype=bool), r"must be a mask of \(8, 8\) pixels; got \(7, 7\)"),
-        (np.stack([KNOWN, 1 - KNOWN, KNOWN], -1), "hides other pixels in each colour; the run's images have 1 channels"),
+        (np.stack([KNOWN, 1 - KNOWN, KNOWN], -1), "hides other pixels in each colour; "
+                                                  "the run's images have 1 channels"),
     ],
 )  # fmt: skip
 def test_ambiguous_masks_are_refused(tmp_path, array, message):
@@ -357,7 +482,10 @@ def test_observations_lie_where_noise_explains_them(tmp_path):
     request = observations.parse(f"inpaint={tmp_path}/y.npy,left-half")
     seen = observations.observe(request, (1, 8, 8), noise=0.06)
     assert float(seen.y.max()) == 1.5
-    with pytest.raises(ValueError, match=r"condition: .*y.npy must have values in \[-0.201, 1.2\].*; got -0.5 to 1.5"):
+    with pytest.raises(
+        ValueError,
+        match=r"condition: .*y.npy must have values in \[-0.201, 1.2\].*; got -0.5 to 1.5",
+    ):
         observations.observe(request, (1, 8, 8), noise=0.02)
 
 
@@ -374,12 +502,18 @@ def test_grids_show_every_number_of_channels(tmp_path, channels):
         assert (found[1:5, 1:7] == bytes_[0].transpose(1, 2, 0)).all()
     else:   # the channels of a sample stand side by side
         wide = np.concatenate(list(bytes_[1]), -1)
-        assert found.shape == (6, 3 * (6 * channels + 1) + 1) and (found[1:5, 6 * channels + 2 : 12 * channels + 2] == wide).all()
+        assert (
+            found.shape == (6, 3 * (6 * channels + 1) + 1)
+            and (found[1:5, 6 * channels + 2 : 12 * channels + 2] == wide).all()
+        )
 
 
 def test_a_run_of_two_channels_trains_to_its_end(tmp_path, monkeypatch):
     file = archive(tmp_path, random_images(40, 8, 8, 2))
-    arguments = ["fastscore", "train", "--data", str(file), "--out", str(tmp_path / "run"), "--steps", "3", "--width", "8", "--levels", "3"]
+    arguments = [
+        "fastscore", "train", "--data", str(file), "--out", str(tmp_path / "run"), "--steps", "3",
+        "--width", "8", "--levels", "3",
+    ]
     monkeypatch.setattr(sys, "argv", arguments)
     try:
         cli.main()

@@ -1,4 +1,5 @@
-"""What differentiates inside works in inference mode and on its tensors, with the values that it has elsewhere."""
+"""What differentiates inside works in inference mode and on its tensors, with the values that it
+has elsewhere."""
 
 import copy
 
@@ -32,29 +33,47 @@ def _last(states):
 
 def _linear(method):
     def call(x, sigma):
-        observation = x[:, :2].clone()   # an inference tensor where x is one
-        return guidance.linear_inverse(_prior, guidance.Matrix(torch.eye(2, 3)), observation, 0.1, method=method)(x, sigma)
+        observation = x[:, :2].clone()  # an inference tensor where x is one
+        return guidance.linear_inverse(
+            _prior, guidance.Matrix(torch.eye(2, 3)), observation, 0.1, method=method
+        )(x, sigma)
 
     return call
 
 
 DOORS = {
-    "mala": lambda x, sigma: _last(sampling.mala(lambda x: -0.5 * x.square().sum(1), x, steps=3, step_size=0.1, seed=0)),
-    "mala-energy": lambda x, sigma: _last(sampling.mala(_energy(), x, steps=3, step_size=0.1, seed=0)),
-    "langevin-energy": lambda x, sigma: _last(sampling.langevin(_energy(), x, steps=3, step_size=0.1, seed=0)),
-    "annealed-energy": lambda x, sigma: _last(
-        sampling.annealed_langevin(_conditional, x, sigmas=[1.0, 0.1], steps_per_level=2, step_size=0.01, seed=0)
+    "mala": lambda x, sigma: _last(
+        sampling.mala(lambda x: -0.5 * x.square().sum(1), x, steps=3, step_size=0.1, seed=0)
     ),
-    "predictor-corrector-energy": lambda x, sigma: _last(sampling.predictor_corrector(_conditional, x, sigmas=[1.0, 0.5, 0.1], seed=0)),
-    "flow-energy": lambda x, sigma: _last(sampling.probability_flow(_conditional, x, sigmas=[1.0, 0.5, 0.1])),
+    "mala-energy": lambda x, sigma: _last(
+        sampling.mala(_energy(), x, steps=3, step_size=0.1, seed=0)
+    ),
+    "langevin-energy": lambda x, sigma: _last(
+        sampling.langevin(_energy(), x, steps=3, step_size=0.1, seed=0)
+    ),
+    "annealed-energy": lambda x, sigma: _last(
+        sampling.annealed_langevin(
+            _conditional, x, sigmas=[1.0, 0.1], steps_per_level=2, step_size=0.01, seed=0
+        )
+    ),
+    "predictor-corrector-energy": lambda x, sigma: _last(
+        sampling.predictor_corrector(_conditional, x, sigmas=[1.0, 0.5, 0.1], seed=0)
+    ),
+    "flow-energy": lambda x, sigma: _last(
+        sampling.probability_flow(_conditional, x, sigmas=[1.0, 0.5, 0.1])
+    ),
     "energy": lambda x, sigma: _energy()(x),
-    "energy-of-sigma": lambda x, sigma: models.EnergyScore(lambda x, s: -(x.sin() * s[:, None]).sum(1))(x, sigma),
+    "energy-of-sigma": lambda x, sigma: models.EnergyScore(
+        lambda x, s: -(x.sin() * s[:, None]).sum(1)
+    )(x, sigma),
     "energy-jvp": lambda x, sigma: _energy().jvp(x, torch.ones(1, 4, 3))[1],
     "energy-along": lambda x, sigma: _energy().along(x, torch.ones(1, 4, 3))[1],
     "sliced": lambda x, sigma: losses.sliced(_energy(), x, seed=0),
     "sliced-plain": lambda x, sigma: losses.sliced(_energy(), x, seed=0, variance_reduced=False),
     "exact": lambda x, sigma: losses.exact(_energy(), x),
-    "posterior": lambda x, sigma: guidance.posterior(_prior, lambda x, s: -(x.cos() * s[:, None]).sum(1))(x, sigma),
+    "posterior": lambda x, sigma: guidance.posterior(
+        _prior, lambda x, s: -(x.cos() * s[:, None]).sum(1)
+    )(x, sigma),
     **{f"linear-{method}": _linear(method) for method in ("flat", "denoiser", "moments")},
 }
 
@@ -101,7 +120,9 @@ def test_the_last_fallback_has_tangents(made):
     with torch.inference_mode(made):
         given = x.clone()
     with torch.inference_mode():
-        y, ty = jvp(lambda x: Forward.apply(x.as_strided(x.shape, x.stride())), given, torch.ones(2, 4, 3))
+        y, ty = jvp(
+            lambda x: Forward.apply(x.as_strided(x.shape, x.stride())), given, torch.ones(2, 4, 3)
+        )
         assert torch.is_inference_mode_enabled() and not ty.requires_grad
     torch.testing.assert_close(y, x.square())
     torch.testing.assert_close(ty, (2 * x).expand(2, 4, 3))
@@ -116,12 +137,16 @@ MADE = {
     "exact": lambda f, e, x: losses.exact(f, x),
     "explicit": lambda f, e, x: losses.exact(f, x, target=-x),
     "denoising": lambda f, e, x: losses.denoising(lambda x, sigma: f(x), x, 0.1, seed=0),
-    "noise-conditional": lambda f, e, x: losses.noise_conditional(lambda x, sigma: f(x), x, [1.0, 0.1], method="sliced", seed=0),
+    "noise-conditional": lambda f, e, x: losses.noise_conditional(
+        lambda x, sigma: f(x), x, [1.0, 0.1], method="sliced", seed=0
+    ),
     "finite-difference": lambda f, e, x: losses.finite_difference_sliced(f, x, seed=0),
     "energy": lambda f, e, x: models.EnergyScore(e)(x),
     "energy-sliced": lambda f, e, x: losses.sliced(models.EnergyScore(e), x, seed=0),
     "posterior": lambda f, e, x: guidance.posterior(_prior, lambda x, s: e(x)[:, 0])(x, SIGMA),
-    "linear-inverse": lambda f, e, x: guidance.linear_inverse(lambda x, s: f(x), guidance.Matrix(torch.eye(2, 3)), x[:, :2], 0.1)(x, SIGMA),
+    "linear-inverse": lambda f, e, x: guidance.linear_inverse(
+        lambda x, s: f(x), guidance.Matrix(torch.eye(2, 3)), x[:, :2], 0.1
+    )(x, SIGMA),
 }
 
 

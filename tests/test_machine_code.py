@@ -41,22 +41,35 @@ def cuda_rows():
 def test_every_triton_kernel_compiles_for_every_dtype_and_target_without_spills(triton_rows):
     noise = 4 + 3 + 4 * 3 + 1 + 3 * 4 + 2 * 3 * 4   # on every target; and on sm_90 more variants
     pixels, algebra, whole, stack, sums = 4 * 4, 2 * 3, 4, 4 * 4, 2
-    assert len(triton_rows) == 3 * (noise + pixels + algebra + whole + stack + sums) + 2 * 4 * 4 + 2 * 2 + 4 * 6
+    assert (
+        len(triton_rows)
+        == 3 * (noise + pixels + algebra + whole + stack + sums) + 2 * 4 * 4 + 2 * 2 + 4 * 6
+    )
     for name, row in triton_rows.items():
         assert row["local"] == 0, (name, row)
         assert row["wide"] >= 1 or name.startswith(ALGEBRA), (name, row)
 
 
 def test_normalisation_reads_and_writes_what_its_docstrings_say(triton_rows):
-    """Elements per thread and tensor, by 128-bit accesses; x is read twice forward, twice backward."""
+    """Elements per thread and tensor, by 128-bit accesses.
+
+    x is read twice forward, twice backward.
+    """
     reads = {"moments": 1, "apply": 1, "cotangent_sums": 2, "gradient": 2}
     for name, row in triton_rows.items():
         kernel, *label, dtype, _ = name.split()
-        if kernel in reads and label != ["channels-last"]:   # there the coefficients are vectors too
-            size, tangent = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}[dtype], 1 + (label == ["tangent"])
+        # There the coefficients are vectors too.
+        if kernel in reads and label != ["channels-last"]:
+            size, tangent = (
+                {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}[dtype],
+                1 + (label == ["tangent"]),
+            )
             elements = row["instructions"] / row["per_element"]
             assert row["read"] == reads[kernel] * tangent * size * elements, (name, row)
-            assert row["written"] == ("sums" not in kernel and kernel != "moments") * tangent * size * elements, (name, row)
+            assert (
+                row["written"]
+                == ("sums" not in kernel and kernel != "moments") * tangent * size * elements
+            ), (name, row)
 
 
 def test_a_second_pass_beyond_the_cache_leaves_there_what_it_has_yet_to_read(triton_rows):
@@ -66,23 +79,47 @@ def test_a_second_pass_beyond_the_cache_leaves_there_what_it_has_yet_to_read(tri
 
 
 def test_activations_of_a_stack_move_every_tensor_once(triton_rows):
-    """By 128-bit accesses: the stack in and out, and in the gradient its cotangents in, of relu's derivatives nothing but those.
+    """By 128-bit accesses.
 
-    Bound by memory below 50 instructions for value and tangent; below 75 for a curve, which moves half as much again.
+    The stack in and out, and in the gradient its cotangents in, of relu's derivatives nothing but
+    those.
+
+    Bound by memory below 50 instructions for value and tangent; below 75 for a curve, which moves
+    half as much again.
     """
     for name, row in triton_rows.items():
         if name.startswith(("activate_dual", "activate_jet")):
             kernel, activation, dtype, _ = name.split()
             parts = 3 if "jet" in kernel else 2
-            part = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}[dtype] * row["instructions"] / row["per_element"]
-            others = kernel.endswith("gradient") * (1 if activation == "relu" else parts)   # besides those that are as many as are written
-            assert row["read"] == part * (parts + others) and row["written"] == part * parts, (name, row)
-            assert row["per_element"] <= {2: 50, 3: 60}[parts] * (1 + 1.2 * (dtype == "fp64")), (name, row)
-            assert row["registers"] <= (128 if dtype == "fp64" else 64), (name, row)   # half of an SM's threads at least
+            part = (
+                {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}[dtype]
+                * row["instructions"]
+                / row["per_element"]
+            )
+            # Besides those that are as many as are written.
+            others = kernel.endswith("gradient") * (1 if activation == "relu" else parts)
+            assert row["read"] == part * (parts + others) and row["written"] == part * parts, (
+                name,
+                row,
+            )
+            assert row["per_element"] <= {2: 50, 3: 60}[parts] * (1 + 1.2 * (dtype == "fp64")), (
+                name,
+                row,
+            )
+            # Half of an SM's threads at least.
+            assert row["registers"] <= (128 if dtype == "fp64" else 64), (name, row)
 
 
 def test_every_cuda_kernel_compiles_without_spills(cuda_rows):
-    kernels = "fill_elements", "fill_packs", "fill_signs", "update_packs", "update_strided", "reduce_samples", "sum_splits"
+    kernels = (
+        "fill_elements",
+        "fill_packs",
+        "fill_signs",
+        "update_packs",
+        "update_strided",
+        "reduce_samples",
+        "sum_splits",
+    )
     assert all(any(kernel in name for name in cuda_rows) for kernel in kernels)
     for name, row in cuda_rows.items():
         assert row["local"] == 0, (name, row)
@@ -90,38 +127,65 @@ def test_every_cuda_kernel_compiles_without_spills(cuda_rows):
 
 
 def test_instructions_per_element_do_not_grow(triton_rows, request):
-    """The goal is 30 for one coefficient per call. Today Triton stands at 32.6 (float32) and 33.1 (bfloat16), CUDA C++ at 30.3 and 31.9.
+    """The goal is 30 for one coefficient per call.
 
-    With coefficients of each sample the goal is 34; Triton stands at 35.6 and 34.5 (16 or 32 elements a thread).
+    Today Triton stands at 32.6 (float32) and 33.1 (bfloat16), CUDA C++ at 30.3 and 31.9.
+
+    With coefficients of each sample the goal is 34; Triton stands at 35.6 and 34.5 (16 or 32
+    elements a thread).
     """
     for name, row in triton_rows.items():
         if "noisy_update" in name:
-            # On sm_90 a thread takes 4 elements (8 of a 16-bit type), not 16 (32): more instructions for each, in less time
-            # (kernels/tiles.py).
-            limit = (46 if "fp64" in name else 37 if "each" in name else 36) + 11 * name.endswith("sm_90")
+            # On sm_90 a thread takes 4 elements (8 of a 16-bit type), not 16 (32): more
+            # instructions for each, in less time (kernels/tiles.py).
+            limit = (46 if "fp64" in name else 37 if "each" in name else 36) + 11 * name.endswith(
+                "sm_90"
+            )
             assert row["per_element"] <= limit, (name, row)
-            assert row["registers"] <= 32 or not name.endswith("sm_90") or "fp64" in name, (name, row)
-        if name.startswith("noise_reduce") and "fp64" not in name:   # masks cost 3.5, the tree over a program's threads 2
+            assert row["registers"] <= 32 or not name.endswith("sm_90") or "fp64" in name, (
+                name,
+                row,
+            )
+        # Masks cost 3.5, the tree over a program's threads 2
+        if name.startswith("noise_reduce") and "fp64" not in name:
             limit = {"long": 31, "full": 33, "masked": 35.5}[name.split()[1]]
-            registers = 160 if name.endswith("sm_100") else 128   # ptxas takes 156 there for the loop over four tiles
+            # Ptxas takes 156 there for the loop over four tiles.
+            registers = 160 if name.endswith("sm_100") else 128
             assert row["per_element"] <= limit and row["registers"] <= registers, (name, row)
-        # Philox is ten rounds of four instructions for four words, of which a tile shares five; Box-Muller 36 for a pair.
+        # Philox is ten rounds of four instructions for four words, of which a tile shares five;
+        # Box-Muller 36 for a pair.
         fills = {"words": 20, "uniform": 19, "normal": 30.5, "rademacher": 6}
         if name.split()[0] in fills and "fp64" not in name:
-            assert row["per_element"] <= fills[name.split()[0]] and row["registers"] <= 64, (name, row)
+            assert row["per_element"] <= fills[name.split()[0]] and row["registers"] <= 64, (
+                name,
+                row,
+            )
         if name.startswith(("project", "spread")) and "fp64" not in name:
-            # Each warp computes the 32 Philox blocks of a tile, 2 instructions an element; a sign flip is 2, a sum 1, of bfloat16 a
-            # conversion 1 for each tensor; three sums over a program's threads take 3, of several tiles a part of that.
-            limits = {"long": 15, "full": 19, "masked": 20.5} if name.startswith("project") else {"long": 15.5, "full": 15.5, "masked": 17}
-            assert row["per_element"] <= limits[name.split()[1]] and row["registers"] <= 110, (name, row)
-        if name.startswith("cotangent_sums tangent"):   # five sums over a program's threads, of 8 and 16 elements each, take 20 and 10
-            assert row["per_element"] <= {"fp32": 57, "bf16": 44}[name.split()[2]] and row["registers"] <= 128, (name, row)
+            # Each warp computes the 32 Philox blocks of a tile, 2 instructions an element; a sign
+            # flip is 2, a sum 1, of bfloat16 a conversion 1 for each tensor; three sums over a
+            # program's threads take 3, of several tiles a part of that.
+            limits = (
+                {"long": 15, "full": 19, "masked": 20.5}
+                if name.startswith("project")
+                else {"long": 15.5, "full": 15.5, "masked": 17}
+            )
+            assert row["per_element"] <= limits[name.split()[1]] and row["registers"] <= 110, (
+                name,
+                row,
+            )
+        # Five sums over a program's threads, of 8 and 16 elements each, take 20 and 10
+        if name.startswith("cotangent_sums tangent"):
+            assert (
+                row["per_element"] <= {"fp32": 57, "bf16": 44}[name.split()[2]]
+                and row["registers"] <= 128
+            ), (name, row)
         if name.startswith(("apply elu", "gradient elu")) and "fp64" not in name:
             assert row["per_element"] <= 25, (name, row)
     for name, row in request.getfixturevalue("cuda_rows").items():
         if "update_packs" in name and "Li0E" in name:   # Li0E: key and coefficients are numbers
             assert row["per_element"] <= 33, (name, row)
-        if "update_packs" in name and "Li2EEE" in name and "update_packsId" not in name:   # coefficients of one sample per pack
+        # Coefficients of one sample per pack.
+        if "update_packs" in name and "Li2EEE" in name and "update_packsId" not in name:
             assert row["per_element"] <= 34, (name, row)
         if "fill_signs" in name:
             assert row["per_element"] <= 6, (name, row)
@@ -136,12 +200,28 @@ def test_the_stream_is_found_in_a_torch_that_was_not_linked(tmp_path):
         compiler = native.find_compiler().split()
     except native.BuildError as error:
         pytest.skip(str(error))
-    stub = "int aoti_torch_get_current_cuda_stream(int device, long* s) { *s = 40 + device; return 0; }"
+    stub = (
+        "int aoti_torch_get_current_cuda_stream(int device, long* s) "
+        "{ *s = 40 + device; return 0; }"
+    )
     call = "long stream() { void* s; return fastscore::torch_cuda_stream(2, &s) ? (long)s : -1; }"
-    sources = {"libtorch_cuda.so": f'extern "C" {stub}', "ours.so": f'#include "cuda_stream.h"\nextern "C" {call}'}
+    sources = {
+        "libtorch_cuda.so": f'extern "C" {stub}',
+        "ours.so": f'#include "cuda_stream.h"\nextern "C" {call}',
+    }
     for name, text in sources.items():
         (tmp_path / "source.cpp").write_text(text)
-        command = [*compiler, "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", "source.cpp", "-o", name, f"-Wl,-soname,{name}", "-ldl"]
+        command = [
+            *compiler,
+            "-shared",
+            "-fPIC",
+            f"-I{ROOT / 'csrc'}",
+            "source.cpp",
+            "-o",
+            name,
+            f"-Wl,-soname,{name}",
+            "-ldl",
+        ]
         children.run(command, cwd=tmp_path, check=True)
     program = "import ctypes, sys; print([ctypes.CDLL(path) for path in sys.argv[1:]][-1].stream())"
     for libraries, stream in ((["ours.so"], "-1"), (["libtorch_cuda.so", "ours.so"], "42")):

@@ -1,4 +1,7 @@
-"""What is said when something is wrong: what it is, in a sentence of a bearable length, and nothing that it is not."""
+"""What is said when something is wrong.
+
+What it is, in a sentence of a bearable length, and nothing that it is not.
+"""
 
 import numpy as np
 import pytest
@@ -17,20 +20,40 @@ def squares(net, x, step):
 
 
 def run(loader, net=None, **options):
-    return list(training.training_loop(net or torch.nn.Linear(3, 3), loader, options.pop("loss", squares), **{"steps": 5, **options}))
+    return list(
+        training.training_loop(
+            net or torch.nn.Linear(3, 3),
+            loader,
+            options.pop("loss", squares),
+            **{"steps": 5, **options},
+        )
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("pack", [lambda x: x, lambda x: [x, torch.zeros(4)], lambda x: {"image": (x,)}], ids=["tensor", "list", "dict"])
+@pytest.mark.parametrize(
+    "pack",
+    [lambda x: x, lambda x: [x, torch.zeros(4)], lambda x: {"image": (x,)}],
+    ids=["tensor", "list", "dict"],
+)
 def test_nan_in_the_data_is_called_that(bad, pack):
     x = X.clone()
     x[1, 2] = bad
 
     def loss(net, batch, step):
-        tensor = batch if isinstance(batch, torch.Tensor) else batch[0] if isinstance(batch, list) else batch["image"][0]
+        tensor = (
+            batch
+            if isinstance(batch, torch.Tensor)
+            else batch[0]
+            if isinstance(batch, list)
+            else batch["image"][0]
+        )
         return squares(net, tensor, step)
 
-    with pytest.raises(FloatingPointError, match="at step 1; the batch holds NaN or infinite values, so look at the data") as error:
+    with pytest.raises(
+        FloatingPointError,
+        match="at step 1; the batch holds NaN or infinite values, so look at the data",
+    ) as error:
         run([pack(X), pack(x)], loss=loss)
     assert "learning rate" not in str(error.value)
 
@@ -42,28 +65,45 @@ def test_nan_in_arrays_of_numpy_is_seen():
 
 
 def test_a_run_that_diverges_is_called_that():
-    with pytest.raises(FloatingPointError, match=r"the weights are not finite; lower the learning rate, or clip the gradient"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"the weights are not finite; lower the learning rate, or clip the gradient",
+    ):
         net = torch.nn.Linear(3, 3)
-        run([X], net, optimizer=torch.optim.SGD(net.parameters(), lr=1e38), loss=lambda net, x, step: 100 * squares(net, x, step))
+        run(
+            [X],
+            net,
+            optimizer=torch.optim.SGD(net.parameters(), lr=1e38),
+            loss=lambda net, x, step: 100 * squares(net, x, step),
+        )
 
 
 def test_a_loss_that_is_not_finite_by_itself_is_called_that():
-    with pytest.raises(FloatingPointError, match="the data and the weights are finite, so look at the loss"):
+    with pytest.raises(
+        FloatingPointError, match="the data and the weights are finite, so look at the loss"
+    ):
         run([X], loss=lambda net, x, step: squares(net, x, step) / 0)
 
 
 def test_a_generator_that_has_ended_is_called_that():
     """After three batches of five steps; it was called an empty loader."""
     done = []
-    loop = training.training_loop(torch.nn.Linear(3, 3), (X for _ in range(3)), squares, steps=12, first_step=7)
-    with pytest.raises(ValueError, match=r"the loader ended before step 10, after 3 batches, .* \(a generator runs once\)"):
+    loop = training.training_loop(
+        torch.nn.Linear(3, 3), (X for _ in range(3)), squares, steps=12, first_step=7
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"the loader ended before step 10, after 3 batches, .* \(a generator runs once\)",
+    ):
         for state in loop:
             done.append(state.step)
     assert done == [7, 8, 9]
 
     spent = iter([X])
     next(spent)
-    with pytest.raises(ValueError, match=r"the loader is empty \(an iterator that has ended already\?\)"):
+    with pytest.raises(
+        ValueError, match=r"the loader is empty \(an iterator that has ended already\?\)"
+    ):
         run(spent)
     with pytest.raises(ValueError, match=r"the loader is empty\.$"):
         run([])
@@ -74,9 +114,13 @@ def test_a_generator_that_has_ended_is_called_that():
 LADDER_TAKERS = {
     "check_ladder": lambda s: check_ladder("op", s),
     "NCSNv2": lambda s: models.NCSNv2(1, 4, s),
-    "annealed_langevin": lambda s: sampling.annealed_langevin(torch.neg, X, sigmas=s, steps_per_level=1, step_size=1e-5),
+    "annealed_langevin": lambda s: sampling.annealed_langevin(
+        torch.neg, X, sigmas=s, steps_per_level=1, step_size=1e-5
+    ),
     "noise_conditional": lambda s: losses.noise_conditional(lambda x, sigma: -x, X, s, seed=0),
-    "log_density": lambda s: likelihood.log_density(lambda x, sigma: -x, X, sigma_min=0.01, sigma_max=348.0, steps=s),
+    "log_density": lambda s: likelihood.log_density(
+        lambda x, sigma: -x, X, sigma_min=0.01, sigma_max=348.0, steps=s
+    ),
 }
 
 
@@ -90,7 +134,9 @@ def test_a_long_ladder_that_does_not_descend_is_a_short_message(name, kind):
     assert len(str(error.value)) < 300
 
     values[1200] = values[1199]
-    with pytest.raises(ValueError, match=r"level 1200, .* does not lie below level 1199, ") as error:
+    with pytest.raises(
+        ValueError, match=r"level 1200, .* does not lie below level 1199, "
+    ) as error:
         LADDER_TAKERS[name](kind(values))
     assert len(str(error.value)) < 300
 
@@ -108,8 +154,12 @@ def test_a_long_ladder_that_does_not_descend_is_a_short_message(name, kind):
         lambda: guidance.class_likelihood(lambda x, sigma: x, ["a"] * 2311),
         lambda: guidance.Grey([0.0] * 2311),
         lambda: schedules.timesteps_of(1000 * LONG, torch.linspace(0.999, 0.01, 10)),
-        lambda: likelihood.log_density(lambda x, sigma: -x, X, sigma_min=0.1, sigma_max=1.0, steps=LONG),
-        lambda: fastscore.langevin_step(torch.zeros(2311, 1), torch.zeros(2311, 1), torch.full((2311,), -1.0), seed=0),
+        lambda: likelihood.log_density(
+            lambda x, sigma: -x, X, sigma_min=0.1, sigma_max=1.0, steps=LONG
+        ),
+        lambda: fastscore.langevin_step(
+            torch.zeros(2311, 1), torch.zeros(2311, 1), torch.full((2311,), -1.0), seed=0
+        ),
     ],
 )
 def test_many_values_are_a_short_message(call):
@@ -144,13 +194,25 @@ def test_mala_takes_an_energy_in_its_wrappers(wrap):
 def test_mala_takes_the_average_of_a_run_in_one_dimension():
     score = models.EnergyScore(models.EnergyMLP(1, width=8, depth=1))
     x = torch.linspace(-2, 2, 8)[:, None]
-    *_, state = training.training_loop(score, [x], lambda s, x, step: losses.sliced(s, x, seed=0, step=step), steps=3, ema_decay=0.5)
+    *_, state = training.training_loop(
+        score,
+        [x],
+        lambda s, x, step: losses.sliced(s, x, seed=0, step=step),
+        steps=3,
+        ema_decay=0.5,
+    )
     key = {"sampler": "mala", "x": x, "steps": 3, "step_size": 0.1, "seed": 0}
-    assert torch.equal(fastscore.sample(state.ema, **key), fastscore.sample(state.ema.module, **key))
+    assert torch.equal(
+        fastscore.sample(state.ema, **key), fastscore.sample(state.ema.module, **key)
+    )
 
 
 def test_mala_of_a_score_says_what_it_needs():
-    with pytest.raises(ValueError, match=r"must be one value per sample, .* got \(4, 3\) \(a score\? Metropolis needs log p itself\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"must be one value per sample, .* got \(4, 3\) \(a score\? Metropolis needs log p "
+              r"itself\)",
+    ):
         fastscore.sample(lambda x: -x, sampler="mala", x=X, steps=1, step_size=0.1)
 
 

@@ -16,7 +16,9 @@ def run(program):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "build_support")))
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": paths}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": paths
+    }
     result = children.run([sys.executable, "-c", program], env=environment, seconds=800)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
@@ -27,17 +29,23 @@ def test_occupancy_and_limits_are_those_of_the_hardware():
 import model
 cases = (32, 4), (64, 4), (65, 4), (128, 4), (168, 4), (255, 8)
 assert [model.occupancy(*case) for case in cases] == [1, 0.5, 0.4375, 0.25, 0.1875, 0.125]
-row = {"per_element": 30.0, "instructions": 480, "registers": 64, "read": 128, "pipes": {"fma": 240, "xu": 32}}
+pipes = {"fma": 240, "xu": 32}
+row = {"per_element": 30.0, "instructions": 480, "registers": 64, "read": 128, "pipes": pipes}
 found = model.limits(row, 4, model.Shape(2, 1), 4, 2**26)
 near = lambda a, b: abs(a / b - 1) < 1e-12
 assert near(found["memory"], 2**26 * 12 / 2.98e12)
 assert near(found["issue"], 2**26 * 30 / (132 * 128 * 1.6e9 * 0.8))
-assert near(found["fma"], 2**26 * 15 / (132 * 128 * 1.6e9)) and near(found["xu"], 2**26 * 2 / (132 * 16 * 1.6e9))
-assert near(found["latency"], 2**26 * 8 * 0.8e-6 / (132 * 128 * 32 * 32))   # 32 warps of 32 lanes, 128 bytes each
+assert near(found["fma"], 2**26 * 15 / (132 * 128 * 1.6e9))
+assert near(found["xu"], 2**26 * 2 / (132 * 16 * 1.6e9))
+# 32 warps of 32 lanes, 128 bytes each.
+assert near(found["latency"], 2**26 * 8 * 0.8e-6 / (132 * 128 * 32 * 32))
 assert max(found, key=found.get) == "memory"
-report = {"rows": [{"op": "a", "shape": [4], "dtype": "float32", "replayed": {"triton": 2.0, "ceiling": 1.5}}]}
-assert model.measured(report, ("a", [4]), "fp32") == 0.75 and model.measured(report, ("a", [4]), "bf16") is None
-assert model.said(0.98, None) == "predicted 98" and model.said(0.98, 0.75) == "predicted 98, measured 75"
+replayed = {"triton": 2.0, "ceiling": 1.5}
+report = {"rows": [{"op": "a", "shape": [4], "dtype": "float32", "replayed": replayed}]}
+assert model.measured(report, ("a", [4]), "fp32") == 0.75
+assert model.measured(report, ("a", [4]), "bf16") is None
+assert model.said(0.98, None) == "predicted 98"
+assert model.said(0.98, 0.75) == "predicted 98, measured 75"
 """)
 
 
@@ -47,9 +55,16 @@ def test_every_kernel_of_the_table_is_compiled_and_every_figure_says_what_it_is(
     lines = run("import model; print(model.table())").splitlines()
     head, *_ = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
-    expected = run("import model; print(*(f'{k} {d}' for k in [*model.KERNELS, *model.WHOLE] for d in model.ITEM), sep='\\n')").splitlines()
+    expected = run(
+        "import model; print(*(f'{k} {d}' for k in [*model.KERNELS, *model.WHOLE] for d in "
+        "model.ITEM), sep='\\n')"
+    ).splitlines()
     assert [row[0] for row in rows] == expected
     for row in rows:
-        assert row[-1].startswith("predicted") and row[-2].startswith("predicted") and len(row) == len(head), row
+        assert (
+            row[-1].startswith("predicted")
+            and row[-2].startswith("predicted")
+            and len(row) == len(head)
+        ), row
     page = (ROOT / "docs" / "gpu.md").read_text()
     assert lines[0] in page and all(f"| {name} |" in page for name in expected)

@@ -1,6 +1,8 @@
-"""NCSN is the official network with right derivatives, ScoreMLP conditions smoothly, analytic scores are gradients of log p.
+"""NCSN is the official network with right derivatives, ScoreMLP conditions smoothly, analytic
+scores are gradients of log p.
 
-Random tests name their seed; statistical ones bound a z-score by 5 (false alarm 6e-7 each, two-sided).
+Random tests name their seed; statistical ones bound a z-score by 5 (false alarm 6e-7 each,
+two-sided).
 """
 
 import math
@@ -34,7 +36,8 @@ def tiny_mlp(conditional):
 
 
 def directional_error(loss, parameters):
-    """Relative difference of the gradient along a random direction from a fourth-order central difference."""
+    """Relative difference of the gradient along a random direction from a fourth-order central
+    difference."""
     parameters = list(parameters)
     gradients = torch.autograd.grad(loss(), parameters)
     direction = [torch.randn_like(p) for p in parameters]
@@ -48,7 +51,8 @@ def directional_error(loss, parameters):
             torch._foreach_add_(parameters, direction, alpha=-t)
         return value
 
-    e = 1e-7  # ELU has a jump in its second derivative: a step that crosses none sees a smooth function
+    # ELU has a jump in its second derivative: a step that crosses none sees a smooth function.
+    e = 1e-7
     expected = (8 * (at(e) - at(-e)) - (at(2 * e) - at(-2 * e))) / (12 * e)
     return abs(slope - expected) / abs(expected)
 
@@ -61,7 +65,11 @@ def instance_norm_plus_by_hand(x, gamma, alpha, beta):
     y = torch.empty_like(x)
     for b in range(len(x)):
         mu = x[b].mean((1, 2))
-        m_hat = (mu - mu.mean()) / (mu.var(correction=1) + 1e-5).sqrt() if len(mu) > 1 else torch.zeros_like(mu)
+        m_hat = (
+            (mu - mu.mean()) / (mu.var(correction=1) + 1e-5).sqrt()
+            if len(mu) > 1
+            else torch.zeros_like(mu)
+        )
         for c in range(x.shape[1]):
             h = (x[b, c] - mu[c]) / (x[b, c].var(correction=0) + 1e-5).sqrt()
             y[b, c] = gamma[b, c] * (h + alpha[b, c] * m_hat[c]) + beta[b, c]
@@ -72,19 +80,31 @@ def instance_norm_plus_by_hand(x, gamma, alpha, beta):
 @pytest.mark.parametrize("bias", [True, False])
 def test_conditional_norm_matches_the_formula(channels, bias):
     torch.manual_seed(1)
-    x, labels = 3 + 2 * torch.randn(4, channels, 6, 5, dtype=torch.float64), torch.tensor([2, 0, 2, 1])
+    x, labels = (
+        3 + 2 * torch.randn(4, channels, 6, 5, dtype=torch.float64),
+        torch.tensor([2, 0, 2, 1]),
+    )
     norm = fnn.ConditionalInstanceNorm2dPlus(channels, 3, bias=bias).double()
     torch.nn.init.normal_(norm.embed.weight)
     gamma, alpha, *beta = norm.embed.weight[labels].split(channels, -1)
-    expected = instance_norm_plus_by_hand(x, gamma, alpha, beta[0] if bias else torch.zeros_like(gamma))
-    torch.testing.assert_close(norm(x, labels), expected, rtol=1e-12, atol=1e-12)  # sums of 30 float64
+    expected = instance_norm_plus_by_hand(
+        x, gamma, alpha, beta[0] if bias else torch.zeros_like(gamma)
+    )
+    # Sums of 30 float64
+    torch.testing.assert_close(norm(x, labels), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_unconditional_norm_matches_the_formula():
     torch.manual_seed(2)
-    x, norm = torch.randn(3, 4, 6, 6, dtype=torch.float64), fnn.InstanceNorm2dPlus(4, bias=232).double()  # ncsnv2 passes L as bias
+    # ncsnv2 passes L as bias.
+    x, norm = (
+        torch.randn(3, 4, 6, 6, dtype=torch.float64),
+        fnn.InstanceNorm2dPlus(4, bias=232).double(),
+    )
     rows = [p.detach().expand(3, 4) for p in (norm.gamma, norm.alpha, norm.beta)]
-    torch.testing.assert_close(norm(x), instance_norm_plus_by_hand(x, *rows), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        norm(x), instance_norm_plus_by_hand(x, *rows), rtol=1e-12, atol=1e-12
+    )
     assert sorted(norm.state_dict()) == ["alpha", "beta", "gamma"]
 
 
@@ -123,19 +143,39 @@ def test_ncsn_keys_and_shapes_follow_the_official_grammar():
     n, L, C = 6, 10, 3
     shapes = {k: tuple(v.shape) for k, v in NCSN(channels=C, ngf=n).state_dict().items()}
     expected = {
-        "begin_conv.weight": (n, C, 3, 3), "normalizer.embed.weight": (L, 3 * n), "end_conv.weight": (C, n, 3, 3),
-        "res1.0.conv1.weight": (n, n, 3, 3), "res2.0.conv1.weight": (n, n, 3, 3), "res2.0.normalize2.embed.weight": (L, 3 * n),
-        "res2.0.conv2.conv.weight": (2 * n, n, 3, 3), "res2.0.shortcut.conv.weight": (2 * n, n, 1, 1),
-        "res3.0.shortcut.weight": (2 * n, 2 * n, 3, 3), "res4.1.conv2.bias": (2 * n,),
-        "refine1.adapt_convs.0.2_2_conv.weight": (2 * n, 2 * n, 3, 3), "refine2.msf.convs.1.bias": (2 * n,),
-        "refine3.adapt_convs.1.1_1_norm.embed.weight": (L, 6 * n), "refine3.msf.convs.0.weight": (n, 2 * n, 3, 3),
-        "refine3.msf.norms.1.embed.weight": (L, 6 * n), "refine4.crp.convs.1.weight": (n, n, 3, 3),
-        "refine4.crp.norms.0.embed.weight": (L, 3 * n), "refine4.output_convs.3_2_conv.weight": (n, n, 3, 3),
-    }  # fmt: skip
+        "begin_conv.weight": (n, C, 3, 3),
+        "normalizer.embed.weight": (L, 3 * n),
+        "end_conv.weight": (C, n, 3, 3),
+        "res1.0.conv1.weight": (n, n, 3, 3),
+        "res2.0.conv1.weight": (n, n, 3, 3),
+        "res2.0.normalize2.embed.weight": (L, 3 * n),
+        "res2.0.conv2.conv.weight": (2 * n, n, 3, 3),
+        "res2.0.shortcut.conv.weight": (2 * n, n, 1, 1),
+        "res3.0.shortcut.weight": (2 * n, 2 * n, 3, 3),
+        "res4.1.conv2.bias": (2 * n,),
+        "refine1.adapt_convs.0.2_2_conv.weight": (2 * n, 2 * n, 3, 3),
+        "refine2.msf.convs.1.bias": (2 * n,),
+        "refine3.adapt_convs.1.1_1_norm.embed.weight": (L, 6 * n),
+        "refine3.msf.convs.0.weight": (n, 2 * n, 3, 3),
+        "refine3.msf.norms.1.embed.weight": (L, 6 * n),
+        "refine4.crp.convs.1.weight": (n, n, 3, 3),
+        "refine4.crp.norms.0.embed.weight": (L, 3 * n),
+        "refine4.output_convs.3_2_conv.weight": (n, n, 3, 3),
+    }
     assert {k: shapes.get(k) for k in expected} == expected
-    absent = ("refine1.msf", "res1.0.shortcut", "res3.1.shortcut", "refine3.output_convs.2", "sigmas")
+    absent = (
+        "refine1.msf",
+        "res1.0.shortcut",
+        "res3.1.shortcut",
+        "refine3.output_convs.2",
+        "sigmas",
+    )
     assert not [k for k in shapes if k.startswith(absent)]
-    assert not [k for k in shapes if k.endswith("bias") and any(s in k for s in ("crp", "adapt_convs", "output_convs"))]
+    assert not [
+        k
+        for k in shapes
+        if k.endswith("bias") and any(s in k for s in ("crp", "adapt_convs", "output_convs"))
+    ]
 
 
 @pytest.mark.parametrize("size", [8, 28, 32])
@@ -171,7 +211,9 @@ def test_ncsn_names_a_sigma_that_is_no_level(sigma):
 
 
 def test_ncsn_rejects_bad_shapes_and_ladders():
-    with pytest.raises(ValueError, match=r"x must be \(B, 3, H, W\) with even sides; got \(1, 3, 7, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"x must be \(B, 3, H, W\) with even sides; got \(1, 3, 7, 8\)"
+    ):
         NCSN(ngf=4)(torch.zeros(1, 3, 7, 8), 1.0)
     for sigmas in ([0.1, 1.0], [1.0, 1.0], [1.0, 0.0], [[1.0]], []):
         with pytest.raises(ValueError, match="descending ladder"):
@@ -219,7 +261,10 @@ def test_compiled_ncsn_equals_eager_in_value_and_gradient():
     net, x, sigma = tiny_ncsn(), torch.rand(2, 2, 8, 8, dtype=torch.float64), LADDER[[1, 8]]
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, sigma), net(x, sigma), rtol=1e-10, atol=1e-10)
-    grads = [torch.autograd.grad(f(x, sigma).square().sum(), list(net.parameters())) for f in (compiled, net)]
+    grads = [
+        torch.autograd.grad(f(x, sigma).square().sum(), list(net.parameters()))
+        for f in (compiled, net)
+    ]
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
@@ -254,7 +299,8 @@ def test_mlp_depends_on_sigma_smoothly_and_takes_any():
 
 
 def test_mlp_output_scales_as_one_over_sigma():
-    """f sees inputs of order one at every σ, so σ s keeps its size along the ladder (within 10x) while s grows 100x."""
+    """f sees inputs of order one at every σ, so σ s keeps its size along the ladder (within 10x)
+    while s grows 100x."""
     net, x = tiny_mlp(True), torch.rand(64, 6, dtype=torch.float64)
     sizes = torch.stack([(sigma * net(x, sigma.item())).square().mean().sqrt() for sigma in LADDER])
     assert sizes.max() / sizes.min() < 10
@@ -275,7 +321,10 @@ def test_mlp_derivatives(conditional):
 
 
 def test_mlp_errors():
-    for build, message in ((lambda: ScoreMLP(6, activation="sine"), "activation"), (lambda: ScoreMLP(6, sigmas=[1, 0]), "sigmas")):
+    for build, message in (
+        (lambda: ScoreMLP(6, activation="sine"), "activation"),
+        (lambda: ScoreMLP(6, sigmas=[1, 0]), "sigmas"),
+    ):
         with pytest.raises(ValueError, match=message):
             build()
     net = ScoreMLP(6, width=8, depth=1)
@@ -306,9 +355,11 @@ def random_covariances(*shape, d):
 def mixture(kind, K=4, d=3):
     torch.manual_seed(4)
     covariances = {
-        "scalar": torch.tensor(0.3), "per-component": torch.rand(K) + 0.1, "diagonal": torch.rand(K, d) + 0.1,
+        "scalar": torch.tensor(0.3),
+        "per-component": torch.rand(K) + 0.1,
+        "diagonal": torch.rand(K, d) + 0.1,
         "full": random_covariances(K, d=d),
-    }[kind]  # fmt: skip
+    }[kind]
     return GaussianMixture(torch.rand(K), 2 * torch.randn(K, d), covariances)
 
 
@@ -317,7 +368,9 @@ def dense(target, sigma):
     axes = torch.eye(target.dim, dtype=torch.float64) if target.axes is None else target.axes
     C = (axes * (target.variances + sigma**2)[:, None, :]) @ axes.mT
     component = torch.distributions.MultivariateNormal(target.means, (C + C.mT) / 2)
-    return torch.distributions.MixtureSameFamily(torch.distributions.Categorical(logits=target.log_weights), component)
+    return torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(logits=target.log_weights), component
+    )
 
 
 KINDS = ["scalar", "per-component", "diagonal", "full"]
@@ -340,18 +393,27 @@ def test_sigma_may_differ_by_sample_and_images_are_flattened():
     s = target(x, sigma)
     assert s.shape == x.shape
     for b in range(5):
-        torch.testing.assert_close(target(x[b : b + 1], sigma[b].item()), s[b : b + 1], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            target(x[b : b + 1], sigma[b].item()), s[b : b + 1], rtol=1e-12, atol=1e-12
+        )
 
 
-@pytest.mark.parametrize("covariance", [0.7, [0.5, 2.0], [[2.0, 0.6], [0.6, 0.5]]], ids=["scalar", "diagonal", "full"])
+@pytest.mark.parametrize(
+    "covariance", [0.7, [0.5, 2.0], [[2.0, 0.6], [0.6, 0.5]]], ids=["scalar", "diagonal", "full"]
+)
 def test_gaussian_convolves_in_closed_form(covariance):
-    mean, C = torch.tensor([1.0, -2.0], dtype=torch.float64), torch.tensor(covariance, dtype=torch.float64)
+    mean, C = (
+        torch.tensor([1.0, -2.0], dtype=torch.float64),
+        torch.tensor(covariance, dtype=torch.float64),
+    )
     C = C * torch.eye(2, dtype=torch.float64) if C.dim() < 2 else C
     x = torch.randn(20, 2, dtype=torch.float64)
     for sigma in (0.0, 0.3, 5.0):
         total = C + sigma**2 * torch.eye(2, dtype=torch.float64)
         target = Gaussian(mean, covariance)
-        torch.testing.assert_close(target(x, sigma), torch.linalg.solve(total, (mean - x).mT).mT, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            target(x, sigma), torch.linalg.solve(total, (mean - x).mT).mT, rtol=1e-12, atol=1e-12
+        )
         expected = torch.distributions.MultivariateNormal(mean, total).log_prob(x)
         torch.testing.assert_close(target.log_prob(x, sigma), expected, rtol=1e-12, atol=1e-12)
 
@@ -381,7 +443,10 @@ def test_sample_moments_match_the_closed_form(kind, sigma):
         z = (values.mean(0) - expected) / (values.std(0) / math.sqrt(n))
         assert z.abs().max() < 5
     score = target(x, sigma)  # E[s] = 0, E[s xᵀ] = -I
-    for values, expected in ((score, 0.0), (torch.einsum("bi,bj->bij", score, x), -torch.eye(3, dtype=torch.float64))):
+    for values, expected in (
+        (score, 0.0),
+        (torch.einsum("bi,bj->bij", score, x), -torch.eye(3, dtype=torch.float64)),
+    ):
         assert ((values.mean(0) - expected) / (values.std(0) / math.sqrt(n))).abs().max() < 5
 
 
@@ -389,7 +454,10 @@ def test_sample_moments_match_the_closed_form(kind, sigma):
 def test_samples_are_bit_identical_for_every_split(kind):
     target = mixture(kind)
     whole = target.sample(1001, 0.5, seed=7, step=3)
-    parts = [target.sample(n, 0.5, seed=7, step=3, first_sample=first) for first, n in ((0, 1), (1, 2), (3, 500), (503, 498))]
+    parts = [
+        target.sample(n, 0.5, seed=7, step=3, first_sample=first)
+        for first, n in ((0, 1), (1, 2), (3, 500), (503, 498))
+    ]
     assert torch.equal(torch.cat(parts), whole)
     assert not torch.equal(target.sample(1001, 0.5, seed=8, step=3), whole)
 
@@ -406,7 +474,10 @@ def test_sample_without_a_seed_follows_manual_seed_and_never_takes_a_zero_weight
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: GaussianMixture([-1, 2], torch.zeros(2, 3), 1.0), "weights must be finite, not negative"),
+        (
+            lambda: GaussianMixture([-1, 2], torch.zeros(2, 3), 1.0),
+            "weights must be finite, not negative",
+        ),
         (lambda: GaussianMixture([0, 0], torch.zeros(2, 3), 1.0), "positive sum"),
         (lambda: GaussianMixture([1, 1, 1], torch.zeros(2, 3), 1.0), r"weights must be \(2,\)"),
         (lambda: GaussianMixture([1], torch.zeros(3), 1.0), r"means must be \(K, d\)"),
@@ -416,7 +487,10 @@ def test_sample_without_a_seed_follows_manual_seed_and_never_takes_a_zero_weight
         (lambda: Gaussian([0.0, 0.0], [[1.0, 0.5], [0.0, 1.0]]), "symmetric"),
         (lambda: Gaussian([0.0, 0.0], [1.0, 1.0, 1.0]), r"mean must be \(d,\)"),
         (lambda: Gaussian([0.0, 0.0], 1.0)(torch.zeros(4, 3)), "2 values per sample"),
-        (lambda: Gaussian([0.0, 0.0], 1.0)(torch.zeros(4, 2), -1.0), "sigma must be finite and >= 0"),
+        (
+            lambda: Gaussian([0.0, 0.0], 1.0)(torch.zeros(4, 2), -1.0),
+            "sigma must be finite and >= 0",
+        ),
     ],
 )
 def test_analytic_errors_say_what_is_wrong(build, message):
@@ -432,7 +506,8 @@ def test_mixture_under_transforms():
 
 
 def test_data_levels_and_starts_of_one_seed_are_independent():
-    """A mixture whose components came of the labels' draw would be shown to the network at half of the noise levels each."""
+    """A mixture whose components came of the labels' draw would be shown to the network at half
+    of the noise levels each."""
     mixture = GaussianMixture([1, 1], [[-9.0], [9.0]], 0.01)
     key = {"seed": 0, "step": 3}
     component = (mixture.sample(4000, **key) > 0)[:, 0]

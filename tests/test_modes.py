@@ -1,4 +1,5 @@
-"""Samplers and densities ask networks in evaluation mode, and leave them in the mode that they were in."""
+"""Samplers and densities ask networks in evaluation mode, and leave them in the mode that they
+were in."""
 
 import functools
 import gc
@@ -10,7 +11,16 @@ import torch
 from torch import nn
 
 import fastscore
-from fastscore import conversions, guidance, likelihood, losses, models, sampling, schedules, training
+from fastscore import (
+    conversions,
+    guidance,
+    likelihood,
+    losses,
+    models,
+    sampling,
+    schedules,
+    training,
+)
 
 SIGMAS = schedules.geometric(1.0, 0.1, 3)
 X = torch.linspace(-1, 1, 12).reshape(4, 3)
@@ -67,7 +77,10 @@ def model_of(sampler):
 
 @pytest.mark.parametrize("sampler", RUNS)
 def test_a_network_in_training_mode_is_sampled_as_in_evaluation_mode(sampler):
-    """With the same seed: without dropout, a sample alone as in its batch, running statistics untouched."""
+    """With the same seed.
+
+    Without dropout, a sample alone as in its batch, running statistics untouched.
+    """
     net, key = model_of(sampler), {"sampler": sampler, "x": X, "seed": 1, **RUNS[sampler]}
     wanted = fastscore.sample(net.eval(), **key)
     net.train()
@@ -165,8 +178,12 @@ HOLDERS = {
     "Converted": lambda net: conversions.Converted(lambda x, sigma: net(x), kind="noise"),
     "EnergyScore": lambda net: models.EnergyScore(lambda x, sigma: net(x).sum(1)),
     "posterior": lambda net: guidance.posterior(lambda x, sigma: -x, likelihood_score=net),
-    "likelihood": lambda net: guidance.posterior(lambda x, sigma: -x, lambda x, sigma: net(x).sum(1)),
-    "linear_inverse": lambda net: guidance.linear_inverse(net, guidance.Matrix([[1.0, 0.0, 0.0]]), torch.ones(1), 0.1),
+    "likelihood": lambda net: guidance.posterior(
+        lambda x, sigma: -x, lambda x, sigma: net(x).sum(1)
+    ),
+    "linear_inverse": lambda net: guidance.linear_inverse(
+        net, guidance.Matrix([[1.0, 0.0, 0.0]]), torch.ones(1), 0.1
+    ),
     "compiled": lambda net: torch.compile(net, backend="eager"),
     "compiled function": lambda net: torch.compile(lambda x, sigma: net(x), backend="eager"),
     "scripted": lambda net: torch.jit.script(nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5))),
@@ -180,19 +197,25 @@ def by_sigma(holder):
 @pytest.mark.parametrize("name", HOLDERS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_network_is_found_wherever_a_score_holds_it(name):
-    """Two calls of one seed agree, a sample does not depend on its batch, and modes are as they were."""
+    """Two calls of one seed agree, a sample does not depend on its batch, and modes are as they
+    were."""
     net = Noisy().train()
     score = by_sigma(HOLDERS[name](net))
     key = {"sigmas": SIGMAS, "steps_per_level": 1, "step_size": 0.01, "seed": 1}
     found = fastscore.sample(score, x=X, **key)
     assert torch.equal(found, fastscore.sample(score, x=X, **key))
-    assert torch.allclose(found[2:], fastscore.sample(score, x=X[2:], first_sample=2, **key), atol=1e-6)
+    assert torch.allclose(
+        found[2:], fastscore.sample(score, x=X[2:], first_sample=2, **key), atol=1e-6
+    )
     assert all(modes(net)) and True not in net.modes
 
 
 def test_a_network_is_found_that_is_a_global():
     key = {"x": X, "sigmas": SIGMAS, "steps_per_level": 1, "step_size": 0.01, "seed": 1}
-    for net, score in ((GLOBAL, lambda x, sigma: GLOBAL(x)), (NETS["one"][0], lambda x, sigma: NETS["one"][0](x))):
+    for net, score in (
+        (GLOBAL, lambda x, sigma: GLOBAL(x)),
+        (NETS["one"][0], lambda x, sigma: NETS["one"][0](x)),
+    ):
         net.train()
         fastscore.sample(score, **key)
         assert net.modes == {False} and all(modes(net))
@@ -217,7 +240,9 @@ def test_a_score_that_sets_its_mode_has_its_way():
 
 
 DENSITIES = {
-    "log_density": lambda net, x: likelihood.log_density(net, x, sigma_min=0.1, sigma_max=1.0, steps=3),
+    "log_density": lambda net, x: likelihood.log_density(
+        net, x, sigma_min=0.1, sigma_max=1.0, steps=3
+    ),
     "log_density by signs": lambda net, x: likelihood.log_density(
         net, x, sigma_min=0.1, sigma_max=1.0, steps=3, trace="rademacher", seed=0
     ),
@@ -239,7 +264,11 @@ def test_a_density_is_that_of_the_network_in_evaluation_mode(name):
     before, statistics = modes(net), net.norm.running_mean.clone()
     found = density(net, X)
     assert torch.equal(found, wanted)
-    assert torch.equal(net.norm.running_mean, statistics) and modes(net) == before and net.modes == {False}
+    assert (
+        torch.equal(net.norm.running_mean, statistics)
+        and modes(net) == before
+        and net.modes == {False}
+    )
 
     found.sum().backward()   # still a graph
     assert net.last.weight.grad is not None
@@ -312,5 +341,14 @@ class Weak(Slotted):
 @pytest.mark.parametrize("kind", [Slotted, Weak])
 def test_networks_in_slots_and_behind_weak_references_are_found(kind):
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.5)).train()
-    options = {"x": torch.ones(2, 3), "sigmas": SIGMAS, "steps_per_level": 1, "step_size": 0.01, "seed": 0}
-    assert torch.equal(fastscore.sample(kind(net), **options), fastscore.sample(kind(net), **options)) and net.training
+    options = {
+        "x": torch.ones(2, 3),
+        "sigmas": SIGMAS,
+        "steps_per_level": 1,
+        "step_size": 0.01,
+        "seed": 0,
+    }
+    assert (
+        torch.equal(fastscore.sample(kind(net), **options), fastscore.sample(kind(net), **options))
+        and net.training
+    )

@@ -1,5 +1,9 @@
-"""The normalisations: values against float64, every derivative against the reference, layouts, numerics, errors."""
+"""The normalisations.
 
+Values against float64, every derivative against the reference, layouts, numerics, errors.
+"""
+
+import functools
 import itertools
 
 import pytest
@@ -20,11 +24,22 @@ from fastscore.ops.normalise_core import (
 from fastscore.ops.normalise_functions import _normalise
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-FORMS = [(0, True, True), (0, True, False), (0, False, True), (0, False, False), (2, False, True), (1, False, False), (6, False, True)]
+FORMS = [
+    (0, True, True),
+    (0, True, False),
+    (0, False, True),
+    (0, False, False),
+    (2, False, True),
+    (1, False, False),
+    (6, False, True),
+]
 
 
 def problem(form, shape=(3, 6, 5, 7), rows=None, dtype=torch.float64, seed=0):
-    """x, coefficients (rows, KC) and a form; means differ between channels, so the channel term matters."""
+    """x, coefficients (rows, KC) and a form.
+
+    Means differ between channels, so the channel term matters.
+    """
     groups, alpha, beta, activation = form
     generator = torch.Generator().manual_seed(seed)
     B, C = shape[:2]
@@ -42,7 +57,11 @@ def stock(x, coef, form):
     """What PyTorch's own layers give in x's dtype: the yardstick for rounding."""
     C = x.shape[1]
     gamma, *rest = (c.to(x.dtype).reshape(-1, C, *[1] * (x.dim() - 2)) for c in coef.split(C, -1))
-    h = F.group_norm(x, form.groups, eps=form.eps) if form.groups else F.instance_norm(x, eps=form.eps)
+    h = (
+        F.group_norm(x, form.groups, eps=form.eps)
+        if form.groups
+        else F.instance_norm(x, eps=form.eps)
+    )
     if form.alpha:
         means = x.flatten(2).mean(-1)
         m = (means - means.mean(1, keepdim=True)) / (means.var(1, keepdim=True) + form.eps).sqrt()
@@ -75,34 +94,47 @@ SHAPES = [
 def test_value_is_as_close_to_float64_as_pytorch_is(backend, dtype, shape):
     if backend == "triton" and (dtype == torch.float16 or len(shape) == 5):
         pytest.skip("covered by the other dtypes and shapes; the interpreter is slow")
-    large = backend == "triton" and torch.Size(shape).numel() > 5000   # several programs: two forms suffice
+    # Several programs: two forms suffice.
+    large = backend == "triton" and torch.Size(shape).numel() > 5000
     if large and dtype == torch.float64:
         pytest.skip("covered by float32; the interpreter is slow")
-    for (groups, alpha, beta), activation in list(zip(FORMS, itertools.cycle(OF_NORMS)))[:: 4 if large else 1]:
+    for (groups, alpha, beta), activation in list(zip(FORMS, itertools.cycle(OF_NORMS)))[
+        :: 4 if large else 1
+    ]:
         x, coef, form, _ = problem((groups, alpha, beta, activation), shape, dtype=dtype)
         exact = normalise_ref(x.double(), coef.double(), None, form)
         theirs = exact if shape[2:] == (1, 1) and not groups else stock(x, coef, form).double()
-        # Twice the error of stock layers in the same dtype; the floor is a rounding of the result and 16 of float32 before it.
+        # Twice the error of stock layers in the same dtype; the floor is a rounding of the result
+        # and 16 of float32 before it.
         bound = 2 * (theirs - exact).abs().amax() + torch.finfo(dtype).eps * exact.abs() + 2e-6
-        for name, arranged in itertools.islice(layouts(x), 2 if backend == "triton" else None):   # the others are copied to these two
+        # The others are copied to these two.
+        for name, arranged in itertools.islice(layouts(x), 2 if backend == "triton" else None):
             y = normalise(arranged, coef, None, form, backend)
             assert y.dtype == dtype and y.shape == x.shape
-            assert bool(((y.double() - exact).abs() <= bound).all()), (name, form, float((y.double() - exact).abs().amax()))
+            assert bool(((y.double() - exact).abs() <= bound).all()), (
+                name,
+                form,
+                float((y.double() - exact).abs().amax()),
+            )
             if name == "channels-last":
                 assert y.movedim(1, -1).is_contiguous()
 
 
 @pytest.mark.parametrize("activation", OF_NORMS, ids=str)
 def test_activations_and_their_slopes_over_the_whole_range(backend, activation):
-    u = torch.cat([torch.linspace(-30, 30, 4001), torch.logspace(-9, 1, 300), -torch.logspace(-9, 1, 300)]).double()
+    u = torch.cat(
+        [torch.linspace(-30, 30, 4001), torch.logspace(-9, 1, 300), -torch.logspace(-9, 1, 300)]
+    ).double()
     spread, mean = u.var(correction=0).sqrt(), u.mean()
-    x, coef = u.float()[None, None].requires_grad_(), torch.stack([spread, mean]).float()[None]   # gamma = std: u comes out again
+    # Gamma = std: u comes out again.
+    x, coef = u.float()[None, None].requires_grad_(), torch.stack([spread, mean]).float()[None]
     form = Form(0, False, True, 1e-12, activation)
     y = normalise(x, coef, None, form, backend)
     exact = ACTIVATIONS[activation].function(u)
     # u itself is made in float32 from values up to 30.
     assert float((y[0, 0].double() - exact).abs().max()) < 8e-6
-    gy = torch.linspace(-1, 1, u.numel())[None, None] * (u.abs() > 1e-4)[None, None]   # not at the kink of relu
+    # Not at the kink of relu.
+    gy = torch.linspace(-1, 1, u.numel())[None, None] * (u.abs() > 1e-4)[None, None]
     (gx,) = torch.autograd.grad(y, x, gy)
     xd = u[None, None].requires_grad_()
     (expected,) = torch.autograd.grad(normalise_ref(xd, coef.double(), None, form), xd, gy.double())
@@ -110,28 +142,51 @@ def test_activations_and_their_slopes_over_the_whole_range(backend, activation):
 
 
 EVERY_MODE = [
-    pytest.param(*form, activation, marks=() if activation == "silu" or form == FORMS[4] else pytest.mark.slow)
-    for form in FORMS for activation in OF_NORMS
-]  # fmt: skip
+    pytest.param(
+        *form,
+        activation,
+        marks=() if activation == "silu" or form == FORMS[4] else pytest.mark.slow,
+    )
+    for form in FORMS
+    for activation in OF_NORMS
+]
 
 
-@pytest.mark.parametrize("groups, alpha, beta, activation", EVERY_MODE)   # in every run each form and each activation, not each pair
+# In every run each form and each activation, not each pair.
+@pytest.mark.parametrize("groups, alpha, beta, activation", EVERY_MODE)
 def test_derivatives_in_every_mode(backend, groups, alpha, beta, activation):
-    fast = backend == "triton"   # the interpreter is slow: a random direction instead of every one, and the forms that differ most
+    # The interpreter is slow: a random direction instead of every one, and the forms that differ
+    # most.
+    fast = backend == "triton"
     if fast and (activation != "silu" or (groups, alpha, beta) not in (FORMS[0], FORMS[4])):
-        pytest.skip("the others meet the reference in test_dual_op_and_its_gradient_equal_the_reference")
-    x, coef, form, draw = problem((groups, alpha, beta, activation), (2, 6, 2, 2), rows=1 if alpha else None)
+        pytest.skip(
+            "the others meet the reference in test_dual_op_and_its_gradient_equal_the_reference"
+        )
+    x, coef, form, draw = problem(
+        (groups, alpha, beta, activation), (2, 6, 2, 2), rows=1 if alpha else None
+    )
     x, coef = x.requires_grad_(), coef.requires_grad_()
 
     def f(x, coef):
         return normalise(x, coef, None, form, backend)
 
     assert gradcheck(f, (x, coef), check_forward_ad=True, fast_mode=fast)
-    assert gradgradcheck(f, (x, coef), check_fwd_over_rev=True, check_rev_over_rev=True, fast_mode=fast)
-    forward, reverse = torch.func.jacfwd(f, (0, 1))(x.detach(), coef.detach()), torch.func.jacrev(f, (0, 1))(x.detach(), coef.detach())
-    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(forward, reverse))   # batched: vmap over jvp, vmap over vjp
+    assert gradgradcheck(
+        f, (x, coef), check_fwd_over_rev=True, check_rev_over_rev=True, fast_mode=fast
+    )
+    forward, reverse = (
+        torch.func.jacfwd(f, (0, 1))(x.detach(), coef.detach()),
+        torch.func.jacrev(f, (0, 1))(x.detach(), coef.detach()),
+    )
+    # batched: vmap over jvp, vmap over vjp.
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(forward, reverse))
     labels, table = torch.tensor([2, 0]), draw(3, coef.shape[1]).requires_grad_()
-    assert gradcheck(lambda x, c: normalise(x, c, labels, form, backend), (x, table), check_forward_ad=True, fast_mode=fast)
+    assert gradcheck(
+        lambda x, c: normalise(x, c, labels, form, backend),
+        (x, table),
+        check_forward_ad=True,
+        fast_mode=fast,
+    )
 
 
 @pytest.mark.parametrize("M", [1, 3])
@@ -146,31 +201,51 @@ def test_dual_op_and_its_gradient_equal_the_reference(backend, groups, alpha, be
         x, coef, form, draw = problem((groups, alpha, beta, activation), shape)
         t, tcoef = draw(M, *shape), draw(M, *coef.shape)
         if last:
-            x, t = x.to(memory_format=torch.channels_last), t.movedim(2, -1).contiguous().movedim(-1, 2)
+            x, t = (
+                x.to(memory_format=torch.channels_last),
+                t.movedim(2, -1).contiguous().movedim(-1, 2),
+            )
         arguments = [a.requires_grad_() for a in (x, t, coef, tcoef)]
         y, ty, _ = _normalise(x, t, coef, tcoef, None, form, backend, True)
         assert torch.allclose(y, normalise_ref(x, coef, None, form), atol=1e-12)
         assert torch.allclose(ty, _dual_ref(x, t, coef, tcoef, None, form), atol=1e-11)
         gy, gty = draw(*shape), draw(M, *shape)
         got = torch.autograd.grad((y, ty), arguments, (gy, gty))
-        for name, a, b in zip(("x", "t", "coef", "tcoef"), got, _gradient_ref(x, t, coef, tcoef, None, gy, gty, form)):
+        for name, a, b in zip(
+            ("x", "t", "coef", "tcoef"), got, _gradient_ref(x, t, coef, tcoef, None, gy, gty, form)
+        ):
             assert torch.allclose(a, b, atol=1e-10), (name, float((a - b).abs().max()))
 
 
 def test_public_dual_ops_are_forward_mode_of_their_ops(backend):
     torch.manual_seed(0)
-    x, t, table, labels = torch.randn(2, 6, 3, 3), torch.randn(2, 2, 6, 3, 3), torch.randn(4, 18), torch.tensor([3, 1])
+    x, t, table, labels = (
+        torch.randn(2, 6, 3, 3),
+        torch.randn(2, 2, 6, 3, 3),
+        torch.randn(4, 18),
+        torch.tensor([3, 1]),
+    )
     gamma, alpha, beta = table[0].split(6)
     pairs = [
         (fastscore.instance_norm_plus, fastscore.ops.instance_norm_plus_dual, (gamma, alpha, beta)),
-        (fastscore.conditional_instance_norm_plus, fastscore.ops.conditional_instance_norm_plus_dual, (labels, table)),
-        (fastscore.group_norm_modulate, fastscore.ops.group_norm_modulate_dual, (3, gamma, beta, table[:2, :6], table[:2, 6:12])),
+        (
+            fastscore.conditional_instance_norm_plus,
+            fastscore.ops.conditional_instance_norm_plus_dual,
+            (labels, table),
+        ),
+        (
+            fastscore.group_norm_modulate,
+            fastscore.ops.group_norm_modulate_dual,
+            (3, gamma, beta, table[:2, :6], table[:2, 6:12]),
+        ),
     ]
     for op, dual, rest in pairs:
         y, ty = dual(x, t, *rest, activation="silu")
         for m in range(2):
-            expected = torch.func.jvp(lambda x: op(x, *rest, activation="silu", backend="reference"), (x,), (t[m],))   # noqa: B023
-            assert torch.allclose(y, expected[0], atol=3e-6) and torch.allclose(ty[m], expected[1], atol=1e-5)
+            reference = functools.partial(op, activation="silu", backend="reference")
+            expected = torch.func.jvp(lambda x: reference(x, *rest), (x,), (t[m],))  # noqa: B023
+            assert torch.allclose(y, expected[0], atol=3e-6)
+            assert torch.allclose(ty[m], expected[1], atol=1e-5)
 
 
 def skip_without_interpreter():
@@ -181,13 +256,18 @@ def skip_without_interpreter():
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_long_rows_meet_the_reference_in_value_and_gradient(channels_last):
-    """Triton: a row of pixels over several programs, whose moments are merged and whose sums are added up."""
+    """Triton: a row of pixels over several programs, whose moments are merged and whose sums are
+    added up."""
     skip_without_interpreter()
     x, coef, form, draw = problem((0, True, True, "silu"), (1, 3, 35, 137))
     x, t, tcoef = x.requires_grad_(), draw(2, *x.shape).requires_grad_(), draw(2, *coef.shape)
     with torch.no_grad():
-        x += torch.linspace(-3, 3, 137) + 100   # the parts of a row differ
-    xs, ts = (x.movedim(1, -1).contiguous().movedim(-1, 1), t.movedim(2, -1).contiguous().movedim(-1, 2)) if channels_last else (x, t)
+        x += torch.linspace(-3, 3, 137) + 100  # the parts of a row differ
+    xs, ts = (
+        (x.movedim(1, -1).contiguous().movedim(-1, 1), t.movedim(2, -1).contiguous().movedim(-1, 2))
+        if channels_last
+        else (x, t)
+    )
     y, ty, _ = _normalise(xs, ts, coef.requires_grad_(), tcoef, None, form, "triton", True)
     assert torch.allclose(y, normalise_ref(x, coef, None, form), atol=1e-11)
     assert torch.allclose(ty, _dual_ref(x, t, coef, tcoef, None, form), atol=1e-10)
@@ -196,7 +276,9 @@ def test_long_rows_meet_the_reference_in_value_and_gradient(channels_last):
     for a, b in zip(got, _gradient_ref(x, t, coef, tcoef, None, gy, gty, form)):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
     got = torch.autograd.grad(normalise(xs, coef, None, form, "triton"), x, gy)[0]
-    assert torch.allclose(got, torch.autograd.grad(normalise_ref(x, coef, None, form), x, gy)[0], rtol=1e-9, atol=1e-9)
+    assert torch.allclose(
+        got, torch.autograd.grad(normalise_ref(x, coef, None, form), x, gy)[0], rtol=1e-9, atol=1e-9
+    )
 
 
 def test_moments_of_more_splits_than_a_program_holds_are_merged():
@@ -208,7 +290,12 @@ def test_moments_of_more_splits_than_a_program_holds_are_merged():
 
     def moments(x, t):
         d = x - x.mean(1, keepdim=True)
-        return torch.stack([torch.stack([x.mean(1), d.square().mean(1)], -1), torch.stack([t.mean(1), (t * d).mean(1)], -1)])
+        return torch.stack(
+            [
+                torch.stack([x.mean(1), d.square().mean(1)], -1),
+                torch.stack([t.mean(1), (t * d).mean(1)], -1),
+            ]
+        )
 
     stats = torch.empty(2, 2, 2).double()
     inputs = torch.stack([moments(a, b) for a, b in parts], 2)
@@ -240,28 +327,47 @@ def test_third_order_and_nested_forward_mode(backend):
     assert torch.allclose(energy(f), energy(g), atol=1e-8)
     rows = torch.stack([x, x + 1])
     assert torch.allclose(torch.vmap(f)(rows)[1], g(x + 1), atol=1e-12)
-    per_sample = torch.vmap(torch.func.grad(lambda c, x: normalise(x[None], c, None, form, backend).square().sum()), in_dims=(None, 0))
-    expected = torch.vmap(torch.func.grad(lambda c, x: normalise_ref(x[None], c, None, form).square().sum()), in_dims=(None, 0))
+    per_sample = torch.vmap(
+        torch.func.grad(lambda c, x: normalise(x[None], c, None, form, backend).square().sum()),
+        in_dims=(None, 0),
+    )
+    expected = torch.vmap(
+        torch.func.grad(lambda c, x: normalise_ref(x[None], c, None, form).square().sum()),
+        in_dims=(None, 0),
+    )
     assert torch.allclose(per_sample(coef[:1], x), expected(coef[:1], x), atol=1e-11)
 
 
 @pytest.mark.parametrize("dual", [False, True], ids=["value", "tangent"])
-@pytest.mark.parametrize("nesting", ["".join(c) for k in (2, 3) for c in itertools.product("FRV", repeat=k)] + ["FFFF", "RFRF", "RRFF"])
+@pytest.mark.parametrize(
+    "nesting",
+    ["".join(c) for k in (2, 3) for c in itertools.product("FRV", repeat=k)]
+    + ["FFFF", "RFRF", "RRFF"],
+)
 def test_every_nesting_of_transforms(nesting, dual):
-    """F: jvp, R: grad, V: vmap of jvp, inner to outer. A plain operation in a jvp rule would lose the tangents of the levels around it."""
+    """F: jvp, R: grad, V: vmap of jvp, inner to outer.
+
+    A plain operation in a jvp rule would lose the tangents of the levels around it.
+    """
     torch.manual_seed(0)
     x, c = torch.randn(2, 3, 4).double(), torch.randn(1, 9).double()
     v, form = torch.ones_like(x).cumsum(-1), Form(0, True, True, 1e-5, "silu")
     wrap = {
         "F": lambda f: lambda x: torch.func.jvp(f, (x,), (v * x.cos(),))[1],
         "R": lambda f: torch.func.grad(lambda x: f(x).sin().sum()),
-        "V": lambda f: lambda x: torch.vmap(lambda t: torch.func.jvp(f, (x,), (t,))[1])(torch.stack([v, v.flip(0)])).sum(0),
+        "V": lambda f: (
+            lambda x: torch.vmap(lambda t: torch.func.jvp(f, (x,), (t,))[1])(
+                torch.stack([v, v.flip(0)])
+            ).sum(0)
+        ),
     }
 
     def nested(backend):
         def f(x):
             if dual:
-                return fastscore.ops.instance_norm_plus_dual(x, (v * x)[None], *c[0].split(3), activation="silu", backend=backend)[1][0]
+                return fastscore.ops.instance_norm_plus_dual(
+                    x, (v * x)[None], *c[0].split(3), activation="silu", backend=backend
+                )[1][0]
             return normalise(x, c, None, form, backend)
 
         for letter in nesting:
@@ -269,15 +375,20 @@ def test_every_nesting_of_transforms(nesting, dual):
         return f(x)
 
     expected = nested("reference")
-    assert float((nested("cpp") - expected).abs().max()) <= 1e-8 * max(float(expected.abs().max()), 1e-8)
+    assert float((nested("cpp") - expected).abs().max()) <= 1e-8 * max(
+        float(expected.abs().max()), 1e-8
+    )
 
 
 def sliced_score_gradient(norm, weights, x, v, mode):
-    """d/dweights of vᵀ(∂s/∂x)v + ½(vᵀs)² for s = conv(elu(norm(conv(x)))), by forward mode or by double backprop."""
+    """d/dweights of vᵀ(∂s/∂x)v + ½(vᵀs)² for s = conv(elu(norm(conv(x)))), by forward mode or by
+    double backprop."""
     first, second, *coefficients = (w.requires_grad_() for w in weights)
 
     def score(x):
-        return F.conv2d(F.elu(norm(F.conv2d(x, first, padding=1), *coefficients)), second, padding=1)
+        return F.conv2d(
+            F.elu(norm(F.conv2d(x, first, padding=1), *coefficients)), second, padding=1
+        )
 
     if mode == "forward":
         s, js = torch.func.jvp(score, (x,), (v,))
@@ -290,13 +401,21 @@ def sliced_score_gradient(norm, weights, x, v, mode):
 
 
 def relative_difference(a, b):
-    return float(torch.cat([(p - q).flatten() for p, q in zip(a, b)]).norm() / torch.cat([q.flatten() for q in b]).norm())
+    return float(
+        torch.cat([(p - q).flatten() for p, q in zip(a, b)]).norm()
+        / torch.cat([q.flatten() for q in b]).norm()
+    )
 
 
 def test_forward_mode_gradient_is_that_of_double_backprop_where_stock_layers_are_wrong(backend):
     """pytorch/pytorch#196699, #196700, #186256: saved statistics carry no tangent."""
     torch.manual_seed(0)
-    weights = [torch.randn(8, 3, 3, 3).double(), torch.randn(3, 8, 3, 3).double() / 5, torch.randn(8).double(), torch.randn(8).double()]
+    weights = [
+        torch.randn(8, 3, 3, 3).double(),
+        torch.randn(3, 8, 3, 3).double() / 5,
+        torch.randn(8).double(),
+        torch.randn(8).double(),
+    ]
     x, v = torch.randn(4, 3, 8, 8).double(), torch.randn(4, 3, 8, 8).double().sign()
 
     def ours(h, gamma, beta):
@@ -306,10 +425,15 @@ def test_forward_mode_gradient_is_that_of_double_backprop_where_stock_layers_are
         return F.instance_norm(h, weight=gamma, bias=beta)
 
     right = sliced_score_gradient(theirs, weights, x, v, "double backprop")
-    assert relative_difference(sliced_score_gradient(ours, weights, x, v, "double backprop"), right) < 1e-10
+    assert (
+        relative_difference(sliced_score_gradient(ours, weights, x, v, "double backprop"), right)
+        < 1e-10
+    )
     assert relative_difference(sliced_score_gradient(ours, weights, x, v, "forward"), right) < 1e-10
     # When this fails PyTorch has mended its layers: rejoice, and change docs/derivatives.md.
-    assert relative_difference(sliced_score_gradient(theirs, weights, x, v, "forward"), right) > 1e-3
+    assert (
+        relative_difference(sliced_score_gradient(theirs, weights, x, v, "forward"), right) > 1e-3
+    )
 
 
 def test_compiled_equals_eager(backend):
@@ -326,12 +450,19 @@ def test_compiled_equals_eager(backend):
     compiled = torch.compile(f, fullgraph=True)
     assert torch.allclose(compiled(x, table), f(x, table), atol=1e-6)
     gy = draw(*x.shape)
-    for a, b in zip(torch.autograd.grad(compiled(x, table), (x, table), gy), torch.autograd.grad(f(x, table), (x, table), gy)):
+    for a, b in zip(
+        torch.autograd.grad(compiled(x, table), (x, table), gy),
+        torch.autograd.grad(f(x, table), (x, table), gy),
+    ):
         assert torch.allclose(a, b, atol=1e-5)
     t = draw(*x.shape)
-    tangent = torch.compile(lambda x, t: torch.func.jvp(lambda x: f(x, table), (x,), (t,))[1], fullgraph=True)
+    tangent = torch.compile(
+        lambda x, t: torch.func.jvp(lambda x: f(x, table), (x,), (t,))[1], fullgraph=True
+    )
     expected = torch.func.jvp(lambda x: f(x, table), (x,), (t,))[1]
-    assert float(expected.detach().abs().max()) > 0.1 and torch.allclose(tangent(x, t), expected, atol=1e-5)
+    assert float(expected.detach().abs().max()) > 0.1 and torch.allclose(
+        tangent(x, t), expected, atol=1e-5
+    )
     got = torch.autograd.grad(tangent(x, t).square().sum(), (x, table))
     for a, b in zip(got, torch.autograd.grad(expected.square().sum(), (x, table))):
         assert torch.allclose(a, b, atol=1e-4)
@@ -342,31 +473,56 @@ def test_large_mean_and_large_values(backend, dtype):
     big = 6e4 if dtype == torch.float16 else 1e4
     x = (big * 0.9 + 50 * torch.randn(2, 4, 300).double()).to(dtype)
     means = x.double().mean(-1)
-    # A mean is rounded to float32: by big / 2^24, of the deviation of the pixels (50) or of the channels' means.
-    for form, spread in ((Form(0, False, False, 1e-5, None), 50.0), (Form(0, True, False, 1e-5, None), float(means.std(1).min()))):
+    # A mean is rounded to float32: by big / 2^24, of the deviation of the pixels (50) or of the
+    # channels' means.
+    for form, spread in (
+        (Form(0, False, False, 1e-5, None), 50.0),
+        (Form(0, True, False, 1e-5, None), float(means.std(1).min())),
+    ):
         coef = torch.ones(1, 4 + 4 * form.alpha)
         exact = normalise_ref(x.double(), coef.double(), None, form)
         y = normalise(x, coef.to(torch.promote_types(dtype, coef.dtype)), None, form, backend)
-        assert bool(((y.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 3 * big * 2**-24 / spread + 2e-6).all())
+        assert bool(
+            (
+                (y.double() - exact).abs()
+                <= torch.finfo(dtype).eps * exact.abs() + 3 * big * 2**-24 / spread + 2e-6
+            ).all()
+        )
 
 
 def test_autocast_keeps_the_statistics_in_float32(backend):
     torch.manual_seed(0)
-    x, weight, gamma, beta = torch.randn(2, 3, 6, 6) + 100, torch.randn(4, 3, 1, 1), torch.rand(4), torch.rand(4)
+    x, weight, gamma, beta = (
+        torch.randn(2, 3, 6, 6) + 100,
+        torch.randn(4, 3, 1, 1),
+        torch.rand(4),
+        torch.rand(4),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         h = F.conv2d(x, weight)
         y = fastscore.instance_norm_plus(h, gamma, None, beta, activation="silu")
     exact = F.silu(F.instance_norm(h.double(), weight=gamma.double(), bias=beta.double()))
     assert h.dtype == y.dtype == torch.bfloat16
-    assert bool(((y.double() - exact).abs() <= torch.finfo(torch.bfloat16).eps * exact.abs() + 1e-4).all())
+    assert bool(
+        ((y.double() - exact).abs() <= torch.finfo(torch.bfloat16).eps * exact.abs() + 1e-4).all()
+    )
 
 
 def test_one_channel_and_constant_input_are_defined(backend):
     x = torch.randn(2, 1, 3, 3)
     y = fastscore.instance_norm_plus(x, torch.ones(1), torch.ones(1), torch.zeros(1))
     assert torch.allclose(y, F.instance_norm(x), atol=1e-6)
-    assert torch.equal(fastscore.instance_norm_plus(torch.full((2, 3, 4), 7.0), torch.ones(3), torch.ones(3)), torch.zeros(2, 3, 4))
-    assert bool(fastscore.instance_norm_plus(torch.full((1, 1, 4), torch.nan), torch.ones(1), activation="elu").isnan().all())
+    assert torch.equal(
+        fastscore.instance_norm_plus(torch.full((2, 3, 4), 7.0), torch.ones(3), torch.ones(3)),
+        torch.zeros(2, 3, 4),
+    )
+    assert bool(
+        fastscore.instance_norm_plus(
+            torch.full((1, 1, 4), torch.nan), torch.ones(1), activation="elu"
+        )
+        .isnan()
+        .all()
+    )
     for shape in ((0, 3, 4), (2, 3, 0)):
         x = torch.zeros(shape, requires_grad=True)
         gamma = torch.ones(3, requires_grad=True)
@@ -383,10 +539,20 @@ def test_table_gradient_is_summed_per_label_and_repeatable(backend):
         y = fastscore.conditional_instance_norm_plus(x, labels, table)
         runs.append(torch.autograd.grad(y.square().sum(), table)[0])
     assert torch.equal(*runs) and bool((runs[0][3] == 0).all())
-    expanded = torch.tensor(2).expand(40)   # one label for all, without memory of its own
-    assert torch.equal(fastscore.conditional_instance_norm_plus(x, expanded, table), fastscore.instance_norm_plus(x, *table[2].split(5)))
-    each = torch.cat([fastscore.conditional_instance_norm_plus(x[i : i + 1], labels[i : i + 1], table) for i in range(40)])
-    assert torch.allclose(runs[0], torch.autograd.grad(each.square().sum(), table)[0], rtol=1e-4, atol=1e-4)
+    expanded = torch.tensor(2).expand(40)  # one label for all, without memory of its own
+    assert torch.equal(
+        fastscore.conditional_instance_norm_plus(x, expanded, table),
+        fastscore.instance_norm_plus(x, *table[2].split(5)),
+    )
+    each = torch.cat(
+        [
+            fastscore.conditional_instance_norm_plus(x[i : i + 1], labels[i : i + 1], table)
+            for i in range(40)
+        ]
+    )
+    assert torch.allclose(
+        runs[0], torch.autograd.grad(each.square().sum(), table)[0], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_threads_do_not_change_a_bit():
@@ -409,8 +575,15 @@ def test_group_norm_modulate_is_group_norm_scaled_and_shifted(backend):
     y = fastscore.group_norm_modulate(x, 4, weight, bias, scale, shift, activation="silu")
     assert torch.allclose(y, F.silu(h), atol=2e-6)
     assert torch.allclose(fastscore.group_norm_modulate(x, 2), F.group_norm(x, 2), atol=2e-6)
-    assert torch.allclose(fastscore.group_norm_modulate(x, 2, scale=scale), F.group_norm(x, 2) * (1 + scale)[..., None, None], atol=4e-6)
-    arguments, fast = [a.double().requires_grad_() for a in (x[:, :, :2, :2], weight, bias, scale, shift)], backend == "triton"
+    assert torch.allclose(
+        fastscore.group_norm_modulate(x, 2, scale=scale),
+        F.group_norm(x, 2) * (1 + scale)[..., None, None],
+        atol=4e-6,
+    )
+    arguments, fast = (
+        [a.double().requires_grad_() for a in (x[:, :, :2, :2], weight, bias, scale, shift)],
+        backend == "triton",
+    )
 
     def f(*a):
         return fastscore.group_norm_modulate(a[0], 4, *a[1:], activation="silu")
@@ -447,7 +620,25 @@ def test_raw_ops_refuse_derivatives_and_pass_opcheck(backend):
     op = backends.raw(backend, "normalise")
     torch.library.opcheck(op, forward)
     op(*forward)
-    backward = (torch.empty_like(x), None, torch.empty(2, 6), None, x, None, stats, coef, None, None, x, None, 0, False, True, 1e-5, 1)
+    backward = (
+        torch.empty_like(x),
+        None,
+        torch.empty(2, 6),
+        None,
+        x,
+        None,
+        stats,
+        coef,
+        None,
+        None,
+        x,
+        None,
+        0,
+        False,
+        True,
+        1e-5,
+        1,
+    )
     torch.library.opcheck(backends.raw(backend, "normalise_backward"), backward)
     with pytest.raises(NotImplementedError, match="has no forward-mode rule"):
         torch.func.jvp(lambda x: (op(*forward[:3], x, *forward[4:]), x)[1], (x,), (x,))
@@ -468,21 +659,74 @@ X = torch.zeros(2, 4, 3, 3)
     "call, message",
     [
         (lambda: fastscore.instance_norm_plus(X[0, 0], torch.ones(4)), r"x must be \(B, C, \*\)"),
-        (lambda: fastscore.instance_norm_plus(X, torch.ones(3)), r"gamma must be \(4,\) or \(2, 4\); got \(3,\)"),
-        (lambda: fastscore.instance_norm_plus(X, torch.ones(4), beta=torch.ones(4, device="meta")), "beta must be on the device"),
-        (lambda: fastscore.instance_norm_plus(X, torch.ones(4, dtype=torch.int64)), "gamma must be float32"),
-        (lambda: fastscore.instance_norm_plus(X, torch.ones(4), eps=0), "eps must be a finite number > 0"),
-        (lambda: fastscore.instance_norm_plus(X, torch.ones(4), activation="tanh"), "activation must be one of None, 'elu'"),
-        (lambda: fastscore.ops.instance_norm_plus_dual(X, X, torch.ones(4)), r"t must be \(M, 2, 4, 3, 3\); got \(2, 4, 3, 3\)"),
-        (lambda: fastscore.conditional_instance_norm_plus(X, torch.tensor([0, 5]), torch.ones(5, 12)), r"labels must be in 0..4; got 5"),
-        (lambda: fastscore.conditional_instance_norm_plus(X, torch.tensor([0]), torch.ones(5, 12)), r"labels must be int64 \(2,\)"),
-        (lambda: fastscore.conditional_instance_norm_plus(X, torch.tensor([0, 1]), torch.ones(5, 8)), r"weight must be \(L, 12\)"),
-        (lambda: fastscore.instance_norm_plus(X, None, torch.ones(4)), "gamma must be a tensor; got NoneType"),
-        (lambda: fastscore.instance_norm_plus(X, torch.ones(4), eps=1e-30), "eps must be at least 2.05e-26, or derivatives of constant ch"),
-        (lambda: fastscore.instance_norm_plus(X, torch.ones(4), eps="a"), "eps must be a finite number > 0; got 'a'"),
-        (lambda: fastscore.instance_norm_plus(X, torch.ones(4), activation=["elu"]), "activation must be one of"),
-        (lambda: fastscore.group_norm_modulate(X, 3), "num_groups must be an int that divides 4 channels; got 3"),
-        (lambda: fastscore.group_norm_modulate(X, 2, scale=torch.ones(4)), r"scale must be \(2, 4\); got \(4,\)"),
+        (
+            lambda: fastscore.instance_norm_plus(X, torch.ones(3)),
+            r"gamma must be \(4,\) or \(2, 4\); got \(3,\)",
+        ),
+        (
+            lambda: fastscore.instance_norm_plus(
+                X, torch.ones(4), beta=torch.ones(4, device="meta")
+            ),
+            "beta must be on the device",
+        ),
+        (
+            lambda: fastscore.instance_norm_plus(X, torch.ones(4, dtype=torch.int64)),
+            "gamma must be float32",
+        ),
+        (
+            lambda: fastscore.instance_norm_plus(X, torch.ones(4), eps=0),
+            "eps must be a finite number > 0",
+        ),
+        (
+            lambda: fastscore.instance_norm_plus(X, torch.ones(4), activation="tanh"),
+            "activation must be one of None, 'elu'",
+        ),
+        (
+            lambda: fastscore.ops.instance_norm_plus_dual(X, X, torch.ones(4)),
+            r"t must be \(M, 2, 4, 3, 3\); got \(2, 4, 3, 3\)",
+        ),
+        (
+            lambda: fastscore.conditional_instance_norm_plus(
+                X, torch.tensor([0, 5]), torch.ones(5, 12)
+            ),
+            r"labels must be in 0..4; got 5",
+        ),
+        (
+            lambda: fastscore.conditional_instance_norm_plus(
+                X, torch.tensor([0]), torch.ones(5, 12)
+            ),
+            r"labels must be int64 \(2,\)",
+        ),
+        (
+            lambda: fastscore.conditional_instance_norm_plus(
+                X, torch.tensor([0, 1]), torch.ones(5, 8)
+            ),
+            r"weight must be \(L, 12\)",
+        ),
+        (
+            lambda: fastscore.instance_norm_plus(X, None, torch.ones(4)),
+            "gamma must be a tensor; got NoneType",
+        ),
+        (
+            lambda: fastscore.instance_norm_plus(X, torch.ones(4), eps=1e-30),
+            "eps must be at least 2.05e-26, or derivatives of constant ch",
+        ),
+        (
+            lambda: fastscore.instance_norm_plus(X, torch.ones(4), eps="a"),
+            "eps must be a finite number > 0; got 'a'",
+        ),
+        (
+            lambda: fastscore.instance_norm_plus(X, torch.ones(4), activation=["elu"]),
+            "activation must be one of",
+        ),
+        (
+            lambda: fastscore.group_norm_modulate(X, 3),
+            "num_groups must be an int that divides 4 channels; got 3",
+        ),
+        (
+            lambda: fastscore.group_norm_modulate(X, 2, scale=torch.ones(4)),
+            r"scale must be \(2, 4\); got \(4,\)",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_in_one_sentence(call, message):
@@ -492,8 +736,14 @@ def test_bad_arguments_are_refused_in_one_sentence(call, message):
 
 
 def test_gradients_of_a_table_keep_float32_under_autocast():
-    """A GPU adds them up by a matrix product, which autocast would take to bfloat16: three digits."""
-    g, labels = torch.randn(64, 12, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 5
+    """A GPU adds them up by a matrix product, which autocast would take to bfloat16.
+
+    Three digits.
+    """
+    g, labels = (
+        torch.randn(64, 12, generator=torch.Generator().manual_seed(0)),
+        torch.arange(64) % 5,
+    )
     with torch.autocast("cpu", torch.bfloat16):
         found = _scatter_by_product(g, labels, 6)
     expected = torch.zeros(6, 12, dtype=torch.float64).index_add(0, labels, g.double())

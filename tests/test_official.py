@@ -1,4 +1,7 @@
-"""The four official networks equal a plain evaluation of their state_dict; their files load, and wrong ones are refused in a sentence."""
+"""The four official networks equal a plain evaluation of their state_dict.
+
+Their files load, and wrong ones are refused in a sentence.
+"""
 
 import sys
 import warnings
@@ -59,7 +62,13 @@ def official_norm(w, name, x, y):
 
 def official_conv(w, name, x, dilation=1):
     weight = w[f"{name}.weight"]
-    return F.conv2d(x, weight, w.get(f"{name}.bias"), padding=dilation * (weight.shape[-1] // 2), dilation=dilation)
+    return F.conv2d(
+        x,
+        weight,
+        w.get(f"{name}.bias"),
+        padding=dilation * (weight.shape[-1] // 2),
+        dilation=dilation,
+    )
 
 
 def halved(x):
@@ -67,12 +76,18 @@ def halved(x):
 
 
 def official_block(w, name, x, y, dilation):
-    h = official_conv(w, f"{name}.conv1", act(official_norm(w, f"{name}.normalize1", x, y)), dilation)
+    h = official_conv(
+        w, f"{name}.conv1", act(official_norm(w, f"{name}.normalize1", x, y)), dilation
+    )
     h = act(official_norm(w, f"{name}.normalize2", h, y))
     if f"{name}.conv2.conv.weight" in w:
-        return halved(official_conv(w, f"{name}.shortcut.conv", x)) + halved(official_conv(w, f"{name}.conv2.conv", h))
+        return halved(official_conv(w, f"{name}.shortcut.conv", x)) + halved(
+            official_conv(w, f"{name}.conv2.conv", h)
+        )
     h = official_conv(w, f"{name}.conv2", h, dilation)
-    return h + (official_conv(w, f"{name}.shortcut", x, dilation) if f"{name}.shortcut.weight" in w else x)
+    return h + (
+        official_conv(w, f"{name}.shortcut", x, dilation) if f"{name}.shortcut.weight" in w else x
+    )
 
 
 def official_units(w, name, x, y):
@@ -80,7 +95,11 @@ def official_units(w, name, x, y):
     while f"{name}.{block}_1_conv.weight" in w:
         h = x
         for stage in (1, 2):
-            h = official_conv(w, f"{name}.{block}_{stage}_conv", act(official_norm(w, f"{name}.{block}_{stage}_norm", h, y)))
+            h = official_conv(
+                w,
+                f"{name}.{block}_{stage}_conv",
+                act(official_norm(w, f"{name}.{block}_{stage}_norm", h, y)),
+            )
         x, block = x + h, block + 1
     return x
 
@@ -88,20 +107,43 @@ def official_units(w, name, x, y):
 def official_refine(w, name, xs, y):
     hs = [official_units(w, f"{name}.adapt_convs.{i}", x, y) for i, x in enumerate(xs)]
     if len(hs) > 1:
-        hs = [official_conv(w, f"{name}.msf.convs.{i}", official_norm(w, f"{name}.msf.norms.{i}", h, y)) for i, h in enumerate(hs)]
-        hs = [F.interpolate(h, size=xs[0].shape[2:], mode="bilinear", align_corners=True) for h in hs]
+        hs = [
+            official_conv(
+                w, f"{name}.msf.convs.{i}", official_norm(w, f"{name}.msf.norms.{i}", h, y)
+            )
+            for i, h in enumerate(hs)
+        ]
+        hs = [
+            F.interpolate(h, size=xs[0].shape[2:], mode="bilinear", align_corners=True) for h in hs
+        ]
     x = path = act(sum(hs))
     for i in (0, 1):
-        if f"{name}.crp.norms.{i}.embed.weight" in w:  # conditional networks take the mean, of 25 also at the border
-            path = F.pad(official_norm(w, f"{name}.crp.norms.{i}", path, y), (2, 2, 2, 2)).unfold(2, 5, 1).unfold(3, 5, 1).mean((-1, -2))
+        # Conditional networks take the mean, of 25 also at the border.
+        if f"{name}.crp.norms.{i}.embed.weight" in w:
+            path = (
+                F.pad(official_norm(w, f"{name}.crp.norms.{i}", path, y), (2, 2, 2, 2))
+                .unfold(2, 5, 1)
+                .unfold(3, 5, 1)
+                .mean((-1, -2))
+            )
         else:
-            path = F.pad(path, (2, 2, 2, 2), value=-torch.inf).unfold(2, 5, 1).unfold(3, 5, 1).amax((-1, -2))
+            path = (
+                F.pad(path, (2, 2, 2, 2), value=-torch.inf)
+                .unfold(2, 5, 1)
+                .unfold(3, 5, 1)
+                .amax((-1, -2))
+            )
         path = official_conv(w, f"{name}.crp.convs.{i}", path)
         x = x + path
     return official_units(w, f"{name}.output_convs", x, y)
 
 
-DILATIONS = {NCSN: (1, 1, 2, 4), NCSNv2: (1, 1, 2, 4), NCSNv2Deeper: (1, 1, 1, 2, 4), NCSNv2Deepest: (1, 1, 1, 1, 2, 4)}
+DILATIONS = {
+    NCSN: (1, 1, 2, 4),
+    NCSNv2: (1, 1, 2, 4),
+    NCSNv2Deeper: (1, 1, 1, 2, 4),
+    NCSNv2Deepest: (1, 1, 1, 1, 2, 4),
+}
 
 
 def official(cls, w, x, y, *, centre=True, dilations=None):
@@ -110,9 +152,18 @@ def official(cls, w, x, y, *, centre=True, dilations=None):
     stages = ["res1", "res2", "res3", *["res31"] * deepest, "res4", "res5"]
     h, layers = official_conv(w, "begin_conv", 2 * x - 1 if centre else x), []
     for stage, dilation in zip(stages, dilations or DILATIONS[cls]):
-        h = official_block(w, f"{stage}.1", official_block(w, f"{stage}.0", h, y, dilation), y, dilation)
+        h = official_block(
+            w, f"{stage}.1", official_block(w, f"{stage}.0", h, y, dilation), y, dilation
+        )
         layers.append(h)
-    refines = ["refine1", "refine2", *["refine31"] * deepest, "refine3", "refine4", *["refine5"] * (len(layers) > 4)]
+    refines = [
+        "refine1",
+        "refine2",
+        *["refine31"] * deepest,
+        "refine3",
+        "refine4",
+        *["refine5"] * (len(layers) > 4),
+    ]
     h = official_refine(w, refines[0], [layers[-1]], y)
     for name, layer in zip(refines[1:], layers[-2::-1]):
         h = official_refine(w, name, [layer, h], y)
@@ -139,53 +190,81 @@ def test_network_has_the_official_tensors_and_parameters(cls, tensors, parameter
     with torch.device("meta"):
         net = cls()
         assert unscaled is None or len(cls(scale_by_sigma=False).state_dict()) == unscaled
-    assert len(net.state_dict()) == tensors and sum(p.numel() for p in net.parameters()) == parameters
+    assert (
+        len(net.state_dict()) == tensors and sum(p.numel() for p in net.parameters()) == parameters
+    )
     assert ("sigmas" in net.state_dict()) == (cls is not NCSN)
 
 
 def test_v2_keys_and_shapes_follow_the_official_grammar():
     n = 6
-    shapes = {cls: {k: tuple(v.shape) for k, v in cls(ngf=n, sigmas=LADDER).state_dict().items()} for cls in V2}
+    shapes = {
+        cls: {k: tuple(v.shape) for k, v in cls(ngf=n, sigmas=LADDER).state_dict().items()}
+        for cls in V2
+    }
     expected = {
         NCSNv2: {
-            "sigmas": (10,), "normalizer.gamma": (n,), "res2.0.normalize2.beta": (n,), "res2.0.conv2.conv.weight": (2 * n, n, 3, 3),
+            "sigmas": (10,),
+            "normalizer.gamma": (n,),
+            "res2.0.normalize2.beta": (n,),
+            "res2.0.conv2.conv.weight": (2 * n, n, 3, 3),
             "res3.0.shortcut.weight": (2 * n, 2 * n, 3, 3),
-            "refine3.msf.convs.1.bias": (n,), "refine4.output_convs.3_2_conv.weight": (n, n, 3, 3),
+            "refine3.msf.convs.1.bias": (n,),
+            "refine4.output_convs.3_2_conv.weight": (n, n, 3, 3),
         },
         NCSNv2Deeper: {
-            "res3.0.conv2.conv.bias": (2 * n,), "res3.0.shortcut.conv.weight": (2 * n, 2 * n, 1, 1),
+            "res3.0.conv2.conv.bias": (2 * n,),
+            "res3.0.shortcut.conv.weight": (2 * n, 2 * n, 1, 1),
             "res4.0.conv1.weight": (2 * n, 2 * n, 3, 3),
-            "res4.0.shortcut.weight": (4 * n, 2 * n, 3, 3), "res4.1.normalize1.alpha": (4 * n,),
+            "res4.0.shortcut.weight": (4 * n, 2 * n, 3, 3),
+            "res4.1.normalize1.alpha": (4 * n,),
             "res5.1.conv2.weight": (4 * n, 4 * n, 3, 3),
-            "refine1.output_convs.1_2_conv.weight": (4 * n, 4 * n, 3, 3), "refine2.msf.convs.0.weight": (2 * n, 4 * n, 3, 3),
-            "refine3.msf.convs.1.weight": (2 * n, 2 * n, 3, 3), "refine4.crp.convs.0.weight": (n, n, 3, 3),
+            "refine1.output_convs.1_2_conv.weight": (4 * n, 4 * n, 3, 3),
+            "refine2.msf.convs.0.weight": (2 * n, 4 * n, 3, 3),
+            "refine3.msf.convs.1.weight": (2 * n, 2 * n, 3, 3),
+            "refine4.crp.convs.0.weight": (n, n, 3, 3),
             "refine5.output_convs.3_1_conv.weight": (n, n, 3, 3),
         },
         NCSNv2Deepest: {
-            "res31.0.shortcut.conv.weight": (2 * n, 2 * n, 1, 1), "res4.0.shortcut.weight": (4 * n, 2 * n, 3, 3),
-            "refine2.msf.convs.1.weight": (2 * n, 4 * n, 3, 3), "refine31.msf.convs.1.weight": (2 * n, 2 * n, 3, 3),
+            "res31.0.shortcut.conv.weight": (2 * n, 2 * n, 1, 1),
+            "res4.0.shortcut.weight": (4 * n, 2 * n, 3, 3),
+            "refine2.msf.convs.1.weight": (2 * n, 4 * n, 3, 3),
+            "refine31.msf.convs.1.weight": (2 * n, 2 * n, 3, 3),
             "refine3.adapt_convs.1.2_1_conv.weight": (2 * n, 2 * n, 3, 3),
         },
-    }  # fmt: skip
+    }
     for cls, some in expected.items():
         assert {k: shapes[cls].get(k) for k in some} == some
-        assert not [k for k in shapes[cls] if ("norm" in k and k.startswith("refine")) or "refine1.msf" in k or "res1.0.shortcut" in k]
+        assert not [
+            k
+            for k in shapes[cls]
+            if ("norm" in k and k.startswith("refine"))
+            or "refine1.msf" in k
+            or "res1.0.shortcut" in k
+        ]
 
 
 @pytest.mark.parametrize("cls", ALL)
 def test_network_equals_the_plain_evaluation_of_its_state_dict(cls):
-    """In float64, so that also a rounding to float32 on the way, as in the original's accumulator, would show."""
+    """In float64, so that also a rounding to float32 on the way, as in the original's
+    accumulator, would show."""
     net = network(cls).double()
     x, y = torch.rand(2, 3, 16, 24, dtype=torch.float64), torch.tensor([0, 7])
     expected = official(cls, net.state_dict(), x, y)
     sigma = LADDER.double()[y]
-    torch.testing.assert_close(net(x, sigma), expected if cls is NCSN else expected / sigma[:, None, None, None], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(
+        net(x, sigma),
+        expected if cls is NCSN else expected / sigma[:, None, None, None],
+        rtol=1e-9,
+        atol=1e-11,
+    )
 
 
 @pytest.mark.parametrize("cls", ALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_network_runs_in_half_precision(cls, dtype):
-    """About sixty roundings in a row of values of order one, each eps/2 at most, adding up like a random walk: 8 eps of the norm."""
+    """About sixty roundings in a row of values of order one, each eps/2 at most, adding up like
+    a random walk: 8 eps of the norm."""
     net = network(cls, ngf=8)
     x, sigma = torch.rand(2, 3, 16, 16), LADDER[[5, 5]]
     expected = net(x, sigma)
@@ -198,7 +277,9 @@ def test_network_keeps_channels_last(cls):
     net = network(cls)
     x, sigma = torch.rand(2, 3, 16, 16), LADDER[[0, 9]]
     expected = net(x, sigma)
-    s = net.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), sigma)
+    s = net.to(memory_format=torch.channels_last)(
+        x.contiguous(memory_format=torch.channels_last), sigma
+    )
     assert s.is_contiguous(memory_format=torch.channels_last) and relative(s, expected) < 1e-4
 
 
@@ -214,17 +295,29 @@ def test_v2_scores_at_any_sigma_and_cas_predicts_sigma_times_the_score():
 
 
 def test_v2_ladders_are_the_published_ones():
-    for cls, first, levels, size in ((NCSNv2, 50, 232, 32), (NCSNv2Deeper, 190, 1086, 128), (NCSNv2Deepest, 348, 2311, 256)):
+    for cls, first, levels, size in (
+        (NCSNv2, 50, 232, 32),
+        (NCSNv2Deeper, 190, 1086, 128),
+        (NCSNv2Deepest, 348, 2311, 256),
+    ):
         net = cls(ngf=1)
-        expected = torch.from_numpy(np.exp(np.linspace(np.log(first), np.log(0.01), levels))).float()
+        expected = torch.from_numpy(
+            np.exp(np.linspace(np.log(first), np.log(0.01), levels))
+        ).float()
         torch.testing.assert_close(net.sigmas, expected, rtol=1e-6, atol=0)
         assert net.sample_shape == (3, size, size)
 
 
-@pytest.mark.parametrize("cls, side", [(NCSN, "even sides"), (NCSNv2, "even sides"), (NCSNv2Deeper, "by 4"), (NCSNv2Deepest, "by 8")])
+@pytest.mark.parametrize(
+    "cls, side",
+    [(NCSN, "even sides"), (NCSNv2, "even sides"), (NCSNv2Deeper, "by 4"), (NCSNv2Deepest, "by 8")],
+)
 def test_network_names_what_it_cannot_take(cls, side):
     net = network(cls)
-    with pytest.raises(ValueError, match=rf"{cls.__name__}: x must be \(B, 3, H, W\) with .*{side}; got \(1, 3, 8, 9\)"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{cls.__name__}: x must be \(B, 3, H, W\) with .*{side}; got \(1, 3, 8, 9\)",
+    ):
         net(torch.zeros(1, 3, 8, 9), 0.01)
     with pytest.raises(ValueError, match=f"{cls.__name__}: sigma must be"):
         net(torch.zeros(1, 3, 8, 8), 0.0)
@@ -233,20 +326,36 @@ def test_network_names_what_it_cannot_take(cls, side):
 
 
 def test_compiled_v2_equals_eager():
-    net, x, sigma = network(NCSNv2).double(), torch.rand(2, 3, 8, 8, dtype=torch.float64), LADDER.double()[[1, 8]]
+    net, x, sigma = (
+        network(NCSNv2).double(),
+        torch.rand(2, 3, 8, 8, dtype=torch.float64),
+        LADDER.double()[[1, 8]],
+    )
     with torch.no_grad():  # gradients: test_compiled_ncsn_equals_eager_in_value_and_gradient
-        torch.testing.assert_close(torch.compile(net, backend="aot_eager", fullgraph=True)(x, sigma), net(x, sigma), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            torch.compile(net, backend="aot_eager", fullgraph=True)(x, sigma),
+            net(x, sigma),
+            rtol=1e-10,
+            atol=1e-10,
+        )
 
 
 def test_v2_sliced_gradient_through_forward_mode_equals_double_backward():
     net, x = network(NCSNv2).double(), torch.rand(2, 3, 8, 8, dtype=torch.float64)
     v = torch.randint(0, 2, x.shape, dtype=torch.float64) * 2 - 1
     _, jv = torch.func.jvp(lambda x: net(x, 0.5), (x,), (v,))
-    forward = torch.autograd.grad((v * jv).sum(), list(net.parameters()), allow_unused=True, materialize_grads=True)
+    forward = torch.autograd.grad(
+        (v * jv).sum(), list(net.parameters()), allow_unused=True, materialize_grads=True
+    )
     x.requires_grad_()
     (jv,) = torch.autograd.grad((net(x, 0.5) * v).sum(), x, create_graph=True)
-    reverse = torch.autograd.grad((v * jv).sum(), list(net.parameters()), allow_unused=True, materialize_grads=True)
-    error, size = (sum(t.square().sum() for t in ts).sqrt() for ts in ([a - b for a, b in zip(forward, reverse)], reverse))
+    reverse = torch.autograd.grad(
+        (v * jv).sum(), list(net.parameters()), allow_unused=True, materialize_grads=True
+    )
+    error, size = (
+        sum(t.square().sum() for t in ts).sqrt()
+        for ts in ([a - b for a, b in zip(forward, reverse)], reverse)
+    )
     assert error < 1e-11 * size
 
 
@@ -263,7 +372,8 @@ def averaged(net):
 
 
 def container(cls, layout=None):
-    """A checkpoint in the layout of ermongroup/ncsn (a list of two), ncsnv2 or CAS (lists of five)."""
+    """A checkpoint in the layout of ermongroup/ncsn (a list of two), ncsnv2 or CAS (lists of
+    five)."""
     net = network(cls, **({"scale_by_sigma": False} if layout == "cas" else {}))
     optimizer = torch.optim.Adam(net.parameters())
     net(torch.rand(1, 3, 8, 8), 50.0).sum().backward()
@@ -273,33 +383,53 @@ def container(cls, layout=None):
     return [prefixed(net), optimizer.state_dict(), 17, 300_000, averaged(net)]
 
 
-@pytest.mark.parametrize("cls, layout", [(NCSN, "ncsn"), *((cls, layout) for cls in V2 for layout in ("ncsnv2", "cas"))])
+@pytest.mark.parametrize(
+    "cls, layout", [(NCSN, "ncsn"), *((cls, layout) for cls in V2 for layout in ("ncsnv2", "cas"))]
+)
 def test_checkpoint_reproduces_the_forward_values(cls, layout, tmp_path):
     saved = container(cls, layout)
     torch.save(saved, tmp_path / "checkpoint.pth")
     ladder = {} if layout == "ncsnv2" else {"sigmas": LADDER}
     state = torch.random.get_rng_state()
     net = load_official(tmp_path / "checkpoint.pth", **ladder)
-    assert torch.equal(torch.random.get_rng_state(), state) and type(net) is cls and not net.training
+    assert (
+        torch.equal(torch.random.get_rng_state(), state) and type(net) is cls and not net.training
+    )
     torch.testing.assert_close(net.sigmas, LADDER, rtol=0, atol=0)
-    weights = {k.removeprefix("module."): v for k, v in saved[0].items()} if cls is NCSN else saved[4]
+    weights = (
+        {k.removeprefix("module."): v for k, v in saved[0].items()} if cls is NCSN else saved[4]
+    )
     x, y = torch.rand(2, 3, 16, 16), torch.tensor([2, 9])
     expected = official(cls, weights, x, y) / (1 if cls is NCSN else LADDER[y][:, None, None, None])
     assert relative(net(x, LADDER[y]), expected) < 1e-4
     if layout == "cas":
         raw = load_official(saved, scale_by_sigma=False)
-        assert relative(raw(x), official(cls, weights, x, y)) < 1e-4 and len(raw.state_dict()) == len(saved[0])
+        assert relative(raw(x), official(cls, weights, x, y)) < 1e-4 and len(
+            raw.state_dict()
+        ) == len(saved[0])
 
 
 def test_averaged_weights_are_taken_unless_told_otherwise():
     saved = container(NCSNv2)
     for source, ema, expected in (
-        (saved, True, saved[4]), (saved, False, saved[0]), (saved[:4], False, saved[0]), ([*saved[:4], None], False, saved[0]),
-        ([*saved, {"of the": "discriminator"}], True, saved[4]), (saved[0], True, saved[0]), (saved[:2], True, saved[0]),
-    ):  # fmt: skip
+        (saved, True, saved[4]),
+        (saved, False, saved[0]),
+        (saved[:4], False, saved[0]),
+        ([*saved[:4], None], False, saved[0]),
+        ([*saved, {"of the": "discriminator"}], True, saved[4]),
+        (saved[0], True, saved[0]),
+        (saved[:2], True, saved[0]),
+    ):
         weight = load_official(source, ema=ema).end_conv.weight
-        assert torch.equal(weight, expected["end_conv.weight" if "end_conv.weight" in expected else "module.end_conv.weight"])
-    assert torch.equal(load_official(saved[4], sigmas=LADDER).end_conv.weight, saved[4]["end_conv.weight"])
+        assert torch.equal(
+            weight,
+            expected[
+                "end_conv.weight" if "end_conv.weight" in expected else "module.end_conv.weight"
+            ],
+        )
+    assert torch.equal(
+        load_official(saved[4], sigmas=LADDER).end_conv.weight, saved[4]["end_conv.weight"]
+    )
     for source in (saved[:4], [*saved[:4], None]):
         with pytest.raises(ValueError, match="no averaged weights; pass ema=False"):
             load_official(source)
@@ -335,7 +465,10 @@ def test_unreadable_files_are_refused(tmp_path):
 
 def changed(**changes):
     """The weights of a small NCSNv2 with some entries replaced, or removed (None)."""
-    weights = {**network(NCSNv2).state_dict(), **{k.replace("__", "."): v for k, v in changes.items()}}
+    weights = {
+        **network(NCSNv2).state_dict(),
+        **{k.replace("__", "."): v for k, v in changes.items()},
+    }
     return {k: v for k, v in weights.items() if v is not None}
 
 
@@ -350,16 +483,29 @@ ONE = torch.ones(1)
         ({"net": {}, "step": 3}, {}, "got a dict with 'net', 'step'"),
         ({0: ONE}, {}, "got a dict with 0"),
         ({"a": ONE}, {}, r"must have begin_conv.weight .*; its 1 names are a"),
-        (changed(sigmas=None), {}, r"stores no ladder; pass sigmas, such as .* sigma_max=50, sigma_min=0.01, levels=232"),
+        (
+            changed(sigmas=None),
+            {},
+            r"stores no ladder; pass sigmas, such as .* sigma_max=50, sigma_min=0.01, levels=232",
+        ),
         (changed(end_conv__bias=None), {}, r"does not fit NCSNv2: 1 missing \(end_conv.bias\)\.$"),
         (changed(extra=ONE), {}, r"does not fit NCSNv2: 1 unexpected \(extra\)\.$"),
-        (changed(end_conv__bias=ONE), {}, r"does not fit NCSNv2: 1 misshapen \(end_conv.bias \(1,\) for \(3,\)\)\.$"),
+        (
+            changed(end_conv__bias=ONE),
+            {},
+            r"does not fit NCSNv2: 1 misshapen \(end_conv.bias \(1,\) for \(3,\)\)\.$",
+        ),
         (
             changed(),
             {"arch": "ncsnv2deeper"},
-            r"NCSNv2Deeper: 46 missing \(\S+, \S+, \S+, \.\.\.\); 8 unexpected \(.*\); 50 misshapen \(.*\.\.\.\)\.$",
+            r"NCSNv2Deeper: 46 missing \(\S+, \S+, \S+, \.\.\.\); 8 unexpected \(.*\); "
+            r"50 misshapen \(.*\.\.\.\)\.$",
         ),
-        (changed(), {"arch": "unet"}, "arch must be one of ncsn, ncsnv2, ncsnv2deeper, ncsnv2deepest; got 'unet'"),
+        (
+            changed(),
+            {"arch": "unet"},
+            "arch must be one of ncsn, ncsnv2, ncsnv2deeper, ncsnv2deepest; got 'unet'",
+        ),
         (changed(sigmas=torch.tensor([1.0, 2.0])), {}, "sigmas must be a descending ladder"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
@@ -376,7 +522,11 @@ def test_ncsn_asks_for_its_ladder_and_unknown_hyper_parameters_are_named():
         load_official(saved)
     with pytest.raises(ValueError, match="sigmas must have the 10 levels of the checkpoint; got 2"):
         load_official(saved, sigmas=[1.0, 0.1])
-    with pytest.raises(TypeError, match=r"the hyper-parameters of ncsn are channels, ngf, sigmas, .*nonlinearity, .*; got levels"):
+    with pytest.raises(
+        TypeError,
+        match=r"the hyper-parameters of ncsn are channels, ngf, sigmas, .*nonlinearity, .*; "
+              r"got levels",
+    ):
         load_official(saved, levels=10)
 
 
@@ -413,11 +563,18 @@ def test_derivatives_of_every_nonlinearity_equal_double_backprop(cls, nonlineari
     net, x = network(cls, nonlinearity=nonlinearity).double(), images(side=8).double()
     v = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(4)).double() * 2 - 1
     _, jv = jvp(lambda x: net(x, LADDER[5]), x, v)
-    forward = torch.autograd.grad((v * jv).sum(), list(net.parameters()), allow_unused=True, materialize_grads=True)
+    forward = torch.autograd.grad(
+        (v * jv).sum(), list(net.parameters()), allow_unused=True, materialize_grads=True
+    )
     x.requires_grad_()
     (jv,) = torch.autograd.grad((net(x, LADDER[5]) * v).sum(), x, create_graph=True)
-    reverse = torch.autograd.grad((v * jv).sum(), list(net.parameters()), allow_unused=True, materialize_grads=True)
-    error, size = (sum(t.square().sum() for t in ts).sqrt() for ts in ([a - b for a, b in zip(forward, reverse)], reverse))
+    reverse = torch.autograd.grad(
+        (v * jv).sum(), list(net.parameters()), allow_unused=True, materialize_grads=True
+    )
+    error, size = (
+        sum(t.square().sum() for t in ts).sqrt()
+        for ts in ([a - b for a, b in zip(forward, reverse)], reverse)
+    )
     assert error < 1e-11 * size
 
 
@@ -429,10 +586,14 @@ def test_data_of_another_range_are_taken_as_they_are(cls, option):
     net = load_official(saved, sigmas=LADDER, **{option: True})
     u = net.from_images(x)
     inside = 1e-6 + (1 - 2e-6) * x.double()
-    transformed = 2 * x.double() - 1 if option == "rescaled" else inside.log() - torch.log1p(-inside)
+    transformed = (
+        2 * x.double() - 1 if option == "rescaled" else inside.log() - torch.log1p(-inside)
+    )
     torch.testing.assert_close(u.double(), transformed, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(net.to_images(u), x, rtol=0, atol=1e-6)
-    expected = official(cls, weights, u, y, centre=False) / (1 if cls is NCSN else LADDER[y][:, None, None, None])
+    expected = official(cls, weights, u, y, centre=False) / (
+        1 if cls is NCSN else LADDER[y][:, None, None, None]
+    )
     assert relative(net(u, LADDER[y]), expected) < 1e-4
     plain = load_official(saved, sigmas=LADDER)
     assert torch.equal(plain.to_images(x), x) and torch.equal(plain.from_images(x), x)
@@ -442,7 +603,10 @@ def test_data_of_another_range_are_taken_as_they_are(cls, option):
 @pytest.mark.parametrize("target", ["gaussian", "dae"])
 def test_cas_options_are_the_score_that_its_sampler_takes(std, target):
     saved, x, y = prefixed(network(NCSNv2, scale_by_sigma=False)), images(), torch.tensor([2, 9])
-    weights, sigma = {k.removeprefix("module."): v for k, v in saved.items()}, LADDER[y][:, None, None, None]
+    weights, sigma = (
+        {k.removeprefix("module."): v for k, v in saved.items()},
+        LADDER[y][:, None, None, None],
+    )
     output = official(NCSNv2, weights, x, y)
     output = torch.sigmoid(2 * output) if target == "dae" else output
     output = output / (output.flatten().var() + 1e-10) if std else output   # of the batch, as there
@@ -460,9 +624,13 @@ def test_networks_without_dilation_are_seen_in_the_names(cls):
     saved, y = prefixed(network(cls, scale_by_sigma=False, dilated=False)), torch.tensor([2, 9])
     x = images(side=32)
     weights = {k.removeprefix("module."): v for k, v in saved.items()}
-    assert weights["res4.0.conv2.conv.weight"].shape[2:] == (3, 3) and weights["res4.0.shortcut.conv.weight"].shape[2:] == (1, 1)
+    assert weights["res4.0.conv2.conv.weight"].shape[2:] == (3, 3) and weights[
+        "res4.0.shortcut.conv.weight"
+    ].shape[2:] == (1, 1)
     net = load_official(saved, scale_by_sigma=False)
-    assert relative(net(x), official(cls, weights, x, y, dilations=[1] * len(DILATIONS[cls]))) < 1e-4
+    assert (
+        relative(net(x), official(cls, weights, x, y, dilations=[1] * len(DILATIONS[cls]))) < 1e-4
+    )
     with pytest.raises(ValueError, match=f"sides divisible by {net.side}"):
         net(images(side=net.side + 2))
 
@@ -479,11 +647,17 @@ def test_what_the_file_does_not_tell_is_warned_about_unless_it_is_given():
     common = "nonlinearity (elu), rescaled (False), logit_transform (False)"
     given = {"nonlinearity": "elu", "rescaled": False, "logit_transform": False}
     cas = {"std": False, "target": "gaussian"}
-    for layout, source in (("ncsn", container(NCSN)), ("v2", container(NCSNv2)), ("cas", container(NCSNv2, "cas"))):
+    for layout, source in (
+        ("ncsn", container(NCSN)),
+        ("v2", container(NCSNv2)),
+        ("cas", container(NCSNv2, "cas")),
+    ):
         ladder = {} if layout == "v2" else {"sigmas": LADDER}
         listed = common + (", std (False), target (gaussian)" if layout == "cas" else "")
         (message,) = warned(source, **ladder)
-        assert message.startswith(f"load_official: the checkpoint does not tell {listed}: these values are taken")
+        assert message.startswith(
+            f"load_official: the checkpoint does not tell {listed}: these values are taken"
+        )
         (message,) = warned(source, **ladder, nonlinearity="relu", rescaled=False)
         assert "does not tell logit_transform (False)" in message
         assert not warned(source, **ladder, **given, **(cas if layout == "cas" else {}))
@@ -492,9 +666,18 @@ def test_what_the_file_does_not_tell_is_warned_about_unless_it_is_given():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"nonlinearity": "tanh"}, "NCSNv2: nonlinearity must be one of elu, relu, lrelu, swish; got 'tanh'"),
-        ({"rescaled": True, "logit_transform": True}, "at most one of rescaled and logit_transform"),
-        ({"target": "noise"}, "std and target are options of CAS; the checkpoint stores a ladder, so it is NCSNv2's"),
+        (
+            {"nonlinearity": "tanh"},
+            "NCSNv2: nonlinearity must be one of elu, relu, lrelu, swish; got 'tanh'",
+        ),
+        (
+            {"rescaled": True, "logit_transform": True},
+            "at most one of rescaled and logit_transform",
+        ),
+        (
+            {"target": "noise"},
+            "std and target are options of CAS; the checkpoint stores a ladder, so it is NCSNv2's",
+        ),
         ({"std": True}, "std and target are options of CAS"),
     ],
 )
@@ -506,29 +689,53 @@ def test_wrong_options_are_one_sentence(options, message):
 
 
 def renamed(*changes, cls=NCSNv2, drop=()):
-    """Weights whose names have some words replaced, as other options of the official code have them."""
-    weights = {k: v for k, v in network(cls).state_dict().items() if not any(word in k for word in drop)}
+    """Weights whose names have some words replaced, as other options of the official code have
+    them."""
+    weights = {
+        k: v for k, v in network(cls).state_dict().items() if not any(word in k for word in drop)
+    }
     for old, new in changes:
         weights = {k.replace(old, new): v for k, v in weights.items()}
     return weights
 
 
 def halved_tables():
-    return {k: v[:, : 2 * v.shape[1] // 3] if k.endswith("embed.weight") else v for k, v in network(NCSN).state_dict().items()}
+    return {
+        k: v[:, : 2 * v.shape[1] // 3] if k.endswith("embed.weight") else v
+        for k, v in network(NCSN).state_dict().items()
+    }
 
 
 NORMS = ("gamma", "alpha", "beta")
 UNSUPPORTED = {
     "spectral-norm": (renamed(("conv1.weight", "conv1.weight_orig")), "spec_norm"),
-    "batch-norm": (renamed((".gamma", ".weight"), (".beta", ".bias"), (".alpha", ".running_mean")), "normalization"),
+    "batch-norm": (
+        renamed((".gamma", ".weight"), (".beta", ".bias"), (".alpha", ".running_mean")),
+        "normalization",
+    ),
     "instance-norm": (renamed(drop=NORMS), "normalization"),
     "variance-norm": (renamed(drop=("gamma", "beta")), "normalization"),
     "conditional-instance-norm": (halved_tables(), "normalization"),
-    "deeper-ncsn": ({**network(NCSN).state_dict(), "res5.0.conv1.weight": torch.ones(1)}, "model NCSNdeeper"),
-    "baseline": ({**renamed(), "refine1.adapt_convs.0.1_1_norm.alpha": torch.ones(1)}, "model RefineNetDilated"),
-    "padded": (renamed(("res4.0.conv2.weight", "res4.0.conv2.conv.1.weight")), "--no_dilation with images of 28 pixels"),
-    "unet": ({"downblocks.0.weight": torch.ones(8, 3, 3, 3), "out.bias": torch.ones(3)}, "unet of CAS"),
-    "score-sde-weights": ({"all_modules.0.W": torch.ones(1), "sigmas": torch.ones(3)}, "model of score_sde"),
+    "deeper-ncsn": (
+        {**network(NCSN).state_dict(), "res5.0.conv1.weight": torch.ones(1)},
+        "model NCSNdeeper",
+    ),
+    "baseline": (
+        {**renamed(), "refine1.adapt_convs.0.1_1_norm.alpha": torch.ones(1)},
+        "model RefineNetDilated",
+    ),
+    "padded": (
+        renamed(("res4.0.conv2.weight", "res4.0.conv2.conv.1.weight")),
+        "--no_dilation with images of 28 pixels",
+    ),
+    "unet": (
+        {"downblocks.0.weight": torch.ones(8, 3, 3, 3), "out.bias": torch.ones(3)},
+        "unet of CAS",
+    ),
+    "score-sde-weights": (
+        {"all_modules.0.W": torch.ones(1), "sigmas": torch.ones(3)},
+        "model of score_sde",
+    ),
 }
 
 
@@ -536,14 +743,24 @@ UNSUPPORTED = {
 def test_unsupported_options_are_named(name):
     weights, option = UNSUPPORTED[name]
     for source in (weights, [{f"module.{k}": v for k, v in weights.items()}, {}]):
-        with pytest.raises(ValueError, match=f"load_official: unsupported option {option}") as error:
+        with pytest.raises(
+            ValueError, match=f"load_official: unsupported option {option}"
+        ) as error:
             load_official(source, sigmas=LADDER)
         assert "missing" not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_checkpoints_of_score_sde_are_refused_with_a_way_out():
-    saved = {"optimizer": {}, "model": {"module.all_modules.0.W": torch.ones(1)}, "ema": {"shadow_params": []}, "step": 3}
-    with pytest.raises(ValueError, match=r"score_sde's checkpoints are not supported; .* interop\.VeUNet makes a score"):
+    saved = {
+        "optimizer": {},
+        "model": {"module.all_modules.0.W": torch.ones(1)},
+        "ema": {"shadow_params": []},
+        "step": 3,
+    }
+    with pytest.raises(
+        ValueError,
+        match=r"score_sde's checkpoints are not supported; .* interop\.VeUNet makes a score",
+    ):
         load_official(saved)
 
 
@@ -562,10 +779,25 @@ def fastscore_sample(monkeypatch, *arguments):
 
 def test_sample_from_a_checkpoint(tmp_path, monkeypatch):
     torch.save(container(NCSNv2), tmp_path / "checkpoint.pth")
-    options = ("--arch", "ncsnv2", "--image-size", "8", "--steps-per-level", "1", "--seed", "5", "-n", "3", "--batch-size", "2")
-    assert fastscore_sample(monkeypatch, tmp_path / "checkpoint.pth", *options, "--out", tmp_path / "x.npz") == 0
+    options = (
+        "--arch", "ncsnv2", "--image-size", "8", "--steps-per-level", "1", "--seed", "5", "-n", "3",
+        "--batch-size", "2",
+    )
+    assert (
+        fastscore_sample(
+            monkeypatch, tmp_path / "checkpoint.pth", *options, "--out", tmp_path / "x.npz"
+        )
+        == 0
+    )
     net = load_official(tmp_path / "checkpoint.pth", image_size=8)
-    expected = sample(net, shape=(3, *net.sample_shape), sigmas=net.sigmas, steps_per_level=1, step_size=0.2 * 0.01**2, seed=5)
+    expected = sample(
+        net,
+        shape=(3, *net.sample_shape),
+        sigmas=net.sigmas,
+        steps_per_level=1,
+        step_size=0.2 * 0.01**2,
+        seed=5,
+    )
     images = torch.from_numpy(np.load(tmp_path / "x.npz")["images"])
     assert torch.allclose(images, expected.clamp(0, 1), atol=1e-3) and images.std() > 0.1
 
@@ -573,20 +805,46 @@ def test_sample_from_a_checkpoint(tmp_path, monkeypatch):
 def test_ladder_of_a_checkpoint_comes_from_the_command_line(tmp_path, monkeypatch):
     torch.save(container(NCSN), tmp_path / "checkpoint.pth")
     ladder = ("--sigma-max", "50", "--sigma-min", "0.01", "--levels", "10")
-    options = ("--image-size", "8", "--steps-per-level", "1", "-n", "1", "--out", tmp_path / "x.npz")
+    options = (
+        "--image-size", "8", "--steps-per-level", "1", "-n", "1", "--out", tmp_path / "x.npz",
+    )
     assert fastscore_sample(monkeypatch, tmp_path / "checkpoint.pth", *ladder, *options) == 0
     net = load_official(tmp_path / "checkpoint.pth", image_size=8, sigmas=LADDER)
-    expected = sample(net, shape=(1, *net.sample_shape), sigmas=LADDER, steps_per_level=1, step_size=0.2 * 0.01**2, seed=0)
+    expected = sample(
+        net,
+        shape=(1, *net.sample_shape),
+        sigmas=LADDER,
+        steps_per_level=1,
+        step_size=0.2 * 0.01**2,
+        seed=0,
+    )
     images = torch.from_numpy(np.load(tmp_path / "x.npz")["images"])
     assert torch.allclose(images, expected.clamp(0, 1), atol=1e-3) and images.std() > 0.1
 
 
 def test_samples_of_other_data_are_written_as_images(tmp_path, monkeypatch):
     torch.save(container(NCSNv2), tmp_path / "checkpoint.pth")
-    options = ("--image-size", "8", "--steps-per-level", "1", "-n", "2", "--out", tmp_path / "x.npz", "--logit-transform", "True")
-    assert fastscore_sample(monkeypatch, tmp_path / "checkpoint.pth", *options, "--nonlinearity", "swish") == 0
-    net = load_official(tmp_path / "checkpoint.pth", image_size=8, logit_transform=True, nonlinearity="swish")
-    x = sample(net, shape=(2, *net.sample_shape), sigmas=net.sigmas, steps_per_level=1, step_size=0.2 * 0.01**2, seed=0)
+    options = (
+        "--image-size", "8", "--steps-per-level", "1", "-n", "2", "--out", tmp_path / "x.npz",
+        "--logit-transform", "True",
+    )
+    assert (
+        fastscore_sample(
+            monkeypatch, tmp_path / "checkpoint.pth", *options, "--nonlinearity", "swish"
+        )
+        == 0
+    )
+    net = load_official(
+        tmp_path / "checkpoint.pth", image_size=8, logit_transform=True, nonlinearity="swish"
+    )
+    x = sample(
+        net,
+        shape=(2, *net.sample_shape),
+        sigmas=net.sigmas,
+        steps_per_level=1,
+        step_size=0.2 * 0.01**2,
+        seed=0,
+    )
     found = torch.from_numpy(np.load(tmp_path / "x.npz")["images"])
     assert torch.allclose(found, torch.sigmoid(x).clamp(0, 1), atol=1e-3) and found.std() > 0.1
 
@@ -596,7 +854,10 @@ def test_samples_of_other_data_are_written_as_images(tmp_path, monkeypatch):
     [
         (("NCSN",), "stores no ladder"),
         (("FOLDER", "--nonlinearity", "relu"), "std and target are for checkpoints"),
-        (("V2", "--rescaled", "True", "--condition", "colourise=IMAGE"), "not for rescaled or logit-transformed ones"),
+        (
+            ("V2", "--rescaled", "True", "--condition", "colourise=IMAGE"),
+            "not for rescaled or logit-transformed ones",
+        ),
         (("NCSN", "--sigma-max", "1"), "sigma_max, sigma_min and levels are given together"),
         (("NCSN", "--arch", "unet"), "arch must be one of ncsn, ncsnv2"),
         (("NCSN", "--batch-size", "0"), "n and batch_size must be at least 1; got 100 and 0"),
@@ -610,12 +871,19 @@ def test_a_wrong_value_is_one_sentence(tmp_path, monkeypatch, capsys, arguments,
     np.save(tmp_path / "y.npy", np.ones((8, 8)))
     places = {"NCSN": tmp_path / "ncsn.pth", "V2": tmp_path / "v2.pth", "FOLDER": tmp_path,
               "colourise=IMAGE": f"colourise={tmp_path}/y.npy"}  # fmt: skip
-    assert fastscore_sample(monkeypatch, *(places.get(a, a) for a in arguments), "--out", tmp_path / "x.png") == 2
+    assert (
+        fastscore_sample(
+            monkeypatch, *(places.get(a, a) for a in arguments), "--out", tmp_path / "x.png"
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.parametrize("wrap", ["_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "module.module.{}"])
+@pytest.mark.parametrize(
+    "wrap", ["_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "module.module.{}"]
+)
 def test_names_of_wrapped_networks_are_those_of_the_network(wrap):
     net = NCSNv2(channels=1, ngf=4)
     x, sigma = torch.rand(2, 1, 8, 8), torch.tensor([1.0, 0.1])

@@ -1,4 +1,5 @@
-"""`make gpu`, dry: every part runs on the emulated device, outlives a failure and an interruption, and goes on where its file ends."""
+"""`make gpu`, dry: every part runs on the emulated device, outlives a failure and an
+interruption, and goes on where its file ends."""
 
 import json
 import os
@@ -33,9 +34,18 @@ def parts(tmp_path):
     """run(part, ...) -> the lines that it prints."""
 
     def run(*names, select="", seconds=200, **environment):
-        variables = os.environ | {"FASTSCORE_EMULATED": "1", "OUT": str(tmp_path), "OMP_NUM_THREADS": "1", "FASTSCORE_GPU_SELECT": select}
-        variables = {k: v for k, v in variables.items() if not k.startswith("PYTEST_")} | environment
-        result = children.run([sys.executable, SCRIPT, *names], cwd=ROOT, env=variables, seconds=seconds, check=True)
+        variables = os.environ | {
+            "FASTSCORE_EMULATED": "1",
+            "OUT": str(tmp_path),
+            "OMP_NUM_THREADS": "1",
+            "FASTSCORE_GPU_SELECT": select,
+        }
+        variables = {
+            k: v for k, v in variables.items() if not k.startswith("PYTEST_")
+        } | environment
+        result = children.run(
+            [sys.executable, SCRIPT, *names], cwd=ROOT, env=variables, seconds=seconds, check=True
+        )
         return result.stdout.splitlines()
 
     run.results = tmp_path
@@ -43,14 +53,21 @@ def parts(tmp_path):
 
 
 def passed_of(path):
-    return [line["test"] for line in map(json.loads, path.read_text().splitlines()) if line["outcome"] == "passed"]
+    return [
+        line["test"]
+        for line in map(json.loads, path.read_text().splitlines())
+        if line["outcome"] == "passed"
+    ]
 
 
 def test_build_and_ceilings(parts):
     build, ceilings = parts("build", "ceilings")
     assert build.startswith("build: done") and ceilings.startswith("ceilings: done")
     figures = json.loads((parts.results / "ceilings.json").read_text())
-    assert set(figures) == {"device", "copy", "read", "write", "philox blocks", "exp2", "fma"} and figures["copy"] > 0
+    assert (
+        set(figures) == {"device", "copy", "read", "write", "philox blocks", "exp2", "fma"}
+        and figures["copy"] > 0
+    )
     assert len((parts.results / "parts.log").read_text().splitlines()) == 2
 
 
@@ -67,7 +84,11 @@ SHORT = {
 def test_a_part_runs_to_its_end(parts, part):
     """A little of each; the whole of them in test_every_part_runs_to_its_end."""
     (line,) = parts(part, select=SHORT[part])
-    assert re.search(r": done|[1-9] passed", line) and "exit status" not in line and "cut off" not in line, line
+    assert (
+        re.search(r": done|[1-9] passed", line)
+        and "exit status" not in line
+        and "cut off" not in line
+    ), line
     kept = {"check": "check.jsonl", "tune": "tune.jsonl"}.get(part, "gpu.json")
     text = (parts.results / kept).read_text()
     assert text and '"error"' not in text and '"failed"' not in text
@@ -80,7 +101,11 @@ def test_check_runs_no_test_twice_that_has_passed(parts):
     assert re.search(r"check: done: .*2 passed", first) and len(passed) == 2
     (second,) = parts("check", select="group_size and cuda and not 100_000")
     assert passed_of(parts.results / "check.jsonl")[:2] == passed and "done" in second
-    assert len(passed_of(parts.results / "check.jsonl")) == len(set(passed_of(parts.results / "check.jsonl"))) > 2
+    assert (
+        len(passed_of(parts.results / "check.jsonl"))
+        == len(set(passed_of(parts.results / "check.jsonl")))
+        > 2
+    )
 
 
 @pytest.mark.slow
@@ -90,9 +115,15 @@ def test_a_benchmark_leaves_its_rows_and_those_of_the_run_before(parts):
     assert "random: done" in line and "normalise: nothing selected" in line
     parts("bench-ops", select="random and uniform-18")
     found = json.loads((parts.results / "gpu.json").read_text())
-    assert found["device"] == "emulated" and {row["op"] for row in found["rows"]} == {"random.normal", "random.uniform"}
+    assert found["device"] == "emulated" and {row["op"] for row in found["rows"]} == {
+        "random.normal",
+        "random.uniform",
+    }
     for row in found["rows"]:
-        assert {"cuda", "triton", "ceiling", "eager"} <= set(row["seconds"]) and {"cuda", "triton"} <= set(row["replayed"])
+        assert {"cuda", "triton", "ceiling", "eager"} <= set(row["seconds"]) and {
+            "cuda",
+            "triton",
+        } <= set(row["replayed"])
 
 
 @pytest.mark.slow
@@ -100,7 +131,9 @@ def test_tune_goes_on_where_its_file_ends_and_says_what_it_found(parts):
     assert parts("tune", select="activate_")[0].startswith("tune: done")
     file = parts.results / "tune.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert {row["kernel"] for row in rows} == {"activate_dual", "activate_jet"} and all(row["microseconds"] > 0 for row in rows)
+    assert {row["kernel"] for row in rows} == {"activate_dual", "activate_jet"} and all(
+        row["microseconds"] > 0 for row in rows
+    )
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows[:-1]))
     parts("tune", select="activate_")
     again = [json.loads(line) for line in file.read_text().splitlines()]
@@ -113,15 +146,30 @@ def test_an_entry_is_changed_where_another_one_is_quicker(capsys):
     import tune
 
     def row(call, block, microseconds):
-        return {"kernel": "fill", "call": call, "entry": {"BLOCK": block}, "microseconds": microseconds}
+        return {
+            "kernel": "fill",
+            "call": call,
+            "entry": {"BLOCK": block},
+            "microseconds": microseconds,
+        }
 
-    rows = [row("a", 512, 10.0), row("b", 512, 20.0), row("a", 1024, 9.0), row("b", 1024, 18.0), row("a", 256, 5.0), row("b", 256, None)]
+    rows = [
+        row("a", 512, 10.0),
+        row("b", 512, 20.0),
+        row("a", 1024, 9.0),
+        row("b", 1024, 18.0),
+        row("a", 256, 5.0),
+        row("b", 256, None),
+    ]
     (line,) = tune.verdict(rows)
     assert "change kernels/tiles.py" in line and '{"BLOCK": 1024} takes 0.900' in line
     assert "keep" in tune.verdict(rows[:2] + [row("a", 1024, 9.9), row("b", 1024, 19.8)])[0]
 
 
-@pytest.mark.parametrize("ncu", ["there", *(pytest.param(ncu, marks=pytest.mark.slow) for ncu in ("absent", "forbidden"))])
+@pytest.mark.parametrize(
+    "ncu",
+    ["there", *(pytest.param(ncu, marks=pytest.mark.slow) for ncu in ("absent", "forbidden"))],
+)
 def test_profile_takes_ncu_where_it_may(parts, tmp_path, ncu):
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -133,7 +181,11 @@ def test_profile_takes_ncu_where_it_may(parts, tmp_path, ncu):
         if name != "normal":   # all others are there
             (tmp_path / f"profile-{name.replace(' ', '-')}.csv").write_text("")
     (line,) = parts("profile=170", PATH=f"{tools}:{os.environ['PATH']}")
-    said = {"absent": "normal: no ncu, without it: done", "there": "normal: done", "forbidden": "normal: exit status 1, without it: done"}
+    said = {
+        "absent": "normal: no ncu, without it: done",
+        "there": "normal: done",
+        "forbidden": "normal: exit status 1, without it: done",
+    }
     assert said[ncu] in line and "rademacher: there already" in line
     text = (tmp_path / "profile-normal.csv").read_text()
     assert text == "a,b\n" if ncu == "there" else "normal bf16 cuda" in text
@@ -155,8 +207,18 @@ def test_a_part_that_fails_does_not_take_the_next_with_it(parts):
 @pytest.mark.slow
 @pytest.mark.processes
 def test_an_interruption_ends_the_part_and_its_process(tmp_path):
-    environment = os.environ | {"FASTSCORE_EMULATED": "1", "OUT": str(tmp_path), "FASTSCORE_GPU_SELECT": "cuda"}
-    process = subprocess.Popen([sys.executable, SCRIPT, "check"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {
+        "FASTSCORE_EMULATED": "1",
+        "OUT": str(tmp_path),
+        "FASTSCORE_GPU_SELECT": "cuda",
+    }
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "check"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     log = tmp_path / "check.jsonl"
     until = time.monotonic() + 120
     while not log.exists() and time.monotonic() < until:
@@ -178,4 +240,8 @@ def test_every_part_runs_to_its_end(parts):
     for line in lines[:3]:
         assert re.fullmatch(r"[\w-]+: (\w+: done(; )?)+ \(\d+ s\)", line), line
     assert lines[3].startswith("tune: done") and lines[4].count("done") == len(workloads())
-    assert not [row for row in map(json.loads, (parts.results / "tune.jsonl").read_text().splitlines()) if "error" in row]
+    assert not [
+        row
+        for row in map(json.loads, (parts.results / "tune.jsonl").read_text().splitlines())
+        if "error" in row
+    ]

@@ -1,4 +1,5 @@
-"""One call of jvp or of a loss draws and remembers as one call of f, whatever way it takes and however often f is evaluated."""
+"""One call of jvp or of a loss draws and remembers as one call of f, whatever way it takes and
+however often f is evaluated."""
 
 import copy
 import functools
@@ -38,13 +39,16 @@ DROPOUTS = {
     "generator": lambda x: torch.normal(x, 1.0, generator=GENERATOR) * x,
     "normal_": lambda x: x * torch.empty_like(x).normal_(),
     "vote": lambda x: x * (torch.rand(()) < 0.5) + x[:, torch.randperm(x.shape[1])],
-    "attention": lambda x: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None], dropout_p=0.5)[0, 0],
+    "attention": lambda x: F.scaled_dot_product_attention(
+        x[None, None], x[None, None], x[None, None], dropout_p=0.5
+    )[0, 0],
     "numpy-like": lambda x: Drawn.apply(x),
     "gradient": lambda x: through_gradient(lambda x: F.dropout(x, 0.5).square().sum(), x),
     "as_strided": lambda x: torch.as_strided(F.dropout(x * 1, 0.5), x.shape, (x.shape[1], 1)) * x,
 }
 GENERATOR = torch.Generator()
-# PyTorch's reverse mode takes what normal(x, 1) draws for a constant; its forward mode, jvp and differences take it for x + z.
+# PyTorch's reverse mode takes what normal(x, 1) draws for a constant; its forward mode, jvp and
+# differences take it for x + z.
 SHIFTED = {
     "normal": lambda x: (x + torch.normal(torch.zeros_like(x), 1.0)) * x,
     "generator": lambda x: (x + torch.normal(torch.zeros_like(x), 1.0, generator=GENERATOR)) * x,
@@ -92,7 +96,9 @@ def test_one_call_draws_once(name):
     seeded()
     ours = jvp(f, x.clone(), v)
     assert torch.allclose(ours[0], y) and torch.allclose(ours[1], js)
-    assert torch.equal(torch.get_rng_state(), states[0]) and torch.equal(GENERATOR.get_state(), states[1])
+    assert torch.equal(torch.get_rng_state(), states[0]) and torch.equal(
+        GENERATOR.get_state(), states[1]
+    )
 
 
 @pytest.mark.parametrize("name", DROPOUTS)
@@ -106,14 +112,17 @@ def test_chunks_and_differences_see_one_draw(name):
         seeded()
         assert torch.allclose(losses.exact(f, x.clone(), chunk=chunk), whole)
         assert torch.equal(torch.get_rng_state(), after)
-    if name in ("bernoulli", "vote", "gradient"):   # whose value jumps, or which no difference of scores measures
+    # Whose value jumps, or which no difference of scores measures.
+    if name in ("bernoulli", "vote", "gradient"):
         return
     v = torch.randn(2, 2, 6).double()
     seeded()
     sliced = losses.sliced(f, x.clone(), v=v)
     seeded()
     differences = losses.finite_difference_sliced(f, x.clone(), v=v, radius=1e-4)
-    assert torch.allclose(differences, sliced, rtol=1e-5) and torch.equal(torch.get_rng_state(), after)
+    assert torch.allclose(differences, sliced, rtol=1e-5) and torch.equal(
+        torch.get_rng_state(), after
+    )
 
 
 def test_masks_of_exact_give_multiples_of_four():
@@ -151,7 +160,14 @@ class Sign(nn.Module):
 
 def network(*more, norm=nn.BatchNorm1d):
     torch.manual_seed(0)
-    layers = nn.Linear(4, 4), norm(4), nn.SiLU(), spectral_norm(nn.Linear(4, 4)), old_spectral_norm(nn.Linear(4, 4)), Average()
+    layers = (
+        nn.Linear(4, 4),
+        norm(4),
+        nn.SiLU(),
+        spectral_norm(nn.Linear(4, 4)),
+        old_spectral_norm(nn.Linear(4, 4)),
+        Average(),
+    )
     return nn.Sequential(*layers, *more, nn.Dropout(0.3), nn.Linear(4, 4)).double()
 
 
@@ -166,8 +182,12 @@ LOSSES = {
     "sliced": lambda f, x: losses.sliced(f, x, seed=0, projections=3),
     "exact": lambda f, x: losses.exact(f, x, chunk=1),
     "finite-difference": lambda f, x: losses.finite_difference_sliced(f, x, seed=0, projections=2),
-    "noise-conditional": lambda f, x: losses.noise_conditional(lambda x, s: f(x), x, [1.0, 0.5], method="sliced", seed=0, projections=2),
-    "noise-conditional-exact": lambda f, x: losses.noise_conditional(lambda x, s: f(x), x, [1.0, 0.5], method="exact", seed=0),
+    "noise-conditional": lambda f, x: losses.noise_conditional(
+        lambda x, s: f(x), x, [1.0, 0.5], method="sliced", seed=0, projections=2
+    ),
+    "noise-conditional-exact": lambda f, x: losses.noise_conditional(
+        lambda x, s: f(x), x, [1.0, 0.5], method="exact", seed=0
+    ),
     "variance-report": lambda f, x: losses.variance_report(f, x, draws=2, seed=0),
     "no-grad": lambda f, x: torch.no_grad()(lambda: losses.sliced(f, x, seed=0, projections=2))(),
 }
@@ -175,13 +195,22 @@ LOSSES = {
 
 def observed(f, counted):
     average = next(m for m in f.modules() if isinstance(m, Average))
-    return [*(b.clone() for b in f.buffers()), average.calls, list(average.notes), average.plain.clone(), list(counted)]
+    return [
+        *(b.clone() for b in f.buffers()),
+        average.calls,
+        list(average.notes),
+        average.plain.clone(),
+        list(counted),
+    ]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_memory_moves_once(name, loss):
-    """Counters and averages by one step of the data's; the mean of noisy or shifted data is another, so that is what is compared last."""
+    """Counters and averages by one step of the data's.
+
+    The mean of noisy or shifted data is another, so that is what is compared last.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         f, x = NETWORKS[name](), torch.randn(5, 4).double()
@@ -205,7 +234,10 @@ def test_memory_moves_once(name, loss):
 
 @pytest.mark.parametrize("loss", ["exact", "finite-difference"])
 def test_gradients_survive_several_evaluations(loss):
-    """What the later evaluations write to is not what the earlier ones saved: backward goes through all of them."""
+    """What the later evaluations write to is not what the earlier ones saved.
+
+    Backward goes through all of them.
+    """
     f, x = network(), torch.randn(5, 4).double()
     LOSSES[loss](f, x).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in f.parameters())
@@ -239,7 +271,10 @@ def test_a_large_tensor_that_f_writes_into_is_said():
 
 
 def test_containers_that_may_not_be_written_to_are_left_alone():
-    """The configurations of diffusers are frozen dictionaries; lists of tensors have no equality that is a bool."""
+    """The configurations of diffusers are frozen dictionaries.
+
+    Lists of tensors have no equality that is a bool.
+    """
 
     class Frozen(dict):
         def clear(self):
@@ -270,9 +305,13 @@ class Drawing(nn.Linear):
 WAYS_TO_DRAW = {
     "hook": lambda f: f[0].register_forward_hook(lambda m, given, result: noise_on(result)),
     "hook before": lambda f: f[1].register_forward_pre_hook(lambda m, given: noise_on(given[0])),
-    "another forward": lambda f: vars(f[0]).update(forward=lambda h: noise_on(F.linear(h, f[0].weight))),
+    "another forward": lambda f: vars(f[0]).update(
+        forward=lambda h: noise_on(F.linear(h, f[0].weight))
+    ),
     "another class": lambda f: setattr(f[0], "__class__", Drawing),
-    "hook of all": lambda f: nn.modules.module.register_module_forward_hook(lambda m, given, r: noise_on(r) if m is f[0] else r),
+    "hook of all": lambda f: nn.modules.module.register_module_forward_hook(
+        lambda m, given, r: noise_on(r) if m is f[0] else r
+    ),
 }
 
 
@@ -280,13 +319,19 @@ WAYS_TO_DRAW = {
 @pytest.mark.parametrize("seed", [0, 1])
 def test_known_layers_to_which_a_draw_was_added_see_one_draw(way, seed):
     """Of x -> x * mask the exact trace is the sum of one mask, whatever the chunk."""
-    f, x = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Identity()).double(), torch.ones(1, 5, dtype=torch.float64)
+    f, x = (
+        nn.Sequential(nn.Linear(5, 5, bias=False), nn.Identity()).double(),
+        torch.ones(1, 5, dtype=torch.float64),
+    )
     nn.init.eye_(f[0].weight)
     handle = WAYS_TO_DRAW[way](f)
     try:
         results = []
-        for loss in (lambda: losses.exact(f, x), lambda: losses.exact(f, x, chunk=1),
-                     lambda: losses.finite_difference_sliced(f, x, v=torch.ones_like(x), radius=1e-3)):  # fmt: skip
+        for loss in (
+            lambda: losses.exact(f, x),
+            lambda: losses.exact(f, x, chunk=1),
+            lambda: losses.finite_difference_sliced(f, x, v=torch.ones_like(x), radius=1e-3),
+        ):
             torch.manual_seed(seed)
             results.append(loss().item())
     finally:
@@ -296,7 +341,10 @@ def test_known_layers_to_which_a_draw_was_added_see_one_draw(way, seed):
 
 
 class Tally:
-    """An object of the user's: a counter, a list and a tensor, by its attributes, a nested object and a method."""
+    """An object of the user's.
+
+    A counter, a list and a tensor, by its attributes, a nested object and a method.
+    """
 
     def __init__(self):
         self.calls, self.notes, self.total = 0, [], torch.zeros(2)
@@ -339,15 +387,21 @@ class Holder(nn.Module):
 NOTED = {
     "object": lambda net, tally: net[0].register_forward_hook(tally),
     "method": lambda net, tally: net[0].register_forward_hook(tally.note),
-    "pre-hook": lambda net, tally: net[1].register_forward_pre_hook(functools.partial(Tally.note, tally)),
-    "lambda": lambda net, tally: net[1].register_forward_hook(lambda m, args, kwargs, y: tally.note(), with_kwargs=True),
-    "on-the-module": lambda net, tally: net[1].register_forward_hook(lambda m, *_: setattr(m, "count", getattr(m, "count", 0) + 1)),
+    "pre-hook": lambda net, tally: net[1].register_forward_pre_hook(
+        functools.partial(Tally.note, tally)
+    ),
+    "lambda": lambda net, tally: net[1].register_forward_hook(
+        lambda m, args, kwargs, y: tally.note(), with_kwargs=True
+    ),
+    "on-the-module": lambda net, tally: net[1].register_forward_hook(
+        lambda m, *_: setattr(m, "count", getattr(m, "count", 0) + 1)
+    ),
     "global": lambda net, tally: net[1].register_forward_hook(count_globally),
     "held-by-a-module": lambda net, tally: net.append(Holder(tally)),
     "of-all-modules": lambda net, tally: nn.modules.module.register_module_forward_hook(
         lambda m, *_: tally.note() if isinstance(m, nn.Tanh) else None
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("loss", ["jvp", "exact", "finite-difference"])
@@ -375,16 +429,29 @@ class RandomScale(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "draw", [random.random, np.random.default_rng(0).random, random.Random(0).random, np.random.RandomState(0).rand],
+    "draw",
+    [
+        random.random,
+        np.random.default_rng(0).random,
+        random.Random(0).random,
+        np.random.RandomState(0).rand,
+    ],
     ids=["python", "generator", "own-python", "random-state"],
-)  # fmt: skip
+)
 def test_draws_of_python_and_numpy_are_one_draw(draw):
-    """f(x) = c x, c in (0, 1): the loss is vᵀ c v + c² ‖x‖² / 2 = 2c + c²; with a draw for each side it would have (c₊ - c₋) / ε in it."""
+    """f(x) = c x, c in (0, 1): the loss is vᵀ c v + c² ‖x‖² / 2 = 2c + c².
+
+    With a draw for each side it would have (c₊ - c₋) / ε in it.
+    """
     x, v = torch.ones(1, 2, dtype=torch.float64), torch.ones(1, 1, 2, dtype=torch.float64)
     for f in (lambda x: draw() * x, lambda x: random.random() * x, RandomScale()):
         for _ in range(10):
             assert 0 < float(losses.finite_difference_sliced(f, x, v=v)) < 3
-    found = jvp(lambda x: through_gradient(lambda x: x.square().sum(), x) * draw(), x, torch.eye(2, dtype=torch.float64)[:, None])
+    found = jvp(
+        lambda x: through_gradient(lambda x: x.square().sum(), x) * draw(),
+        x,
+        torch.eye(2, dtype=torch.float64)[:, None],
+    )
     torch.testing.assert_close(found[1][0, 0, 0], found[0][0, 0])
     torch.testing.assert_close(found[1][1, 0, 1], found[0][0, 0])
 
@@ -408,7 +475,8 @@ def scaled_by_notes(x):
 
 
 class Scale:
-    """f(x) = n x, n the number of calls, which it, a list of the module level or a global number keeps."""
+    """f(x) = n x, n the number of calls, which it, a list of the module level or a global number
+    keeps."""
 
     def __init__(self):
         self.n, self.inner, self.log = 0, None, []
@@ -517,7 +585,10 @@ THROUGH = {
 
 @pytest.mark.parametrize("way", THROUGH)
 def test_what_methods_lead_to_moves_once(way, monkeypatch):
-    """f(x) = n x, n the number of calls: 1 on both sides of a finite difference, and the loss vᵀ v + ‖x‖² / 2 = 3 for ones of 2."""
+    """f(x) = n x, n the number of calls.
+
+    1 on both sides of a finite difference, and the loss vᵀ v + ‖x‖² / 2 = 3 for ones of 2.
+    """
     monkeypatch.setitem(globals(), "CALLS", 0)
     NOTES.clear()
     SCALE.n, SCALE.log = 0, []
@@ -527,7 +598,10 @@ def test_what_methods_lead_to_moves_once(way, monkeypatch):
 
 
 def test_what_methods_draw_is_one_draw():
-    """f(x) = c x, c in (1, 2): the loss is 2 c + c², where a draw for each side would add (c₊ - c₋) / ε."""
+    """f(x) = c x, c in (1, 2).
+
+    The loss is 2 c + c², where a draw for each side would add (c₊ - c₋) / ε.
+    """
     x, v = torch.ones(1, 2, dtype=torch.float64), torch.ones(1, 1, 2, dtype=torch.float64)
     for f in (lambda x: SCALE.by_draw(x), SCALE.by_draw):
         for _ in range(10):
@@ -559,8 +633,12 @@ def _with_global(name, thing, f):
     ],
 )
 def test_what_looks_like_a_few_operations_draws_once(f):
-    """Two evaluations that count as one draw the same numbers, whatever the function's names look like."""
-    if isinstance(getattr(f, "__globals__", {}).get("F"), types.ModuleType) and f.__globals__["F"] is not torch.nn.functional:
+    """Two evaluations that count as one draw the same numbers, whatever the function's names
+    look like."""
+    if (
+        isinstance(getattr(f, "__globals__", {}).get("F"), types.ModuleType)
+        and f.__globals__["F"] is not torch.nn.functional
+    ):
         f.__globals__["F"].linear = _drawing
     from fastscore.dual.once import Once
 
@@ -576,7 +654,13 @@ def test_what_does_neither_is_seen_at_a_glance():
     from fastscore.dual.once import Once
 
     net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).eval()
-    for f in (torch.sin, lambda x: x.sin(), net, lambda x: net(x).tanh(), ScoreMLP(2, width=8, sigmas=[1.0])):
+    for f in (
+        torch.sin,
+        lambda x: x.sin(),
+        net,
+        lambda x: net(x).tanh(),
+        ScoreMLP(2, width=8, sigmas=[1.0]),
+    ):
         assert Once(torch.device("cpu"), f).quiet
     net.train()
     assert not Once(torch.device("cpu"), net).quiet

@@ -24,21 +24,27 @@ def log_density(x):
 
 
 OBJECTS = {
-    "GaussianMixture(2 components, d=2)": lambda: models.GaussianMixture([1, 2], [[0.0, 0.0], [1.0, 1.0]], 1.0),
+    "GaussianMixture(2 components, d=2)": lambda: models.GaussianMixture(
+        [1, 2], [[0.0, 0.0], [1.0, 1.0]], 1.0
+    ),
     "Gaussian(d=3)": lambda: models.Gaussian(torch.zeros(3), torch.eye(3)),
     "EnergyScore(f=log_density)": lambda: models.EnergyScore(log_density),
     "Downsample(factor=2)": lambda: guidance.Downsample(2),
     "Mask(mask=bool (1, 8, 8))": lambda: guidance.Mask(MASK),
     "Matrix(matrix=float64 (3, 64), shape=(64))": lambda: guidance.Matrix(torch.eye(3, 64)),
-    "LinearInverse(score=ScoreMLP, operator=Downsample(factor=2), observation=float32 (1, 4, 4), noise=0.05, ...": lambda: (
+    "LinearInverse(score=ScoreMLP, operator=Downsample(factor=2), observation=float32 (1, 4, 4), "
+    "noise=0.05, ...": lambda: (
         guidance.linear_inverse(NET, guidance.Downsample(2), torch.zeros(1, 4, 4), noise=0.05)
     ),
-    "Posterior(score=ScoreMLP, likelihood_score=Gradient(log_likelihood=log_density), scale=0.1)": lambda: (
+    "Posterior(score=ScoreMLP, likelihood_score=Gradient(log_likelihood=log_density), "
+    "scale=0.1)": lambda: (
         guidance.posterior(NET, log_density, scale=0.1)
     ),
-    "Inpainting(observation=float32 (1, 8, 8), mask=bool (1, 8, 8), noise=...": lambda: guidance.inpainting(IMAGE, MASK, seed=0),
-    "State(level=0, sigma=0.0, x=float32 (3, 2), step=1)": lambda: (
-        next(iter(sampling.mala(ENERGY, torch.zeros(3, 2), step_size=0.1, steps=1, seed=1)))
+    "Inpainting(observation=float32 (1, 8, 8), mask=bool (1, 8, 8), noise=...": lambda: (
+        guidance.inpainting(IMAGE, MASK, seed=0)
+    ),
+    "State(level=0, sigma=0.0, x=float32 (3, 2), step=1)": lambda: next(
+        iter(sampling.mala(ENERGY, torch.zeros(3, 2), step_size=0.1, steps=1, seed=1))
     ),
     "Step(step=0, loss=...": step,
 }

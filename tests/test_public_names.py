@@ -21,12 +21,17 @@ def script():
 
 
 def test_the_list_is_current(script):
-    remedy = "python build_support/public_names.py --write, and a line in CHANGELOG.md for each new name"
+    remedy = (
+        "python build_support/public_names.py --write, and a line in CHANGELOG.md for each new name"
+    )
     assert script.LIST.read_text() == script.listing(), remedy
 
 
 def test_the_changelog_names_every_public_name():
-    """In code: `sampling.langevin`, `langevin(steps=...)`, or in a row of names such as `models`: NCSN, NCSNv2."""
+    """In code: `sampling.langevin`, `langevin(steps=...)`, or in a row of names such as `models`.
+
+    NCSN, NCSNv2.
+    """
     code = " ".join(re.findall(r"`[^`]+`", (ROOT / "CHANGELOG.md").read_text()))
     told = set(re.findall(r"\w+", code))
     names = (ROOT / "tests" / "public_names.txt").read_text().split()
@@ -40,10 +45,26 @@ def test_a_name_that_is_gone_is_an_error():
 
 
 GONE = {
-    "": ("instance_norm_plus_dual", "conditional_instance_norm_plus_dual", "group_norm_modulate_dual"),
-    "conversions": ("score_to_noise", "v_to_denoiser", "score_of_noise", "score_of_v", "check_kind"),
+    "": (
+        "instance_norm_plus_dual",
+        "conditional_instance_norm_plus_dual",
+        "group_norm_modulate_dual",
+    ),
+    "conversions": (
+        "score_to_noise",
+        "v_to_denoiser",
+        "score_of_noise",
+        "score_of_v",
+        "check_kind",
+    ),
     "schedules": ("to_epsilon", "to_step_lr", "snr_to_epsilon", "epsilon_to_snr", "check_ladder"),
     "losses": ("METHODS", "DISTRIBUTIONS"),
     "sampling": ("SAMPLERS",),
-    "nn": ("ConditionalBatchNorm2d", "ConditionalVarianceNorm2d", "VarianceNorm2d", "ConditionalNoneNorm2d", "NoneNorm2d"),
+    "nn": (
+        "ConditionalBatchNorm2d",
+        "ConditionalVarianceNorm2d",
+        "VarianceNorm2d",
+        "ConditionalNoneNorm2d",
+        "NoneNorm2d",
+    ),
 }

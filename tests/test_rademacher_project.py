@@ -16,12 +16,19 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def numbers(offset=0):
-    _, *rest = random.noise_key("test", KEY["seed"], KEY["step"], random.PROJECTION, 0, offset, torch.device("cpu"))
+    _, *rest = random.noise_key(
+        "test", KEY["seed"], KEY["step"], random.PROJECTION, 0, offset, torch.device("cpu")
+    )
     return tuple(rest)
 
 
 def exact_signs(shape, projections, offset=0):
-    key = KEY | {"stream": random.PROJECTION, "offset": offset, "dtype": torch.float64, "backend": "reference"}
+    key = KEY | {
+        "stream": random.PROJECTION,
+        "offset": offset,
+        "dtype": torch.float64,
+        "backend": "reference",
+    }
     return torch.stack([random.rademacher(shape, substream=m, **key) for m in range(projections)])
 
 
@@ -52,24 +59,40 @@ def test_value_and_transpose_equal_those_of_float64(backend, js, dtype, offset):
     if backend != "cpp" and offset != 2**34 - 7:
         pytest.skip("one offset is enough for what is slow")
     js = js.to(dtype)
-    s, v, key = js[0].flip(0) if len(js) > 1 else js[0] + 1, exact_signs(js.shape[1:], len(js), offset), (None, numbers(offset), backend)
+    s, v, key = (
+        js[0].flip(0) if len(js) > 1 else js[0] + 1,
+        exact_signs(js.shape[1:], len(js), offset),
+        (None, numbers(offset), backend),
+    )
     assert torch.equal(signs(s, len(js), *key).double(), v)
     got, expected = project(s, js, *key), project_ref(s.double(), js.double(), v)
-    # 16 running sums of at most 8192 / 16 terms in float32: each term is rounded as often, and 2e-7 is a rounding at 2.
+    # 16 running sums of at most 8192 / 16 terms in float32: each term is rounded as often, and 2e-7
+    # is a rounding at 2.
     scale = js.double().abs().sum() / max(1, js.shape[0] * js.shape[1]) + 1
     for a, b in zip(got, expected):
         assert a.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert torch.allclose(a.double(), b, rtol=1e-6, atol=float(scale) * 2e-6)
-    for a, b in zip((project(None, js, *key)[0], *project(s, None, *key, projections=len(js))[1:]), got):
+    for a, b in zip(
+        (project(None, js, *key)[0], *project(s, None, *key, projections=len(js))[1:]), got
+    ):
         assert torch.equal(a, b)
 
     g = [torch.rand_like(o) - 0.5 for o in got]
     layout = (_layout(js), _layout(s))
     gjs, gs = run_spread(*g, s, layout, len(js), *key)
-    exact = g[0].double()[(...,) + (None,) * (s.dim() - 1)] * v if s.dim() > 1 else g[0].double() * v
+    exact = (
+        g[0].double()[(...,) + (None,) * (s.dim() - 1)] * v if s.dim() > 1 else g[0].double() * v
+    )
     assert torch.allclose(gjs.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-30)
-    exact = torch.func.vjp(lambda s: project_ref(s, None, v)[1:], s.double())[1](tuple(t.double() for t in g[1:]))[0]
-    assert torch.allclose(gs.double(), exact, rtol=torch.finfo(dtype).eps, atol=2e-6 if dtype != torch.float64 else 1e-12)
+    exact = torch.func.vjp(lambda s: project_ref(s, None, v)[1:], s.double())[1](
+        tuple(t.double() for t in g[1:])
+    )[0]
+    assert torch.allclose(
+        gs.double(),
+        exact,
+        rtol=torch.finfo(dtype).eps,
+        atol=2e-6 if dtype != torch.float64 else 1e-12,
+    )
     if js.is_contiguous():
         assert gjs.is_contiguous() and gs.is_contiguous()
 
@@ -77,7 +100,8 @@ def test_value_and_transpose_equal_those_of_float64(backend, js, dtype, offset):
 @pytest.mark.parametrize("projections", [1, 2])
 def test_derivatives_in_every_mode(backend, projections):
     torch.manual_seed(0)
-    fast = {"fast_mode": backend == "triton"}   # along one random direction: the interpreter takes seconds for all of them
+    # Along one random direction: the interpreter takes seconds for all of them.
+    fast = {"fast_mode": backend == "triton"}
     n = 2 if backend == "triton" else 5
     s = torch.randn(2, n, dtype=torch.float64, requires_grad=True)
     js = torch.randn(projections, 2, n, dtype=torch.float64, requires_grad=True)
@@ -101,18 +125,29 @@ def test_hessian_and_vmap(backend):
 
     expected = torch.einsum("mbi,mbj->bij", v, v) + torch.eye(3, dtype=torch.float64)
     forward, reverse = torch.func.jacfwd, torch.func.jacrev
-    for outer, inner in ((forward, reverse), (reverse, reverse), (forward, forward), (reverse, forward)):
+    for outer, inner in (
+        (forward, reverse),
+        (reverse, reverse),
+        (forward, forward),
+        (reverse, forward),
+    ):
         got = outer(inner(loss))(s)
         assert torch.allclose(torch.stack([got[b, :, b] for b in range(2)]), expected)
         assert not got[0, :, 1].any()
     rows = torch.vmap(lambda s: project(s, torch.stack([s, -s]), *key))(torch.stack([s, 3 * s]))
-    for row, one, three in zip(rows, *(project_ref(t, torch.stack([t, -t]), v) for t in (s, 3 * s))):
+    for row, one, three in zip(
+        rows, *(project_ref(t, torch.stack([t, -t]), v) for t in (s, 3 * s))
+    ):
         assert torch.allclose(row, torch.stack([one, three]))
 
 
 def test_forward_mode_nests(backend):
     """Plain operations in a jvp rule would drop what the outer levels ask for."""
-    s, t, v = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64), exact_signs((2, 3), 2)
+    s, t, v = (
+        torch.randn(2, 3, dtype=torch.float64),
+        torch.randn(2, 3, dtype=torch.float64),
+        exact_signs((2, 3), 2),
+    )
 
     def third(project):
         def f(s):
@@ -148,14 +183,21 @@ def test_compiled_products_equal_eager_products(backend):
 def test_compiled_estimate_equals_eager_estimate(backend):
     if backend == "triton":
         pytest.skip("the interpreter cannot be compiled")
-    net, x = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)), torch.randn(4, 3)
+    net, x = (
+        torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)),
+        torch.randn(4, 3),
+    )
     f = lambda x: fastscore.rademacher_jvp(net, x, seed=4)  # noqa: E731
     for a, b in zip(torch.compile(f)(x), f(x)):   # the network runs eagerly, between two graphs
         assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_no_signs_and_no_products_are_kept_for_the_backward_pass(backend):
-    s, js, kept = torch.randn(4, 50, requires_grad=True), torch.randn(2, 4, 50, requires_grad=True), []
+    s, js, kept = (
+        torch.randn(4, 50, requires_grad=True),
+        torch.randn(2, 4, 50, requires_grad=True),
+        [],
+    )
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         project(s, js, None, numbers(), backend)
     assert [t.data_ptr() for t in kept] == [s.data_ptr()]
@@ -180,16 +222,28 @@ def test_trace_is_exact_for_every_draw_when_jacobian_is_diagonal(backend):
 
 
 def test_mean_is_the_trace_and_variance_is_that_of_the_off_diagonal_part(backend):
-    """Within 5 standard errors each (5.7e-7), seed 1; the fourth moment is exact, from all 2^4 sign patterns."""
-    a = torch.tensor([[1.0, 0.3, -0.8, 0.1], [0.5, -2.0, 0.4, 0.0], [0.2, 0.9, 0.5, -0.7], [0.0, 0.6, 0.3, 1.5]], dtype=torch.float64)
+    """Within 5 standard errors each (5.7e-7), seed 1.
+
+    The fourth moment is exact, from all 2^4 sign patterns.
+    """
+    a = torch.tensor(
+        [[1.0, 0.3, -0.8, 0.1], [0.5, -2.0, 0.4, 0.0], [0.2, 0.9, 0.5, -0.7], [0.0, 0.6, 0.3, 1.5]],
+        dtype=torch.float64,
+    )
     n, symmetric = (2**20 if backend == "cpp" else 2**10), (a + a.T) / 2
     off = symmetric - symmetric.diagonal().diag()
     variance = 2 * float(off.square().sum())
-    patterns = torch.tensor([[1.0 - 2 * (k >> i & 1) for i in range(4)] for k in range(16)], dtype=torch.float64)
+    patterns = torch.tensor(
+        [[1.0 - 2 * (k >> i & 1) for i in range(4)] for k in range(16)], dtype=torch.float64
+    )
     fourth = float(torch.einsum("ki,ij,kj->k", patterns, off, patterns).pow(4).mean())
-    estimates = fastscore.rademacher_jvp(linear(a), torch.zeros(n, 4, dtype=torch.float64), projections=2, seed=1)[1].flatten()
+    estimates = fastscore.rademacher_jvp(
+        linear(a), torch.zeros(n, 4, dtype=torch.float64), projections=2, seed=1
+    )[1].flatten()
     assert abs(float(estimates.mean() - a.trace())) < 5 * math.sqrt(variance / (2 * n))
-    assert abs(float((estimates - a.trace()).square().mean()) - variance) < 5 * math.sqrt((fourth - variance**2) / (2 * n))
+    assert abs(float((estimates - a.trace()).square().mean()) - variance) < 5 * math.sqrt(
+        (fourth - variance**2) / (2 * n)
+    )
 
 
 def test_projections_are_uncorrelated():
@@ -201,7 +255,9 @@ def test_projections_are_uncorrelated():
 
 def net(width=6):
     torch.manual_seed(3)
-    return torch.nn.Sequential(torch.nn.Linear(width, 16), torch.nn.Tanh(), torch.nn.Linear(16, width)).double()
+    return torch.nn.Sequential(
+        torch.nn.Linear(width, 16), torch.nn.Tanh(), torch.nn.Linear(16, width)
+    ).double()
 
 
 def test_estimate_and_its_gradient_equal_double_backprop(backend):
@@ -212,14 +268,21 @@ def test_estimate_and_its_gradient_equal_double_backprop(backend):
     expected = torch.stack([(row * u).sum(1) for row, u in zip(rows, v)])
     assert torch.allclose(y, f(x)) and torch.allclose(vjv, expected)
     inputs = (x, *f.parameters())
-    found, wanted = (torch.autograd.grad((t.square() + t).sum(), inputs, retain_graph=True, allow_unused=True) for t in (vjv, expected))
+    found, wanted = (
+        torch.autograd.grad((t.square() + t).sum(), inputs, retain_graph=True, allow_unused=True)
+        for t in (vjv, expected)
+    )
     for a, b in zip(found, wanted):
         assert (a is None) == (b is None) or not (b if a is None else a).any()
         assert a is None or b is None or torch.allclose(a, b)
 
 
 def test_given_directions_are_deterministic_plain_products(backend):
-    f, x, v = net(), torch.randn(5, 6, dtype=torch.float64), torch.randn(2, 5, 6, dtype=torch.float64)
+    f, x, v = (
+        net(),
+        torch.randn(5, 6, dtype=torch.float64),
+        torch.randn(2, 5, 6, dtype=torch.float64),
+    )
     jacobian = torch.func.vmap(torch.func.jacrev(f))(x)
     expected = torch.einsum("mbi,bij,mbj->mb", v, jacobian, v)
     assert torch.allclose(fastscore.rademacher_jvp(f, x, v=v)[1], expected)
@@ -230,8 +293,11 @@ def test_any_split_of_a_batch_gives_the_same_bits(backend):
     f, x = linear(torch.randn(7, 7)), torch.randn(50, 7)
     whole = fastscore.rademacher_jvp(f, x, projections=2, **KEY)[1]
     edges = ((0, 1), (1, 20), (20, 50))
-    parts = [fastscore.rademacher_jvp(f, x[a:b], projections=2, offset=7 * a, **KEY)[1] for a, b in edges]
-    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)   # the product of matrices is not the same to the bit
+    parts = [
+        fastscore.rademacher_jvp(f, x[a:b], projections=2, offset=7 * a, **KEY)[1] for a, b in edges
+    ]
+    # The product of matrices is not the same to the bit.
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("d", [1, 7, 17, 31, 32, 100])
@@ -240,7 +306,10 @@ def test_any_split_sums_the_same_bits(backend, d):
     x, js, edges = torch.randn(50, d), torch.randn(2, 50, d), ((0, 1), (1, 20), (20, 49), (49, 50))
     for s in (x, None):
         whole = project(s, js, None, numbers(), backend)
-        parts = [project(None if s is None else s[a:b], js[:, a:b], None, numbers(d * a), backend) for a, b in edges]
+        parts = [
+            project(None if s is None else s[a:b], js[:, a:b], None, numbers(d * a), backend)
+            for a, b in edges
+        ]
         for w, p in zip(whole, zip(*parts)):
             assert w is None or torch.equal(w, torch.cat(p, -1))
 
@@ -253,7 +322,12 @@ def test_threads_do_not_change_a_bit(shape):
         for threads in (1, 2, 7):
             torch.set_num_threads(threads)
             sums = project(s, js, None, numbers(9), "cpp")
-            values.append((*sums, *run_spread(*sums, s, (_layout(js), _layout(s)), 2, None, numbers(9), "cpp")))
+            values.append(
+                (
+                    *sums,
+                    *run_spread(*sums, s, (_layout(js), _layout(s)), 2, None, numbers(9), "cpp"),
+                )
+            )
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in values[1:] for a, b in zip(values[0], other))
@@ -262,7 +336,9 @@ def test_threads_do_not_change_a_bit(shape):
 def test_key_may_be_a_tensor_and_no_seed_follows_torch_manual_seed(backend):
     f, x = linear(torch.randn(3, 3)), torch.randn(4, 3)
     tensors = {"seed": torch.tensor(KEY["seed"]), "step": torch.tensor(KEY["step"])}
-    assert torch.equal(fastscore.rademacher_jvp(f, x, **tensors)[1], fastscore.rademacher_jvp(f, x, **KEY)[1])
+    assert torch.equal(
+        fastscore.rademacher_jvp(f, x, **tensors)[1], fastscore.rademacher_jvp(f, x, **KEY)[1]
+    )
     draws = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -274,17 +350,34 @@ def test_raw_ops_refuse_derivatives_and_pass_opcheck(backend):
     if backend == "reference":
         pytest.skip("plain PyTorch, no raw op")
     s, js, key = torch.randn(3, 4), torch.randn(2, 3, 4), (2, None, 0, 0, random.PROJECTION, 0)
-    forward, backward = backends.raw(backend, "rademacher_project"), backends.raw(backend, "rademacher_spread")
-    outputs, cotangents = (torch.empty(2, 3), torch.empty(2, 3), torch.empty(3)), (torch.rand(2, 3), torch.rand(2, 3), torch.rand(3))
+    forward, backward = (
+        backends.raw(backend, "rademacher_project"),
+        backends.raw(backend, "rademacher_spread"),
+    )
+    outputs, cotangents = (
+        (torch.empty(2, 3), torch.empty(2, 3), torch.empty(3)),
+        (torch.rand(2, 3), torch.rand(2, 3), torch.rand(3)),
+    )
     torch.library.opcheck(forward, (*outputs, js, s, *key))
-    torch.library.opcheck(forward, (outputs[0], None, None, js, None, *key[:1], torch.tensor([3, 1]), *key[2:]))
-    torch.library.opcheck(backward, (torch.empty_like(js), torch.empty_like(s), *cotangents, s, *key))
-    torch.library.opcheck(backward, (torch.empty_like(js), None, cotangents[0], None, None, None, *key))
-    for op, arguments, at in ((forward, (*outputs, js, s, *key), (3, 4)), (backward, (js, s, *cotangents, s.clone(), *key), (2, 3, 4, 5))):
+    torch.library.opcheck(
+        forward, (outputs[0], None, None, js, None, *key[:1], torch.tensor([3, 1]), *key[2:])
+    )
+    torch.library.opcheck(
+        backward, (torch.empty_like(js), torch.empty_like(s), *cotangents, s, *key)
+    )
+    torch.library.opcheck(
+        backward, (torch.empty_like(js), None, cotangents[0], None, None, None, *key)
+    )
+    for op, arguments, at in (
+        (forward, (*outputs, js, s, *key), (3, 4)),
+        (backward, (js, s, *cotangents, s.clone(), *key), (2, 3, 4, 5)),
+    ):
         for i in at:
             before, x, after = arguments[:i], arguments[i], arguments[i + 1 :]
             with pytest.raises(NotImplementedError, match="has no forward-mode rule"):
-                torch.func.jvp(lambda x, op=op, a=before, b=after: (op(*a, x, *b), a[0])[1], (x,), (x,))
+                torch.func.jvp(
+                    lambda x, op=op, a=before, b=after: (op(*a, x, *b), a[0])[1], (x,), (x,)
+                )
             with pytest.raises(NotImplementedError, match="has no derivative rule"):
                 op(*before, x.clone().requires_grad_(), *after)
 
@@ -295,14 +388,46 @@ X = torch.zeros(2, 3)
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: fastscore.rademacher_jvp(torch.sin, torch.zeros(())), ValueError, r"x must be \(B, \*\)"),
-        (lambda: fastscore.rademacher_jvp(torch.sin, torch.zeros(2, dtype=torch.int64)), TypeError, "x must be float32"),
-        (lambda: fastscore.rademacher_jvp(torch.sin, X, v=X, seed=1), ValueError, "give v or seed, not both"),
-        (lambda: fastscore.rademacher_jvp(torch.sin, X, v=X[:1]), ValueError, r"v must have the shape of x, \(2, 3\), or \(M, \*\)"),
-        (lambda: fastscore.rademacher_jvp(torch.sin, X, v=X.double()), ValueError, "v must be torch.float32"),
-        (lambda: fastscore.rademacher_jvp(torch.sin, X, projections=0), ValueError, "projections must be an int in 1..65536; got 0"),
-        (lambda: fastscore.rademacher_jvp(torch.sin, X, offset=-1), ValueError, "offset must be an int"),
-        (lambda: fastscore.rademacher_jvp(lambda x: x.sum(1), X), ValueError, r"f\(x\) must have the shape of x, \(2, 3\); got \(2,\)"),
+        (
+            lambda: fastscore.rademacher_jvp(torch.sin, torch.zeros(())),
+            ValueError,
+            r"x must be \(B, \*\)",
+        ),
+        (
+            lambda: fastscore.rademacher_jvp(torch.sin, torch.zeros(2, dtype=torch.int64)),
+            TypeError,
+            "x must be float32",
+        ),
+        (
+            lambda: fastscore.rademacher_jvp(torch.sin, X, v=X, seed=1),
+            ValueError,
+            "give v or seed, not both",
+        ),
+        (
+            lambda: fastscore.rademacher_jvp(torch.sin, X, v=X[:1]),
+            ValueError,
+            r"v must have the shape of x, \(2, 3\), or \(M, \*\)",
+        ),
+        (
+            lambda: fastscore.rademacher_jvp(torch.sin, X, v=X.double()),
+            ValueError,
+            "v must be torch.float32",
+        ),
+        (
+            lambda: fastscore.rademacher_jvp(torch.sin, X, projections=0),
+            ValueError,
+            "projections must be an int in 1..65536; got 0",
+        ),
+        (
+            lambda: fastscore.rademacher_jvp(torch.sin, X, offset=-1),
+            ValueError,
+            "offset must be an int",
+        ),
+        (
+            lambda: fastscore.rademacher_jvp(lambda x: x.sum(1), X),
+            ValueError,
+            r"f\(x\) must have the shape of x, \(2, 3\); got \(2,\)",
+        ),
     ],
 )
 def test_bad_arguments(call, error, message):

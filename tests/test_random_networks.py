@@ -1,6 +1,9 @@
-"""The sliced losses on random networks of stock layers: value and every gradient against two levels of backward in float64.
+"""The sliced losses on random networks of stock layers.
 
-The networks follow from fixed seeds; PyTorch's norms are compositions in the reference, for their own third derivatives are wrong.
+Value and every gradient against two levels of backward in float64.
+
+The networks follow from fixed seeds; PyTorch's norms are compositions in the reference, for their
+own third derivatives are wrong.
 """
 
 import copy
@@ -20,8 +23,21 @@ from fastscore.losses.projections import directions
 from fastscore.models import EnergyScore
 
 ACTIVATIONS = (
-    *(lambda c=c, i=i: c(inplace=i) for c in (nn.SiLU, nn.ELU, nn.ReLU, nn.SELU, nn.Mish, nn.Hardswish) for i in (False, True)),
-    *(nn.GELU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.PReLU, nn.LogSigmoid, lambda: nn.GELU("tanh"), lambda: nn.Softmax(1)),
+    *(
+        lambda c=c, i=i: c(inplace=i)
+        for c in (nn.SiLU, nn.ELU, nn.ReLU, nn.SELU, nn.Mish, nn.Hardswish)
+        for i in (False, True)
+    ),
+    *(
+        nn.GELU,
+        nn.Tanh,
+        nn.Sigmoid,
+        nn.Softplus,
+        nn.PReLU,
+        nn.LogSigmoid,
+        lambda: nn.GELU("tanh"),
+        lambda: nn.Softmax(1),
+    ),
 )
 
 
@@ -60,7 +76,8 @@ def attended(m, x):
 
 
 class Dropout(nn.Dropout):
-    """Masks are drawn in the order of memory, which a transposed result of ours need not share with PyTorch's."""
+    """Masks are drawn in the order of memory, which a transposed result of ours need not share
+    with PyTorch's."""
 
     def forward(self, x):
         return super().forward(x.contiguous())
@@ -126,8 +143,12 @@ def scaled_by_a_number(_, x):
 
 
 def checkpointed(m, x):
-    """But a power iteration goes one step further each time that it is computed again, and PyTorch's gradient is that of no one weight."""
-    iterates = any(isinstance(part, nn.Module) and type(part).__name__ == "_SpectralNorm" for part in m.modules())
+    """But a power iteration goes one step further each time that it is computed again, and
+    PyTorch's gradient is that of no one weight."""
+    iterates = any(
+        isinstance(part, nn.Module) and type(part).__name__ == "_SpectralNorm"
+        for part in m.modules()
+    )
     return x + (m(x) if iterates else checkpoint(m, x, use_reentrant=False))
 
 
@@ -178,7 +199,13 @@ def layer(r, channels, images):
 
 def norm(r, c, images):
     if images:
-        kinds = (nn.BatchNorm2d(c), nn.GroupNorm(2, c), nn.InstanceNorm2d(c, affine=True), nn.LayerNorm([c, 3, 4]), nn.RMSNorm(4))
+        kinds = (
+            nn.BatchNorm2d(c),
+            nn.GroupNorm(2, c),
+            nn.InstanceNorm2d(c, affine=True),
+            nn.LayerNorm([c, 3, 4]),
+            nn.RMSNorm(4),
+        )
     else:
         kinds = nn.LayerNorm(c), nn.BatchNorm1d(c), nn.GroupNorm(2, c), nn.RMSNorm(c)
     return r.choice(kinds)
@@ -190,7 +217,10 @@ def network(r, c, images, depth=0, parts=()):
 
     layers = []
     for _ in range(r.randint(2, 4)):
-        make = r.choice(["layer"] * 3 + ["norm", "dropout", "written", "attended", "last", "around", "around", *parts])
+        make = r.choice(
+            ["layer"] * 3
+            + ["norm", "dropout", "written", "attended", "last", "around", "around", *parts]
+        )
         if make == "around" and depth < 2:
             layers.append(Wrapped(r.choice(AROUND), network(r, c, images, depth + 1, parts)))
         elif make in PARTS:
@@ -218,7 +248,12 @@ def reference(net, x, v, mask, variance_reduced, energy):
         s = torch.autograd.grad(net(x).sum(), x, **keep)[0] if energy else net(x)
         u = torch.zeros_like(s).requires_grad_()
         (g,) = torch.autograd.grad(s, x, u, **keep)
-        js = torch.stack([torch.autograd.grad(g, u, d, **keep)[0] if g.requires_grad else torch.zeros_like(s) for d in v])
+        js = torch.stack(
+            [
+                torch.autograd.grad(g, u, d, **keep)[0] if g.requires_grad else torch.zeros_like(s)
+                for d in v
+            ]
+        )
     rest = (s if mask is None else s * mask).square()[None] if variance_reduced else None
     rest = (v * s).flatten(2).sum(2).square() if rest is None else rest.flatten(2).sum(2)
     return ((v * js).flatten(2).sum(2) + 0.5 * rest).mean(0)
@@ -229,13 +264,23 @@ def problem(seed, parts=()):
     torch.manual_seed(seed)
     images, energy = r.random() < 0.4, r.random() < (0 if parts else 0.2)
     net = network(r, c, images, 0, parts).double().train(r.random() < 0.5)
-    if energy:   # without dropout: where no rule of second order holds, f is called again and draws again
+    # Without dropout: where no rule of second order holds, f is called again and draws again.
+    if energy:
         for m in net.modules():
             m.train(m.training and not isinstance(m, nn.Dropout))
         net = Wrapped(lambda m, x: m(x).sin().flatten(1).sum(1), net)
-    x = torch.randn((3, c, 3, 4) if images else (3, c), dtype=torch.float64, requires_grad=r.random() < 0.5)
+    x = torch.randn(
+        (3, c, 3, 4) if images else (3, c), dtype=torch.float64, requires_grad=r.random() < 0.5
+    )
     mask = (torch.rand(x.shape) < 0.7).double() if r.random() < 0.25 else None
-    return net, x, mask, energy, {"projections": r.choice([1, 3]), "variance_reduced": r.random() < 0.5}, r.random() < 0.4
+    return (
+        net,
+        x,
+        mask,
+        energy,
+        {"projections": r.choice([1, 3]), "variance_reduced": r.random() < 0.5},
+        r.random() < 0.4,
+    )
 
 
 def outcome(net, state, seed, loss, inputs):
@@ -244,33 +289,56 @@ def outcome(net, state, seed, loss, inputs):
     value = loss()
     weights = torch.linspace(0.5, 1, len(value), dtype=value.dtype)
     wanted = [t for t in inputs if t.requires_grad] if value.requires_grad else []
-    gradients = torch.autograd.grad(value @ weights, wanted, materialize_grads=True) if wanted else ()
+    gradients = (
+        torch.autograd.grad(value @ weights, wanted, materialize_grads=True) if wanted else ()
+    )
     return value.detach(), *gradients, *(t.clone() for t in net.state_dict().values())
 
 
 @pytest.mark.parametrize("start", range(0, 200, 25))
 def test_loss_and_gradients_of_random_networks(start):
-    """Ours and theirs sum the same numbers in another order; 1e-8 leaves room for small normalised variances."""
+    """Ours and theirs sum the same numbers in another order.
+
+    1e-8 leaves room for small normalised variances.
+    """
     for seed in range(start, start + 25):
         net, x, mask, energy, options, given = problem(seed)
         M, key = options["projections"], {"seed": seed}
-        v = torch.randn(M, *x.shape, dtype=x.dtype, requires_grad=seed % 2 == 0) if given else directions("t", x.detach(), M, **key)
+        v = (
+            torch.randn(M, *x.shape, dtype=x.dtype, requires_grad=seed % 2 == 0)
+            if given
+            else directions("t", x.detach(), M, **key)
+        )
         state = {k: t.clone() for k, t in net.state_dict().items()}
         noise = {"v": v} if given else key
 
         def ours(net=net, x=x, mask=mask, options=options, noise=noise, energy=energy):
-            return losses.sliced(EnergyScore(net) if energy else net, x, mask=mask, **options, **noise)
+            return losses.sliced(
+                EnergyScore(net) if energy else net, x, mask=mask, **options, **noise
+            )
 
         def theirs(net=net, x=x, v=v, mask=mask, options=options, energy=energy):
             return reference(net, x, v, mask, options["variance_reduced"], energy)
 
         inputs = [*net.parameters(), x, v]
-        for a, b in zip(outcome(net, state, seed, ours, inputs), outcome(net, state, seed, theirs, inputs), strict=True):
-            assert torch.allclose(a, b, rtol=1e-8, atol=1e-8 * (1 + float(b.abs().max()))), (seed, net, options)
+        for a, b in zip(
+            outcome(net, state, seed, ours, inputs),
+            outcome(net, state, seed, theirs, inputs),
+            strict=True,
+        ):
+            assert torch.allclose(a, b, rtol=1e-8, atol=1e-8 * (1 + float(b.abs().max()))), (
+                seed,
+                net,
+                options,
+            )
 
 
 def memory(net):
-    counters = [getattr(m, "calls", getattr(m, "seen", None)) for m in net.modules() if isinstance(m, Remembers | Unbatched)]
+    counters = [
+        getattr(m, "calls", getattr(m, "seen", None))
+        for m in net.modules()
+        if isinstance(m, Remembers | Unbatched)
+    ]
     return [*(b.clone() for b in net.buffers()), *counters]
 
 
@@ -279,7 +347,11 @@ def everything(net, x, v, loss, seed):
     torch.manual_seed(seed)
     value = loss(net, x, v)
     inputs = [t for t in (*net.parameters(), x) if t.requires_grad]
-    gradients = torch.autograd.grad(value.mean(), inputs, materialize_grads=True) if inputs and value.requires_grad else ()
+    gradients = (
+        torch.autograd.grad(value.mean(), inputs, materialize_grads=True)
+        if inputs and value.requires_grad
+        else ()
+    )
     return value.detach(), *gradients, *memory(net)
 
 
@@ -288,11 +360,14 @@ def error(a, b):
 
 
 def check_parts(seed, dtype):
-    """In float64 equal to double backprop, else as near to it as double backprop in the same dtype, within four times and some roundings.
+    """In float64 equal to double backprop, else as near to it as double backprop in the same dtype,
+    within four times and some roundings.
 
-    Two ways to sum the same rounded numbers: their errors have one distribution, and four times the other's bounds all but its tail; where
-    that is small by luck, 32 roundings of the whole's size per layer of at most 20 (their growth is what random signs leave of it).
-    A mean in float32 inside a float64 network is rounded: four times what one rounding of it changes in double backprop, as measured.
+    Two ways to sum the same rounded numbers: their errors have one distribution, and four times the
+    other's bounds all but its tail; where that is small by luck, 32 roundings of the whole's size
+    per layer of at most 20 (their growth is what random signs leave of it). A mean in float32
+    inside a float64 network is rounded: four times what one rounding of it changes in double
+    backprop, as measured.
     """
     net, x, mask, _, options, _ = problem(seed, tuple(PARTS))
     mask = None if mask is None else mask.to(dtype)
@@ -303,7 +378,14 @@ def check_parts(seed, dtype):
         return losses.sliced(net, x, v=v, mask=m, variance_reduced=options["variance_reduced"])
 
     def theirs(net, x, v):
-        return reference(net, x, v, None if mask is None else mask.to(x.dtype), options["variance_reduced"], False)
+        return reference(
+            net,
+            x,
+            v,
+            None if mask is None else mask.to(x.dtype),
+            options["variance_reduced"],
+            False,
+        )
 
     def cast(kind):
         made = x.detach().to(dtype).to(kind).requires_grad_(x.requires_grad)
@@ -322,14 +404,28 @@ def check_parts(seed, dtype):
             assert a == b == right, (seed, dtype, k, a, b)
             continue
         assert a.shape == b.shape and (k == 0 or a.dtype == b.dtype), (seed, dtype, k)
-        allowed = 1e-8 * (1 + float(right.double().norm())) if dtype == torch.float64 else 4 * error(b, right)
+        allowed = (
+            1e-8 * (1 + float(right.double().norm()))
+            if dtype == torch.float64
+            else 4 * error(b, right)
+        )
         allowed += 32 * 20**0.5 * torch.finfo(dtype).eps * (1 + float(right.double().norm()))
-        allowed += 4 * error(moved, right)   # 0 without such a mean
-        assert error(a, right) <= allowed or not right.double().isfinite().all(), (seed, dtype, k, error(a, right), error(b, right), net)
+        allowed += 4 * error(moved, right)  # 0 without such a mean
+        assert error(a, right) <= allowed or not right.double().isfinite().all(), (
+            seed,
+            dtype,
+            k,
+            error(a, right),
+            error(b, right),
+            net,
+        )
 
 
 def copied(net, seed):
-    """The same network anew: compiled parts and hooks bound to a module do not survive a deep copy."""
+    """The same network anew.
+
+    Compiled parts and hooks bound to a module do not survive a deep copy.
+    """
     again = problem(seed, tuple(PARTS))[0]
     again.load_state_dict(copy.deepcopy(net.state_dict()))
     return again

@@ -1,4 +1,7 @@
-"""A compiled sampler or loss keeps its graph when a number changes: the second value makes one more, for all, and no other."""
+"""A compiled sampler or loss keeps its graph when a number changes.
+
+The second value makes one more, for all, and no other.
+"""
 
 import pytest
 import torch
@@ -24,23 +27,39 @@ FLOATS = {
     "sigma of denoising_loss": lambda x, a: fastscore.denoising_loss(-x, a, **KEY),
     "sigma of denoising": lambda x, a: losses.denoising(lambda x, sigma: -x, x, a, **KEY),
     "sigma of a network": lambda x, a: NETWORK(x, a),
-    "eps of instance_norm_plus": lambda x, a: fastscore.instance_norm_plus(x[:, :, None] + SHIFT, x.mean(0), eps=a),
-    "eps with a gradient": lambda x, a: fastscore.instance_norm_plus(x[:, :, None] + SHIFT, GAMMA, GAMMA, GAMMA, eps=a, activation="elu"),
+    "eps of instance_norm_plus": lambda x, a: fastscore.instance_norm_plus(
+        x[:, :, None] + SHIFT, x.mean(0), eps=a
+    ),
+    "eps with a gradient": lambda x, a: fastscore.instance_norm_plus(
+        x[:, :, None] + SHIFT, GAMMA, GAMMA, GAMMA, eps=a, activation="elu"
+    ),
     "eps of conditional_instance_norm_plus": lambda x, a: fastscore.conditional_instance_norm_plus(
         x[:, :, None] + SHIFT, LABELS, TABLE, eps=a
     ),
-    "eps of group_norm_modulate": lambda x, a: fastscore.group_norm_modulate(x[:, :, None] + SHIFT, 3, GAMMA, GAMMA, eps=a),
-    "eps of instance_norm_plus_dual": lambda x, a: torch.cat(
-        fastscore.ops.instance_norm_plus_dual(x[:, :, None] + SHIFT, (x[:, :, None] * SHIFT)[None], GAMMA, GAMMA, eps=a)[1:]
+    "eps of group_norm_modulate": lambda x, a: fastscore.group_norm_modulate(
+        x[:, :, None] + SHIFT, 3, GAMMA, GAMMA, eps=a
     ),
-    "power": lambda x, a: losses.noise_conditional(lambda x, sigma: -x, x, [2.0, 0.1], power=a, **KEY),
+    "eps of instance_norm_plus_dual": lambda x, a: torch.cat(
+        fastscore.ops.instance_norm_plus_dual(
+            x[:, :, None] + SHIFT, (x[:, :, None] * SHIFT)[None], GAMMA, GAMMA, eps=a
+        )[1:]
+    ),
+    "power": lambda x, a: losses.noise_conditional(
+        lambda x, sigma: -x, x, [2.0, 0.1], power=a, **KEY
+    ),
     "radius": lambda x, a: losses.finite_difference_sliced(LAYER, x, radius=a, **KEY),
     "step_size with noise": lambda x, a: fastscore.langevin_step(x, -x, a, noise=x),
 }
-BROKEN = {   # by graph breaks
-    "power of sliced": lambda x, a: losses.noise_conditional(lambda x, s: -x * x, x, [2.0, 0.1], method="sliced", power=a, **KEY),
-    "power of exact": lambda x, a: losses.noise_conditional(lambda x, s: -x * x, x, [2.0, 0.1], method="exact", power=a, **KEY),
-    "radius of a function": lambda x, a: losses.finite_difference_sliced(lambda x: -x * x, x, radius=a, **KEY),
+BROKEN = {  # by graph breaks
+    "power of sliced": lambda x, a: losses.noise_conditional(
+        lambda x, s: -x * x, x, [2.0, 0.1], method="sliced", power=a, **KEY
+    ),
+    "power of exact": lambda x, a: losses.noise_conditional(
+        lambda x, s: -x * x, x, [2.0, 0.1], method="exact", power=a, **KEY
+    ),
+    "radius of a function": lambda x, a: losses.finite_difference_sliced(
+        lambda x: -x * x, x, radius=a, **KEY
+    ),
 }
 INTEGERS = {
     "langevin_step": lambda x, k: fastscore.langevin_step(x, -x, 0.1, offset=k, **KEY),
@@ -48,7 +67,9 @@ INTEGERS = {
     "noisy_update": lambda x, k: fastscore.noisy_update(x, -x, 0.1, 0.2, offset=k, **KEY),
     "denoising_loss": lambda x, k: fastscore.denoising_loss(-x, 0.1, offset=k, **KEY),
     "denoising": lambda x, k: losses.denoising(lambda x, sigma: -x, x, 0.1, first_sample=k, **KEY),
-    "noise_conditional": lambda x, k: losses.noise_conditional(lambda x, sigma: -x, x, [1.0, 0.1], first_sample=k, **KEY),
+    "noise_conditional": lambda x, k: losses.noise_conditional(
+        lambda x, sigma: -x, x, [1.0, 0.1], first_sample=k, **KEY
+    ),
     "normal": lambda x, k: x + random.normal(x.shape, stream=1024, offset=k, **KEY),
     "uniform": lambda x, k: x + random.uniform(x.shape, stream=1024, offset=k, **KEY),
     "rademacher": lambda x, k: x + random.rademacher(x.shape, stream=1024, offset=k, **KEY),
@@ -140,10 +161,15 @@ def _count(function, values):
 
 def test_gradients_through_the_second_value():
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    for function, values in ((FLOATS["both"], [0.1, 0.4, 0.3]), (INTEGERS["denoising_loss"], [0, 5, 9])):
+    for function, values in (
+        (FLOATS["both"], [0.1, 0.4, 0.3]),
+        (INTEGERS["denoising_loss"], [0, 5, 9]),
+    ):
         compiled, graphs = counted(function)
         for value in values:
-            g, e = (torch.autograd.grad(f(x, value).square().sum(), x)[0] for f in (compiled, function))
+            g, e = (
+                torch.autograd.grad(f(x, value).square().sum(), x)[0] for f in (compiled, function)
+            )
             torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-5)
         assert len(graphs) == 2
 
@@ -161,7 +187,9 @@ def test_a_loss_that_breaks_its_graph_keeps_the_parts():
 def test_a_sampler_in_one_graph():
     """Step sizes and steps change together, as in a run."""
     x = torch.randn(4, 3)
-    compiled, graphs = counted(lambda x, size, k: fastscore.langevin_step(x, -x, size, seed=1, step=k, offset=k))
+    compiled, graphs = counted(
+        lambda x, size, k: fastscore.langevin_step(x, -x, size, seed=1, step=k, offset=k)
+    )
     y = x
     for k, size in enumerate(torch.linspace(1.0, 0.1, 9).tolist()):
         x = compiled(x, size, k)
@@ -186,4 +214,6 @@ def test_inductor_takes_open_offsets():
     x = torch.randn(4, 3)
     compiled = torch.compile(INTEGERS["langevin_step"])
     for k in (0, 3, 5):
-        torch.testing.assert_close(compiled(x, k), INTEGERS["langevin_step"](x, k), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            compiled(x, k), INTEGERS["langevin_step"](x, k), rtol=1e-6, atol=1e-6
+        )

@@ -12,7 +12,12 @@ SAMPLERS = {
     "consistent_annealed": {"sigmas": SIGMAS},
     "predictor_corrector": {"sigmas": SIGMAS},
     "probability_flow": {"sigmas": SIGMAS},
-    "probability_flow, adaptive": {"sigmas": SIGMAS, "method": "adaptive", "rtol": 1e-2, "atol": 1e-2},
+    "probability_flow, adaptive": {
+        "sigmas": SIGMAS,
+        "method": "adaptive",
+        "rtol": 1e-2,
+        "atol": 1e-2,
+    },
     "langevin": {"steps": 5, "step_size": 0.01, "sigma": 0.1},
     "mala": {"steps": 5, "step_size": 0.01},
 }
@@ -46,7 +51,9 @@ class Energy(torch.nn.Module):
 
 
 def drawn(score, sampler, **options):
-    return fastscore.sample(score, sampler=sampler.split(",")[0], shape=(6, 3), seed=8, **SAMPLERS[sampler], **options)
+    return fastscore.sample(
+        score, sampler=sampler.split(",")[0], shape=(6, 3), seed=8, **SAMPLERS[sampler], **options
+    )
 
 
 @every_sampler
@@ -72,21 +79,36 @@ def test_networks_under_autocast(sampler):
 def test_ncsn_under_autocast():
     torch.manual_seed(0)
     net = models.NCSN(channels=1, ngf=4, sigmas=SIGMAS, image_size=8)
-    options = {"shape": (2, 1, 8, 8), "sigmas": SIGMAS, "steps_per_level": 1, "step_size": 2e-3, "seed": 0}
+    options = {
+        "shape": (2, 1, 8, 8),
+        "sigmas": SIGMAS,
+        "steps_per_level": 1,
+        "step_size": 2e-3,
+        "seed": 0,
+    }
     with torch.autocast("cpu", torch.bfloat16):
         x = fastscore.sample(net, **options)
     whole = fastscore.sample(net, **options)
-    assert x.dtype == torch.float32 and float((x - whole).abs().max()) < 0.05 * float(whole.abs().max())
+    assert x.dtype == torch.float32 and float((x - whole).abs().max()) < 0.05 * float(
+        whole.abs().max()
+    )
 
 
 @every_sampler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_network_in_half_precision_is_sampled_with_a_float32_state(sampler, dtype):
-    """Steps of ε = 2e-5 are lost in a bfloat16 state; the network sees x rounded, the state is not."""
+    """Steps of ε = 2e-5 are lost in a bfloat16 state.
+
+    The network sees x rounded, the state is not.
+    """
     score = Energy().to(dtype) if sampler == "mala" else network(dtype)
     x = drawn(score, sampler)
     assert x.dtype == torch.float32
-    by_hand = (lambda x: score(x.to(dtype)).float()) if sampler == "mala" else lambda x, sigma: score(x.to(dtype), sigma).float()
+    by_hand = (
+        (lambda x: score(x.to(dtype)).float())
+        if sampler == "mala"
+        else lambda x, sigma: score(x.to(dtype), sigma).float()
+    )
     assert torch.equal(x, drawn(by_hand, sampler))
     if sampler != "mala":
         assert drawn(score, sampler, dtype=dtype).dtype == dtype   # as it was asked for
@@ -94,7 +116,10 @@ def test_a_network_in_half_precision_is_sampled_with_a_float32_state(sampler, dt
 
 def test_what_cannot_be_matched_is_one_sentence():
     net = network(torch.bfloat16)
-    message = r"langevin: the network is bfloat16 and x float32; hand over the network itself, or convert one of them"
+    message = (
+        "langevin: the network is bfloat16 and x float32; "
+        "hand over the network itself, or convert one of them"
+    )
     with pytest.raises(TypeError, match=message) as caught:
         drawn(lambda x, sigma: 2 * net(x, sigma), "langevin")
     assert "\n" not in str(caught.value)

@@ -1,4 +1,7 @@
-"""Where the engine of jvp meets what else goes on: writes behind its back, modes that begin late, jvp inside jvp, other threads."""
+"""Where the engine of jvp meets what else goes on.
+
+Writes behind its back, modes that begin late, jvp inside jvp, other threads.
+"""
 
 import gc
 import sys
@@ -36,7 +39,10 @@ def stock(f, x, v):
 
 
 def agree(found, expected):
-    return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-10, atol=1e-11) for a, b in zip(found, expected, strict=True))
+    return all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-10, atol=1e-11)
+        for a, b in zip(found, expected, strict=True)
+    )
 
 
 def no_grad_write(h):
@@ -44,14 +50,18 @@ def no_grad_write(h):
         h.mul_(0)
 
 
-@pytest.mark.parametrize("early", [False, True], ids=["an alias taken later", "an alias taken before"])
+@pytest.mark.parametrize(
+    "early", [False, True], ids=["an alias taken later", "an alias taken before"]
+)
 @pytest.mark.parametrize(
     "alias",
     [lambda h: h.detach(), lambda h: h.data, lambda h: h.view(-1).detach(), no_grad_write],
     ids=["detach", "data", "view", "no_grad"],
 )
 @pytest.mark.parametrize("deep", [False, True], ids=["into a source", "into what waited itself"])
-def test_what_was_computed_does_not_see_a_write_through_a_constant(layers, point, alias, early, deep):
+def test_what_was_computed_does_not_see_a_write_through_a_constant(
+    layers, point, alias, early, deep
+):
     first, second = layers
 
     def f(x):
@@ -90,7 +100,9 @@ def test_autocast_that_begins_after_a_layer_does_not_reach_it(switch):
     assert torch.allclose(y, expected[0], atol=1e-5) and torch.allclose(jv, expected[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("block", [nn.Linear(3, 3, dtype=D), torch.sin], ids=["a linear layer", "sin"])
+@pytest.mark.parametrize(
+    "block", [nn.Linear(3, 3, dtype=D), torch.sin], ids=["a linear layer", "sin"]
+)
 def test_a_checkpoint_or_a_hook_behind_a_chain(layers, point, block):
     first, second = layers
     x, v = point
@@ -101,7 +113,9 @@ def test_a_checkpoint_or_a_hook_behind_a_chain(layers, point, block):
         return (y, jv, *torch.autograd.grad((v * jv).sum() + y.square().sum(), parameters))
 
     expected = run(lambda x: second(block(F.silu(first(x)))))
-    assert agree(run(lambda x: second(checkpoint(block, F.silu(first(x)), use_reentrant=False))), expected)
+    assert agree(
+        run(lambda x: second(checkpoint(block, F.silu(first(x)), use_reentrant=False))), expected
+    )
 
     def offloaded(x):
         h = F.silu(first(x))
@@ -119,7 +133,9 @@ def test_a_jvp_inside_jvp_tells_its_numbers_from_the_others(layers, point, grad,
     first, second = layers
 
     def f(product):
-        return lambda x: product(lambda z: torch.cat([second(F.silu(first(z) * x)), z * x, x]), x.cos(), x * x)
+        return lambda x: product(
+            lambda z: torch.cat([second(F.silu(first(z) * x)), z * x, x]), x.cos(), x * x
+        )
 
     def inner(g, x, v):
         return jvp(g, x, v)[1]
@@ -140,7 +156,10 @@ def test_a_jvp_after_one_that_failed(layers, point):
 
     with pytest.raises(KeyError, match="mine"):
         jvp(f, *point)
-    assert agree(jvp(lambda x: layers[1](F.silu(layers[0](x))), *point), stock(lambda x: layers[1](F.silu(layers[0](x))), *point))
+    assert agree(
+        jvp(lambda x: layers[1](F.silu(layers[0](x))), *point),
+        stock(lambda x: layers[1](F.silu(layers[0](x))), *point),
+    )
 
 
 class Doubled(torch.autograd.Function):
@@ -174,7 +193,10 @@ def test_a_block_without_gradients_is_a_constant_on_every_path(point):
     expected = 2 * v * x.square().sum(-1, keepdim=True)
     assert torch.allclose(jvp(f, x, v)[1], expected)
     assert torch.allclose(jvp(lambda x: f(x, Doubled.apply), x, v)[1], expected)   # forward mode
-    assert torch.allclose(torch.vmap(lambda x, v: jvp(f, x, v)[1], in_dims=(0, 1), out_dims=1)(x, v), expected)   # inside a transform
+    # Inside a transform.
+    assert torch.allclose(
+        torch.vmap(lambda x, v: jvp(f, x, v)[1], in_dims=(0, 1), out_dims=1)(x, v), expected
+    )
 
 
 def test_nothing_stays_alive_that_f_does_not_keep(layers, point):
@@ -193,12 +215,17 @@ def test_nothing_stays_alive_that_f_does_not_keep(layers, point):
         assert [r() for r in seen] == [None, None] and result() is None and not call.calls
     finally:
         gc.enable()
-    left = layers[1](kept[0])   # after the call a number is its value
-    assert type(left) is torch.Tensor and torch.equal(left, layers[1](layers[1](layers[0](point[0]))))
+    left = layers[1](kept[0])  # after the call a number is its value
+    assert type(left) is torch.Tensor and torch.equal(
+        left, layers[1](layers[1](layers[0](point[0])))
+    )
 
 
 def test_threads_inside_f_and_around_jvp(layers, point):
-    """As nn.DataParallel does: workers run parts of f, and several jvp run at once, one of them without gradients."""
+    """As nn.DataParallel does.
+
+    Workers run parts of f, and several jvp run at once, one of them without gradients.
+    """
     def part(x):
         h = layers[0](x)
         h.mul_(2)
@@ -230,7 +257,10 @@ def in_a_worker(f, *args):
 
 
 def test_a_worker_of_f_while_another_jvp_begins_and_ends(layers, point):
-    """The workers' numbers are those of their own call, whichever began last: its grad mode counts, and its end."""
+    """The workers' numbers are those of their own call, whichever began last.
+
+    Its grad mode counts, and its end.
+    """
     inside, leave = threading.Event(), threading.Event()
 
     def other(x):
@@ -255,7 +285,10 @@ def test_a_worker_of_f_while_another_jvp_begins_and_ends(layers, point):
 
         with torch.no_grad():
             found = jvp(f, *point)
-    assert agree(found, stock(lambda x: layers[1](F.silu(layers[0](x)) * x) * (F.silu(layers[0](x)) * x), *point))
+    assert agree(
+        found,
+        stock(lambda x: layers[1](F.silu(layers[0](x)) * x) * (F.silu(layers[0](x)) * x), *point),
+    )
 
 
 def test_numbers_of_two_jvp_that_run_at_once_do_not_mix(layers, point):
@@ -282,11 +315,17 @@ def test_a_worker_of_an_energy_while_another_loss_begins(layers, point):
 
     x, v = point
     expected = second_order(energy(lambda: None), x, v)
-    found = second_order(energy(lambda: in_a_worker(second_order, lambda x: x.square().sum(1), x, v)), x, v)
+    found = second_order(
+        energy(lambda: in_a_worker(second_order, lambda x: x.square().sum(1), x, v)), x, v
+    )
     assert agree(found, expected) and expected[1].abs().min() > 1e-6
 
 
-WRITES = {"view": lambda h, z: z.mul_(2), "its view": lambda h, z: z[1].add_(1), "base": lambda h, z: h.mul_(2)}
+WRITES = {
+    "view": lambda h, z: z.mul_(2),
+    "its view": lambda h, z: z[1].add_(1),
+    "base": lambda h, z: h.mul_(2),
+}
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)

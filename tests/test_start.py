@@ -16,7 +16,12 @@ SAMPLERS = {
     "consistent_annealed": {"sigmas": schedules.geometric(1.0, 0.1, 30)},
     "predictor_corrector": {"sigmas": SIGMAS},
     "probability_flow": {"sigmas": SIGMAS},
-    "probability_flow, adaptive": {"sigmas": SIGMAS, "method": "adaptive", "rtol": 1e-2, "atol": 1e-2},
+    "probability_flow, adaptive": {
+        "sigmas": SIGMAS,
+        "method": "adaptive",
+        "rtol": 1e-2,
+        "atol": 1e-2,
+    },
     "langevin": {"steps": 2, "step_size": 1e-3, "sigma": 1.0},
 }
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
@@ -29,7 +34,9 @@ def score(x, sigma):
 
 
 def run(sampler, f=score, **options):
-    return fastscore.sample(f, sampler=sampler.split(",")[0], seed=0, **SAMPLERS[sampler], **options)
+    return fastscore.sample(
+        f, sampler=sampler.split(",")[0], seed=0, **SAMPLERS[sampler], **options
+    )
 
 
 @pytest.fixture
@@ -69,7 +76,10 @@ def test_a_network_in_half_precision_is_looked_at_too():
 
 
 def test_the_limit_is_that_of_chernoff():
-    """And holds for points, the worst case: χ² has its 1 - 1e-6 quantile below (1 element: 23.93; 30: 2.69)."""
+    """And holds for points, the worst case.
+
+    χ² has its 1 - 1e-6 quantile below (1 element: 23.93; 30: 2.69).
+    """
     for n in (1, 2, 10, 24):
         c = limit(n)
         assert c == 4 or (c * math.exp(1 - c)) ** (n / 2) == pytest.approx(1e-6, rel=1e-9)
@@ -88,18 +98,39 @@ def test_starts_have_the_moments_of_noisy_data_in_any_split():
 
 
 def test_digits_from_the_unit_cube_are_silent(strict):
-    """The usual call: 8 by 8 digits, a ladder from 1, a uniform start; here with the exact score of the data."""
+    """The usual call: 8 by 8 digits, a ladder from 1, a uniform start.
+
+    Here with the exact score of the data.
+    """
     data = datasets.load("digits")[0].flatten(1)[:300]
-    exact = models.GaussianMixture(torch.ones(len(data)) / len(data), data, torch.full((len(data),), 1e-4))
-    fastscore.sample(exact, shape=(8, 64), sigmas=schedules.geometric(1.0, 0.01, 10), steps_per_level=1, step_lr=2e-5, seed=1)
+    exact = models.GaussianMixture(
+        torch.ones(len(data)) / len(data), data, torch.full((len(data),), 1e-4)
+    )
+    fastscore.sample(
+        exact,
+        shape=(8, 64),
+        sigmas=schedules.geometric(1.0, 0.01, 10),
+        steps_per_level=1,
+        step_lr=2e-5,
+        seed=1,
+    )
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: sampling.start_like(torch.ones(0, 2), 3, sigma=1.0, seed=0), r"data must hold samples, \(N, \*\); got shape \(0, 2\)"),
-        (lambda: sampling.start_like(torch.ones(3, 2), 3, sigma=-1.0, seed=0), "sigma must be a finite number >= 0; got -1.0"),
-        (lambda: sampling.start_like(torch.ones(3, 2), -1, sigma=1.0, seed=0), "n must be an int of at least 0; got -1"),
+        (
+            lambda: sampling.start_like(torch.ones(0, 2), 3, sigma=1.0, seed=0),
+            r"data must hold samples, \(N, \*\); got shape \(0, 2\)",
+        ),
+        (
+            lambda: sampling.start_like(torch.ones(3, 2), 3, sigma=-1.0, seed=0),
+            "sigma must be a finite number >= 0; got -1.0",
+        ),
+        (
+            lambda: sampling.start_like(torch.ones(3, 2), -1, sigma=1.0, seed=0),
+            "n must be an int of at least 0; got -1",
+        ),
     ],
 )
 def test_bad_arguments(call, message):
@@ -109,24 +140,44 @@ def test_bad_arguments(call, message):
 
 def distance(quantiles, mean, sigma):
     """W₂ of two laws of numbers, one given by its quantiles at (k + ½)/n, the other N(mean, σ²)."""
-    z = torch.special.ndtri((torch.arange(len(quantiles), dtype=torch.float64) + 0.5) / len(quantiles))
+    z = torch.special.ndtri(
+        (torch.arange(len(quantiles), dtype=torch.float64) + 0.5) / len(quantiles)
+    )
     return float((quantiles - mean - sigma * z).square().mean().sqrt())
 
 
 def test_beyond_the_bound_and_only_there_the_normal_start_is_the_nearer_one_at_worst():
-    """Whatever the data in [0, 1]: the worst are points at an end, W₂ being convex in the law of the data."""
+    """Whatever the data in [0, 1].
+
+    The worst are points at an end, W₂ being convex in the law of the data.
+    """
     unit = (torch.arange(10**6, dtype=torch.float64) + 0.5) / 10**6
-    for sigma, law in ((0.5, "uniform"), (1.0, "uniform"), (1.145, "uniform"), (1.147, "gaussian"), (3.0, "gaussian")):
+    for sigma, law in (
+        (0.5, "uniform"),
+        (1.0, "uniform"),
+        (1.145, "uniform"),
+        (1.147, "gaussian"),
+        (3.0, "gaussian"),
+    ):
         uniform = max(distance(unit, point, sigma) for point in (0.0, 0.3, 0.5, 1.0))
-        gaussian = max(distance(sigma * torch.special.ndtri(unit), point, sigma) for point in (0.0, 0.3, 0.5, 1.0))
-        assert uniform == pytest.approx(math.sqrt(1 / 3 + sigma**2 - sigma / math.sqrt(math.pi)), abs=1e-4)
+        gaussian = max(
+            distance(sigma * torch.special.ndtri(unit), point, sigma)
+            for point in (0.0, 0.3, 0.5, 1.0)
+        )
+        assert uniform == pytest.approx(
+            math.sqrt(1 / 3 + sigma**2 - sigma / math.sqrt(math.pi)), abs=1e-4
+        )
         assert gaussian == pytest.approx(1, abs=1e-4)
-        assert sampling.start_law(sigma) == law == min((uniform, "uniform"), (gaussian, "gaussian"))[1]
+        assert (
+            sampling.start_law(sigma) == law == min((uniform, "uniform"), (gaussian, "gaussian"))[1]
+        )
     assert sampling.start_law(None) == "uniform"   # of log p itself, for one
 
 
 @every_sampler
-@pytest.mark.parametrize("sigma, law", [(1.0, "uniform"), (1.14, "uniform"), (1.15, "gaussian"), (50.0, "gaussian")])
+@pytest.mark.parametrize(
+    "sigma, law", [(1.0, "uniform"), (1.14, "uniform"), (1.15, "gaussian"), (50.0, "gaussian")]
+)
 def test_the_start_follows_from_the_ladder(sampler, sigma, law):
     name = sampler.split(",")[0]
     options = dict(SAMPLERS[sampler])
@@ -147,7 +198,10 @@ def test_the_start_follows_from_the_ladder(sampler, sigma, law):
     assert torch.equal(seen[0], first)
     if name not in ("predictor_corrector", "probability_flow"):
         assert torch.equal(sampling.initial((4, 3), sigma=sigma, seed=7), first)
-    asked = {"uniform": sampling.initial((4, 3), seed=7), "gaussian": sigma * random.normal((4, 3), seed=7, stream=random.INIT)}
+    asked = {
+        "uniform": sampling.initial((4, 3), seed=7),
+        "gaussian": sigma * random.normal((4, 3), seed=7, stream=random.INIT),
+    }
     for other in asked:   # what is asked for is what is done
         seen.clear()
         fastscore.sample(watched, sampler=name, shape=(4, 3), seed=7, initial_law=other, **options)
@@ -156,20 +210,30 @@ def test_the_start_follows_from_the_ladder(sampler, sigma, law):
 
 @pytest.mark.parametrize("law", [None, "uniform"])
 def test_the_law_after_the_first_level_is_that_of_the_start(law):
-    """A point of data at 0.3, NCSNv2's ladder for CIFAR-10: the first level takes the variance V to a²ⁿ V + (1 - a²ⁿ) σ² / (1 - ε/(4σ²)).
+    """A point of data at 0.3, NCSNv2's ladder for CIFAR-10.
 
-    From N(0, σ_1²) it is the stationary one at once, from the unit interval half of it; 5 standard errors of 2^16 normal values.
+    The first level takes the variance V to a²ⁿ V + (1 - a²ⁿ) σ² / (1 - ε/(4σ²)).
+
+    From N(0, σ_1²) it is the stationary one at once, from the unit interval half of it; 5 standard
+    errors of 2^16 normal values.
     """
     preset = sampling.PRESETS["ncsnv2-cifar10"]
     n, steps, sigma = 2**16, preset.steps_per_level, preset.ladder[0]
     options = {"shape": (n, 1), "initial_law": law, "sigmas": schedules.geometric(*preset.ladder)}
     states = sampling.states(
-        lambda x, each: (0.3 - x) / each[:, None] ** 2, step_lr=preset.step_lr, steps_per_level=steps, seed=11, **options
+        lambda x, each: (0.3 - x) / each[:, None] ** 2,
+        step_lr=preset.step_lr,
+        steps_per_level=steps,
+        seed=11,
+        **options,
     )
     x = next(states).x
     a = 1 - preset.step_lr / 0.01**2
     mean, variance = (0.5, 1 / 12) if law else (0.0, sigma**2)
-    mean, variance = 0.3 + a**steps * (mean - 0.3), a ** (2 * steps) * variance + (1 - a ** (2 * steps)) * 2 * sigma**2 / (1 + a)
+    mean, variance = (
+        0.3 + a**steps * (mean - 0.3),
+        a ** (2 * steps) * variance + (1 - a ** (2 * steps)) * 2 * sigma**2 / (1 + a),
+    )
     assert abs(float(x.mean()) - mean) < 5 * math.sqrt(variance / n)
     assert abs(float(x.var()) / variance - 1) < 5 * math.sqrt(2 / n)
     assert (variance / sigma**2 > 1) is (law is None)
@@ -182,6 +246,8 @@ def test_published_configurations_start_as_published():
 @pytest.mark.parametrize("call", [fastscore.sample, sampling.states])
 def test_a_run_that_goes_on_needs_its_state(call):
     """A fresh draw at a later level has the noise of the first: it went through in silence."""
-    with pytest.raises(ValueError, match="sample: start needs the state after that many updates as x; got a shape"):
+    with pytest.raises(
+        ValueError, match="sample: start needs the state after that many updates as x; got a shape"
+    ):
         call(score, shape=(2, 3), seed=0, start=2, **SAMPLERS["annealed_langevin"])
     call(score, shape=(2, 3), seed=0, start=0, check_finite=False, **SAMPLERS["annealed_langevin"])

@@ -38,14 +38,19 @@ def test_step_lr_is_half_of_step_size(f, size):
 def test_exactly_one_of_the_two_is_given(f):
     name = "langevin_step" if f is step else "mala"
     for given, found in (({"step_size": 0.1, "step_lr": 0.1}, "both"), ({}, "neither")):
-        with pytest.raises(ValueError, match=rf"{name}: give either step_size \(ε\) or step_lr .*; got {found}"):
+        with pytest.raises(
+            ValueError, match=rf"{name}: give either step_size \(ε\) or step_lr .*; got {found}"
+        ):
             f(**given)
     with pytest.raises(ValueError, match=f"{name}: step_lr must be finite and >= 0; got -1"):
         f(step_lr=-1.0)
 
 
 def test_mala_says_how_many_chains_never_move():
-    """A quartic from x = 6: a step of 0.8 overshoots to -80, which is refused for ever; chains at 0 do move."""
+    """A quartic from x = 6: a step of 0.8 overshoots to -80, which is refused for ever.
+
+    Chains at 0 do move.
+    """
     x = torch.tensor([[6.0], [0.0], [0.1], [-6.0]])
     with pytest.warns(UserWarning, match="mala: 2 of 4 chains never moved in 30 steps"):
         *_, last = sampling.mala(quartic, x, steps=30, step_size=0.8, seed=1, diagnostics=True)
@@ -55,7 +60,8 @@ def test_mala_says_how_many_chains_never_move():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fastscore.sample(quartic, sampler="mala", x=x[1:3], steps=30, step_size=0.8, seed=1)
-        fastscore.sample(quartic, sampler="mala", x=x, steps=3, step_size=0.8, seed=1)   # too few to tell
+        # Too few to tell.
+        fastscore.sample(quartic, sampler="mala", x=x, steps=3, step_size=0.8, seed=1)
 
 
 def test_the_acceptance_rate_is_the_mean_of_what_was_accepted():

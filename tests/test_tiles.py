@@ -12,14 +12,23 @@ if (reason := backend.why_not("triton", "cpu")) is not None:
 from fastscore.kernels import tiles
 from fastscore.ops.activate import activate_dual
 
-OTHERS = [(name, kernel, entry) for name, entries in tiles.TABLE.items() if name != "default" for kernel, entry in entries.items()]
+OTHERS = [
+    (name, kernel, entry)
+    for name, entries in tiles.TABLE.items()
+    if name != "default"
+    for kernel, entry in entries.items()
+]
 
 
 def update(dtype):
     generator = torch.Generator().manual_seed(0)
     x, s = (torch.randn(3, 1501, generator=generator).to(dtype) for _ in range(2))
     each = torch.tensor([0.1, 0.2, 0.3])
-    calls = [fastscore.langevin_step(x, s, e, seed=5, offset=o, backend="triton") for e in (0.1, each) for o in (0, 3, 2**34 - 4096)]
+    calls = [
+        fastscore.langevin_step(x, s, e, seed=5, offset=o, backend="triton")
+        for e in (0.1, each)
+        for o in (0, 3, 2**34 - 4096)
+    ]
     return torch.stack(calls)
 
 

@@ -28,30 +28,50 @@ ALGEBRA = {
     "solve": lambda x: torch.linalg.solve(m(x), x),
     "solve-from-the-right": lambda x: torch.linalg.solve(m(x), m(x).sin(), left=False)[..., 0],
     "solve-ex": lambda x: torch.linalg.solve_ex(m(x), x)[0],
-    "tensorsolve": lambda x: torch.linalg.tensorsolve(m(x)[0].reshape(2, 2, 4), x[0].reshape(2, 2)) * x,
+    "tensorsolve": lambda x: (
+        torch.linalg.tensorsolve(m(x)[0].reshape(2, 2, 4), x[0].reshape(2, 2)) * x
+    ),
     "det": lambda x: torch.linalg.det(m(x))[:, None] * x,
     "slogdet": lambda x: torch.linalg.slogdet(m(x)).logabsdet[:, None] * x,
     "logdet": lambda x: torch.logdet(m(x) @ m(x).mT)[:, None] * x,
     "householder-product": lambda x: torch.linalg.householder_product(m(x), x)[..., 0],
     "cholesky-inverse": lambda x: torch.cholesky_inverse(m(x))[..., 0],
-    "by-torch-ops": lambda x: torch.ops.aten.linalg_solve(m(x), x) + torch.ops.aten.linalg_det(m(x))[:, None] * x,
+    "by-torch-ops": lambda x: (
+        torch.ops.aten.linalg_solve(m(x), x) + torch.ops.aten.linalg_det(m(x))[:, None] * x
+    ),
     "cumprod": lambda x: x.relu().cumprod(1),
-    "scattered-product": lambda x: x.scatter_reduce(1, torch.tensor([[0, 0, 1, 0]] * 3), x.relu(), "prod"),
+    "scattered-product": lambda x: x.scatter_reduce(
+        1, torch.tensor([[0, 0, 1, 0]] * 3), x.relu(), "prod"
+    ),
     "glu": lambda x: F.glu(torch.cat([x, x.sin()], 1)),
-    "views-and-writes": lambda x: (lambda y: (y[:, 1:].mul_(x[:, :1]), y.t().contiguous().view(2, 6).sin())[1])(x * 2),
+    "views-and-writes": lambda x: (
+        lambda y: (y[:, 1:].mul_(x[:, :1]), y.t().contiguous().view(2, 6).sin())[1]
+    )(x * 2),
     "chunks": lambda x: torch.cat([t.square() for t in x.tensor_split(3, 1)], 1),
 }
-# Not the numbers of a transform: a choice by value, a draw, an autograd.Function without rules for torch.func, hooks on what is saved,
-# an nn.Module made inside, a write of what is mapped into what is not.
-LEFT = ("write-where", "integers", "control-flow", "same-noise-for-all-tangents", "autograd-function", "checkpoint", "functional-call",
-        "write-into-a-foreign-buffer")   # fmt: skip
-NETS = {k: v for k, v in NETWORKS.items() if k not in ("instance-norm-running", "batch-norm", "mixed-residual")}   # buffers change
+# Not the numbers of a transform: a choice by value, a draw, an autograd.Function without rules for
+# torch.func, hooks on what is saved, an nn.Module made inside, a write of what is mapped into what
+# is not.
+LEFT = (
+    "write-where", "integers", "control-flow", "same-noise-for-all-tangents", "autograd-function",
+    "checkpoint", "functional-call", "write-into-a-foreign-buffer",
+)
+# Buffers change.
+NETS = {
+    k: v
+    for k, v in NETWORKS.items()
+    if k not in ("instance-norm-running", "batch-norm", "mixed-residual")
+}
 
 
 def problem(name):
     torch.manual_seed(0)
     if name in NETS:
-        return NETS[name]().double(), torch.randn(2, 3, 6, 6, **F64), torch.randn(2, 2, 3, 6, 6, **F64)
+        return (
+            NETS[name]().double(),
+            torch.randn(2, 3, 6, 6, **F64),
+            torch.randn(2, 2, 3, 6, 6, **F64),
+        )
     return {**FUNCTIONS, **ALGEBRA}[name], torch.randn(3, 4, **F64), torch.randn(2, 3, 4, **F64)
 
 
@@ -66,42 +86,68 @@ WAYS = {
     "jacrev": lambda f, x, v: jacrev(lambda x: torch.stack([f(x, v), 2 * f(x, v)]))(x)[1] / 2,
     "jacfwd": lambda f, x, v: jacfwd(f)(x, v),
     "vmap-grad": lambda f, x, v: vmap(grad(f), (0, None))(torch.stack([x.cos(), x]), v)[1],
-    "vmap-over-directions": lambda f, x, v: vmap(grad(f), (None, 0))(x, torch.stack([v.cos(), v]))[1],
+    "vmap-over-directions": lambda f, x, v: vmap(grad(f), (None, 0))(x, torch.stack([v.cos(), v]))[
+        1
+    ],
 }
 
 
-SOON = [(name, way) for name in ALGEBRA for way in ("jacrev", "vmap-grad")] + [(name, "vmap-grad") for name in ("layer-norm", "attention")]
-LATER = [(name, way) for name in (*ALGEBRA, *NETS, *(k for k in FUNCTIONS if k not in LEFT)) for way in WAYS if (name, way) not in SOON]
+SOON = [(name, way) for name in ALGEBRA for way in ("jacrev", "vmap-grad")] + [
+    (name, "vmap-grad") for name in ("layer-norm", "attention")
+]
+LATER = [
+    (name, way)
+    for name in (*ALGEBRA, *NETS, *(k for k in FUNCTIONS if k not in LEFT))
+    for way in WAYS
+    if (name, way) not in SOON
+]
 
 
-@pytest.mark.parametrize("name, way", [*SOON, *(pytest.param(*case, marks=pytest.mark.slow) for case in LATER)])
+@pytest.mark.parametrize(
+    "name, way", [*SOON, *(pytest.param(*case, marks=pytest.mark.slow) for case in LATER)]
+)
 def test_gradients_are_those_outside(name, way):
     f, x, v = problem(name)
     leaf = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(loss(f, leaf, v), leaf)
     found = WAYS[way](lambda x, v: loss(f, x, v), x, v)
-    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max())), (name, way)
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max())), (
+        name,
+        way,
+    )
 
 
 def test_linearize_refuses_writes():
-    """torch.func.linearize itself loses them: of a plain function with a write into a slice its product is 82 % off."""
-    for name, message in (("views-and-writes", "loses in-place operations"), ("by-torch-ops", "only where the rules of fastscore do")):
+    """torch.func.linearize itself loses them.
+
+    Of a plain function with a write into a slice its product is 82 % off.
+    """
+    for name, message in (
+        ("views-and-writes", "loses in-place operations"),
+        ("by-torch-ops", "only where the rules of fastscore do"),
+    ):
         f, x, v = problem(name)
         with pytest.raises(NotImplementedError, match=f"torch.func.linearize .*{message}"):
             linearize(lambda x: jvp(f, x, v)[1], x)   # noqa: B023
 
 
-NORMED = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.SiLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+NORMED = nn.Sequential(
+    nn.Linear(4, 8), nn.LayerNorm(8), nn.SiLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)
+).double()
 
 
-@pytest.mark.parametrize("name", ["solve", "det", "slogdet", "cholesky-inverse", "chunks", "network"])
+@pytest.mark.parametrize(
+    "name", ["solve", "det", "slogdet", "cholesky-inverse", "chunks", "network"]
+)
 def test_linearize(name):
     f, x, v = problem("chunks" if name == "network" else name)
     f = NORMED if name == "network" else f
     value, product = linearize(lambda x: jvp(f, x, v)[1], x)
     t = x.cos()
     quotient = (jvp(f, x + 1e-5 * t, v)[1] - jvp(f, x - 1e-5 * t, v)[1]) / 2e-5
-    assert torch.allclose(value, jvp(f, x, v)[1]) and torch.allclose(product(t), quotient, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(value, jvp(f, x, v)[1]) and torch.allclose(
+        product(t), quotient, rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,7 +166,13 @@ def test_what_is_wrong_is_refused(f, message, way):
     assert "\n" not in str(found.value)
 
 
-@pytest.mark.parametrize("f", [lambda x: Product.apply(x, x[0]), lambda x: checkpoint.checkpoint(torch.sin, x, use_reentrant=False)])
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: Product.apply(x, x[0]),
+        lambda x: checkpoint.checkpoint(torch.sin, x, use_reentrant=False),
+    ],
+)
 def test_what_no_transform_takes_is_an_error(f):
     x = torch.randn(3, 4, **F64)
     with pytest.raises(RuntimeError):
@@ -130,7 +182,9 @@ def test_what_no_transform_takes_is_an_error(f):
 SCORES = {
     "mlp": lambda: copy.deepcopy(NORMED),
     "energy": lambda: EnergyScore(EnergyMLP(4, width=8, depth=1)),
-    "energy-with-norm": lambda: EnergyScore(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Softplus(), nn.Linear(8, 1))),
+    "energy-with-norm": lambda: EnergyScore(
+        nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Softplus(), nn.Linear(8, 1))
+    ),
 }
 LOSSES = {
     "sliced": lambda s, x: losses.sliced(s, x, seed=0),
@@ -158,7 +212,17 @@ def test_losses(name, score):
 
         return LOSSES[name](with_parameters(net, called, named), x).sum()
 
-    expected = dict(zip(named, torch.autograd.grad(LOSSES[name](net, x).sum(), named.values(), materialize_grads=True, allow_unused=True)))
+    expected = dict(
+        zip(
+            named,
+            torch.autograd.grad(
+                LOSSES[name](net, x).sum(),
+                named.values(),
+                materialize_grads=True,
+                allow_unused=True,
+            ),
+        )
+    )
     detached = {k: p.detach() for k, p in named.items()}
     found = grad(total)(detached, x)
     for key in named:
@@ -176,4 +240,6 @@ def with_parameters(net, called, named):
     """An energy keeps its kind: its f is called with the parameters."""
     if not isinstance(net, EnergyScore):
         return called or net
-    return EnergyScore(lambda x: functional_call(net.f, {k.removeprefix("f."): p for k, p in named.items()}, (x,)))
+    return EnergyScore(
+        lambda x: functional_call(net.f, {k.removeprefix("f."): p for k, p in named.items()}, (x,))
+    )

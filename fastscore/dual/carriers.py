@@ -67,7 +67,7 @@ class Carriers:
 class _Family:
     """One tensor that owns its memory, with its views.
 
-    a stack of all of that memory, and who has become dual numbers.
+    A stack of all of that memory, and who has become dual numbers.
     """
 
     def __init__(self, base: Any, n: Any) -> None:

@@ -223,7 +223,7 @@ def _matmul_stack_ref(a, b):
 def matmul_stack(a: Any, b: Any) -> Any:
     """Matrix products of values, and of values and tangents.
 
-    a and b have as many dimensions as each other.
+    A and b have as many dimensions as each other.
     """
     if a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2] or not _by_hand(a, b):
         return _matmul_stack_ref(a, b)

@@ -229,7 +229,7 @@ def _by_forward_mode(function, stacks, draws):
 def _variable(s):
     """The value as a variable.
 
-    a view, for detach() would drop the tangent of a level around this.
+    A view, for detach() would drop the tangent of a level around this.
     """
     return s[0] if s.requires_grad else s[0].requires_grad_()
 

@@ -154,7 +154,7 @@ def adjoint_gap(
 ) -> float:
     """|⟨A x, y⟩ - ⟨x, Aᵀ y⟩| / (‖A x‖ ‖y‖) for random x of `shape` and y.
 
-    a few times the rounding unit if `adjoint` is the adjoint.
+    A few times the rounding unit if `adjoint` is the adjoint.
 
     >>> adjoint_gap(from_function(lambda x: x.flip(1), (8,)), (8,), dtype=torch.float64) < 1e-15
     True
