@@ -257,6 +257,19 @@ def test_autocast_is_respected(runs):
     assert not runs
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_backward_pass_inside_autocast_is_that_outside(runs, create_graph):
+    """Its products would be of half precision, half as long as what the kernels read: the heap was written over."""
+    net, x, v = setting(mlp(3, 7, 5, 3), 64, 3, dtype=torch.float32)
+    y, jv = jvp(net, x, v)
+    loss, inputs = (v * jv).sum() + (y**3).sum(), [x, *net.parameters()]
+    options = {"retain_graph": True, "create_graph": create_graph}
+    wanted = torch.autograd.grad(loss, inputs, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(loss, inputs, **options)
+    assert runs == [5] and all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_errors_are_those_of_the_layer():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         jvp(mlp(4, 3), torch.ones(2, 3), torch.ones(2, 3))

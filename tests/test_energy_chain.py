@@ -265,3 +265,13 @@ def test_a_sequence_on_which_somebody_listens_is_called(listener):
     finally:
         if hasattr(handle, "remove"):
             handle.remove()
+
+
+def test_a_backward_pass_inside_autocast_is_that_outside():
+    f = nn.Sequential(nn.Linear(3, 7), nn.SiLU(), nn.Linear(7, 1))
+    x = torch.randn(16, 3)
+    loss, inputs = EnergyScore(f)(x).square().sum(), list(f.parameters())[:3]
+    wanted = torch.autograd.grad(loss, inputs, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

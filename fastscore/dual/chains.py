@@ -17,7 +17,7 @@ from fastscore.dual.call import NoRule
 from fastscore.dual.functions import activate_stack, add_bias, in_half, linear_in_half
 from fastscore.ops.activate import activated
 from fastscore.ops.activate import gradient as activation_gradient
-from fastscore.ops.functions import Direct
+from fastscore.ops.functions import Direct, without_autocast
 
 
 class Step(NamedTuple):
@@ -226,6 +226,7 @@ class _Chain(Direct):
         return values[-1]
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, g: Any) -> Any:
         saved, names = ctx.saved_tensors, ctx.names
         parameters = saved[: 2 * len(names)]

@@ -28,7 +28,7 @@ from fastscore import backend as _backend
 from fastscore.ops.activate import activated
 from fastscore.ops.activate import gradient as activation_gradient
 from fastscore.ops.activations import ACTIVATIONS
-from fastscore.ops.functions import Direct
+from fastscore.ops.functions import Direct, without_autocast
 
 _ACTIVATIONS = {
     F.silu: "silu",
@@ -306,6 +306,7 @@ class _Score(Direct):
         return g
 
     @staticmethod
+    @without_autocast
     def backward(ctx, u):
         names, n = ctx.names, len(ctx.names)
         inputs = ctx.saved_tensors[:n]

@@ -46,6 +46,23 @@ class Direct(torch.autograd.Function):
         )
 
 
+def without_autocast(backward: Callable) -> Callable:
+    """backward(ctx, g) of a Function that is applied outside autocast alone, without autocast too.
+
+    Inside, a product would round g to half precision, and a kernel takes it for what was saved.
+    """
+
+    @functools.wraps(backward)
+    def call(ctx, g):
+        device = g.device.type
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, g)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, g)
+
+    return call
+
+
 def contiguous(t: Tensor | None) -> Tensor | None:
     """t in C order and in memory; None stays None.
 
