@@ -612,6 +612,26 @@ def _drawing(x):
     return x * torch.rand(x.shape, dtype=x.dtype)
 
 
+def _put(name, thing):
+    """A network of PyTorch's own modules with an attribute."""
+    net = nn.Sequential(nn.Identity())
+    setattr(net, name, thing)
+    return net
+
+
+class _OfMethods(nn.Module):
+    """Whose methods have names of operations."""
+
+    def forward(self, x):
+        return x
+
+    def sin(self, x):
+        return x * random.random()
+
+    def exp(self, x):
+        return self.sin(x)
+
+
 def _with_global(name, thing, f):
     """f, whose global `name` is thing."""
     return types.FunctionType(f.__code__, {**f.__globals__, name: thing}, closure=f.__closure__)
@@ -628,6 +648,10 @@ def _with_global(name, thing, f):
         lambda x, g=_drawing: g(x),
         (lambda g: lambda x: g(x))(nn.Sequential(nn.Dropout(0.5))),
         (lambda g: lambda x: g(x))(_drawing),
+        (lambda g: lambda x: g.relu(x))(_put("relu", _drawing)),
+        (lambda g: lambda x: g(g.norm(x)))(_put("norm", lambda x: x * random.random())),
+        (lambda g: lambda x: g.sin(x))(_OfMethods()),
+        (lambda g: lambda x: g.exp(x))(_OfMethods()),
         lambda x: (lambda y: _drawing(y))(x),
         torch.bernoulli,
     ],
@@ -648,6 +672,20 @@ def test_what_looks_like_a_few_operations_draws_once(f):
         with once:
             found.append(f(x))
     assert torch.equal(*found)
+
+
+def test_a_buffer_that_somebody_put_on_a_still_module_moves_once():
+    """f(x) = n x, as above."""
+    for net in (nn.Dropout().eval(), nn.BatchNorm1d(2).eval()):
+        net.register_buffer("n", torch.zeros((), dtype=torch.float64))
+
+        def f(x, net=net):
+            net.n += 1
+            return x * net.n
+
+        x, v = torch.ones(1, 2, dtype=torch.float64), torch.ones(1, 1, 2, dtype=torch.float64)
+        assert float(losses.finite_difference_sliced(f, x, v=v)) == pytest.approx(3)
+        assert float(net.n) == 1
 
 
 def test_what_does_neither_is_seen_at_a_glance():

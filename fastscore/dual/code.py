@@ -100,6 +100,14 @@ def _methods(cls, names):
     return tuple(m for name in sorted(names) for m in _behind_name(cls, name) if not _library(m))
 
 
+@functools.cache
+def methods_named(cls: type, names: frozenset[str]) -> tuple[types.FunctionType, ...]:
+    """The methods with these names of a module's class, if it is the user's, and all that they
+    call of it."""
+    names = names & defined_in(cls)
+    return _methods(cls, _all_names(cls, names)) if names else ()
+
+
 def _behind_name(cls, name):
     """The functions behind a method or a property.
 

@@ -21,6 +21,7 @@ from fastscore.dual.code import (
     Part,
     defined_in,
     elsewhere,
+    methods_named,
     names_in,
     of_class,
     unwrapped,
@@ -53,6 +54,7 @@ def reached(functions: Any) -> Any:
     """
     seen = set()
     found = []
+    passed = []   # with buffers that they do not write to themselves
     waiting = list(functions)
     quiet = True
     if _global_hooks or _global_pre_hooks:
@@ -74,10 +76,12 @@ def reached(functions: Any) -> Any:
                 and not own["_forward_pre_hooks"]
                 and "forward" not in own
             ):
-                if children := own["_modules"]:
+                if (children := own["_modules"]) or own["_buffers"]:
                     if id(a) not in seen:
                         seen.add(id(a))
                         waiting += children.values()
+                        if own["_buffers"]:
+                            passed.append(a)
                 continue
         if kind is types.FunctionType:
             if (asked := getattr(a, "asks", None)) is not None:   # one of ours, which only asks
@@ -134,7 +138,7 @@ def reached(functions: Any) -> Any:
         elif isinstance(a, KEEPING):
             found.append(a)
 
-    return found, quiet
+    return found if quiet else found + passed, quiet
 
 
 def _modules_of(function):
@@ -159,8 +163,19 @@ def _modules_of(function):
     for a in found:
         if not isinstance(a, nn.Module) or isinstance(a, nn.parallel.DistributedDataParallel):
             return None
+        # net.relu may be anything.
+        if any(_is_its_own(a, name) for name in code.co_names):
+            return None
 
     return found
+
+
+def _is_its_own(module, name):
+    """Whether a module, or its class, has something of this name that not every module has."""
+    own = vars(module)
+    if name in own or name in own["_modules"] or name in own["_buffers"]:
+        return True
+    return getattr(type(module), name, None) is not getattr(nn.Module, name, None)
 
 
 @functools.cache
@@ -258,6 +273,7 @@ def _behind(a):
             c.cell_contents for c in a.__closure__ or () if filled(c)
         ]
         parts = [c for b in values if users_own(type(b)) for c in used_of(b, names)]
+        parts += [c for b in values if isinstance(b, nn.Module) for c in _named_of(b, names)]
         parts += elsewhere(a)
         named = [b for b in values if _may_lead(b) and not users_own(type(b))]
         defaults = [*(a.__defaults__ or ()), *(a.__kwdefaults__ or {}).values()]
@@ -298,6 +314,16 @@ def _behind(a):
     call = vars(type(a)).get("__call__")
     attributes = [b for b in vars(a).values() if _may_lead(b)] if hasattr(a, "__dict__") else []
     return [*attributes, *([call] if isinstance(call, types.FunctionType) else [])]
+
+
+def _named_of(module, names):
+    """What code with these names may call on a module beside the module itself.
+
+    What somebody has put there, and methods of the user's.
+    """
+    own = vars(module)
+    put = [own[name] for name in names if name in own and _may_lead(own[name])]
+    return [*put, *methods_named(type(module), names)]
 
 
 def _behind_part(part):
