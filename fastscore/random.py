@@ -269,7 +269,8 @@ def draw(
 ) -> Tensor:
     """What `normal` and its kin return, for the op in whose name it is drawn: errors speak of that
     one."""
-    if backend is None and not is_compiling() and (door := direct.automatic) is not None:
+    plain = backend is None and dtype is not float   # which torch.empty takes for float64
+    if plain and not is_compiling() and (door := direct.automatic) is not None:
         seed = draw_seed() if seed is None else seed
         drawn = door.fill(kind, shape, seed, step, stream, substream, offset, dtype, device)
         if drawn is not None:

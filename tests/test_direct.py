@@ -468,3 +468,14 @@ ODD_NORMS = [
 def test_norms_that_are_not_plain_are_refused(plain, odd):
     assert direct.door.normalise(*plain.values()) is not None
     assert direct.door.normalise(*(plain | odd).values()) is None
+
+
+def test_what_the_checks_refuse_is_refused_without_a_request():
+    """Of the same arguments the reference says what is wrong."""
+    x, each, one = torch.ones(2, 3, 4), torch.ones(2, 3), torch.ones(3)
+    for weight, bias in ((each, None), (each, one), (one, each)):
+        with pytest.raises(ValueError, match=r"must be \(3,\)"):
+            fastscore.group_norm_modulate(x, 3, weight, bias)
+    for draw in (random.normal, random.uniform, random.rademacher):
+        with pytest.raises(TypeError, match="dtype must be float32"):
+            draw((3,), seed=0, stream=1024, dtype=float)

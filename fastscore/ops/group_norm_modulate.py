@@ -62,7 +62,9 @@ def group_norm_modulate(
     plain = backend is scale is shift is None and weight is not None
     if plain and not is_compiling() and (door := direct.automatic) is not None:
         code = code_of(activation)
-        if type(num_groups) is int and num_groups > 0:
+        # Coefficients of each sample are scale and shift.
+        single = getattr(weight, "ndim", 0) == 1 and (bias is None or getattr(bias, "ndim", 0) == 1)
+        if single and type(num_groups) is int and num_groups > 0:
             y = door.normalise(x, weight, None, bias, None, None, num_groups, eps, code)
             if y is not None:
                 return y
