@@ -1,7 +1,7 @@
 """Which implementation of an op runs, and why the others do not.
 
-Order of preference: cuda, triton, cpp, reference. A request (`backend=`, `use_backend`, FASTSCORE_BACKEND) that cannot be
-served raises; only the automatic choice falls back.
+Order of preference: cuda, triton, cpp, reference. A request (`backend=`, `use_backend`,
+FASTSCORE_BACKEND) that cannot be served raises; only the automatic choice falls back.
 """
 
 import contextlib
@@ -105,16 +105,21 @@ def _check_name(name: str, source: str) -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str):
-    """Run every op inside the `with` block on one back end: 'auto', 'reference', 'cpp', 'triton' or 'cuda'.
+    """Run every op inside the `with` block on one back end.
 
-    An op's gradient runs where the op ran, whatever thread autograd runs it in and whether the block has ended by then.
-    A compiled function is compiled again for another request (different requests of several threads are not told apart there).
+    'auto', 'reference', 'cpp', 'triton' or 'cuda'.
+
+    An op's gradient runs where the op ran, whatever thread autograd runs it in and whether the
+    block has ended by then. A compiled function is compiled again for another request (different
+    requests of several threads are not told apart there).
 
     Raises:
-        ValueError: the name is unknown, or (when an op is called) the back end cannot serve it here.
+        ValueError: the name is unknown, or (when an op is called) the back end cannot serve it
+            here.
     """
     global _guarded
-    token, outer = _requested.set(_check_name(name, "use_backend")), _of_backward_call()
+    token = _requested.set(_check_name(name, "use_backend"))
+    outer = _of_backward_call()
     torch._C._stash_obj_in_tls(_TLS, name)
     _guarded = name
     try:
@@ -126,12 +131,13 @@ def use_backend(name: str):
         _guarded = _requested.get()
 
 
-# The last request of any thread. torch.compile keeps the back end as a constant of its graph and cannot guard a context
-# variable; a global it can, so that another request compiles again.
+# The last request of any thread. torch.compile keeps the back end as a constant of its graph and
+# cannot guard a context variable; a global it can, so that another request compiles again.
 _guarded: str | None = None
 
 
-# Autograd runs the nodes of a GPU in threads of its own, where context variables are unset; this storage goes there with the call.
+# Autograd runs the nodes of a GPU in threads of its own, where context variables are unset; this
+# storage goes there with the call.
 _TLS = "fastscore_backend"
 
 
@@ -148,7 +154,10 @@ def _request() -> str | None:
 
 
 def build_info() -> dict:
-    """What the installation recorded: for cpp and cuda, None where they were built, else the reason why not."""
+    """What the installation recorded.
+
+    For cpp and cuda, None where they were built, else the reason why not.
+    """
     path = Path(__file__).with_name("_build_info.json")
     missing = "fastscore was not installed with pip (no build record)"
     return json.loads(path.read_text()) if path.exists() else {"cpp": missing, "cuda": missing}
@@ -159,7 +168,8 @@ def load_extension() -> str | None:
     """Register the C++ and CUDA ops; the reason where that is impossible."""
     files = list(Path(__file__).parent.glob("_C*.so"))
     if not files:
-        return f"the extension is not built: {build_info().get('cpp') or 'its file is gone'}. Reinstall with FASTSCORE_BUILD=cpu"
+        reason = build_info().get("cpp") or "its file is gone"
+        return f"the extension is not built: {reason}. Reinstall with FASTSCORE_BUILD=cpu"
     try:
         torch.ops.load_library(str(files[0]))
     except OSError as error:
@@ -189,7 +199,10 @@ _guards = []
 
 
 def _finish(name: str) -> None:
-    """Give a raw op its fake and a guard: it has no derivative, and must say so instead of returning zero."""
+    """Give a raw op its fake and a guard.
+
+    It has no derivative, and must say so instead of returning zero.
+    """
     torch.library.register_fake(name, lambda *args: None)
     namespace, op = name.split("::")
     library = torch.library.Library(namespace, "IMPL")
@@ -198,11 +211,16 @@ def _finish(name: str) -> None:
     def guard(*args):
         for a in (a for a in args if isinstance(a, torch.Tensor)):
             if _dual_level() and forward_ad.unpack_dual(a).tangent is not None:
-                raise NotImplementedError(f"{name} has no forward-mode rule; call the public function of fastscore instead.")
+                raise NotImplementedError(
+                    f"{name} has no forward-mode rule; call the public function of fastscore "
+                    "instead."
+                )
             if a.requires_grad and torch.is_grad_enabled():
                 raise NotImplementedError(
-                    f"{name} has no derivative rule; call the public function of fastscore instead. A graph of torch.export or make_fx "
-                    'holds it as it is: run it under torch.no_grad(), or trace it under fastscore.use_backend("reference").'
+                    f"{name} has no derivative rule; call the public function of fastscore "
+                    "instead. A graph of torch.export or make_fx "
+                    'holds it as it is: run it under torch.no_grad(), or trace it under '
+                    'fastscore.use_backend("reference").'
                 )
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
@@ -216,7 +234,10 @@ def _dual_level() -> bool:
 
 
 def levels() -> bool:
-    """Whether forward mode or a transform of torch.func stands around this call: it needs plain operations, which nest."""
+    """Whether forward mode or a transform of torch.func stands around this call.
+
+    It needs plain operations, which nest.
+    """
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
@@ -251,12 +272,18 @@ def _choose(name: str, device: str, cuda: bool = True) -> str:
         if name == "cuda" and not cuda:
             reason = reason or "this op has no CUDA C++ kernel. Use 'triton'"
         if reason:
-            raise ValueError(f"backend {name!r} was requested for a tensor on {device} but {reason}.")
+            raise ValueError(
+                f"backend {name!r} was requested for a tensor on {device} but {reason}."
+            )
         return name
     order = ("cuda", "triton", "reference")[not cuda :] if device != "cpu" else ("cpp", "reference")
     chosen = next(b for b in order if why_not(b, device) is None)
     if device == "cuda" and chosen == "reference":
-        warnings.warn(f"fastscore runs on the slow reference for CUDA tensors: triton: {why_not('triton', device)}", stacklevel=2)
+        warnings.warn(
+            "fastscore runs on the slow reference for CUDA tensors: triton: "
+            f"{why_not('triton', device)}",
+            stacklevel=2,
+        )
     return chosen
 
 
@@ -273,7 +300,9 @@ def _environment() -> str:
 
 
 def choose(device: torch.device, backend: str | None = None, cuda: bool = True) -> str:
-    """The back end for tensors on `device`: the argument, else use_backend(), else FASTSCORE_BACKEND, else the best.
+    """The back end for tensors on `device`.
+
+    The argument, else use_backend(), else FASTSCORE_BACKEND, else the best.
 
     cuda: whether the op has a kernel in CUDA C++.
     """
@@ -283,7 +312,9 @@ def choose(device: torch.device, backend: str | None = None, cuda: bool = True) 
 @functools.cache
 def raw(backend: str, op: str):
     """The torch op behind a back end (not the reference, which is plain PyTorch)."""
-    return getattr(torch.ops.fastscore_triton if backend == "triton" else torch.ops.fastscore, op).default
+    return getattr(
+        torch.ops.fastscore_triton if backend == "triton" else torch.ops.fastscore, op
+    ).default
 
 
 def call(backend: str, op: str, *args) -> None:
@@ -292,14 +323,19 @@ def call(backend: str, op: str, *args) -> None:
         if backend == "triton" and _nothing_between(args):
             _launcher(op)(*args)
             return
-        symbolic = torch._C._len_torch_dispatch_stack() and any(isinstance(a, torch.SymInt) for a in args)
+        symbolic = torch._C._len_torch_dispatch_stack() and any(
+            isinstance(a, torch.SymInt) for a in args
+        )
         with torch._C._AutoDispatchBelowAutograd():
             (_symbolic if symbolic else raw)(backend, op)(*args)
     except Exception as error:
         refuse_batched(error)
         if not _clones_what_is_written(error):
             raise
-        with torch.utils._python_dispatch._disable_current_modes(), torch._C._AutoDispatchBelowAutograd():
+        with (
+            torch.utils._python_dispatch._disable_current_modes(),
+            torch._C._AutoDispatchBelowAutograd(),
+        ):
             raw(backend, op)(*args)
 
 
@@ -308,7 +344,10 @@ _NAMESPACE = "fastscore_symbolic"
 
 @functools.cache
 def _symbolic(backend: str, op: str):
-    """A raw op whose offset a compiled graph may leave open: an `int` would be a constant of the graph."""
+    """A raw op whose offset a compiled graph may leave open.
+
+    An `int` would be a constant of the graph.
+    """
     name = f"{backend}_{op}"
     schema = str(raw(backend, op)._schema).replace("int offset", "SymInt offset")
 
@@ -322,16 +361,22 @@ def _symbolic(backend: str, op: str):
 
 
 def _clones_what_is_written(error: Exception) -> bool:
-    """Whether allow_mutation_on_saved_tensors stumbled over an output that is None. The others are fresh: nobody has saved them."""
+    """Whether allow_mutation_on_saved_tensors stumbled over an output that is None.
+
+    The others are fresh: nobody has saved them.
+    """
     modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-    return isinstance(error, AttributeError) and any(type(mode).__name__ == "_CloneArgBeforeMutateMode" for mode in modes)
+    return isinstance(error, AttributeError) and any(
+        type(mode).__name__ == "_CloneArgBeforeMutateMode" for mode in modes
+    )
 
 
 def refuse_batched(error: Exception) -> None:
     """Say what PyTorch's old vmap, which is_grads_batched and vectorize=True go through, means."""
     if "Batching rule not implemented" in str(error) or "BatchedTensorImpl" in str(error):
         raise NotImplementedError(
-            "fastscore: its derivatives cannot be taken with is_grads_batched=True or vectorize=True; "
+            "fastscore: its derivatives cannot be taken with is_grads_batched=True or "
+            "vectorize=True; "
             "take torch.func.vjp, torch.func.jacrev or torch.func.hessian, or vectorize=False."
         ) from error
 
@@ -346,8 +391,13 @@ def _launcher(op: str):
 
 
 def _nothing_between(args) -> bool:
-    """Whether torch's dispatcher would do nothing with these arguments but call the launcher (in some 25 µs)."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
+    """Whether torch's dispatcher would do nothing with these arguments but call the launcher (in
+    some 25 µs)."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
         return False
     for a in args:
         kind = type(a)
@@ -363,8 +413,15 @@ _PLAIN = frozenset((int, float, bool, type(None)))   # most of what is no tensor
 
 
 def derivative_possible(*tensors) -> bool:
-    """Whether anything differentiates or transforms this call; if not, the raw op may run without a Function around it."""
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+    """Whether anything differentiates or transforms this call.
+
+    If not, the raw op may run without a Function around it.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+    ):
         return True
     if torch.is_grad_enabled():
         for t in tensors:

@@ -1,8 +1,9 @@
-"""An activation of a value and of its derivatives along M directions, and the gradient of that, each in one pass over the stack.
+"""An activation of a value and of its derivatives along M directions, and the gradient of that,
+each in one pass over the stack.
 
-First derivatives: the stack is (1 + M, n), u and all tangents. First and second: (1 + 2M, n), u, all u', all u''; or (1 + M, n) where
-u'' = 0 (STRAIGHT). M is a constant, as in normalise.py. Bytes are those of float32, per element of the stack, with second derivatives
-per element of u.
+First derivatives: the stack is (1 + M, n), u and all tangents. First and second: (1 + 2M, n), u,
+all u', all u''; or (1 + M, n) where u'' = 0 (STRAIGHT). M is a constant, as in normalise.py. Bytes
+are those of float32, per element of the stack, with second derivatives per element of u.
 """
 
 import triton
@@ -20,24 +21,42 @@ def lanes(n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def activate_dual_kernel(out_ptr, s_ptr, n, M: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def activate_dual_kernel(
+    out_ptr, s_ptr, n, M: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
+):
     """y = f(u), dy = f'(u) du. Reads s, writes y and dy: 8 bytes per element."""
     index, mask = lanes(n, BLOCK)
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     u = tl.load(s_ptr + index, mask=mask, other=0.0).to(dtype)
-    tl.store(out_ptr + index, narrow(activation.value(u, KIND), out_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        out_ptr + index, narrow(activation.value(u, KIND), out_ptr.dtype.element_ty), mask=mask
+    )
     slope = activation.slope(u, KIND)
     for m in range(M):
         at = (m + 1) * int64(n) + index
         du = tl.load(s_ptr + at, mask=mask, other=0.0).to(dtype)
-        tl.store(out_ptr + at, narrow(activation.times_slope(slope, du, KIND), out_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            out_ptr + at,
+            narrow(activation.times_slope(slope, du, KIND), out_ptr.dtype.element_ty),
+            mask=mask,
+        )
 
 
 @triton.jit
 def activate_dual_gradient_kernel(
-    out_ptr, s_ptr, g_ptr, n, M: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """gu = f' gy + f'' sum of du gdy, gdu = f' gdy. Reads s and g, writes gu and gdu: 12 bytes per element."""
+    out_ptr,
+    s_ptr,
+    g_ptr,
+    n,
+    M: tl.constexpr,
+    KIND: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """gu = f' gy + f'' sum of du gdy, gdu = f' gdy.
+
+    Reads s and g, writes gu and gdu: 12 bytes per element.
+    """
     index, mask = lanes(n, BLOCK)
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     u = tl.load(s_ptr + index, mask=mask, other=0.0).to(dtype)
@@ -48,7 +67,11 @@ def activate_dual_gradient_kernel(
         gdy = tl.load(g_ptr + at, mask=mask, other=0.0).to(dtype)
         if KIND != activation.RELU:
             bend += gdy * tl.load(s_ptr + at, mask=mask, other=0.0).to(dtype)
-        tl.store(out_ptr + at, narrow(activation.times_slope(slope, gdy, KIND), out_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            out_ptr + at,
+            narrow(activation.times_slope(slope, gdy, KIND), out_ptr.dtype.element_ty),
+            mask=mask,
+        )
     gu = activation.times_slope(slope, g, KIND)
     if KIND != activation.RELU:
         gu += activation.curvature(u, KIND) * bend
@@ -57,9 +80,19 @@ def activate_dual_gradient_kernel(
 
 @triton.jit
 def activate_jet_kernel(
-    out_ptr, s_ptr, n, M: tl.constexpr, STRAIGHT: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """y = f(u), y' = f' u', y'' = f' u'' + f'' u'^2. Reads s, writes out: 8 (1 + 2M) bytes, 4 M fewer where u'' = 0."""
+    out_ptr,
+    s_ptr,
+    n,
+    M: tl.constexpr,
+    STRAIGHT: tl.constexpr,
+    KIND: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y = f(u), y' = f' u', y'' = f' u'' + f'' u'^2.
+
+    Reads s, writes out: 8 (1 + 2M) bytes, 4 M fewer where u'' = 0.
+    """
     index, mask = lanes(n, BLOCK)
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     element: tl.constexpr = out_ptr.dtype.element_ty
@@ -71,7 +104,9 @@ def activate_jet_kernel(
         u1 = tl.load(s_ptr + at, mask=mask, other=0.0).to(dtype)
         y2 = tl.zeros_like(u)
         if not STRAIGHT:
-            y2 = activation.times_slope(first, tl.load(s_ptr + beyond, mask=mask, other=0.0).to(dtype), KIND)
+            y2 = activation.times_slope(
+                first, tl.load(s_ptr + beyond, mask=mask, other=0.0).to(dtype), KIND
+            )
         if KIND != activation.RELU:   # which does not bend
             y2 += activation.curvature(u, KIND) * u1 * u1
         tl.store(out_ptr + at, narrow(activation.times_slope(first, u1, KIND), element), mask=mask)
@@ -81,9 +116,18 @@ def activate_jet_kernel(
 
 @triton.jit
 def activate_jet_gradient_kernel(
-    out_ptr, s_ptr, g_ptr, n, M: tl.constexpr, STRAIGHT: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """gu'' = f' g'', gu' = f' g' + 2 f'' u' g'', gu = f' g + sum of f'' u' g' + (f'' u'' + f''' u'^2) g''.
+    out_ptr,
+    s_ptr,
+    g_ptr,
+    n,
+    M: tl.constexpr,
+    STRAIGHT: tl.constexpr,
+    KIND: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """gu'' = f' g'', gu' = f' g' + 2 f'' u' g'', gu = f' g + sum of f'' u' g' + (f'' u'' + f'''
+    u'^2) g''.
 
     Reads s and g, writes out: 12 (1 + 2M) bytes, 8 M fewer where u'' = 0.
     """
@@ -111,5 +155,9 @@ def activate_jet_gradient_kernel(
             gu1 += 2.0 * second * u1 * g2
         tl.store(out_ptr + at, narrow(gu1, element), mask=mask)
         if not STRAIGHT:
-            tl.store(out_ptr + beyond, narrow(activation.times_slope(first, g2, KIND), element), mask=mask)
+            tl.store(
+                out_ptr + beyond,
+                narrow(activation.times_slope(first, g2, KIND), element),
+                mask=mask,
+            )
     tl.store(out_ptr + index, narrow(gu, element), mask=mask)

@@ -1,9 +1,14 @@
-"""Activations f with f', f'' and f''' for Triton, numbered as in csrc/activation_cpu.h; float32 uses the fits found there."""
+"""Activations f with f', f'' and f''' for Triton, numbered as in csrc/activation_cpu.h.
+
+float32 uses the fits found there.
+"""
 
 import triton
 import triton.language as tl
 
-IDENTITY, ELU, SILU, RELU, GELU, SOFTPLUS, TANH, SIGMOID, GELU_TANH = (tl.constexpr(code) for code in range(9))
+IDENTITY, ELU, SILU, RELU, GELU, SOFTPLUS, TANH, SIGMOID, GELU_TANH = (
+    tl.constexpr(code) for code in range(9)
+)
 
 
 @triton.jit
@@ -56,7 +61,8 @@ def hyperbolic_tangent(u):
 
 @triton.jit
 def gelu_tanh_parts(u):
-    """(v, s, w): gelu's approximation by tanh is u s, s the sigmoid of z = A (v + B v³) and w its slope s (1 - s), which does not cancel.
+    """(v, s, w): gelu's approximation by tanh is u s, s the sigmoid of z = A (v + B v³) and w its
+    slope s (1 - s), which does not cancel.
 
     v is u held to ±30, beyond which s is 0 or 1.
     """

@@ -9,21 +9,41 @@ from fastscore.kernels.philox import KEY, polar_of_rows
 
 @triton.jit(do_not_specialize=[*KEY, "shift"])
 def noise_reduce_kernel(
-    partial_ptr, s_ptr, sigma_ptr, sigma, key_ptr, samples, per_sample,
-    seed: tl.int64, step: tl.int64, stream: tl.int64, first: tl.int64, shift: tl.int64,
-    DOT: tl.constexpr, SIGMA_KIND: tl.constexpr, HAS_KEY: tl.constexpr, CROSSES: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
-    WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """Program (ROWS samples, split) writes a partial sum of 1/2 (sigma s + z)^2 or of s z for each: short samples share a program.
+    partial_ptr,
+    s_ptr,
+    sigma_ptr,
+    sigma,
+    key_ptr,
+    samples,
+    per_sample,
+    seed: tl.int64,
+    step: tl.int64,
+    stream: tl.int64,
+    first: tl.int64,
+    shift: tl.int64,
+    DOT: tl.constexpr,
+    SIGMA_KIND: tl.constexpr,
+    HAS_KEY: tl.constexpr,
+    CROSSES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Program (ROWS samples, split) writes a partial sum of 1/2 (sigma s + z)^2 or of s z for each:
+    short samples share a program.
 
-    first: block of element 0, shift: its entry there. ALIGNED: every sample is whole blocks, in whole 128-bit words; FULL: and whole splits
-    of STEPS tiles. Reads s: 4 bytes per element.
+    first: block of element 0, shift: its entry there. ALIGNED: every sample is whole blocks, in
+    whole 128-bit words; FULL: and whole splits of STEPS tiles. Reads s: 4 bytes per element.
     """
     sample = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     split, splits = tl.program_id(1), tl.num_programs(1)
     valid = sample < samples
     start = sample * per_sample   # the sample's first element
-    opened, entry = start >> 2, tl.zeros([ROWS, 1], tl.int64)   # its block, and where it stands there
+    # Its block, and where it stands there.
+    opened, entry = start >> 2, tl.zeros([ROWS, 1], tl.int64)
     if not ALIGNED:
         opened, entry = (start + shift) >> 2, (start + shift) & 3
     lane = tl.arange(0, 4 * BLOCK)[None, :]
@@ -38,14 +58,21 @@ def noise_reduce_kernel(
         block = first + opened + (begin >> 2)
         if FULL:
             s = tl.load(s_ptr + (start + begin) + lane).to(dtype)
-            radius, direction = polar_of_rows(block, 0, key_ptr, seed, step, stream, HAS_KEY, CROSSES, pairs, True, BLOCK)
+            radius, direction = polar_of_rows(
+                block, 0, key_ptr, seed, step, stream, HAS_KEY, CROSSES, pairs, True, BLOCK
+            )
         else:
-            end = tl.where(valid, tl.maximum(tl.minimum(per_sample + entry - begin, 4 * BLOCK), 0), 0).to(tl.int32)
+            end = tl.where(
+                valid, tl.maximum(tl.minimum(per_sample + entry - begin, 4 * BLOCK), 0), 0
+            ).to(tl.int32)
             mask = lane < end
             if not ALIGNED:
                 mask = mask & (lane >= entry - begin)
             s = tl.load(s_ptr + (start + begin - entry) + lane, mask=mask, other=0.0).to(dtype)
-            radius, direction = polar_of_rows(block, (end + 3) >> 2, key_ptr, seed, step, stream, HAS_KEY, CROSSES, pairs, False, BLOCK)
+            radius, direction = polar_of_rows(
+                block, (end + 3) >> 2, key_ptr, seed, step, stream, HAS_KEY, CROSSES, pairs, False,
+                BLOCK,
+            )
         z = (radius * direction).to(dtype)
         if DOT:
             total = tl.fma(s, z, total) if STEPS > 1 else s * z   # elsewhere s is 0

@@ -1,7 +1,10 @@
-"""Launches of Triton kernels: Triton's own dispatch once for each signature, then the compiled kernel straight away.
+"""Launches of Triton kernels.
 
-Triton binds, specialises and hashes the arguments of every launch: 25 µs, more than most of our kernels run on small tensors.
-Here a launch is looked up by what Triton would specialise on, and handed to the same launcher in C.
+Triton's own dispatch once for each signature, then the compiled kernel straight away.
+
+Triton binds, specialises and hashes the arguments of every launch: 25 µs, more than most of our
+kernels run on small tensors. Here a launch is looked up by what Triton would specialise on, and
+handed to the same launcher in C.
 """
 
 import os
@@ -26,7 +29,10 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     found = _compiled.get(signature)
     if found is None:
         compiled = kernel[grid](*args, **constants)
-        _compiled[signature] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        _compiled[signature] = (
+            compiled,
+            tuple(constants[name] for name in kernel.arg_names[len(args) :]),
+        )
         return
 
     compiled, rest = found
@@ -36,9 +42,9 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     metadata = compiled.launch_metadata(grid, stream, *args)
     hooks = triton.knobs.runtime
     compiled.run(
-        *grid, stream, compiled.function, compiled.packed_metadata, metadata, hooks.launch_enter_hook,
-        hooks.launch_exit_hook, *args,
-    )  # fmt: skip
+        *grid, stream, compiled.function, compiled.packed_metadata, metadata,
+        hooks.launch_enter_hook, hooks.launch_exit_hook, *args,
+    )
 
 
 def cdiv(n: int, d: int) -> int:
@@ -51,7 +57,10 @@ def power_of_two(n: int) -> int:
 
 
 def _kinds(kernel, args) -> list:
-    """What Triton specialises on: dtype and alignment of a pointer; whether an int is 1, a multiple of 16, wide; constants whole."""
+    """What Triton specialises on: dtype and alignment of a pointer.
+
+    Whether an int is 1, a multiple of 16, wide; constants whole.
+    """
     modes = _modes.get(id(kernel))
     if modes is None:
         modes = _modes[id(kernel)] = tuple(_mode(p) for p in kernel.params)
@@ -77,5 +86,6 @@ def _kinds(kernel, args) -> list:
 
 
 def _mode(parameter) -> str | None:
-    """"An empty word for a constant, another one for what Triton does not specialise on, None for the rest."""
+    """"An empty word for a constant, another one for what Triton does not specialise on, None
+    for the rest."""
     return "" if parameter.is_constexpr else "any" if parameter.do_not_specialize else None

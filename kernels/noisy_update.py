@@ -19,8 +19,11 @@ def coefficient(each_ptr, number, sample, mask, PER_SAMPLE: tl.constexpr, dtype:
 
 @triton.jit
 def sample_of(at, magic, bits):
-    """at // per_sample for uint32 below 2^31, by the product that kernels/__init__.py's `_divisor` prepares."""
-    return ((tl.umulhi(at, int64(magic).to(tl.uint32)) + at) >> int64(bits).to(tl.uint32)).to(tl.int32)
+    """at // per_sample for uint32 below 2^31, by the product that kernels/__init__.py's
+    `_divisor` prepares."""
+    return ((tl.umulhi(at, int64(magic).to(tl.uint32)) + at) >> int64(bits).to(tl.uint32)).to(
+        tl.int32
+    )
 
 
 @triton.jit
@@ -32,12 +35,33 @@ def each_element(v, PAIRS: tl.constexpr):
 
 @triton.jit(do_not_specialize=[*KEY, "magic", "bits"])
 def noisy_update_kernel(
-    out_ptr, x_ptr, d_ptr, a_ptr, a, b_ptr, b, key_ptr, n, per_sample,
-    seed: tl.int64, step: tl.int64, stream: tl.int64, first: tl.int64, shift,
-    magic: tl.int64, bits: tl.int64,
-    HAS_X: tl.constexpr, HAS_D: tl.constexpr, A_KIND: tl.constexpr, B_KIND: tl.constexpr,
-    EACH: tl.constexpr, HAS_KEY: tl.constexpr, CROSSES: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    out_ptr,
+    x_ptr,
+    d_ptr,
+    a_ptr,
+    a,
+    b_ptr,
+    b,
+    key_ptr,
+    n,
+    per_sample,
+    seed: tl.int64,
+    step: tl.int64,
+    stream: tl.int64,
+    first: tl.int64,
+    shift,
+    magic: tl.int64,
+    bits: tl.int64,
+    HAS_X: tl.constexpr,
+    HAS_D: tl.constexpr,
+    A_KIND: tl.constexpr,
+    B_KIND: tl.constexpr,
+    EACH: tl.constexpr,
+    HAS_KEY: tl.constexpr,
+    CROSSES: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One lane per Philox block; first: block of element 0, shift: its entry in that block.
 
     EACH: coefficients are those of samples, and what a thread loads at once lies in one of them.
@@ -50,15 +74,20 @@ def noisy_update_kernel(
     sample, known = index, mask
     if EACH:
         groups: tl.constexpr = BLOCK // 2 if pairs else BLOCK
-        at = (program * (4 * BLOCK)).to(tl.uint32) + (tl.arange(0, groups) * (4 * BLOCK // groups)).to(tl.uint32)
+        at = (program * (4 * BLOCK)).to(tl.uint32) + (
+            tl.arange(0, groups) * (4 * BLOCK // groups)
+        ).to(tl.uint32)
         sample, known = sample_of(at, magic, bits), at.to(tl.int32) < n
     elif A_KIND == 2 or B_KIND == 2:
         sample = index // per_sample
     scale = 1.0   # of the radii: one coefficient in float32 costs a product per pair there
     if (EACH or B_KIND != 2) and not WIDE:
         scale = coefficient(b_ptr, b, sample, known, B_KIND, dtype)
-    radius, direction = polar_of_tile(first + program * BLOCK, scale, key_ptr, seed, step, stream, HAS_KEY, CROSSES, pairs, BLOCK)
-    # Every product and sum that may be one instruction is: left to the compiler, aligned and shifted tensors would round differently.
+    radius, direction = polar_of_tile(
+        first + program * BLOCK, scale, key_ptr, seed, step, stream, HAS_KEY, CROSSES, pairs, BLOCK
+    )
+    # Every product and sum that may be one instruction is: left to the compiler, aligned and
+    # shifted tensors would round differently.
     y = tl.zeros([4 * BLOCK], dtype)
     if HAS_X:
         y = tl.load(x_ptr + index, mask=mask, other=0.0).to(dtype)
@@ -69,7 +98,11 @@ def noisy_update_kernel(
             drift = each_element(drift, pairs)
         y = tl.fma(tl.zeros_like(d) + drift, d, y)
     if WIDE:
-        y = tl.fma(tl.zeros_like(y) + coefficient(b_ptr, b, sample, mask, B_KIND, dtype), (radius * direction).to(dtype), y)
+        y = tl.fma(
+            tl.zeros_like(y) + coefficient(b_ptr, b, sample, mask, B_KIND, dtype),
+            (radius * direction).to(dtype),
+            y,
+        )
     else:
         if B_KIND == 2 and not EACH:
             radius *= coefficient(b_ptr, b, sample, mask, B_KIND, dtype)

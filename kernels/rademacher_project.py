@@ -1,6 +1,9 @@
-"""Rademacher projections and their transpose. A lane is a Philox block of 128 signs, which never become numbers in memory.
+"""Rademacher projections and their transpose.
 
-Bytes per element of a sample, in float32: project 4 (M + 1), one read of js and of s; spread 4 M for gjs, 4 for gs, 4 for s.
+A lane is a Philox block of 128 signs, which never become numbers in memory.
+
+Bytes per element of a sample, in float32: project 4 (M + 1), one read of js and of s; spread 4 M
+for gjs, 4 for gs, 4 for s.
 """
 
 import triton
@@ -8,13 +11,19 @@ import triton.language as tl
 
 from fastscore.kernels.philox import INTERPRETED, KEY, in_order, int64, load_key, narrow, philox
 
-# Nor on what would change how a tile lies in the threads, and with that the order of a sum: a sample is the same in any part of a batch.
+# Nor on what would change how a tile lies in the threads, and with that the order of a sum: a
+# sample is the same in any part of a batch.
 PLACE = [*KEY, "per_sample", "shift"]
 
 
 @triton.jit
-def signs(block, projection, key_ptr, seed, step, stream, HAS_KEY: tl.constexpr, USE_ASM: tl.constexpr):
-    """(ROWS, 128 BLOCKS) words whose highest bit is an element's sign; `block` (ROWS, BLOCKS) is int64, the element index over 128."""
+def signs(
+    block, projection, key_ptr, seed, step, stream, HAS_KEY: tl.constexpr, USE_ASM: tl.constexpr
+):
+    """(ROWS, 128 BLOCKS) words whose highest bit is an element's sign.
+
+    `block` (ROWS, BLOCKS) is int64, the element index over 128.
+    """
     counter, k0, k1 = load_key(key_ptr, seed, step, HAS_KEY)
     stream = (int64(stream) + (projection << 16)).to(tl.uint32)
     w0, w1, w2, w3 = philox(block, counter, stream, k0, k1, USE_ASM)
@@ -26,11 +35,16 @@ def signs(block, projection, key_ptr, seed, step, stream, HAS_KEY: tl.constexpr,
 @triton.jit
 def signed(x, bits):
     """x, float32 or float64, with its sign flipped where the highest bit is set."""
-    if x.dtype == tl.float32 and not INTERPRETED:   # one instruction, where the compiler would share a mask and take three for two
+    # One instruction, where the compiler would share a mask and take three for two.
+    if x.dtype == tl.float32 and not INTERPRETED:
         flip: tl.constexpr = "lop3.b32 $0, $1, $2, 0x80000000, 0x78;"
-        return tl.inline_asm_elementwise(flip, "=f,f,r", [x, bits], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            flip, "=f,f,r", [x, bits], dtype=tl.float32, is_pure=True, pack=1
+        )
     elif x.dtype == tl.float32:
-        return (x.to(tl.uint32, bitcast=True) ^ (bits & 0x80000000).to(tl.uint32)).to(tl.float32, bitcast=True)
+        return (x.to(tl.uint32, bitcast=True) ^ (bits & 0x80000000).to(tl.uint32)).to(
+            tl.float32, bitcast=True
+        )
     else:
         return tl.where(bits.to(tl.int32, bitcast=True) < 0, -x, x)
 
@@ -64,13 +78,23 @@ def whole(n, ALIGNED: tl.constexpr):
 
 @triton.jit
 def place(
-    samples, per_sample, first, shift, step, ALIGNED: tl.constexpr, FULL: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    samples,
+    per_sample,
+    first,
+    shift,
+    step,
+    ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     STEPS: tl.constexpr,
-):  # fmt: skip
-    """(sample (ROWS, 1), blocks (ROWS, BLOCKS), where the tile begins, offset from there, mask): short samples share a program.
+):
+    """(sample (ROWS, 1), blocks (ROWS, BLOCKS), where the tile begins, offset from there, mask).
 
-    first: block of element 0, shift: its entry there. ALIGNED: both and the sample are whole runs of 16 elements. FULL: of STEPS tiles, and
-    there is no mask.
+    Short samples share a program.
+
+    first: block of element 0, shift: its entry there. ALIGNED: both and the sample are whole runs
+    of 16 elements. FULL: of STEPS tiles, and there is no mask.
     """
     sample = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     lane = tl.arange(0, 128 * BLOCKS)[None, :]
@@ -84,25 +108,54 @@ def place(
         entry = (start + shift) & 127   # of the sample's first element in its block
         block = first + ((start + shift) >> 7) + (begin >> 7) + tl.arange(0, BLOCKS)[None, :]
         low = tl.maximum(entry - begin, 0).to(tl.int32)
-        high = tl.where(sample < samples, tl.minimum(per_sample + entry - begin, 128 * BLOCKS), 0).to(tl.int32)
+        high = tl.where(
+            sample < samples, tl.minimum(per_sample + entry - begin, 128 * BLOCKS), 0
+        ).to(tl.int32)
         # 128-bit accesses, each under one bit of the mask.
-        at, low, high = whole(start + begin - entry, ALIGNED), whole(low, ALIGNED), whole(high, ALIGNED)
+        at, low, high = (
+            whole(start + begin - entry, ALIGNED),
+            whole(low, ALIGNED),
+            whole(high, ALIGNED),
+        )
         mask = (lane >= low) & (lane < high)
     return sample, block, at, lane, mask
 
 
 @triton.jit(do_not_specialize=PLACE)
 def project_kernel(
-    vjv_ptr, vs_ptr, ss_ptr, js_ptr, s_ptr, key_ptr, projections, samples, per_sample: tl.int64,
-    seed: tl.int64, step: tl.int64, stream: tl.int64, first: tl.int64, shift: tl.int64,
-    HAS_J: tl.constexpr, HAS_S: tl.constexpr, HAS_KEY: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """Program (ROWS samples, split) writes partial sums v_m . js_m, v_m . s and s . s for each: (M, B, splits), the last (B, splits).
+    vjv_ptr,
+    vs_ptr,
+    ss_ptr,
+    js_ptr,
+    s_ptr,
+    key_ptr,
+    projections,
+    samples,
+    per_sample: tl.int64,
+    seed: tl.int64,
+    step: tl.int64,
+    stream: tl.int64,
+    first: tl.int64,
+    shift: tl.int64,
+    HAS_J: tl.constexpr,
+    HAS_S: tl.constexpr,
+    HAS_KEY: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Program (ROWS samples, split) writes partial sums v_m .
+
+    js_m, v_m . s and s . s for each: (M, B, splits), the last (B, splits).
 
     STEPS > 1: of one projection, a program takes so many tiles and sums over its threads once.
     """
-    sample, block, at, lane, mask = place(samples, per_sample, first, shift, 0, ALIGNED, FULL, ROWS, BLOCKS, STEPS)
+    sample, block, at, lane, mask = place(
+        samples, per_sample, first, shift, 0, ALIGNED, FULL, ROWS, BLOCKS, STEPS
+    )
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     valid, splits = sample < samples, tl.num_programs(1)
     row = sample * splits + tl.program_id(1)
@@ -112,7 +165,9 @@ def project_kernel(
         nothing = tl.zeros([1, 128 * BLOCKS // N], dtype)
         vjv, vs, ss = nothing, nothing, nothing
         for i in range(STEPS):
-            sample, block, at, lane, mask = place(samples, per_sample, first, shift, i, ALIGNED, FULL, ROWS, BLOCKS, STEPS)
+            sample, block, at, lane, mask = place(
+                samples, per_sample, first, shift, i, ALIGNED, FULL, ROWS, BLOCKS, STEPS
+            )
             bits = signs(block, int64(0), key_ptr, seed, step, stream, HAS_KEY, True)
             if HAS_J:
                 vjv += by_thread(signed(load(js_ptr + at + lane, mask, dtype, FULL), bits), N)
@@ -133,24 +188,57 @@ def project_kernel(
         while m < projections:
             bits = signs(block, m, key_ptr, seed, step, stream, HAS_KEY, True)
             if HAS_J:
-                js = load(js_ptr + whole(m * samples * per_sample, ALIGNED) + at + lane, mask, dtype, FULL)
-                tl.store(vjv_ptr + m * samples * splits + row, tl.sum(signed(js, bits), 1)[:, None], mask=valid)
+                js = load(
+                    js_ptr + whole(m * samples * per_sample, ALIGNED) + at + lane, mask, dtype, FULL
+                )
+                tl.store(
+                    vjv_ptr + m * samples * splits + row,
+                    tl.sum(signed(js, bits), 1)[:, None],
+                    mask=valid,
+                )
             if HAS_S:
-                tl.store(vs_ptr + m * samples * splits + row, tl.sum(signed(s, bits), 1)[:, None], mask=valid)
+                tl.store(
+                    vs_ptr + m * samples * splits + row,
+                    tl.sum(signed(s, bits), 1)[:, None],
+                    mask=valid,
+                )
             m += 1
 
 
 @triton.jit(do_not_specialize=PLACE)
 def spread_kernel(
-    gjs_ptr, gs_ptr, gvjv_ptr, gvs_ptr, gss_ptr, s_ptr, key_ptr, projections, samples, per_sample: tl.int64,
-    seed: tl.int64, step: tl.int64, stream: tl.int64, first: tl.int64, shift: tl.int64,
-    HAS_GJS: tl.constexpr, HAS_GVS: tl.constexpr, HAS_GSS: tl.constexpr, HAS_KEY: tl.constexpr, WIDE: tl.constexpr,
-    ALIGNED: tl.constexpr, FULL: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
+    gjs_ptr,
+    gs_ptr,
+    gvjv_ptr,
+    gvs_ptr,
+    gss_ptr,
+    s_ptr,
+    key_ptr,
+    projections,
+    samples,
+    per_sample: tl.int64,
+    seed: tl.int64,
+    step: tl.int64,
+    stream: tl.int64,
+    first: tl.int64,
+    shift: tl.int64,
+    HAS_GJS: tl.constexpr,
+    HAS_GVS: tl.constexpr,
+    HAS_GSS: tl.constexpr,
+    HAS_KEY: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
     """gjs_m = g_vjv[m] v_m and gs = sum of g_vs[m] v_m + 2 g_ss s."""
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     for i in range(STEPS):
-        sample, block, at, lane, mask = place(samples, per_sample, first, shift, i, ALIGNED, FULL, ROWS, BLOCKS, STEPS)
+        sample, block, at, lane, mask = place(
+            samples, per_sample, first, shift, i, ALIGNED, FULL, ROWS, BLOCKS, STEPS
+        )
         valid = sample < samples
         gs = tl.zeros([ROWS, 128 * BLOCKS], dtype)
         if HAS_GSS:
@@ -159,11 +247,17 @@ def spread_kernel(
         if HAS_GJS or HAS_GVS:
             m = int64(0)
             while m < projections:
-                bits = signs(block, m, key_ptr, seed, step, stream, HAS_KEY, False)   # assembly takes 25 registers more
+                # Assembly takes 25 registers more.
+                bits = signs(block, m, key_ptr, seed, step, stream, HAS_KEY, False)
                 if HAS_GJS:
                     each = tl.load(gvjv_ptr + m * samples + sample, mask=valid, other=0.0)
                     g = signed(tl.zeros([ROWS, 128 * BLOCKS], dtype) + each, bits)
-                    store(gjs_ptr + whole(m * samples * per_sample, ALIGNED) + at + lane, g, mask, FULL)
+                    store(
+                        gjs_ptr + whole(m * samples * per_sample, ALIGNED) + at + lane,
+                        g,
+                        mask,
+                        FULL,
+                    )
                 if HAS_GVS:
                     each = tl.load(gvs_ptr + m * samples + sample, mask=valid, other=0.0)
                     gs += signed(tl.zeros([ROWS, 128 * BLOCKS], dtype) + each, bits)

@@ -16,7 +16,10 @@ NAMES = [name for name in ACTIVATIONS if name]
 
 
 def problem(shape, M, dtype, name):
-    """The stack and its cotangent, in `dtype` and exactly those numbers in float64; u keeps away from the kink of relu."""
+    """The stack and its cotangent, in `dtype` and exactly those numbers in float64.
+
+    u keeps away from the kink of relu.
+    """
     generator = torch.Generator().manual_seed(0)
     s, g = (torch.randn(1 + M, *shape, generator=generator).to(dtype) for _ in range(2))
     s[0] *= 4
@@ -26,14 +29,18 @@ def problem(shape, M, dtype, name):
 
 
 def function(name):
-    """PyTorch's own; of gelu's approximation the second derivative is hundreds of units off there, where 1 - tanh² cancels."""
+    """PyTorch's own; of gelu's approximation the second derivative is hundreds of units off
+    there, where 1 - tanh² cancels."""
     if name == "gelu_tanh":
         return lambda u: _gelu_tanh(u, u.clamp(-12, 12))
     return ACTIVATIONS[name].function
 
 
 def _gelu_tanh(u, v):
-    """v is u where it matters: beyond, the sigmoid is 0 or 1 to 60 digits and the powers of its exponential overflow."""
+    """v is u where it matters.
+
+    Beyond, the sigmoid is 0 or 1 to 60 digits and the powers of its exponential overflow.
+    """
     return u / (1 + (-math.sqrt(8 / math.pi) * (v + 0.044715 * v**3)).exp())
 
 
@@ -45,7 +52,8 @@ def exact(name, s):
 
 
 def exact_gradient(name, s, g):
-    u, t = s[0].detach().requires_grad_(), s[1:].detach().requires_grad_()
+    u = s[0].detach().requires_grad_()
+    t = s[1:].detach().requires_grad_()
     y = function(name)(u)
     slope = torch.autograd.grad(y.sum(), u, create_graph=True)[0]
     gu, gt = torch.autograd.grad((y * g[0]).sum() + (slope * t * g[1:]).sum(), (u, t))
@@ -53,9 +61,16 @@ def exact_gradient(name, s, g):
 
 
 def close(got, expected, dtype, units=20):
-    """One rounding to the element type, and before it `units` of the compute dtype relative to the larger of the result and 1."""
-    eps, least = torch.finfo(dtype).eps, torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    return bool(((got.double() - expected).abs() <= eps * expected.abs() + units * least * (1 + expected.abs())).all())
+    """One rounding to the element type, and before it `units` of the compute dtype relative to
+    the larger of the result and 1."""
+    eps = torch.finfo(dtype).eps
+    least = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    return bool(
+        (
+            (got.double() - expected).abs()
+            <= eps * expected.abs() + units * least * (1 + expected.abs())
+        ).all()
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,7 +78,8 @@ def close(got, expected, dtype, units=20):
 def test_value_tangents_and_gradient(backend, dtype, name):
     if backend == "reference" and dtype.itemsize == 2:
         pytest.skip("plain PyTorch rounds every step to the element type")
-    for shape, M in (((3, 5, 7), 1), ((2, 600), 3), ((1024,), 2), ((2, 0, 3), 1)):   # tails, whole programs, nothing
+    # tails, whole programs, nothing.
+    for shape, M in (((3, 5, 7), 1), ((2, 600), 3), ((1024,), 2), ((2, 0, 3), 1)):
         s, g, s_, g_ = problem(shape, M, dtype, name)
         y = activate_dual(s.requires_grad_(), name)
         assert y.dtype == dtype and close(y.detach(), exact(name, s_), dtype)
@@ -75,7 +91,10 @@ def test_value_tangents_and_gradient(backend, dtype, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_whole_range(backend, name):
-    """Relative to the larger of the result and 1, from where exp underflows to where it overflows; infinities and NaN as in PyTorch."""
+    """Relative to the larger of the result and 1, from where exp underflows to where it overflows.
+
+    Infinities and NaN as in PyTorch.
+    """
     ends = [-1e4, -200.0, -90.0, -88.0, -40.0, -1e-3, -1e-6, -1e-30, -0.0]
     u = torch.cat([torch.tensor(ends), torch.linspace(-30, 30, 2001), -torch.tensor(ends)])
     s = torch.stack([u, torch.ones_like(u)])
@@ -83,7 +102,8 @@ def test_the_whole_range(backend, name):
     assert close(activate_dual(s, name)[:, keep], exact(name, s.double())[:, keep], torch.float32)
     beyond = torch.tensor([float("inf"), float("nan")])
     expected = ACTIVATIONS[name].function(beyond.double())
-    for got in activate_dual(beyond[None], name) if backend != "reference" else ():   # PyTorch's gelu(inf) is NaN in float32
+    # PyTorch's gelu(inf) is NaN in float32
+    for got in activate_dual(beyond[None], name) if backend != "reference" else ():
         assert torch.equal(got[:1].double(), expected[:1]) and bool(got[1].isnan())
 
 
@@ -113,14 +133,18 @@ def test_compiled_equals_eager(backend):
     s = torch.randn(3, 4, 50, requires_grad=True)
     compiled = torch.compile(lambda s: activate_dual(s.sin(), "gelu"), fullgraph=True)
     assert torch.allclose(compiled(s), activate_dual(s.sin(), "gelu"), atol=1e-6)
-    gradients = [torch.autograd.grad(f(s).square().sum(), s)[0] for f in (compiled, lambda s: activate_dual(s.sin(), "gelu"))]
+    gradients = [
+        torch.autograd.grad(f(s).square().sum(), s)[0]
+        for f in (compiled, lambda s: activate_dual(s.sin(), "gelu"))
+    ]
     assert torch.allclose(*gradients, atol=1e-5)
 
 
 def test_raw_op_refuses_derivatives_and_passes_opcheck(backend):
     if backend == "reference":
         pytest.skip("plain PyTorch, no raw op")
-    op, s = backends.raw(backend, "activate_dual"), torch.randn(2, 30)
+    op = backends.raw(backend, "activate_dual")
+    s = torch.randn(2, 30)
     for g in (None, torch.randn(2, 30)):
         torch.library.opcheck(op, (torch.empty_like(s), s, g, ACTIVATIONS["tanh"].code))
     with pytest.raises(NotImplementedError, match="has no forward-mode rule"):
@@ -132,26 +156,43 @@ def test_raw_op_refuses_derivatives_and_passes_opcheck(backend):
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_second_gradients_far_out(backend, dtype, name):
-    """Where a gelu is flat its higher derivatives are 0; a power of u that float16 cannot hold made 0 times infinity of them."""
+    """Where a gelu is flat its higher derivatives are 0.
+
+    A power of u that float16 cannot hold made 0 times infinity of them.
+    """
     u = torch.tensor([-1000.0, -300, -100, -20, 20, 100, 300, 1000], dtype=dtype)
     slope, curvature = ACTIVATIONS[name].slopes(u.requires_grad_())
     assert slope.tolist() == [0] * 4 + [1] * 4 and not curvature.any()
     assert not torch.autograd.grad(curvature.sum(), u)[0].any()
-    if backend == "reference":   # there the value is PyTorch's own function, whose second derivative in float16 is NaN
+    # There the value is PyTorch's own function, whose second derivative in float16 is NaN
+    if backend == "reference":
         return
     s = torch.stack([u.detach(), torch.ones_like(u)]).requires_grad_()
-    first = torch.autograd.grad(activate_dual(s, name, backend=backend).sum(), s, create_graph=True)[0]
+    first = torch.autograd.grad(
+        activate_dual(s, name, backend=backend).sum(), s, create_graph=True
+    )[0]
     assert not torch.autograd.grad(first.square().sum(), s)[0].any()
 
 
 def test_the_numbers_of_activations_are_those_of_the_kernels():
-    """Three languages, one order: a name that moved in one of them would run another activation in silence."""
-    names = [name or "identity" for name, _ in sorted(ACTIVATIONS.items(), key=lambda item: item[1].code)]
+    """Three languages, one order.
+
+    A name that moved in one of them would run another activation in silence.
+    """
+    names = [
+        name or "identity" for name, _ in sorted(ACTIVATIONS.items(), key=lambda item: item[1].code)
+    ]
     assert [a.code for a in ACTIVATIONS.values()] == list(range(len(ACTIVATIONS)))
 
     root = Path(__file__).parent.parent
-    cpp = re.search(r"enum Activation : int \{(.*?)\}", (root / "csrc/activation_cpu.h").read_text())[1]
-    assert [name.strip().removeprefix("k").lower() for name in cpp.split(",")] == [n.replace("_", "") for n in names]
+    cpp = re.search(
+        r"enum Activation : int \{(.*?)\}", (root / "csrc/activation_cpu.h").read_text()
+    )[1]
+    assert [name.strip().removeprefix("k").lower() for name in cpp.split(",")] == [
+        n.replace("_", "") for n in names
+    ]
 
-    triton = re.search(r"^([A-Z_, ]+) = \(tl.constexpr", (root / "kernels/activation.py").read_text(), re.MULTILINE)[1]
+    triton = re.search(
+        r"^([A-Z_, ]+) = \(\s*tl.constexpr", (root / "kernels/activation.py").read_text(), re.MULTILINE
+    )[1]
     assert [name.strip().lower() for name in triton.split(",")] == names

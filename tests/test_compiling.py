@@ -1,4 +1,7 @@
-"""Importing fastscore leaves Dynamo alone; what Dynamo must know of us it learns when it comes, before us, after us or inside f."""
+"""Importing fastscore leaves Dynamo alone.
+
+What Dynamo must know of us it learns when it comes, before us, after us or inside f.
+"""
 
 import subprocess
 import sys
@@ -6,7 +9,11 @@ import sys
 import pytest
 
 BEFORE = "import torch._dynamo\nimport fastscore\n"
-AFTER = "import sys\nimport fastscore\nassert 'torch._dynamo' not in sys.modules\nimport torch._dynamo\n"
+AFTER = """import sys
+import fastscore
+assert 'torch._dynamo' not in sys.modules
+import torch._dynamo
+"""
 PROGRAMS = {
     "an op in the graph": """
 import torch

@@ -1,4 +1,7 @@
-"""The tree, read from its sources: the command line stands on the library and nothing stands on the command line."""
+"""The tree, read from its sources.
+
+The command line stands on the library and nothing stands on the command line.
+"""
 
 import ast
 import subprocess
@@ -12,8 +15,11 @@ from fastscore import backend
 
 ROOT = Path(fastscore.__file__).parent
 MODULES = {
-    ".".join(("fastscore", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
-    for path in {*ROOT.rglob("*.py"), *(ROOT / "kernels").glob("*.py")}   # a link where fastscore is built in place
+    ".".join(("fastscore", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
+    # a link where fastscore is built in place.
+    for path in {*ROOT.rglob("*.py"), *(ROOT / "kernels").glob("*.py")}
 }
 
 
@@ -32,7 +38,9 @@ def imports(path):
 # Each file is parsed once: for every pair it would take the better part of a minute.
 IMPORTED = {module: set(imports(path)) for module, path in MODULES.items()}
 IMPORTERS = {
-    module: {other for other, imported in IMPORTED.items() if module in imported and other != module}
+    module: {
+        other for other, imported in IMPORTED.items() if module in imported and other != module
+    }
     for module in MODULES
 }
 
@@ -56,8 +64,13 @@ def test_what_only_the_command_line_uses_is_its_own():
 
 @pytest.mark.processes
 def test_the_library_loads_neither_the_command_line_nor_dynamo():
-    program = "import sys, fastscore; print([m for m in sys.modules if m.startswith(('fastscore.cli', 'torch._dynamo', 'tyro', 'PIL'))])"
-    printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=240).stdout
+    program = (
+        "import sys, fastscore; late = ('fastscore.cli', 'torch._dynamo', 'tyro', 'PIL'); "
+        "print([m for m in sys.modules if m.startswith(late)])"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=240
+    ).stdout
     assert printed.strip() == "[]"
 
 
@@ -146,7 +159,9 @@ def test_every_file_that_registers_an_op_carries_its_name():
         if "STABLE_TORCH_LIBRARY_FRAGMENT" in path.read_text()
     }
     assert registering == set(STEMS)
-    assert {path.stem for path in (TREE / "csrc").glob("*.cu")} == {s for s, cuda in STEMS.items() if cuda}
+    assert {path.stem for path in (TREE / "csrc").glob("*.cu")} == {
+        s for s, cuda in STEMS.items() if cuda
+    }
 
 
 def test_no_file_of_csrc_is_long():

@@ -22,7 +22,12 @@ from fastscore.tensors import numbers
 
 _leaky = partial(F.leaky_relu, negative_slope=0.2)
 # As the official configs call them.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"elu": F.elu, "relu": F.relu, "lrelu": _leaky, "swish": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": F.elu,
+    "relu": F.relu,
+    "lrelu": _leaky,
+    "swish": F.silu,
+}
 _FUSED = {"elu": "elu", "relu": "relu", "swish": "silu"}   # as the norms call them
 _LOGIT = 1e-6   # λ of the official logit transform
 
