@@ -193,6 +193,8 @@ def test_the_numbers_of_activations_are_those_of_the_kernels():
     ]
 
     triton = re.search(
-        r"^([A-Z_, ]+) = \(\s*tl.constexpr", (root / "kernels/activation.py").read_text(), re.MULTILINE
+        r"^([A-Z_, ]+) = \(\s*tl.constexpr",
+        (root / "kernels/activation.py").read_text(),
+        re.MULTILINE,
     )[1]
     assert [name.strip().lower() for name in triton.split(",")] == names

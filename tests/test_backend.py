@@ -19,22 +19,40 @@ X, IMAGE, DIRECTIONS = torch.randn(5, 4), torch.randn(2, 3, 2, 2), torch.randn(2
 
 
 def normalised(x):
-    return torch.cat([x.flatten(), ops.instance_norm_plus_dual(x, DIRECTIONS, torch.rand(3), torch.rand(3))[1].flatten()])
+    return torch.cat(
+        [
+            x.flatten(),
+            ops.instance_norm_plus_dual(x, DIRECTIONS, torch.rand(3), torch.rand(3))[1].flatten(),
+        ]
+    )
 
 
 def normalised_by_jvp(x):
-    return fastscore.jvp(lambda x: ops.group_norm_modulate(x, 3, activation="silu"), x, DIRECTIONS)[1]
+    return fastscore.jvp(lambda x: ops.group_norm_modulate(x, 3, activation="silu"), x, DIRECTIONS)[
+        1
+    ]
 
 
 CALLS = {
-    "langevin_step": (lambda x: fastscore.langevin_step(x, x.sin(), x.detach().square().mean(1) * x.mean(1).exp(), **KEY), X),
+    "langevin_step": (
+        lambda x: fastscore.langevin_step(
+            x, x.sin(), x.detach().square().mean(1) * x.mean(1).exp(), **KEY
+        ),
+        X,
+    ),
     "denoising_loss": (lambda x: fastscore.denoising_loss(x, x.square().mean(1), **KEY), X),
-    "instance_norm_plus": (lambda x: ops.instance_norm_plus(x, torch.rand(3), torch.rand(3)), IMAGE),
+    "instance_norm_plus": (
+        lambda x: ops.instance_norm_plus(x, torch.rand(3), torch.rand(3)),
+        IMAGE,
+    ),
     "instance_norm_plus_dual": (normalised, IMAGE),
     "norms of dual numbers": (normalised_by_jvp, IMAGE),
     "activate_dual": (lambda x: activate_dual(x, "silu"), X),
     "activate_jet": (lambda x: activate_jet(x, 2, "silu"), X),
-    "rademacher_jvp": (lambda x: fastscore.rademacher_jvp(lambda x: x.square() * x.sum(1, True), x, **KEY)[1], X),
+    "rademacher_jvp": (
+        lambda x: fastscore.rademacher_jvp(lambda x: x.square() * x.sum(1, True), x, **KEY)[1],
+        X,
+    ),
     "losses.sliced": (lambda x: losses.sliced(NET, x, seed=0), X),
 }
 
@@ -42,7 +60,8 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("twice", [False, True], ids=["gradient", "gradient of a gradient"])
 def test_gradients_run_on_the_back_end_of_their_op(backend, call, twice, monkeypatch):
-    """In another thread, where autograd runs the nodes of a GPU, and after use_backend has ended."""
+    """In another thread, where autograd runs the nodes of a GPU, and after use_backend has
+    ended."""
     f, x = CALLS[call]
     x = x.clone().requires_grad_()
     y = f(x).square().sum()
@@ -50,7 +69,11 @@ def test_gradients_run_on_the_back_end_of_their_op(backend, call, twice, monkeyp
         y = torch.autograd.grad(y, x, create_graph=True)[0].square().sum()
     chosen, real, errors = [], backends.call, []
     monkeypatch.setattr(backends, "call", lambda b, *args: (chosen.append(b), real(b, *args)))
-    monkeypatch.setattr(backends, "_environment", lambda: {"reference": "cpp", "cpp": "triton", "triton": "cpp"}[backend])
+    monkeypatch.setattr(
+        backends,
+        "_environment",
+        lambda: {"reference": "cpp", "cpp": "triton", "triton": "cpp"}[backend],
+    )
 
     def backward():
         try:
@@ -66,7 +89,10 @@ def test_gradients_run_on_the_back_end_of_their_op(backend, call, twice, monkeyp
 
 
 class Deep(torch.autograd.Function):
-    """A backward pass in a backward pass, n levels deep: beyond 60 autograd goes on in another thread."""
+    """A backward pass in a backward pass, n levels deep.
+
+    Beyond 60 autograd goes on in another thread.
+    """
 
     @staticmethod
     def forward(ctx, x, n, f):
@@ -101,7 +127,11 @@ def test_use_backend_ends_with_its_block():
             pass
         look.append(backends.choose(torch.device("cpu")))
     look.append(backends.choose(torch.device("cpu")))
-    Deep.apply(torch.ones((), requires_grad=True), 70, lambda: look.append(backends.choose(torch.device("cpu")))).backward()
+    Deep.apply(
+        torch.ones((), requires_grad=True),
+        70,
+        lambda: look.append(backends.choose(torch.device("cpu"))),
+    ).backward()
     automatic = "reference" if backends.why_not("cpp", "cpu") else "cpp"
     assert look == ["reference", automatic, automatic]
 
@@ -111,13 +141,18 @@ def test_a_checkpoint_runs_again_on_the_back_end_of_its_backward_pass(backend, m
     monkeypatch.setattr(backends, "call", lambda b, *args: (chosen.append(b), real(b, *args)))
     monkeypatch.setattr(direct, "door", None)   # through which calls on 'cpp' would not be seen
     x = X.clone().requires_grad_()
-    y = checkpoint(lambda x: fastscore.perturb(x, x.square().mean(1), **KEY).square(), x, use_reentrant=False)
+    y = checkpoint(
+        lambda x: fastscore.perturb(x, x.square().mean(1), **KEY).square(), x, use_reentrant=False
+    )
     y.sum().backward()
     assert set(chosen) == {backend} - {"reference"}
 
 
 def test_a_compiled_function_follows_the_request(monkeypatch):
-    """The back end is a constant of its graph: another one is another graph, and one that cannot serve is refused."""
+    """The back end is a constant of its graph.
+
+    Another one is another graph, and one that cannot serve is refused.
+    """
     chosen, real = [], backends.call
     monkeypatch.setattr(backends, "call", lambda b, *args: (chosen.append(b), real(b, *args)))
     counter = CompileCounter()
@@ -127,7 +162,8 @@ def test_a_compiled_function_follows_the_request(monkeypatch):
 
     torch.compiler.reset()
     compiled, expected = torch.compile(step, backend=counter), step(X)
-    for requests in (("cpp", "reference", "auto"), ("auto", "cpp", "reference")):   # the second time from the cache
+    # The second time from the cache.
+    for requests in (("cpp", "reference", "auto"), ("auto", "cpp", "reference")):
         chosen.clear()
         for name in requests:
             with fastscore.use_backend(name):
@@ -135,7 +171,10 @@ def test_a_compiled_function_follows_the_request(monkeypatch):
     assert chosen == ["cpp", "cpp"]
     assert counter.frame_count == 3
 
-    with pytest.raises(Exception, match="backend 'cuda' was requested for a tensor on cpu"), fastscore.use_backend("cuda"):
+    with (
+        pytest.raises(Exception, match="backend 'cuda' was requested for a tensor on cpu"),
+        fastscore.use_backend("cuda"),
+    ):
         compiled(X)
 
 

@@ -259,7 +259,10 @@ def test_autocast_is_respected(runs):
 
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_a_backward_pass_inside_autocast_is_that_outside(runs, create_graph):
-    """Its products would be of half precision, half as long as what the kernels read: the heap was written over."""
+    """Its products would be of half precision, half as long as what the kernels read.
+
+    The heap was written over.
+    """
     net, x, v = setting(mlp(3, 7, 5, 3), 64, 3, dtype=torch.float32)
     y, jv = jvp(net, x, v)
     loss, inputs = (v * jv).sum() + (y**3).sum(), [x, *net.parameters()]
