@@ -54,8 +54,9 @@ def observed(t: Tensor, mask: Tensor) -> Tensor:
     return t.masked_fill(mask == 0, 0)
 
 
-def check_data(op: str, x: Tensor, score: Callable[..., Tensor] | None = None) -> None:
-    if score is not None and not callable(score):
+def check_data(op: str, x: Tensor, score: Callable[..., Tensor] = len) -> None:
+    """Of a loss; without a score, whatever is callable stands for it."""
+    if not callable(score):
         scalars.function(op, "score", score)
     checks.check_float(op, "x", x)
     if x.dim() == 0:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastscore import scalars
 from fastscore.losses.projections import check_data, sliced_estimate
@@ -60,7 +61,7 @@ def sliced(
     """
     check_data("sliced", x, score)
     offset = 0
-    if type(first_sample) is not int or first_sample:
+    if is_compiling() or type(first_sample) is not int or first_sample:
         offset = scalars.offset("sliced", first_sample, x[:1].numel())
     key = {"seed": seed, "step": step, "offset": offset}
     return sliced_estimate(
