@@ -17,7 +17,8 @@ test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow -o timeout=3000 -o faulthandler_timeout=3100 $(SLOW)
 
 # For three minutes, others with each commit.
-test-slow-sample: SLOW := --slow-sample 180
+SAMPLE ?= 180
+test-slow-sample: SLOW := --slow-sample $(SAMPLE)
 test-slow-sample: test-slow
 
 # A fault in how processes end shows in one run of many.
