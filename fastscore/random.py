@@ -24,17 +24,8 @@ from fastscore.scalars import integer, plain_int, whole
 from fastscore.tensors import check_device, check_tensor
 
 __all__ = [
-    "CORRECTOR",
-    "DEQUANTIZE",
-    "INIT",
-    "LANGEVIN",
-    "LEVEL",
-    "PERTURB",
-    "PROJECTION",
-    "normal",
-    "rademacher",
-    "uniform",
-    "words",
+    "CORRECTOR", "DEQUANTIZE", "INIT", "LANGEVIN", "LEVEL", "PERTURB", "PROJECTION",
+    "normal", "rademacher", "uniform", "words",
 ]
 
 LANGEVIN, PERTURB, PROJECTION, INIT, LEVEL, DEQUANTIZE, CORRECTOR = 1, 2, 3, 4, 5, 6, 7
