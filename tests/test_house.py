@@ -167,3 +167,9 @@ def test_every_file_that_registers_an_op_carries_its_name():
 def test_no_file_of_csrc_is_long():
     lengths = {path.name: len(path.read_text().splitlines()) for path in (TREE / "csrc").iterdir()}
     assert not {name: n for name, n in lengths.items() if n > 450}
+
+
+def test_no_file_of_the_library_is_long():
+    lengths = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
+    ours = {m: n for m, n in lengths.items() if not m.startswith("fastscore.kernels")}
+    assert not {module: n for module, n in ours.items() if n > 400}
