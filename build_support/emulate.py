@@ -164,6 +164,9 @@ def _assembly(text: str) -> str:
         inside = text[match.end() : end - 1]
         templates = re.match(r'(\s*"(?:[^"\\]|\\.)*")+', inside)[0]
         code = "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', templates)).strip()
+        if not code:   # of the host: a barrier to the compiler, which the loop is not to find again
+            text = text[: match.start()] + "__asm__" + text[match.start() + len("asm") :]
+            continue
         opcode = re.match(r"\{?\s*([\w.:]+)", code)[1]
         operands = re.findall(
             r'"[=+]?\w+"\s*\(([^()]*(?:\([^()]*\)[^()]*)*)\)', inside[len(templates) :]

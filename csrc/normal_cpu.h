@@ -213,7 +213,9 @@ FS_INLINE void split_log(vu w, vf& f, vf& exponent) {
   const vu x = (vu)_mm512_mask_xor_epi32((__m512i)w, near_one, (__m512i)w, _mm512_set1_epi32(-1));
 #else
   vi near_one = (vi)(w >= kNearOne);
-  asm("" : "+x"(near_one));
+#if defined(__x86_64__)
+  asm("" : "+x"(near_one));   // a mask, which the compiler would else turn into a choice for each lane
+#endif
   const vu x = w ^ (vu)near_one;
 #endif
   const vf u = to_float(x) * kTwoM32 + 0.5f * kTwoM32;   // or 1 - u

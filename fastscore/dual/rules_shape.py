@@ -13,9 +13,9 @@ from fastscore.dual.table import RULES, rule
 
 @rule("reshape")
 def reshape(x: Any, *shape: Any) -> Any:
-    shape = shape_of(shape)
-    if len(shape) == 1 and isinstance(shape[0], torch.dtype):
+    if shape and isinstance(shape[0], torch.dtype):   # of view: other bits
         return NotImplemented
+    shape = shape_of(shape)
     if -1 in shape:
         known = -math.prod(shape)
         shape = tuple(x.numel() // max(known, 1) if n == -1 else n for n in shape)
