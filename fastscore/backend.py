@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastscore import direct
 from fastscore.compiling import constant_result
@@ -162,6 +163,12 @@ def _dual_level() -> bool:
     return forward_ad._current_level >= 0
 
 
+def linearized() -> bool:
+    """Inside torch.func.linearize, whose folding of constants loses what is written in place: by a
+    function, by a kernel, or by PyTorch's backward formulas."""
+    return _dual_level() and get_proxy_mode() is not None
+
+
 def levels() -> bool:
     """Whether forward mode or a transform of torch.func stands around this call.
 
@@ -235,7 +242,20 @@ def choose(device: torch.device, backend: str | None = None, cuda: bool = True) 
 
     cuda: whether the op has a kernel in CUDA C++.
     """
+    if not torch.compiler.is_compiling() and linearized():
+        return _in_plain_torch(backend or _request() or _environment())
     return _resolve(device.type, backend, cuda, _guarded)
+
+
+def _in_plain_torch(name: str) -> str:
+    """For torch.func.linearize, which folds constants and loses what kernels write into them."""
+    if _check_name(name, "backend") not in ("auto", "reference"):
+        raise ValueError(
+            f"backend {name!r} was requested, but torch.func.linearize loses what kernels write; "
+            "take torch.func.jvp, or 'reference'."
+        )
+
+    return "reference"
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call, grad, grad_and_value, jacfwd, jacrev, linearize, vmap
 from torch.utils import checkpoint
 
+import fastscore
 from fastscore import losses
 from fastscore.dual import jvp
 from fastscore.models import EnergyMLP, EnergyScore
@@ -243,3 +244,31 @@ def with_parameters(net, called, named):
     return EnergyScore(
         lambda x: functional_call(net.f, {k.removeprefix("f."): p for k, p in named.items()}, (x,))
     )
+
+
+LINEARIZED = {
+    "normal": lambda x: x * fastscore.random.normal(x.shape, seed=1, stream=1024),
+    "uniform": lambda x: x * fastscore.random.uniform(x.shape, seed=1, stream=1024),
+    "rademacher": lambda x: x * fastscore.random.rademacher(x.shape, seed=1, stream=1024),
+    "perturb": lambda x: fastscore.perturb(x, x[:, 0].square(), seed=2).sin(),
+    "langevin_step": lambda x: fastscore.langevin_step(x, x.sin(), 0.3, seed=2).sin(),
+    "denoising_loss": lambda x: fastscore.denoising_loss(x, 0.3, seed=2).sin(),
+    "instance_norm_plus": lambda x: fastscore.instance_norm_plus(x[None], torch.ones(4)).sin(),
+    "sliced": lambda x: fastscore.losses.sliced(torch.sin, x, seed=1).sin(),
+}
+
+
+@pytest.mark.parametrize("name", LINEARIZED)
+def test_ops_inside_linearize(name):
+    """What kernels wrote into a constant of its graph was lost: tangents were of any memory."""
+    f = LINEARIZED[name]
+    x, t = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    value, product = linearize(f, x)
+    wanted = torch.func.jvp(f, (x,), (t,))
+    for a, b in zip((value, product(t)), wanted, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_back_end_asked_for_inside_linearize_is_refused():
+    with pytest.raises(ValueError, match=r"'cpp' was requested, but torch\.func\.linearize loses"):
+        linearize(lambda x: fastscore.perturb(x, 0.3, seed=2, backend="cpp"), torch.ones(2, 3))

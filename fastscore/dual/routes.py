@@ -23,7 +23,6 @@ from fastscore.dual.once import Once
 from fastscore.dual.sharded import check_once, sharded
 from fastscore.dual.stock import (
     in_one_sentence,
-    linearized,
     right_derivatives,
     rows,
     without_constants,
@@ -182,7 +181,7 @@ def _carried(f, x, v):
         once.undo()
         fallback.warn(rule)
         del rule   # and with it the frames
-    if linearized():
+    if backends.linearized():
         raise NotImplementedError(
             "fastscore.jvp: torch.func.linearize takes f only where the rules of fastscore do; "
             "take torch.func.jvp."

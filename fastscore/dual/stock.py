@@ -6,18 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastscore import backend as backends
 from fastscore.dual.formulas import RightForward
 from fastscore.dual.norms import Refuse
-
-
-def linearized() -> Any:
-    """Inside torch.func.linearize, whose folding of constants loses what is written in place, by
-    f or by PyTorch's backward formulas."""
-    return backends._dual_level() and get_proxy_mode() is not None
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
 
 from fastscore import backend as backends
+from fastscore.backend import linearized
 from fastscore.dual import kept
 from fastscore.dual.call import NoRule, constant_block, note_copy, of_its_call, of_several, settle
 from fastscore.dual.chains import saved_as_they_are
@@ -25,7 +26,7 @@ from fastscore.dual.number import ComplexDual, Dual
 from fastscore.dual.once import Draws
 from fastscore.dual.sharded import check_conversion, of_fsdp
 from fastscore.dual.stacks import shares_memory
-from fastscore.dual.stock import linearized, right_derivatives
+from fastscore.dual.stock import right_derivatives
 from fastscore.dual.writes import write
 from fastscore.ops import checks
 from fastscore.ops.functions import released

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten
 
+from fastscore.backend import linearized
 from fastscore.dual import carriers
 from fastscore.dual.call import NoRule, running, settle
 from fastscore.dual.number import ComplexDual, Dual
 from fastscore.dual.stacks import aligned, memory, separated
-from fastscore.dual.stock import linearized
 from fastscore.dual.table import FILLS
 from fastscore.dual.values import on_values
 
