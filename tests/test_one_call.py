@@ -688,6 +688,22 @@ def test_a_buffer_that_somebody_put_on_a_still_module_moves_once():
         assert float(net.n) == 1
 
 
+@pytest.mark.parametrize("start", [0, torch.zeros(()), [0]], ids=["number", "tensor", "list"])
+def test_an_attribute_that_somebody_put_on_a_module_moves_once(start):
+    net = _put("n", copy.deepcopy(start))
+
+    def f(x):
+        if isinstance(net.n, list):
+            net.n.append(net.n[-1] + 1)
+            return net(x) * net.n[-1]
+        net.n += 1
+        return net(x) * net.n
+
+    x, v = torch.ones(1, 2, dtype=torch.float64), torch.ones(1, 1, 2, dtype=torch.float64)
+    assert float(losses.finite_difference_sliced(f, x, v=v)) == pytest.approx(3)
+    assert net.n == ([0, 1] if start == [0] else 1)
+
+
 def test_what_does_neither_is_seen_at_a_glance():
     from fastscore.dual.once import Once
 

@@ -317,13 +317,14 @@ def _behind(a):
 
 
 def _named_of(module, names):
-    """What code with these names may call on a module beside the module itself.
+    """What code with these names may use of a module beside the module itself.
 
-    What somebody has put there, and methods of the user's.
+    What somebody has put on one of PyTorch's, and methods of the user's.
     """
     own = vars(module)
-    put = [own[name] for name in names if name in own and _may_lead(own[name])]
-    return [*put, *methods_named(type(module), names)]
+    put = frozenset(names & own.keys()) - OWN if built_in(module) else None
+    parts = [Part(own, put)] if put else []
+    return [*parts, *methods_named(type(module), names)]
 
 
 def _behind_part(part):
