@@ -163,19 +163,24 @@ def _modules_of(function):
     for a in found:
         if not isinstance(a, nn.Module) or isinstance(a, nn.parallel.DistributedDataParallel):
             return None
-        # net.relu may be anything.
-        if any(_is_its_own(a, name) for name in code.co_names):
+        if _has_any(a, code.co_names):   # net.relu may be anything
             return None
 
     return found
 
 
-def _is_its_own(module, name):
-    """Whether a module, or its class, has something of this name that not every module has."""
+def _has_any(module, names):
+    """Whether a module, or its class, has something of these names that not every module has."""
     own = vars(module)
-    if name in own or name in own["_modules"] or name in own["_buffers"]:
-        return True
-    return getattr(type(module), name, None) is not getattr(nn.Module, name, None)
+    for held in (own, own["_modules"], own["_buffers"]):
+        if held and not held.keys().isdisjoint(names):
+            return True
+    return _of_its_class(type(module), names)
+
+
+@functools.cache
+def _of_its_class(cls, names):
+    return any(getattr(cls, n, None) is not getattr(nn.Module, n, None) for n in names)
 
 
 @functools.cache
