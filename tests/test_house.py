@@ -81,7 +81,7 @@ FLOORS = (
     "losses models",
     "conversions distributed dual nn schedules",
     "ops",
-    "random backend raw_ops direct averages modes",
+    "random backend raw_ops direct averages modes precision",
     "kernels compiling deferred messages scalars tensors",
 )
 

@@ -114,6 +114,14 @@ def test_a_network_in_half_precision_is_sampled_with_a_float32_state(sampler, dt
         assert drawn(score, sampler, dtype=dtype).dtype == dtype   # as it was asked for
 
 
+@pytest.mark.parametrize("loss", ["sliced", "exact", "finite_difference_sliced"])
+def test_a_network_of_another_dtype_in_a_loss_is_one_sentence(loss):
+    net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.SiLU(), torch.nn.Linear(4, 2))
+    net = net.double()
+    with pytest.raises(TypeError, match=f"{loss}: the network is float64 and x float32; convert"):
+        getattr(fastscore.losses, loss)(net, torch.ones(3, 2))
+
+
 def test_what_cannot_be_matched_is_one_sentence():
     net = network(torch.bfloat16)
     message = (

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from fastscore import backend as backends
 from fastscore import random, scalars
-from fastscore.losses.projections import check_data, check_score
+from fastscore.losses.projections import called, check_data, check_score
 from fastscore.ops import checks
 from fastscore.ops.denoising_loss import regenerated_loss
-from fastscore.ops.functions import explained
 from fastscore.ops.noisy_update_functions import update
 
 
@@ -94,7 +93,7 @@ def weighted(
         numbers,
         chosen,
     )
-    s = explained(score, noisy, each)
+    s = called(op, score, noisy, each)
     check_score(op, s, x, "score(x, sigma)")
     return regenerated_loss(
         s, each.to(checks.compute_dtype(s.dtype)) if sigma is None else sigma, key, numbers, chosen

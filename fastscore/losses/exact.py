@@ -8,9 +8,8 @@ from torch import Tensor
 
 from fastscore.compiling import eagerly
 from fastscore.dual.once import Once
-from fastscore.losses.projections import check_data, check_score, derivatives
+from fastscore.losses.projections import called, check_data, check_score, derivatives
 from fastscore.ops import checks
-from fastscore.ops.functions import explained
 
 
 def exact(
@@ -53,7 +52,7 @@ def exact(
 
 
 def _explicit(score, x, target):
-    s = explained(score, x)
+    s = called("exact", score, x)
     t = target(x) if callable(target) else target
     check_score("exact", s, x)
     checks.check_like("exact", "target", t, x)

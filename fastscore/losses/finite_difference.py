@@ -10,9 +10,8 @@ from torch import Tensor
 from fastscore import scalars
 from fastscore.compiling import eagerly
 from fastscore.dual.once import Once, moves
-from fastscore.losses.projections import check_data, check_score, directions, observed
+from fastscore.losses.projections import called, check_data, check_score, directions, observed
 from fastscore.ops import checks
-from fastscore.ops.functions import explained
 
 
 def finite_difference_sliced(
@@ -100,9 +99,9 @@ def _one(op, score, x, v, mask, h, variance_reduced, once):
     # The two differ in x alone: one draw, one state.
     step = h * v
     with once:
-        plus = explained(score, (x + step).to(x.dtype))
+        plus = called(op, score, (x + step).to(x.dtype))
     with once:
-        minus = explained(score, (x - step).to(x.dtype))
+        minus = called(op, score, (x - step).to(x.dtype))
 
     check_score(op, plus, x)
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastscore import backend as backends
-from fastscore import dual, random, scalars
+from fastscore import dual, precision, random, scalars
 from fastscore.models.energy import EnergyScore
 from fastscore.ops import checks
+from fastscore.ops.functions import in_words
 from fastscore.ops.rademacher_project import project_stack, signs
 from fastscore.tensors import dense
 
@@ -189,9 +190,21 @@ def _as_energy(score):
     return written if isinstance(written, EnergyScore) else score
 
 
+def called(op: str, score: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Any:
+    """What the score returns; PyTorch's refusals of its tensors in one sentence of ours."""
+    try:
+        return score(x, *arguments)
+    except RuntimeError as error:
+        told = in_words(error)
+        if told is not None:
+            raise told from error
+        precision.explain(op, score, x, error)
+        raise
+
+
 def _checked_score(op, score, x, arguments):
     def f(x):
-        s = score(x, *arguments)
+        s = called(op, score, x, *arguments)
         check_score(op, s, x)
         carried = type(s) is type(x) is dual.Dual
         # detach(), a no_grad block or numpy: the trace would silently be zero.

@@ -140,18 +140,6 @@ def in_words(error: Exception) -> RuntimeError | None:
     )
 
 
-def explained(function: Callable, *arguments: Any) -> Any:
-    """function(*arguments), with PyTorch's refusal of tensors of inference mode as one sentence of
-    ours."""
-    try:
-        return function(*arguments)
-    except RuntimeError as error:
-        told = in_words(error)
-        if told is None:
-            raise
-        raise told from error
-
-
 def outside_inference(method: Callable) -> Callable:
     """method(self, ...), which differentiates, outside inference mode, where nothing can be: called
     inside, it returns values.

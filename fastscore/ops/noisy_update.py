@@ -39,7 +39,7 @@ def noisy_update(
         noise: z, same shape and dtype as x. If given, the call is deterministic, takes no seed and
             is plain PyTorch.
         seed, step, stream, offset: the noise key (see fastscore.random); seed and step may be int64
-            tensors on the device.
+            tensors on the device. Count step up: the same key draws the same noise.
         out: where to write, x itself for an in-place step; only without gradients.
         backend: 'reference', 'cpp', 'triton' or 'cuda' instead of the automatic choice.
 

@@ -1,14 +1,13 @@
 """How samplers call a score: its networks in evaluation mode and in their own dtype."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastscore.modes import evaluated, networks
-
-_HALF = (torch.bfloat16, torch.float16)
+from fastscore import precision
+from fastscore.modes import evaluated
 
 
 def prepared(score: Callable, x: torch.Tensor) -> Callable:
@@ -31,7 +30,7 @@ def prepared(score: Callable, x: torch.Tensor) -> Callable:
 
 def explain(op: str, score: Callable, x: torch.Tensor, error: Exception) -> None:
     """Raise what can be said in one sentence about an error that a score raised; else return."""
-    _explain_dtypes(op, score, x, error)
+    precision.explain(op, score, x, error, sampling=True)
     if x.dim() == 1:
         raise ValueError(f"{op}: score failed on x{single_values(x)}") from error
 
@@ -54,28 +53,10 @@ def _half_precision(score: Any, x: torch.Tensor) -> torch.dtype | None:
 
     # As nearly always, the first parameter says that there is no need to ask the others.
     first = next((p.dtype for p in score.parameters() if p.is_floating_point()), None)
-    if first not in _HALF:
+    if first not in precision.HALF:
         return None
 
-    found = _dtypes([score])
-    if len(found) == 1 and found <= {*_HALF} - {x.dtype}:
+    found = precision.dtypes([score])
+    if len(found) == 1 and found <= {*precision.HALF} - {x.dtype}:
         return found.pop()
     return None
-
-
-def _dtypes(modules: Iterable[nn.Module]) -> set[torch.dtype]:
-    return {p.dtype for m in modules for p in m.parameters() if p.is_floating_point()}
-
-
-def _explain_dtypes(op, score, x, error):
-    """PyTorch's complaint about two dtypes, as ours about those of the network and of x."""
-    if not isinstance(error, RuntimeError) or "type" not in str(error):
-        return
-
-    found = _dtypes(networks(score))
-    if len(found) == 1 and x.dtype not in found:
-        theirs, ours = (str(d).removeprefix("torch.") for d in (found.pop(), x.dtype))
-        raise TypeError(
-            f"{op}: the network is {theirs} and x {ours}; hand over the network itself, "
-            "or convert one of them (net.to, or dtype=)."
-        ) from error
