@@ -131,6 +131,11 @@ def test_a_resumed_run_ends_where_the_whole_run_ends(tmp_path):
     )
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
 
+    # A record is of all steps since the last, those before the interruption among them.
+    lines = [run_folder.read_metrics(tmp_path / f) for f in ("whole", "parts")]
+    assert all(line.pop("seconds") >= 0 for line in lines[0] + lines[1])
+    assert lines[0] == lines[1] and len(lines[0]) == 1
+
 
 @pytest.mark.parametrize(
     "options, message",

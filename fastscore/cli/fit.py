@@ -67,7 +67,7 @@ def batches(
 def _updates(config, out, split, images, labels, net, sigmas):
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
     ema = training.averaged(net, config.ema_decay)
-    first = run_folder.restore(out, net, ema, optimizer) if config.resume else 0
+    first, begun = run_folder.restore(out, net, ema, optimizer) if config.resume else (0, {})
     if first > config.steps:
         raise ValueError(
             f"train: {out} has done {first} steps already; steps must be at least that; "
@@ -91,7 +91,7 @@ def _updates(config, out, split, images, labels, net, sigmas):
     data = batches(images, labels, config, first)
     options = {"steps": config.steps, "optimizer": optimizer, "first_step": first, "ema": ema}
     loop = training.training_loop(net, data, loss, **options)
-    metrics = Metrics(len(sigmas), shape.numel() if config.task == "score" else 1)
+    metrics = Metrics(len(sigmas), shape.numel() if config.task == "score" else 1, **begun)
     done = first
     try:
         for state in loop:
@@ -100,10 +100,10 @@ def _updates(config, out, split, images, labels, net, sigmas):
             if done % RECORD_EVERY == 0 or done == config.steps:
                 run_folder.add_metrics(out, metrics.record(done))
             if done % SAVE_EVERY == 0:
-                run_folder.save(out, net, ema, optimizer, done)
+                run_folder.save(out, net, ema, optimizer, done, metrics.state())
             yield state.step, float(state.losses.mean())
     finally:
-        run_folder.save(out, net, ema, optimizer, done)
+        run_folder.save(out, net, ema, optimizer, done, metrics.state())
 
 
 def objective(
@@ -131,17 +131,25 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 class Metrics:
-    """The mean loss at each noise level since the last record, divided by dim."""
+    """The mean loss at each noise level since the last record, divided by dim.
+
+    sums, counts: of a run that goes on between two records.
+    """
 
     sums: Tensor
     counts: Tensor
     begin: float
 
-    def __init__(self, levels: int, dim: int) -> None:
-        self.sums = torch.zeros(levels)
-        self.counts = torch.zeros(levels)
+    def __init__(
+        self, levels: int, dim: int, sums: Tensor | None = None, counts: Tensor | None = None
+    ) -> None:
+        self.sums = torch.zeros(levels) if sums is None else sums.clone()
+        self.counts = torch.zeros(levels) if counts is None else counts.clone()
         self.dim = dim
         self.begin = time.perf_counter()
+
+    def state(self) -> dict[str, Tensor]:
+        return {"sums": self.sums, "counts": self.counts}
 
     def add(self, level: Tensor, values: Tensor) -> None:
         """Take in the losses of one step, and the level of each."""

@@ -236,25 +236,32 @@ def read_config(folder: str | Path) -> tuple[TrainConfig, tuple[int, int, int]]:
 
 
 def save(
-    out: Path, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, steps_done: int
+    out: Path,
+    net: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps_done: int,
+    metrics: dict[str, torch.Tensor],
 ) -> None:
     """Write the averaged weights, and everything that `restore` reads."""
     checkpoint.save(out / "weights.safetensors", ema.module.state_dict())
     state = {f"net.{k}": v for k, v in net.state_dict().items()}
     state |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
     state |= checkpoint.optimizer_tensors(optimizer) | {"step": torch.tensor(steps_done)}
+    state |= {f"metrics.{k}": v for k, v in metrics.items()}
     checkpoint.save(out / "state.safetensors", state)
 
 
 def restore(
     out: Path, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
-) -> int:
-    """Load what `save` wrote; returns the number of steps that are done."""
+) -> tuple[int, dict[str, torch.Tensor]]:
+    """Load what `save` wrote; returns the number of steps that are done, and the metrics."""
     state = checkpoint.load(out / "state.safetensors")
     net.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("net.")})
     ema.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("ema.")})
     checkpoint.restore_optimizer(optimizer, state)
-    return int(state["step"])
+    metrics = {k[8:]: v for k, v in state.items() if k.startswith("metrics.")}
+    return int(state["step"]), metrics
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
