@@ -14,7 +14,10 @@ INSTALL = ".venv/.installed"
 def ci(folder, failing):
     """The result of the script where `make` writes down its target, and fails for one of them."""
     make = folder / "make"
-    make.write_text(f'#!/bin/sh\necho "$1" >> {folder}/targets\n[ "$1" != "{failing}" ]\n')
+    make.write_text(
+        f'#!/bin/sh\necho "$1" >> {folder}/targets\necho "7 passed of $1 in 1.0s"\n'
+        f'[ "$1" != "{failing}" ]\n'
+    )
     make.chmod(0o755)
     environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
     result = children.run([SCRIPT], env=environment, seconds=60)
@@ -31,6 +34,7 @@ def test_every_part_runs_and_one_that_fails_is_said(tmp_path, failing):
     for part in PARTS:
         outcome = "FAILED" if part == failing else "passed"
         assert sum(line.startswith(f"ci: {part}: {outcome}, ") for line in lines) == 1
+    assert lines[-1] == "7 passed of test in 1.0s"
 
 
 @pytest.mark.processes
