@@ -359,7 +359,7 @@ def whole_kernels():
 
 def stack_kernels(arch):
     """Activations of a stack with one tangent, or of a curve; SiLU for every dtype and target."""
-    from fastscore.kernels import activate_dual, activate_jet, activation, tiles
+    from fastscore.kernels import activate, activation, tiles
 
     block = tiles.TABLE["default"]["activate_dual"]["BLOCK"]
     names = "elu", "relu", "gelu", "softplus", "tanh", "sigmoid"
@@ -375,14 +375,14 @@ def stack_kernels(arch):
             "BLOCK": block,
         }
         for kernel in (
-            activate_dual.activate_dual_kernel,
-            activate_dual.activate_dual_gradient_kernel,
+            activate.activate_dual_kernel,
+            activate.activate_dual_gradient_kernel,
         ):
             label = f"{kernel.fn.__name__.removesuffix('_kernel')} {name} {dtype}"
             yield label, kernel, constants, pointers | {"n": "i32"}, (*pointers, "n"), block, 4
         cut = tiles.TABLE["default"]["activate_jet"]
         constants |= {"STRAIGHT": False, "BLOCK": cut["BLOCK"]}
-        for kernel in (activate_jet.activate_jet_kernel, activate_jet.activate_jet_gradient_kernel):
+        for kernel in (activate.activate_jet_kernel, activate.activate_jet_gradient_kernel):
             label = f"{kernel.fn.__name__.removesuffix('_kernel')} {name} {dtype}"
             yield (
                 label,

@@ -26,7 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(os.environ.get("OUT") or ROOT / "gpu-results")
 EMULATED = os.environ.get("FASTSCORE_EMULATED") == "1"
 BENCHMARKS = {
-    "bench-ops": ("random", "noisy_update", "denoising_loss", "normalise", "rademacher_project"),
+    "bench-ops": (
+        "random",
+        "noisy_update",
+        "denoising_loss",
+        "normalise",
+        "rademacher_project",
+        "activate",
+    ),
     "bench-losses": ("sliced", "energy"),
     "bench-loops": ("sampling",),
 }
