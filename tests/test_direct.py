@@ -479,3 +479,16 @@ def test_what_the_checks_refuse_is_refused_without_a_request():
     for draw in (random.normal, random.uniform, random.rademacher):
         with pytest.raises(TypeError, match="dtype must be float32"):
             draw((3,), seed=0, stream=1024, dtype=float)
+
+
+def test_the_norms_of_a_network_at_one_level_go_directly(monkeypatch):
+    """sigma as a number: labels of stride 0 would send all of its norms the long way."""
+    from fastscore import backend, models
+
+    net = models.NCSN(channels=1, ngf=8, sigmas=[1.0, 0.1], image_size=8)
+    called = []
+    plain = backend.call
+    monkeypatch.setattr(backend, "call", lambda *args: called.append(args[1]) or plain(*args))
+    with torch.no_grad():
+        net(torch.rand(2, 1, 8, 8), 1.0)
+    assert called == []

@@ -83,7 +83,8 @@ class NCSN(RefineNet):
         nearest, labels = distance.min(-1)
         if sigma.device.type == "cpu" and checks.readable():
             self._check_level(nearest, sigma)
-        return labels.expand(x.shape[0])
+        # In memory, as every one of the norms would ask for it.
+        return labels.expand(x.shape[0]).contiguous()
 
     def _check_level(self, distance, sigma):
         far = ~(distance.detach() <= max(1e-3, torch.finfo(self.sigmas.dtype).eps))  # NaN is far
