@@ -63,10 +63,10 @@ def _dense(t):
 
 @functools.lru_cache(1024)
 def _divisor(d):
-    """(magic, bits): x // d = (high half of x magic + x) >> bits for x below 2^31 (Granlund and
-    Montgomery 1994)."""
-    bits = (d - 1).bit_length()
-    return ((2**bits - d) << 32) // d + 1 & 0xFFFFFFFF, bits
+    """(magic, bits): x // d = (high half of x magic) >> bits for x below 2^31 and d of 2 and more,
+    as csrc/noisy_update.cu has it."""
+    bits = max((d - 1).bit_length(), 1)
+    return ((1 << 31 + bits) // d + 1) & 0xFFFFFFFF, bits - 1
 
 
 def _in_memory(number, like):

@@ -10,7 +10,8 @@ from fastscore.kernels.philox import KEY, in_order, inside, int64, narrow, polar
 def coefficient(each_ptr, number, sample, mask, PER_SAMPLE: tl.constexpr, dtype: tl.constexpr):
     """0: the number; 1: one value on the device; 2: one value per sample."""
     if PER_SAMPLE == 2:
-        return tl.load(each_ptr + sample, mask=mask, other=0.0).to(dtype)
+        other: tl.constexpr = None if mask is None else 0.0
+        return tl.load(each_ptr + sample, mask=mask, other=other).to(dtype)
     elif PER_SAMPLE == 1:
         return tl.load(each_ptr).to(dtype)
     else:
@@ -21,9 +22,7 @@ def coefficient(each_ptr, number, sample, mask, PER_SAMPLE: tl.constexpr, dtype:
 def sample_of(at, magic, bits):
     """at // per_sample for uint32 below 2^31, by the product that kernels/__init__.py's
     `_divisor` prepares."""
-    return ((tl.umulhi(at, int64(magic).to(tl.uint32)) + at) >> int64(bits).to(tl.uint32)).to(
-        tl.int32
-    )
+    return (tl.umulhi(at, int64(magic).to(tl.uint32)) >> int64(bits).to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit
@@ -67,19 +66,23 @@ def noisy_update_kernel(
     EACH: coefficients are those of samples, and what a thread loads at once lies in one of them.
     """
     program = tl.program_id(0).to(tl.int64)
-    lane, mask = inside(n, program * (4 * BLOCK), shift, 4 * BLOCK)
-    index = (program * (4 * BLOCK) - shift) + lane
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     pairs: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth == 16
-    sample, known = index, mask
     if EACH:
+        # Of 32 bits, and an offset at a block's start. Beyond the end the coefficients are the
+        # last sample's: loads without a mask need no zeros for the lanes that are out.
+        begin = tl.program_id(0) * (4 * BLOCK)
+        lane = tl.arange(0, 4 * BLOCK)
+        mask = lane < n - begin
         groups: tl.constexpr = BLOCK // 2 if pairs else BLOCK
-        at = (program * (4 * BLOCK)).to(tl.uint32) + (
-            tl.arange(0, groups) * (4 * BLOCK // groups)
-        ).to(tl.uint32)
-        sample, known = sample_of(at, magic, bits), at.to(tl.int32) < n
-    elif A_KIND == 2 or B_KIND == 2:
-        sample = index // per_sample
+        at = tl.minimum(begin + tl.arange(0, groups) * (4 * BLOCK // groups), n - 1)
+        sample, known = sample_of(at.to(tl.uint32), magic, bits), None
+    else:
+        begin = program * (4 * BLOCK) - shift
+        lane, mask = inside(n, program * (4 * BLOCK), shift, 4 * BLOCK)
+        sample, known = begin + lane, mask
+        if A_KIND == 2 or B_KIND == 2:
+            sample = sample // per_sample
     scale = 1.0   # of the radii: one coefficient in float32 costs a product per pair there
     if (EACH or B_KIND != 2) and not WIDE:
         scale = coefficient(b_ptr, b, sample, known, B_KIND, dtype)
@@ -90,13 +93,15 @@ def noisy_update_kernel(
     # shifted tensors would round differently.
     y = tl.zeros([4 * BLOCK], dtype)
     if HAS_X:
-        y = tl.load(x_ptr + index, mask=mask, other=0.0).to(dtype)
+        y = tl.load(x_ptr + begin + lane, mask=mask, other=0.0).to(dtype)
     if HAS_D:
-        d = tl.load(d_ptr + index, mask=mask, other=0.0).to(dtype)
+        d = tl.load(d_ptr + begin + lane, mask=mask, other=0.0).to(dtype)
         drift = coefficient(a_ptr, a, sample, known, A_KIND, dtype)
         if EACH and A_KIND == 2:
             drift = each_element(drift, pairs)
-        y = tl.fma(tl.zeros_like(d) + drift, d, y)
+        else:
+            drift = tl.zeros_like(d) + drift
+        y = tl.fma(drift, d, y)
     if WIDE:
         y = tl.fma(
             tl.zeros_like(y) + coefficient(b_ptr, b, sample, mask, B_KIND, dtype),
@@ -107,4 +112,4 @@ def noisy_update_kernel(
         if B_KIND == 2 and not EACH:
             radius *= coefficient(b_ptr, b, sample, mask, B_KIND, dtype)
         y = tl.fma(radius, direction, y)
-    tl.store(out_ptr + index, narrow(y, out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + begin + lane, narrow(y, out_ptr.dtype.element_ty), mask=mask)

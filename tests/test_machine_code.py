@@ -129,18 +129,17 @@ def test_every_cuda_kernel_compiles_without_spills(cuda_rows):
 def test_instructions_per_element_do_not_grow(triton_rows, request):
     """The goal is 30 for one coefficient per call.
 
-    Today Triton stands at 32.6 (float32) and 33.1 (bfloat16), CUDA C++ at 30.3 and 31.9.
+    Today Triton stands at 32.6 (float32) and 33.0 (bfloat16), CUDA C++ at 30.3 and 31.9.
 
-    With coefficients of each sample the goal is 34; Triton stands at 35.6 and 34.5 (16 or 32
-    elements a thread).
+    With coefficients of each sample the goal is 34; Triton stands at 34.2 and 33.9 (16 or 32
+    elements a thread), Triton 3.6 at 34.6 and 34.0.
     """
     for name, row in triton_rows.items():
         if "noisy_update" in name:
             # On sm_90 a thread takes 4 elements (8 of a 16-bit type), not 16 (32): more
             # instructions for each, in less time (kernels/tiles.py).
-            limit = (46 if "fp64" in name else 37 if "each" in name else 36) + 11 * name.endswith(
-                "sm_90"
-            )
+            limit = 39 if "fp64" in name else 34.6 if "each" in name else 33
+            limit += (18 if "fp64" in name else 10.5) * name.endswith("sm_90")
             assert row["per_element"] <= limit, (name, row)
             assert row["registers"] <= 32 or not name.endswith("sm_90") or "fp64" in name, (
                 name,
