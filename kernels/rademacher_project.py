@@ -50,6 +50,23 @@ def signed(x, bits):
 
 
 @triton.jit
+def signed_all(g, bits, dtype: tl.constexpr, compute: tl.constexpr):
+    """The number `g` of each row, as `dtype`, with the sign of each element of `bits`."""
+    if dtype.primitive_bitwidth == 16 and not INTERPRETED:
+        # Both of a pair at once: rounded before, for their signs do not matter for that.
+        flip: tl.constexpr = """{
+            .reg .b32 both;
+            prmt.b32 both, $2, $3, 0x7632;
+            lop3.b32 $0, $1, both, 0x80008000, 0x78;
+        }"""
+        each = tl.broadcast_to(narrow(g, dtype), bits.shape)
+        return tl.inline_asm_elementwise(
+            flip, "=r,r,r,r", [each, bits], dtype=each.dtype, is_pure=True, pack=2
+        )
+    return narrow(signed(tl.zeros(bits.shape, compute) + g, bits), dtype)
+
+
+@triton.jit
 def load(ptr, mask, dtype: tl.constexpr, FULL: tl.constexpr):
     v = tl.load(ptr) if FULL else tl.load(ptr, mask=mask, other=0.0)
     return v.to(dtype)
@@ -251,7 +268,7 @@ def spread_kernel(
                 bits = signs(block, m, key_ptr, seed, step, stream, HAS_KEY, False)
                 if HAS_GJS:
                     each = tl.load(gvjv_ptr + m * samples + sample, mask=valid, other=0.0)
-                    g = signed(tl.zeros([ROWS, 128 * BLOCKS], dtype) + each, bits)
+                    g = signed_all(each, bits, gjs_ptr.dtype.element_ty, dtype)
                     store(
                         gjs_ptr + whole(m * samples * per_sample, ALIGNED) + at + lane,
                         g,

@@ -161,12 +161,13 @@ def test_instructions_per_element_do_not_grow(triton_rows, request):
             )
         if name.startswith(("project", "spread")) and "fp64" not in name:
             # Each warp computes the 32 Philox blocks of a tile, 2 instructions an element; a sign
-            # flip is 2, a sum 1, of bfloat16 a conversion 1 for each tensor; three sums over a
-            # program's threads take 3, of several tiles a part of that.
+            # flip is 2, a sum 1, of bfloat16 a conversion 1 for each tensor that is read and half
+            # of that for one that is written; three sums over a program's threads take 3, of
+            # several tiles a part of that.
             limits = (
                 {"long": 15, "full": 19, "masked": 20.5}
                 if name.startswith("project")
-                else {"long": 15.5, "full": 15.5, "masked": 17}
+                else {"long": 15, "full": 15, "masked": 16.5}
             )
             assert row["per_element"] <= limits[name.split()[1]] and row["registers"] <= 110, (
                 name,
