@@ -42,7 +42,7 @@ ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
-REGISTER_ONLY = {"door", "library"}  # no kernels inside: compiled once
+REGISTER_ONLY = {"door", "door_stacks", "library"}  # no kernels inside: compiled once
 
 
 class BuildError(Exception):

@@ -120,6 +120,12 @@ namespace fastscore {
 namespace {
 
 template <class Kernel>
+void launch(Kernel kernel, const ActivateArgs& p, int64_t bytes) {
+  advise_huge_pages(p.out, bytes);
+  for_tiles(p.n, 1024, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+template <class Kernel>
 void launch(Kernel kernel, Tensor& out, const Tensor& s, const OptionalTensor& g, int64_t directions, bool straight, int64_t activation) {
   STD_TORCH_CHECK(out.is_contiguous() && s.is_contiguous() && (!g || g->is_contiguous()), "fastscore: activations need contiguous tensors");
   STD_TORCH_CHECK(float_dtype_of(s) != kFloat64, "fastscore: activations take float32, bfloat16 or float16");
@@ -127,8 +133,7 @@ void launch(Kernel kernel, Tensor& out, const Tensor& s, const OptionalTensor& g
   STD_TORCH_CHECK(kElu <= activation && activation <= kGeluTanh, "fastscore: activation must be in ", kElu + 0, "..", kGeluTanh + 0, "; got ", activation);
   const int64_t n = s.numel() / s.size(0);
   const ActivateArgs p{out.mutable_data_ptr(), s.const_data_ptr(), pointer(g), dtype_of(s), n, directions, straight, static_cast<int>(activation)};
-  advise_huge_pages(p.out, out.numel() * static_cast<int64_t>(out.element_size()));
-  for_tiles(n, 1024, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  launch(kernel, p, out.numel() * static_cast<int64_t>(out.element_size()));
 }
 
 void activate_dual(Tensor out, Tensor s, OptionalTensor g, int64_t activation) {
@@ -148,6 +153,10 @@ void activate_jet(Tensor out, Tensor s, OptionalTensor g, int64_t directions, in
 }
 
 }  // namespace
+
+void launch_dual(const ActivateArgs& p) {
+  launch(FS_PICK(activate_dual), p, (1 + p.directions) * p.n * (p.dtype == kFloat32 ? 4 : 2));
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastscore, m) {
   m.def("activate_dual(Tensor(a!) out, Tensor s, Tensor? g, int activation) -> ()");

@@ -5,6 +5,8 @@
 
 namespace fastscore {
 
+enum Activation : int { kIdentity, kElu, kSilu, kRelu, kGelu, kSoftplus, kTanh, kSigmoid, kGeluTanh };   // as numbered in fastscore/ops
+
 // First order: stacks (1 + M, n) of u and du, y and dy. Second: (1 + 2M, n) of u, all u', all u''; or (1 + M, n) where u'' = 0.
 struct ActivateArgs {
   void* out;               // y and its derivatives, or the cotangents of s
@@ -17,5 +19,6 @@ struct ActivateArgs {
 
 FS_DECLARE(activate_dual, const ActivateArgs&, int64_t begin, int64_t end)
 FS_DECLARE(activate_jet, const ActivateArgs&, int64_t begin, int64_t end)
+void launch_dual(const ActivateArgs& p);   // the copy for this processor, on all threads
 
 }  // namespace fastscore

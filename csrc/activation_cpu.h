@@ -2,11 +2,10 @@
 #pragma once
 #include <cmath>
 
+#include "activate.h"
 #include "vector_cpu.h"
 
 namespace fastscore {
-
-enum Activation : int { kIdentity, kElu, kSilu, kRelu, kGelu, kSoftplus, kTanh, kSigmoid, kGeluTanh };   // as numbered in fastscore/ops
 
 namespace {
 

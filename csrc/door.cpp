@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "denoising_loss.h"
+#include "door_stacks.h"
 #include "noisy_update.h"
 #include "normalise.h"
 #include "plain.h"
@@ -286,13 +287,22 @@ PyObject* open(PyObject*, PyObject* torch) {
   Py_RETURN_TRUE;
 }
 
-PyMethodDef methods[] = {
-    {"open", open, METH_O, nullptr},
-    {"noisy_update", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(noisy_update)), METH_FASTCALL, nullptr},
-    {"noise_reduce", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(noise_reduce)), METH_FASTCALL, nullptr},
-    {"fill", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fill)), METH_FASTCALL, nullptr},
-    {"normalise", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(normalise)), METH_FASTCALL, nullptr},
-    {nullptr, nullptr, 0, nullptr}};
+using Door = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+PyMethodDef method(const char* name, Door door) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door)), METH_FASTCALL, nullptr};
+}
+
+PyMethodDef methods[] = {{"open", open, METH_O, nullptr},
+                         method("noisy_update", noisy_update),
+                         method("noise_reduce", noise_reduce),
+                         method("fill", fill),
+                         method("normalise", normalise),
+                         method("activate", door_activate),
+                         method("signed_stack", door_signed_stack),
+                         method("project_stack", door_project_stack),
+                         method("spread_stack", door_spread_stack),
+                         {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 }  // namespace fastscore

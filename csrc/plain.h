@@ -1,4 +1,4 @@
-// What door.cpp takes from Python: plain tensors, numbers, noise keys and coefficients, or the news that they are not plain.
+// What the doors (door.cpp, door_stacks.cpp) take from Python: plain tensors, numbers, noise keys and coefficients, or the news that they are not plain.
 #pragma once
 #include <Python.h>
 
@@ -9,7 +9,6 @@
 #include "torch_cpu.h"
 
 namespace fastscore {
-namespace {
 
 // How DLPack 1 describes a tensor, and the table of functions in which PyTorch offers that.
 struct DLTensor {
@@ -27,10 +26,6 @@ struct DLPackExchange {
   int (*describe)(void* object, DLTensor* out);
 };
 
-constexpr int32_t kCpu = 1;
-constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
-constexpr int64_t kInOneThread = 16 * 1024;   // elements: beyond them others may run Python meanwhile
-
 // What is asked of PyTorch, looked up once.
 struct Torch {
   int (*describe)(void*, DLTensor*);
@@ -38,7 +33,13 @@ struct Torch {
   PyObject *forward_ad, *level, *requires_grad, *new_empty, *sqrt, *dtype, *device;
   PyObject *modes, *function_modes, *transforms, *tracing, *profiling, *inference_mode;
 };
-Torch torch_{};
+inline Torch torch_{};   // of both
+
+namespace {
+
+constexpr int32_t kCpu = 1;
+constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
+constexpr int64_t kInOneThread = 16 * 1024;   // elements: beyond them others may run Python meanwhile
 
 PyObject* refused() {
   PyErr_Clear();
@@ -91,6 +92,12 @@ struct View {
   int64_t batch() const { return t.ndim ? t.shape[0] : 1; }
   bool like(const View& x) const {
     return dtype == x.dtype && t.ndim == x.t.ndim && !std::memcmp(t.shape, x.t.shape, sizeof(int64_t) * t.ndim);
+  }
+  bool contiguous() const {
+    int64_t expected = 1;
+    for (int32_t d = t.ndim - 1; d >= 0; expected *= t.shape[d--])
+      if (t.shape[d] != 1 && t.strides[d] != expected) return false;
+    return true;
   }
   bool same_place(const View& x) const { return data() == x.data() && !std::memcmp(t.strides, x.t.strides, sizeof(int64_t) * t.ndim); }
   const char* end() const {

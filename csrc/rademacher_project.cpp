@@ -202,14 +202,52 @@ void sizes(Args& p, const OptionalTensor& js, const OptionalTensor& s, int64_t p
   p.samples = js ? js->size(1) : s->size(0);
   const int64_t n = js ? js->numel() / (projections > 0 ? projections : 1) : s->numel();
   p.per_sample = p.samples > 0 ? n / p.samples : 0;
-  p.chunks = p.per_sample <= kSignChunk ? 1 : (p.per_sample + kSignChunk - 1) / kSignChunk;
 }
+
+int64_t chunks(int64_t per_sample) { return per_sample <= kSignChunk ? 1 : (per_sample + kSignChunk - 1) / kSignChunk; }
 
 template <class Args>
 int64_t grain(const Args& p) {
   const int64_t task = (p.chunks == 1 ? p.per_sample : kSignChunk) * p.projections;
   return (32768 + task - 1) / task;
 }
+
+}  // namespace
+
+void launch(ProjectArgs& p) {
+  p.chunks = chunks(p.per_sample);
+  const int64_t tasks = p.samples * p.chunks, sums = 2 * p.projections + 1;
+  std::vector<double> partial(p.chunks > 1 ? tasks * sums : 0);
+  p.partial = p.chunks > 1 ? partial.data() : nullptr;
+  const auto kernel = FS_PICK(rademacher_project);
+  torch::stable::parallel_for(0, tasks, grain(p), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  if (p.chunks == 1) return;
+  const auto put = [&](void* out, int64_t at, double value) {
+    if (!out) return;
+    if (p.dtype == kFloat64) static_cast<double*>(out)[at] = value;
+    else static_cast<float*>(out)[at] = static_cast<float>(value);
+  };
+  for (int64_t b = 0; b < p.samples; ++b)
+    for (int64_t k = 0; k < sums; ++k) {
+      double total = 0;
+      for (int64_t c = 0; c < p.chunks; ++c) total += partial[(b * p.chunks + c) * sums + k];
+      if (k < p.projections) put(p.vjv, k * p.samples + b, total);
+      else if (k < 2 * p.projections) put(p.vs, (k - p.projections) * p.samples + b, total);
+      else put(p.ss, b, total);
+    }
+}
+
+void launch(SpreadArgs& p) {
+  p.chunks = chunks(p.per_sample);
+  const int64_t elements = p.samples * p.per_sample, bytes = elements * (p.dtype == kFloat64 ? 8 : p.dtype == kFloat32 ? 4 : 2);
+  p.bypass_cache = p.dtype == kFloat32 && elements * (p.gjs ? p.projections : 1) >= (int64_t{1} << 22);
+  if (p.gjs) advise_huge_pages(p.gjs, bytes * p.projections);
+  if (p.gs) advise_huge_pages(p.gs, bytes);
+  const auto kernel = FS_PICK(rademacher_spread);
+  torch::stable::parallel_for(0, p.samples * p.chunks, grain(p), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+namespace {
 
 void rademacher_project(OptionalTensor vjv, OptionalTensor vs, OptionalTensor ss, OptionalTensor js, OptionalTensor s, int64_t projections,
                         OptionalTensor key, int64_t seed, int64_t step, int64_t stream, int64_t offset) {
@@ -225,25 +263,7 @@ void rademacher_project(OptionalTensor vjv, OptionalTensor vs, OptionalTensor ss
   }
   if (js) p.js_nest = nest_of(*js, std::nullopt, std::nullopt);
   if (s) p.s_nest = nest_of(*s, std::nullopt, std::nullopt);
-  const int64_t tasks = p.samples * p.chunks, sums = 2 * projections + 1;
-  std::vector<double> partial(p.chunks > 1 ? tasks * sums : 0);
-  p.partial = p.chunks > 1 ? partial.data() : nullptr;
-  const auto kernel = FS_PICK(rademacher_project);
-  torch::stable::parallel_for(0, tasks, grain(p), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
-  if (p.chunks == 1) return;
-  const auto put = [&](void* out, int64_t at, double value) {
-    if (!out) return;
-    if (p.dtype == kFloat64) static_cast<double*>(out)[at] = value;
-    else static_cast<float*>(out)[at] = static_cast<float>(value);
-  };
-  for (int64_t b = 0; b < p.samples; ++b)
-    for (int64_t k = 0; k < sums; ++k) {
-      double total = 0;
-      for (int64_t c = 0; c < p.chunks; ++c) total += partial[(b * p.chunks + c) * sums + k];
-      if (k < projections) put(p.vjv, k * p.samples + b, total);
-      else if (k < 2 * projections) put(p.vs, (k - projections) * p.samples + b, total);
-      else put(p.ss, b, total);
-    }
+  launch(p);
 }
 
 void rademacher_spread(OptionalTensor gjs, OptionalTensor gs, OptionalTensor g_vjv, OptionalTensor g_vs, OptionalTensor g_ss,
@@ -260,12 +280,7 @@ void rademacher_spread(OptionalTensor gjs, OptionalTensor gs, OptionalTensor g_v
   if (gjs) p.gjs_nest = nest_of(*gjs, std::nullopt, std::nullopt);
   if (gs) p.gs_nest = nest_of(*gs, std::nullopt, std::nullopt);
   if (s) p.s_nest = nest_of(*s, std::nullopt, std::nullopt);
-  const int64_t elements = p.samples * p.per_sample;
-  p.bypass_cache = p.dtype == kFloat32 && elements * (gjs ? projections : 1) >= (int64_t{1} << 22);
-  for (const OptionalTensor& g : {gjs, gs})
-    if (g) advise_huge_pages(const_cast<void*>(g->const_data_ptr()), g->numel() * static_cast<int64_t>(g->element_size()));
-  const auto kernel = FS_PICK(rademacher_spread);
-  torch::stable::parallel_for(0, p.samples * p.chunks, grain(p), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  launch(p);
 }
 
 }  // namespace

@@ -32,4 +32,8 @@ struct SpreadArgs {
 FS_DECLARE(rademacher_project, const ProjectArgs&, int64_t begin, int64_t end)
 FS_DECLARE(rademacher_spread, const SpreadArgs&, int64_t begin, int64_t end)
 
+// The copy for this processor, on all threads; chunks, partial sums and bypass_cache are theirs to set.
+void launch(ProjectArgs& p);
+void launch(SpreadArgs& p);
+
 }  // namespace fastscore

@@ -186,7 +186,7 @@ def test_the_numbers_of_activations_are_those_of_the_kernels():
 
     root = Path(__file__).parent.parent
     cpp = re.search(
-        r"enum Activation : int \{(.*?)\}", (root / "csrc/activation_cpu.h").read_text()
+        r"enum Activation : int \{(.*?)\}", (root / "csrc/activate.h").read_text()
     )[1]
     assert [name.strip().removeprefix("k").lower() for name in cpp.split(",")] == [
         n.replace("_", "") for n in names

@@ -94,11 +94,20 @@ def jvp(f: Callable[..., Any], x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @eagerly("fastscore.jvp runs eagerly")
-def stacked_jvp(f: Callable[..., Any], x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """f(x) and J v_m for v (M, *x.shape), side by side: (1 + M, *f(x).shape)."""
+def stacked_jvp(
+    f: Callable[..., Any],
+    x: Tensor,
+    v: Tensor | Callable[[], Tensor],
+    start: Tensor | None = None,
+) -> Tensor:
+    """f(x) and J v_m for v (M, *x.shape), side by side: (1 + M, *f(x).shape).
+
+    start: x and v side by side, which f may write into; v then makes the directions again, for what
+    needs them after that.
+    """
     with as_written:
         try:
-            return _routed(f, x, v)
+            return _routed(f, x, v, start)
         except RuntimeError as error:
             told = in_words(error)
             if told is None:
@@ -106,8 +115,8 @@ def stacked_jvp(f: Callable[..., Any], x: Tensor, v: Tensor) -> tuple[Tensor, Te
             raise told from error
 
 
-def _routed(f, x, v):
-    if torch._C._functorch.maybe_current_level() is not None:
+def _routed(f, x, v, start):
+    if torch._C._functorch.maybe_current_level() is not None:   # where nothing has started
         with _forward_gradients():
             return _transformed(f, x, v)
     if hasattr(thread, "call") or isinstance(x, Dual) or isinstance(v, Dual):
@@ -117,10 +126,10 @@ def _routed(f, x, v):
 
     transposed.see_functions()
     if torch._C._is_fwd_grad_enabled() and not torch._C._len_torch_dispatch_stack():
-        return _carried(f, x, v)
+        return _carried(f, x, v, start)
 
     with _forward_gradients(), _as_dispatched():
-        return _carried(f, x, v)
+        return _carried(f, x, v, start)
 
 
 def _as_dispatched():
@@ -163,13 +172,15 @@ def _unseen(error):
     ).with_traceback(error.__traceback__)
 
 
-def _carried(f, x, v):
+def _carried(f, x, v, start):
     once = Once(x.device, f)
     try:
+        if start is None:
+            start = _side_by_side(x, v)
         if once.quiet and not torch._C._len_torch_dispatch_stack():
-            return _stacked(f, x, v)
+            return _stacked(f, start)
         with once.watched(), _as_dispatched():
-            return _stacked(f, x, v)
+            return _stacked(f, start)
     except NoRule as error:
         once.undo()
         fallback.warn(error)
@@ -188,6 +199,8 @@ def _carried(f, x, v):
         )
 
     # f as a whole, and first by what calls it once.
+    if callable(v):
+        v = v()
     try:
         check_once("f, for the operation that the FallbackWarning names,", f)
         with in_one_sentence(), once.watched():
@@ -204,7 +217,7 @@ def _carried(f, x, v):
             raise error from None
 
 
-def _stacked(f, x, v):
+def _side_by_side(x, v):
     s = torch.cat([x[None], v])
     if (
         x.dim() == 4
@@ -212,6 +225,10 @@ def _stacked(f, x, v):
         and x.is_contiguous(memory_format=torch.channels_last)
     ):
         s = s.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, s.shape[:2])
+    return s
+
+
+def _stacked(f, s):
     with Call(torch.is_grad_enabled(), waits=not sharded(f)):
         y = f(Dual(s))
         if isinstance(y, Dual):
@@ -221,7 +238,7 @@ def _stacked(f, x, v):
     if not isinstance(y, torch.Tensor):
         raise TypeError(f"jvp: f must return a tensor; got {type(y).__name__}.")
 
-    return torch.cat([y[None], y.new_zeros(len(v), *y.shape)])   # no function of x
+    return torch.cat([y[None], y.new_zeros(len(s) - 1, *y.shape)])   # no function of x
 
 
 def _forward_mode(f, x, v):
@@ -277,7 +294,7 @@ def _transformed(f, x, v):
     if not hasattr(thread, "call"):
         try:
             with once.watched():
-                return _stacked(f, x, v)
+                return _stacked(f, _side_by_side(x, v))
         except RuntimeError as error:   # what the transform does not take comes again
             if not isinstance(error, NoRule) and str(error).startswith("fastscore"):
                 raise

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastscore import backend as backends
 from fastscore import dual, precision, random, scalars
+from fastscore.losses.signed import signed_mean
 from fastscore.models.energy import EnergyScore
 from fastscore.ops import checks
 from fastscore.ops.functions import in_words
-from fastscore.ops.rademacher_project import project_stack, signs
 from fastscore.tensors import dense
 
 DISTRIBUTIONS = ("rademacher", "gaussian", "sphere")
@@ -251,44 +250,12 @@ def sliced_estimate(
     ):
         if type(variance_reduced) is not bool:
             variance_reduced = checks.flag(op, "variance_reduced", variance_reduced)
-        return signed_mean(op, score, x, projections, variance_reduced, arguments, **key)
+        f = _checked_score(op, score, x, arguments)
+        return signed_mean(op, f, x, projections, variance_reduced, **key)
 
     v = directions(op, x, projections, distribution, v, mask, **key)
     variance_reduced = checks.flag(op, "variance_reduced", variance_reduced)
     return sliced_mean(op, score, x, v, mask, variance_reduced, arguments)
-
-
-def signed_mean(
-    op: str,
-    score: Callable[..., Tensor],
-    x: Tensor,
-    projections: int,
-    variance_reduced: bool,
-    arguments: tuple[Any, ...],
-    seed: int | Tensor | None,
-    step: int | Tensor,
-    offset: int,
-) -> Tensor:
-    """`sliced_mean` along signs.
-
-    Projection and reduction read s and Jv once, and the signs are never stored for the backward
-    pass.
-    """
-    chosen = backends.choose(x.device, cuda=False)   # a GPU runs the Triton kernels
-    key, *numbers = random.noise_key(op, seed, step, random.PROJECTION, 0, offset, x.device)
-    numbers = tuple(numbers)
-    stack = dual.stacked_jvp(
-        _checked_score(op, score, x, arguments), x, signs(x, projections, key, numbers, chosen)
-    )
-    if stack.dtype != x.dtype:
-        dtype = checks.compute_dtype(x.dtype)
-        stack = stack if checks.compute_dtype(stack.dtype) == dtype else stack.to(dtype)
-
-    vjv, vs, ss = project_stack(stack, key, numbers, chosen)
-    if not variance_reduced:
-        return (vjv + 0.5 * vs.square()).mean(0)
-
-    return torch.add(vjv[0] if projections == 1 else vjv.mean(0), ss, alpha=0.5)
 
 
 def sliced_mean(

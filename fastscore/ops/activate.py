@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from fastscore import backend as _backend
+from fastscore import direct
 from fastscore.compiling import allow_in_graph
 from fastscore.ops.activations import ACTIVATIONS, times_slope
 from fastscore.ops.functions import contiguous, quick
@@ -35,6 +36,10 @@ def activated(s: Tensor, name: str, chosen: str) -> Tensor:
     """The same with the back end chosen, where no derivative is taken."""
     if chosen == "reference" or (chosen == "cpp" and s.dtype == torch.float64):  # `_plain`
         return activate_dual_ref(s, name)
+    if chosen == "cpp" and (door := direct.door) is not None:
+        y = door.activate(s, None, ACTIVATIONS[name].code, False)
+        if y is not None:
+            return y
     s = s if s.is_contiguous() else contiguous(s)
     out = torch.empty_like(s)
     _backend.call(chosen, "activate_dual", out, s, None, ACTIVATIONS[name].code)
@@ -68,6 +73,10 @@ def gradient(s: Tensor, g: Tensor, name: str, chosen: str, overwrite: bool = Fal
     """
     if _plain(s, chosen) or _backend._dual_level():  # the Function has no forward mode
         return _gradient_ref(name, s, g)
+    if chosen == "cpp" and (door := direct.door) is not None:
+        gs = door.activate(s, g, ACTIVATIONS[name].code, overwrite)
+        if gs is not None:
+            return gs
     s, g = contiguous(s), contiguous(g)
     # every element of g is read before its place is written
     gs = g if overwrite else torch.empty_like(s)

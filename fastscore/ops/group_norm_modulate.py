@@ -135,6 +135,7 @@ def group_norm_modulate_dual(
 
 def _arguments(op, x, num_groups, weight, bias, scale, shift, eps, activation):
     """(coef, no labels, form): the two affine maps as one."""
+    x = checks.stand_in(x)
     checks.check_float(op, "x", x)
     check_image(op, x)
     B, C = x.shape[:2]

@@ -210,6 +210,7 @@ def conditional_instance_norm_plus_dual(
 
 def _columns(op, x, gamma, alpha, beta, eps, activation):
     """(coef, no labels, form) from separate coefficients."""
+    x = checks.stand_in(x)
     checks.check_float(op, "x", x)
     check_image(op, x)
     coefficients = {"gamma": gamma, "alpha": alpha, "beta": beta}
@@ -227,6 +228,7 @@ def _columns(op, x, gamma, alpha, beta, eps, activation):
 
 def _rows(op, x, labels, weight, eps, activation, bias):
     """(coef, labels, form) from a table."""
+    x = checks.stand_in(x)
     checks.check_float(op, "x", x)
     check_image(op, x)
     checks.check_float(op, "weight", weight)

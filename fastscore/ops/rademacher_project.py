@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fastscore import backend as _backend
-from fastscore import random
+from fastscore import direct, random
 from fastscore.compiling import allow_in_graph
 from fastscore.ops import checks
-from fastscore.ops.functions import Direct, contiguous, plain, quick, save, saved
+from fastscore.ops.functions import contiguous, plain, quick, save, saved
 from fastscore.ops.noisy_update_functions import refuse_mapped_key
 
 
@@ -294,55 +294,53 @@ def _sum(t, dims):
     return t.flatten(dims).sum(-1) if t.dim() > dims else t
 
 
-class _ProjectStack(Direct):
-    """`project` on a stack (1 + M, B, *) of s and Jv, whose gradient is one stack as well. Reverse
-    mode alone."""
-
-    @staticmethod
-    def forward(ctx, stack, key, numbers, backend):
-        ctx.key, ctx.numbers, ctx.backend = key, numbers, backend
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(stack)
-        return run_project(stack[1:], stack[0], len(stack) - 1, key, numbers, backend)
-
-    @staticmethod
-    def backward(ctx, g_vjv, g_vs, g_ss):
-        if g_vjv is None and g_vs is None and g_ss is None:
-            return (None,) * 4
-        (stack,), key = ctx.saved_tensors, (ctx.key, ctx.numbers, ctx.backend)
-        s, js = stack[0], stack[1:]
-        if torch.is_grad_enabled():
-            gjs, gs = _spread(g_vjv, g_vs, g_ss, s, (_layout(js), _layout(s)), len(js), *key)
-            gs, gjs = (
-                torch.zeros_like(like) if given is None else given
-                for like, given in ((s, gs), (js, gjs))
-            )
-            return torch.cat([gs[None], gjs]), None, None, None
-        g = torch.empty_like(stack)
-        gjs, gs = None if g_vjv is None else g[1:], None if g_vs is None and g_ss is None else g[0]
-        run_spread(g_vjv, g_vs, g_ss, s, (gjs, gs), len(js), *key)
-        for part, given in ((g[1:], gjs), (g[0], gs)):
-            if given is None:
-                part.zero_()
-        return g, None, None, None
-
-
 def project_stack(
     stack: Tensor,
     key: Tensor | None,
     numbers: tuple[int, int, int, int],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`project` on a stack (1 + M, B, *): s and then Jv, side by side in memory."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.maybe_current_level() is not None
-        or _backend._dual_level()
-    ):
-        return project(stack[0], stack[1:], key, numbers, backend)
-    if _backend.derivative_possible(stack):
-        return _ProjectStack.apply(stack, key, numbers, backend)
+) -> tuple[Tensor, ...]:
+    """`project` on a stack (1 + M, B, *) of s and Jv, with no derivative."""
+    if key is None and (door := _direct(backend)) is not None:
+        sums = door.project_stack(stack, *numbers)
+        if sums is not None:
+            return sums
     return run_project(stack[1:], stack[0], len(stack) - 1, key, numbers, backend)
+
+
+def spread_stack(
+    stack: Tensor,
+    g_vjv: Tensor,
+    g_vs: Tensor | None,
+    g_ss: Tensor | None,
+    key: Tensor | None,
+    numbers: tuple[int, int, int, int],
+    backend: str,
+) -> Tensor:
+    """The cotangent of that stack, with no derivative; of g_vs and g_ss one is given."""
+    if key is None and (door := _direct(backend)) is not None:
+        g = door.spread_stack(stack, g_vjv, g_vs, g_ss, *numbers)
+        if g is not None:
+            return g
+    g = torch.empty_like(stack)
+    run_spread(g_vjv, g_vs, g_ss, stack[0], (g[1:], g[0]), len(stack) - 1, key, numbers, backend)
+    return g
+
+
+def signed_stack(
+    x: Tensor,
+    projections: int,
+    key: Tensor | None,
+    numbers: tuple[int, int, int, int],
+    backend: str,
+) -> Tensor | None:
+    """x and its signs side by side, (1 + M, *x.shape), where both are plain; else None."""
+    door = None if key is not None else _direct(backend)
+    return None if door is None else door.signed_stack(x, projections, *numbers)
+
+
+def _direct(backend):
+    return direct.door if backend == "cpp" else None
 
 
 def _spread(g_vjv, g_vs, g_ss, s, layouts, projections, key, numbers, backend):

@@ -1,0 +1,167 @@
+// The doors of dual numbers: stacks (1 + M, *) of a value and its M tangents, between the products of a network.
+#include "door_stacks.h"
+
+#include <cstring>
+#include <vector>
+
+#include "activate.h"
+#include "plain.h"
+#include "rademacher_project.h"
+
+namespace fastscore {
+namespace {
+
+// The whole number of directions of a stack (1 + M, B, *).
+bool look_stack(PyObject* o, View& v, int64_t& directions) {
+  if (!look_float(o, v) || v.t.ndim < 2) return false;
+  directions = v.t.shape[0] - 1;
+  return directions >= 1;
+}
+
+// The tangents (M, B, *) of a stack, and its value (B, *).
+struct Parts {
+  std::vector<int64_t> tangent_shape;
+  View tangents, value;
+
+  explicit Parts(const View& stack) : tangent_shape(stack.t.shape, stack.t.shape + stack.t.ndim), tangents(stack), value(stack) {
+    tangent_shape[0] -= 1;
+    tangents.t.shape = tangent_shape.data();
+    tangents.t.byte_offset += stack.t.strides[0] * size_of(stack.dtype);
+    --value.t.ndim;
+    ++value.t.shape;
+    ++value.t.strides;
+    value.n = stack.n / stack.t.shape[0];
+    tangents.n = stack.n - value.n;
+  }
+};
+
+template <class Args>
+void sizes(const View& stack, int64_t directions, Args& p) {
+  p.dtype = stack.dtype;
+  p.projections = directions;
+  p.samples = stack.t.shape[1];
+  p.per_sample = stack.n / stack.t.shape[0] / p.samples;
+}
+
+}  // namespace
+
+// activate(s, g, activation, overwrite): y and its tangents; or, with g, the cotangents of s, in the memory of g if overwrite is True.
+PyObject* door_activate(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 4 || !torch_.describe || !nothing_between()) return refused();
+  View s, g, out;
+  int64_t activation;
+  if (!look_float(args[0], s) || s.dtype == kFloat64 || s.t.ndim < 1 || !s.contiguous()) return refused();
+  const bool backward = args[1] != Py_None;
+  if (backward && (!look_float(args[1], g) || !g.like(s) || !g.contiguous())) return refused();
+  if (!integer(args[2], kElu, kGeluTanh, activation)) return refused();
+
+  const bool overwrite = backward && args[3] == Py_True;
+  const Ref result(destination(overwrite ? args[1] : Py_None, args[0], s, out));
+  if (!result || !out.contiguous()) return refused();
+
+  const int64_t n = s.n / s.t.shape[0];
+  const ActivateArgs p{out.data(), s.data(), backward ? g.data() : nullptr, s.dtype, n, s.t.shape[0] - 1, false, static_cast<int>(activation)};
+  without_python(s.n, [&] { launch_dual(p); });
+  if (overwrite && !written(args[1])) return nullptr;
+  Py_INCREF(result.o);
+  return result.o;
+}
+
+// signed_stack(x, directions, seed, step, stream, offset): x and M directions of signs, (1 + M, *x.shape).
+PyObject* door_signed_stack(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 6 || !torch_.describe || !nothing_between()) return refused();
+  View x, out;
+  SpreadArgs p{};
+  if (!look_float(args[0], x) || x.t.ndim < 1 || !x.contiguous() || !integer(args[1], 1, 65536, p.projections)) return refused();
+  if (!read_key(args[2], args[3], args[4], 0, args[5], p.key)) return refused();
+
+  const Ref shape(PyTuple_New(1 + x.t.ndim));
+  if (!shape) return refused();
+  PyTuple_SetItem(shape.o, 0, PyLong_FromLongLong(1 + p.projections));
+  for (int32_t d = 0; d < x.t.ndim; ++d) PyTuple_SetItem(shape.o, 1 + d, PyLong_FromLongLong(x.t.shape[d]));
+  const Ref result(PyObject_CallMethodObjArgs(args[0], torch_.new_empty, shape.o, nullptr));
+  if (!result || !look_float(result.o, out) || !out.contiguous()) return refused();
+
+  // To the signs all of x is one sample.
+  const int64_t bytes = x.n * size_of(x.dtype), rows[] = {p.projections, 1, x.n}, strides[] = {x.n, x.n, 1};
+  const int64_t* each[kMaxTensors] = {strides, nullptr, nullptr};
+  std::vector<double> ones(p.projections, 1.0);
+  std::vector<float> narrow(p.projections, 1.0f);
+  p.dtype = x.dtype;
+  p.samples = 1;
+  p.per_sample = x.n;
+  p.gjs = out.data() + bytes;
+  p.gjs_nest = nest_of(3, rows, each);
+  p.g_vjv = x.dtype == kFloat64 ? static_cast<const void*>(ones.data()) : narrow.data();
+  without_python(out.n, [&] {
+    std::memcpy(out.data(), x.data(), bytes);
+    launch(p);
+  });
+  Py_INCREF(result.o);
+  return result.o;
+}
+
+// project_stack(stack, seed, step, stream, offset): (v.Jv (M, B), v.s (M, B), |s|^2 (B,)) in the compute type, of a stack of s and Jv.
+PyObject* door_project_stack(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 5 || !torch_.describe || !nothing_between()) return refused();
+  View stack, sums[3];
+  ProjectArgs p{};
+  int64_t directions;
+  if (!look_stack(args[0], stack, directions) || !read_key(args[1], args[2], args[3], 0, args[4], p.key)) return refused();
+  if (stack.dtype != kFloat32 && stack.dtype != kFloat64) return refused();   // the sums are of its type
+  sizes(stack, directions, p);
+
+  const Ref samples(PyLong_FromLongLong(p.samples)), rows(PyLong_FromLongLong(directions));
+  const auto made = [&](PyObject* first, PyObject* second) { return PyObject_CallMethodObjArgs(args[0], torch_.new_empty, first, second, nullptr); };
+  const Ref vjv(made(rows.o, samples.o)), vs(made(rows.o, samples.o)), ss(made(samples.o, nullptr));
+  if (!vjv || !vs || !ss || !look(vjv.o, sums[0]) || !look(vs.o, sums[1]) || !look(ss.o, sums[2])) return refused();
+
+  const Parts parts(stack);
+  p.js = parts.tangents.data();
+  p.js_nest = nest_of(parts.tangents, nullptr, nullptr);
+  p.s = parts.value.data();
+  p.s_nest = nest_of(parts.value, nullptr, nullptr);
+  p.vjv = sums[0].data();
+  p.vs = sums[1].data();
+  p.ss = sums[2].data();
+  without_python(stack.n, [&] { launch(p); });
+  return PyTuple_Pack(3, vjv.o, vs.o, ss.o);
+}
+
+// spread_stack(stack, g_vjv, g_vs, g_ss, seed, step, stream, offset): the cotangent of a stack of s and Jv for those of its projections, of
+// which g_vs or g_ss may be None.
+PyObject* door_spread_stack(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 8 || !torch_.describe || !nothing_between()) return refused();
+  View stack, out, g[3];
+  SpreadArgs p{};
+  int64_t directions;
+  if (!look_stack(args[0], stack, directions) || !read_key(args[4], args[5], args[6], 0, args[7], p.key)) return refused();
+  if (args[1] == Py_None || (args[2] == Py_None && args[3] == Py_None)) return refused();
+  sizes(stack, directions, p);
+
+  const DType compute = stack.dtype == kFloat64 ? kFloat64 : kFloat32;
+  const int64_t lengths[] = {directions * p.samples, directions * p.samples, p.samples};
+  const void** places[] = {&p.g_vjv, &p.g_vs, &p.g_ss};
+  for (int k = 0; k < 3; ++k) {
+    if (args[1 + k] == Py_None) continue;
+    if (!look(args[1 + k], g[k]) || g[k].dtype != compute || g[k].n != lengths[k] || !g[k].contiguous()) return refused();
+    *places[k] = g[k].data();
+  }
+  const Ref result(destination(Py_None, args[0], stack, out));
+  if (!result) return refused();
+
+  const Parts given(stack), made(out);
+  p.gjs = made.tangents.data();
+  p.gjs_nest = nest_of(made.tangents, nullptr, nullptr);
+  p.gs = made.value.data();
+  p.gs_nest = nest_of(made.value, nullptr, nullptr);
+  if (p.g_ss) {
+    p.s = given.value.data();
+    p.s_nest = nest_of(given.value, nullptr, nullptr);
+  }
+  without_python(stack.n, [&] { launch(p); });
+  Py_INCREF(result.o);
+  return result.o;
+}
+
+}  // namespace fastscore
