@@ -87,7 +87,9 @@ def find_nvcc() -> str | None:
     """CUDA_HOME or CUDA_PATH decides alone where it is set, as it does for torch."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = Path(home or "/usr/local/cuda") / "bin/nvcc"
-    return str(nvcc) if nvcc.exists() else None if home else shutil.which("nvcc")
+    if nvcc.exists():
+        return str(nvcc)
+    return None if home else shutil.which("nvcc")
 
 
 def architectures() -> str:

@@ -277,7 +277,9 @@ def binary_cross_entropy(
 
     loss = -(target * log(input) + (1 - target) * log(1 - input))
     loss = loss if weight is None else loss * weight
-    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.mean()
 
 
 def linear_cross_entropy(

@@ -102,13 +102,12 @@ def _special(func, args, kwargs):
 
 def _unnamed(func, name, args, kwargs):
     """Operators called by way of torch.ops, and TorchScript."""
-    overloads = (
-        [func]
-        if hasattr(func, "_schema")
-        else [getattr(func, n) for n in func.overloads()]
-        if hasattr(func, "overloads")
-        else []
-    )
+    overloads = []
+    if hasattr(func, "_schema"):
+        overloads = [func]
+    elif hasattr(func, "overloads"):
+        overloads = [getattr(func, n) for n in func.overloads()]
+
     if any(overload._schema.is_mutable for overload in overloads) and (
         name.endswith("_") or "out" in kwargs or len(overloads) == 1
     ):

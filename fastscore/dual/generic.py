@@ -122,13 +122,9 @@ def _narrow_dtype(leaves):
 def _narrowed(t, dtype):
     if t.dtype not in (torch.float64, torch.complex128):
         return t
-    return t.to(
-        dtype
-        if t.is_complex() == dtype.is_complex
-        else dtype.to_complex()
-        if t.is_complex()
-        else dtype.to_real()
-    )
+    if t.is_complex() == dtype.is_complex:
+        return t.to(dtype)
+    return t.to(dtype.to_complex() if t.is_complex() else dtype.to_real())
 
 
 def _joined(value, tangents):

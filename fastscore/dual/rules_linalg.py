@@ -63,7 +63,9 @@ def _solve(A, B, *, left=True):
 
     y = torch.linalg.solve(A[0], B[0])
     s = torch.cat([y[None], torch.linalg.solve(A[0], B[1:] - A[1:] @ y)])
-    return dual(s[..., 0] if vector else s if left else s.mT)
+    if vector:
+        return dual(s[..., 0])
+    return dual(s if left else s.mT)
 
 
 def _log_slope(s):

@@ -107,7 +107,8 @@ def unsqueeze(x: Any, dim: Any) -> Any:
 
 @rule("squeeze")
 def squeeze(x: Any, dim: Any = None) -> Any:
-    dims = range(x.dim()) if dim is None else (dim,) if isinstance(dim, int) else dim
+    dims = range(x.dim()) if dim is None else dim
+    dims = (dims,) if isinstance(dims, int) else dims
     keep = [
         n for d, n in enumerate(x.shape) if n != 1 or d not in {e % max(x.dim(), 1) for e in dims}
     ]

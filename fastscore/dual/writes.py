@@ -244,10 +244,10 @@ def set_item(target: Any, index: Any, source: Any) -> Any:
     index = index if isinstance(index, tuple) else (index,)
     if separated(index, more=0):
         # The indexed dimensions would move in front of the stack's.
-        for m in range(len(target.stack)):
-            target.stack[m][index] = (
-                source.stack[m] if isinstance(source, Dual) else source if m == 0 else 0
-            )
+        tangents = len(target.stack) - 1
+        each = source.stack if isinstance(source, Dual) else [source] + [0] * tangents
+        for m, part in enumerate(each):
+            target.stack[m][index] = part
     elif isinstance(source, Dual):
         target.stack[(slice(None), *index)] = _fitted(
             source.stack, target.stack[:1][(slice(None), *index)].dim()

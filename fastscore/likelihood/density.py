@@ -176,7 +176,8 @@ def _range(sigma_min, sigma_max):
 
 def _method(method, steps):
     known = solvers.ADAPTIVE if steps is None else tuple(solvers.FIXED)
-    method = ("dopri5" if steps is None else "rk4") if method is None else method
+    if method is None:
+        method = "dopri5" if steps is None else "rk4"
     if not named(method, known):
         given = "without steps" if steps is None else "with steps"
         raise ValueError(
