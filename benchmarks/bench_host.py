@@ -3,13 +3,17 @@
 a tiny tensor on the CPU, and launches that run nothing.
 
 Triton's driver is a mocked one; what is timed goes up to the call of its launcher in C. CUDA C++ is
-that of the emulated device (build_support/emulate.py), which checks the tensors of each operator:
-some two microseconds too much. Eager's operations run, on 96 elements. The ceiling is one
-`torch.empty_like`, which every call makes for its result.
+that of the emulated device (build_support/emulate.py), which checks the tensors of each launch: a
+microsecond too much. Eager's operations run, on 96 elements. The ceiling is one `torch.empty_like`,
+which every call makes for its result.
+
+Calls are as a user writes them, without a back end: plain ones go directly, for which the door
+serves the CPU's tensors as it does a GPU's, and nothing is chosen.
 """
 
 import contextlib
 import functools
+import importlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +25,14 @@ import torch.nn.functional as F
 
 import fastscore
 from fastscore import backend as backends
+from fastscore import direct
 from fastscore.ops.activate import activate_dual
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "build_support"))
 import emulate
 
 SHAPE, SIGMA, EPSILON = (2, 3, 4, 4), 0.5, 0.1
+DIRECT = "langevin_step", "denoising_loss", "instance_norm_plus"
 WITHOUT_CUDA = "instance_norm_plus", "conditional_instance_norm_plus", "activate_dual"
 
 
@@ -47,6 +53,7 @@ def mocked_triton():
         pytest.skip("Triton's interpreter is on: run this with TRITON_INTERPRET=0")
     assert backends.load_triton() is None
     launching = sys.modules["fastscore.kernels.launch"]
+    importlib.import_module("fastscore.kernels.direct")
     driver = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0)
     backends._choose.cache_clear()
     try:
@@ -59,6 +66,7 @@ def mocked_triton():
                 lambda self, grid: lambda *args, **constants: Compiled(),
             ),
             mock.patch.object(launching, "_compiled", {}),
+            mock.patch.object(sys.modules["fastscore.kernels.direct"], "_plans", {}),
         ):
             yield
     finally:
@@ -73,6 +81,49 @@ def stub_cuda():
             yield
         finally:
             device.emulated_stub(0)
+
+
+class Served:
+    """Direct calls of tensors on the CPU: served by Triton's launchers or by CUDA C++.
+
+    Who serves changes between two timings only; within one it costs a comparison.
+    """
+
+    now = None
+
+    def __init__(self, backend, call):
+        self.backend, self.call = backend, call
+
+    def __call__(self):
+        if Served.now is not self.backend:
+            self.serve()
+        self.call()
+
+    def serve(self):
+        if self.backend == "cuda":
+            direct.door.serve(direct.CPU, emulate.driver().emulated_launches(), None)
+        else:
+            from fastscore.kernels.direct import LAUNCHERS
+
+            direct.door.serve(direct.CPU, 0, LAUNCHERS)
+        Served.now = self.backend
+
+
+@contextlib.contextmanager
+def nothing_chosen():
+    """Within: a call that is not direct is an error, and not one of the CPU's kernels."""
+    if direct.door is None:
+        backends.load_extension()
+
+    def chosen(*arguments):
+        raise AssertionError("the call was not plain")
+
+    try:
+        with mock.patch.object(backends, "_resolve", chosen):
+            yield
+    finally:
+        direct.door.serve(direct.CPU, 0, None)
+        Served.now = None
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +151,7 @@ def eager_dual(s):
 
 
 def problems():
-    """{name: (ours(backend), eager, whether it asks for gradients)}."""
+    """{name: (ours, of the backend unless it is direct, eager, whether it asks for gradients)}."""
     x, s = torch.randn(SHAPE), torch.randn(SHAPE)
     gamma, alpha, beta = torch.rand(3), torch.rand(3), torch.rand(3)
     labels, table, stack = (
@@ -122,19 +173,17 @@ def problems():
     def eager_loss():
         return 0.5 * (SIGMA * s + torch.randn_like(s)).square().flatten(1).sum(1)
 
-    def norm(backend):
-        return fastscore.instance_norm_plus(
-            x, gamma, alpha, beta, activation="elu", backend=backend
-        )
+    def norm():
+        return fastscore.instance_norm_plus(x, gamma, alpha, beta, activation="elu")
 
     return {
         "langevin_step": (
-            lambda backend: fastscore.langevin_step(x, s, EPSILON, seed=5, step=7, backend=backend),
+            lambda: fastscore.langevin_step(x, s, EPSILON, seed=5, step=7),
             lambda: x + EPSILON / 2 * s + EPSILON**0.5 * torch.randn_like(x),
             False,
         ),
         "denoising_loss": (
-            lambda backend: fastscore.denoising_loss(s, SIGMA, seed=5, backend=backend),
+            lambda: fastscore.denoising_loss(s, SIGMA, seed=5),
             eager_loss,
             False,
         ),
@@ -153,8 +202,16 @@ def bench_host(compare, name):
     call, eager, graded = problems()[name]
     names = ["triton"] if name in WITHOUT_CUDA or emulate.why_not() else ["triton", "cuda"]
     like = torch.empty(SHAPE)
-    calls = {backend: functools.partial(call, backend) for backend in names} | {"eager": eager}
-    with contextlib.nullcontext() if graded else torch.no_grad():
+    straight = name in DIRECT
+    calls = {
+        backend: Served(backend, call) if straight else functools.partial(call, backend)
+        for backend in names
+    }
+    calls["eager"] = eager
+    with (
+        contextlib.nullcontext() if graded else torch.no_grad(),
+        nothing_chosen() if straight else contextlib.nullcontext(),
+    ):
         compare(
             f"host, {name}" + graded * " + backward",
             like,

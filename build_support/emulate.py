@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,6 +96,10 @@ def translate(text: str) -> str:
         f"STABLE_TORCH_LIBRARY_IMPL({NAMESPACE}, CPU, m)",
     )
     text = re.sub(r"TORCH_BOX\((&\w+)\)", r"TORCH_BOX(&on_host::checked<\1>::call)", text)
+    text = re.sub(r"\b(\w+)\.device_id\b", r"on_host::device_index(\1)", text)
+    text = re.sub(
+        r"\b(cuda_launches\.\w+) = (&\w+)", r"\1 = &on_host::checked_direct<\2>::call", text
+    )
     text = text.replace('"libtorch_cuda.so"', f'"{SONAME}"')
     assert text.count("\n") == lines
     return text
@@ -183,6 +188,15 @@ CSRC = Path(os.environ.get("FASTSCORE_EMULATED_CSRC") or native.ROOT / "csrc")
 SONAME = "libemulated_cuda.so"   # csrc/cuda_stream.h finds torch's by its name
 
 
+# Where the launches stand that csrc/door.cpp calls.
+LAUNCHES = """
+#include "direct.h"
+extern "C" __attribute__((visibility("default"))) const void* emulated_launches() {
+  return &fastscore::cuda_launches;
+}
+"""
+
+
 def digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -260,6 +274,7 @@ def build() -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
     driver_source, headers = HERE / "driver.cpp", sorted(CSRC.glob("*.h"))
     tasks = [(driver_source, driver_source.read_text(), ["-O2"], [])]
+    tasks.append((HERE / "launches.cpp", LAUNCHES, DEVICE_FLAGS, headers))
     tasks += [
         (path, translate(path.read_text()), DEVICE_FLAGS + processor(), headers)
         for path in sorted(CSRC.glob("*.cu"))
@@ -314,6 +329,7 @@ def driver() -> ctypes.CDLL:
         getattr(loaded, f"emulated_{name}").restype = ctypes.c_char_p
     for name in ("captured", "accesses"):
         getattr(loaded, f"emulated_{name}").restype = ctypes.c_long
+    loaded.emulated_launches.restype = ctypes.c_void_p
     loaded.emulated_approximation.argtypes = [ctypes.c_float]
     loaded.emulated_replay.argtypes = [ctypes.c_long, ctypes.c_long]
     loaded.emulated_place.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -323,7 +339,7 @@ def driver() -> ctypes.CDLL:
 @contextlib.contextmanager
 def installed():
     """Within: tensors on the CPU are served by back end "cuda", which is the emulated device."""
-    from fastscore import backend
+    from fastscore import backend, direct
 
     driver()
     why_not, raw = backend.why_not, backend.raw
@@ -338,12 +354,52 @@ def installed():
             else raw(name, op)
         )
 
+    served = {} if direct.door is None else {"cuda": Door()}
     backend._choose.cache_clear()
     try:
-        with mock.patch.multiple(backend, why_not=why_not_here, raw=functools.cache(raw_here)):
+        with (
+            mock.patch.multiple(backend, why_not=why_not_here, raw=functools.cache(raw_here)),
+            mock.patch.object(direct, "served", served),
+        ):
             yield driver()
     finally:
         backend._choose.cache_clear()
+
+
+_serving = threading.RLock()
+_depth = 0
+
+
+@contextlib.contextmanager
+def served():
+    """Within: what goes directly from Python to the CPU's kernels goes to the device's."""
+    global _depth
+    from fastscore import direct
+
+    with _serving:
+        _depth += 1
+        direct.door.serve(direct.CPU, driver().emulated_launches(), None)
+        try:
+            yield
+        finally:
+            _depth -= 1
+            if _depth == 0:
+                direct.door.serve(direct.CPU, 0, None)
+
+
+class Door:
+    """fastscore.direct's, for a back end "cuda" that is the emulated device."""
+
+    def __getattr__(self, name):
+        from fastscore import direct
+
+        function = getattr(direct.door, name)
+
+        def call(*arguments):
+            with served():
+                return function(*arguments)
+
+        return call
 
 
 @contextlib.contextmanager

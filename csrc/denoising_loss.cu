@@ -153,6 +153,18 @@ void launch(const Reduce<T>& p, const Nest& nest, Reading reading, cudaStream_t 
   else launch<T, kMode, kStrided>(p, nest, stream);
 }
 
+// How the score is read.
+template <class T>
+void launch(Reduce<T> p, ReduceMode mode, const Nest& nest, cudaStream_t stream) {
+  const uint64_t offset = p.key.key.offset, first = offset / 4, last = first + static_cast<uint64_t>(p.samples * p.per_sample) / 4;
+  const bool packed = nest.contiguous && aligned(p.score) && offset % 4 == 0 && p.per_sample % Pack<T>::kSize == 0;
+  const Reading reading = !packed ? kStrided : first >> 32 == last >> 32 ? kPacked : kCrossing;
+  if (mode == kDot) launch<T, kDot>(p, nest, reading, stream);
+  else launch<T, kLoss>(p, nest, reading, stream);
+}
+
+int64_t splits_of(int64_t per_sample) { return per_sample <= kChunk ? 1 : (per_sample + kChunk - 1) / kChunk; }
+
 void noise_reduce_cuda(Tensor out, Tensor score, OptionalTensor sigma_each, double sigma, OptionalTensor key, int64_t seed,
                        int64_t step, int64_t stream, int64_t offset, int64_t reduction) {
   const int64_t batch = out.numel();
@@ -162,29 +174,47 @@ void noise_reduce_cuda(Tensor out, Tensor score, OptionalTensor sigma_each, doub
     torch::stable::zero_(out);
     return;
   }
-  const int64_t per_sample = score.numel() / batch;
-  const int64_t splits = per_sample <= kChunk ? 1 : (per_sample + kChunk - 1) / kChunk;
+  const int64_t per_sample = score.numel() / batch, splits = splits_of(per_sample);
   const int64_t partials = splits > 1 ? batch * splits : 0;   // nothing is allocated for none
   const Tensor partial = torch::stable::new_empty(out, {partials}, torch::headeronly::ScalarType::Double);
   const cudaStream_t queue = current_stream(score);
   with_dtype(dtype_of(score), [&](auto element) {
     using T = decltype(element);
     using A = typename Reduce<T>::A;
-    const Nest nest = nest_of(score, std::nullopt, std::nullopt);
     const Reduce<T> p{static_cast<A*>(out.mutable_data_ptr()),
                       static_cast<double*>(partial.mutable_data_ptr()),
                       static_cast<const T*>(score.const_data_ptr()),
                       device_coefficient<A>(sigma_each, sigma),
                       batch, splits, per_sample, splits == 1 ? per_sample : kChunk,
                       device_key(key, seed, step, stream, offset)};
-    const bool packed = nest.contiguous && aligned(p.score) && offset % 4 == 0 && per_sample % Pack<T>::kSize == 0;
-    const uint64_t first = static_cast<uint64_t>(offset) / 4, last = first + static_cast<uint64_t>(score.numel()) / 4;
-    const Reading reading = !packed ? kStrided : first >> 32 == last >> 32 ? kPacked : kCrossing;
-    if (reduction == kDot) launch<T, kDot>(p, nest, reading, queue);
-    else launch<T, kLoss>(p, nest, reading, queue);
+    launch(p, static_cast<ReduceMode>(reduction), nest_of(score, std::nullopt, std::nullopt), queue);
   });
   check_launch("noise_reduce");
 }
+
+bool noise_reduce_direct(const DLTensor& out, DType dtype, const DLTensor& score, const DirectCoefficient& sigma, const NoiseKey& key,
+                         int reduction) {
+  int64_t per_sample = 1;
+  for (int32_t d = 1; d < score.ndim; ++d) per_sample *= score.shape[d];
+  if (splits_of(per_sample) > 1) return false;
+  const torch::stable::accelerator::DeviceGuard guard(device_of(score));
+  const int64_t* strides[kMaxTensors] = {score.strides, nullptr, nullptr};
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = typename Reduce<T>::A;
+    const Reduce<T> p{reinterpret_cast<A*>(data_of(out)),
+                      nullptr,
+                      reinterpret_cast<const T*>(data_of(score)),
+                      device_coefficient<A>(sigma),
+                      score.shape[0], 1, per_sample, per_sample,
+                      {key, nullptr}};
+    launch(p, static_cast<ReduceMode>(reduction), nest_of(score.ndim, score.shape, strides), current_stream(device_of(score)));
+  });
+  check_launch("noise_reduce");
+  return true;
+}
+
+const bool entered = (cuda_launches.noise_reduce = &noise_reduce_direct);
 
 }  // namespace
 

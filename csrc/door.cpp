@@ -1,4 +1,4 @@
-// From Python straight to the CPU kernels. PyTorch's dispatcher takes longer than a small kernel; where it has nothing to do (plain
+// From Python straight to the kernels of the CPU, and to those that serve a GPU (served.h). PyTorch's dispatcher takes longer than a small kernel; where it has nothing to do (plain
 // tensors, plain numbers, no mode, no derivative), these functions go past it. Whatever is not plain they refuse by returning None:
 // the caller then goes the way that checks everything and says what is wrong.
 #include <Python.h>
@@ -13,6 +13,7 @@
 #include "normalise.h"
 #include "plain.h"
 #include "random.h"
+#include "served.h"
 
 namespace fastscore {
 namespace {
@@ -29,14 +30,17 @@ PyObject* noisy_update(PyObject*, PyObject* const* args, Py_ssize_t count) {
   View x, d, out;
   const bool has_x = x_object != Py_None, has_d = d_object != Py_None;
   if (kind == kTerms ? !(has_x || has_d) : !has_x || has_d == (kind == kPerturb)) return refused();
-  if ((has_x && !look_float(x_object, x)) || (has_d && !look_float(d_object, d))) return refused();
+  if ((has_x && !look_float_anywhere(x_object, x)) || (has_d && !look_float_anywhere(d_object, d))) return refused();
   const View& like = has_x ? x : d;
   if (has_d && !d.like(like)) return refused();
 
   UpdateArgs p{};
   if (!read_key(args[5], args[6], args[7], 0, args[8], p.key)) return refused();
-  Coefficient drift, diffusion;
   const double least = kind == kLangevin || kind == kPerturb ? 0 : -HUGE_VAL;
+  if (const Server* server = server_of(like))
+    return served_update(*server, args, kind == kLangevin, least, has_x ? &x : nullptr, has_d ? &d : nullptr, p.key);
+
+  Coefficient drift, diffusion;
   if (!read_coefficient(drift_object, like, least, drift)) return refused();
   const bool read = kind == kLangevin ? halve(drift_object, like, drift, diffusion) : read_coefficient(diffusion_object, like, least, diffusion);
   if (!read) return refused();
@@ -69,7 +73,9 @@ PyObject* noise_reduce(PyObject*, PyObject* const* args, Py_ssize_t count) {
   View s, out;
   ReduceArgs p{};
   Coefficient sigma;
-  if (!look_float(args[1], s) || s.t.ndim == 0 || !read_coefficient(args[2], s, 0, sigma)) return refused();
+  if (!look_float_anywhere(args[1], s) || s.t.ndim == 0) return refused();
+  const Server* server = server_of(s);
+  if (!server && !read_coefficient(args[2], s, 0, sigma)) return refused();
   if (!read_key(args[3], args[4], args[5], 0, args[6], p.key)) return refused();
 
   const Ref batch(PyLong_FromLongLong(s.batch()));
@@ -77,13 +83,15 @@ PyObject* noise_reduce(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (s.dtype == kFloat32 || s.dtype == kFloat64) {
     made = PyObject_CallMethodObjArgs(args[1], torch_.new_empty, batch.o, nullptr);
   } else {
-    const Ref shape(PyTuple_Pack(1, batch.o)), options(PyDict_New());
+    const Ref shape(PyTuple_Pack(1, batch.o)), options(PyDict_New()), device(PyObject_GetAttr(args[1], torch_.device));
+    if (!device) return refused();
     PyDict_SetItem(options.o, torch_.dtype, torch_.float32);
-    PyDict_SetItem(options.o, torch_.device, torch_.cpu);
+    PyDict_SetItem(options.o, torch_.device, device.o);
     made = PyObject_Call(torch_.empty, shape.o, options.o);
   }
   const Ref result(made);
-  if (!result || !look(result.o, out)) return refused();
+  if (!result || !look_anywhere(result.o, out)) return refused();
+  if (server) return served_reduce(*server, args, s, result.o, out, p.key);
 
   p.dtype = s.dtype;
   p.score = s.data();
@@ -130,7 +138,8 @@ PyObject* fill(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   const Ref result(made);
   View out;
-  if (!result || !look(result.o, out) || (p.kind == kWords) != (out.dtype == kInt64)) return refused();
+  if (!result || !look_anywhere(result.o, out) || (p.kind == kWords) != (out.dtype == kInt64)) return refused();
+  if (const Server* server = server_of(out)) return served_fill(*server, p.kind, result.o, out, p.key);
 
   p.out = out.data();
   p.dtype = out.dtype;
@@ -159,7 +168,7 @@ bool layout_of(const View& v, bool& channels_last) {
 
 // A column of coefficients, (C,) or (B, C) in the compute type.
 bool look_column(PyObject* o, const View& x, View& v) {
-  if (!look(o, v) || v.dtype != (x.dtype == kFloat64 ? kFloat64 : kFloat32)) return false;
+  if (!look_anywhere(o, v) || !v.beside(x) || v.dtype != (x.dtype == kFloat64 ? kFloat64 : kFloat32)) return false;
   const int32_t d = v.t.ndim - 1;
   return (d == 0 || (d == 1 && v.t.shape[0] == x.t.shape[0])) && v.t.shape[d] == x.t.shape[1];
 }
@@ -174,6 +183,48 @@ void pack(const View* columns, int count, int64_t rows, int64_t channels, A* out
     }
 }
 
+// normalise() of tensors that Triton's launchers serve: they get the columns, or the table, and the labels.
+FS_APART PyObject* served_norm(Server server, PyObject* const* args, const View& x, NormArgs& p) {
+  if (!server.launchers) return refused();
+  View part, out;
+  Signature s;
+  s.add('n'), s.add(x), s.add(p.channels_last), s.add(p.groups), s.add(p.eps), s.add(p.activation);
+  const bool by_labels = args[4] != Py_None;
+  const Ref columns(PyList_New(0));
+  if (!by_labels) {
+    p.has_alpha = args[2] != Py_None;
+    p.has_beta = args[3] != Py_None;
+    for (int k = 0; k < 3; ++k) {
+      if (k > 0 && args[1 + k] == Py_None) continue;
+      if (!look_column(args[1 + k], x, part)) return refused();
+      s.add(static_cast<char>(part.t.ndim));
+      if (PyList_Append(columns.o, args[1 + k])) return refused();
+    }
+  } else {
+    for (PyObject* flag : {args[2], args[3]})
+      if (flag != Py_True && flag != Py_False) return refused();
+    p.has_alpha = args[2] == Py_True;
+    p.has_beta = args[3] == Py_True;
+    if (!look_anywhere(args[4], part) || !part.beside(x) || part.dtype != kInt64 || part.t.ndim != 1 || part.n != p.batch) return refused();
+    if (!part.contiguous()) return refused();
+    s.add_place(part);
+    if (!look_anywhere(args[5], part) || !part.beside(x) || part.dtype != (x.dtype == kFloat64 ? kFloat64 : kFloat32)) return refused();
+    if (part.t.ndim != 2 || part.t.shape[1] != (1 + p.has_alpha + p.has_beta) * p.channels || !part.contiguous()) return refused();
+    s.add_place(part), s.add(part.t.shape[0]);
+  }
+  s.add(by_labels), s.add(p.has_alpha), s.add(p.has_beta);
+
+  const Ref result(destination(Py_None, args[0], x, out));
+  bool last;
+  if (!result || !layout_of(out, last) || last != p.channels_last) return refused();
+  s.add_place(out);
+  PyObject* given = Py_BuildValue("(NOOOOLOOOi)", s.object(), result.o, args[0], by_labels ? args[5] : columns.o, args[4], p.groups,
+                                  p.has_alpha ? Py_True : Py_False, p.has_beta ? Py_True : Py_False, args[7], p.activation);
+  if (!launched_by(server, kNormLauncher, given)) return nullptr;
+  Py_INCREF(result.o);
+  return result.o;
+}
+
 // normalise(x, gamma, alpha, beta, labels, table, groups, eps, activation): columns, of which alpha and beta may be None; or a table of
 // rows and its labels, and then alpha and beta are True or False.
 PyObject* normalise(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -181,7 +232,7 @@ PyObject* normalise(PyObject*, PyObject* const* args, Py_ssize_t count) {
   View x, out, columns[3], labels, table;
   NormArgs p{};
   int64_t activation;
-  if (!look_float(args[0], x) || x.t.ndim < 3 || !layout_of(x, p.channels_last)) return refused();
+  if (!look_float_anywhere(args[0], x) || x.t.ndim < 3 || !layout_of(x, p.channels_last)) return refused();
   p.dtype = x.dtype;
   p.batch = x.t.shape[0];
   p.channels = x.t.shape[1];
@@ -191,6 +242,8 @@ PyObject* normalise(PyObject*, PyObject* const* args, Py_ssize_t count) {
   p.activation = static_cast<int>(activation);
   if (!(p.eps >= std::pow(__FLT_MAX__, -2.0 / 3) && p.eps <= __FLT_MAX__)) return refused();
   if (!integer(args[6], 0, p.channels, p.groups) || (p.groups && p.channels % p.groups)) return refused();
+
+  if (const Server* server = server_of(x)) return served_norm(*server, args, x, p);
 
   std::vector<double> memory;
   int width = 0;
@@ -249,6 +302,30 @@ PyObject* find(PyObject* root, std::initializer_list<const char*> names) {
   return root;
 }
 
+// launches(): where those of this build's CUDA C++ are entered; 0: there are none.
+PyObject* launches(PyObject*, PyObject* const*, Py_ssize_t) {
+  return PyLong_FromVoidPtr(cuda_launches.noisy_update ? &cuda_launches : nullptr);
+}
+
+// serve(device_type, launches, launchers): from now on tensors of this device, in DLPack's numbers, are run by the launches at this
+// address, or by a tuple of Triton's launchers; by nobody where they are 0 and None.
+PyObject* serve(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  int64_t device;
+  if (count != 3 || !integer(args[0], kCpu, kCuda, device)) {
+    PyErr_SetString(PyExc_ValueError, "serve: device_type must be 1 (CPU) or 2 (CUDA)");
+    return nullptr;
+  }
+  const void* launches = PyLong_AsVoidPtr(args[1]);
+  if (PyErr_Occurred()) return nullptr;
+  if (args[2] != Py_None && (!PyTuple_Check(args[2]) || PyTuple_Size(args[2]) != kLaunchers)) {
+    PyErr_SetString(PyExc_TypeError, "serve: launchers must be a tuple of four, or None");
+    return nullptr;
+  }
+  Py_INCREF(args[2]);   // for ever: another thread may be calling one of those before
+  servers_[device] = {static_cast<const Launches*>(launches), args[2] == Py_None ? nullptr : args[2]};
+  Py_RETURN_NONE;
+}
+
 // open(torch): whether these functions can be used with this version of PyTorch.
 PyObject* open(PyObject*, PyObject* torch) {
   const Ref capsule(find(torch, {"Tensor", "__dlpack_c_exchange_api__"}));
@@ -302,6 +379,8 @@ PyMethodDef methods[] = {{"open", open, METH_O, nullptr},
                          method("signed_stack", door_signed_stack),
                          method("project_stack", door_project_stack),
                          method("spread_stack", door_spread_stack),
+                         method("launches", launches),
+                         method("serve", serve),
                          {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

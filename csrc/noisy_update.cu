@@ -221,6 +221,30 @@ void noisy_update_cuda(Tensor out, OptionalTensor x, OptionalTensor direction, O
   check_launch("noisy_update");
 }
 
+void noisy_update_direct(const DLTensor& out, DType dtype, const DLTensor* x, const DLTensor* direction, const DirectCoefficient& drift,
+                         const DirectCoefficient& diffusion, const NoiseKey& key) {
+  const torch::stable::accelerator::DeviceGuard guard(device_of(out));
+  int64_t n = 1;
+  for (int32_t d = 0; d < out.ndim; ++d) n *= out.shape[d];
+  const int64_t* strides[kMaxTensors] = {out.strides, x ? x->strides : nullptr, direction ? direction->strides : nullptr};
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = typename Update<T>::A;
+    const Update<T> p{reinterpret_cast<T*>(data_of(out)),
+                      x ? reinterpret_cast<const T*>(data_of(*x)) : nullptr,
+                      direction ? reinterpret_cast<const T*>(data_of(*direction)) : nullptr,
+                      device_coefficient<A>(drift),
+                      device_coefficient<A>(diffusion),
+                      n,
+                      out.ndim == 0 ? 1 : n / out.shape[0],
+                      {key, nullptr}};
+    launch(p, nest_of(out.ndim, out.shape, strides), current_stream(device_of(out)));
+  });
+  check_launch("noisy_update");
+}
+
+const bool entered = (cuda_launches.noisy_update = &noisy_update_direct);
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastscore, CUDA, m) { m.impl("noisy_update", TORCH_BOX(&noisy_update_cuda)); }

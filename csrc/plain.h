@@ -6,20 +6,12 @@
 #include <cstring>
 #include <vector>
 
+#include "direct.h"
 #include "torch_cpu.h"
 
 namespace fastscore {
 
-// How DLPack 1 describes a tensor, and the table of functions in which PyTorch offers that.
-struct DLTensor {
-  void* data;
-  int32_t device_type, device_id, ndim;
-  uint8_t code, bits;
-  uint16_t lanes;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-
+// The table of functions in which PyTorch offers DLPack 1.
 struct DLPackExchange {
   uint32_t major, minor;
   void *previous, *allocate, *from_python, *to_python;
@@ -35,9 +27,17 @@ struct Torch {
 };
 inline Torch torch_{};   // of both
 
+// Who runs what comes from Python for one kind of device: launches of CUDA C++, or Triton's launchers, a tuple in the order of `Launcher`.
+struct Server {
+  const Launches* launches;
+  PyObject* launchers;
+};
+constexpr int32_t kCpu = 1, kCuda = 2;
+inline Server servers_[1 + kCuda]{};   // nobody: of a CPU the door itself
+enum Launcher : int { kUpdateLauncher, kReduceLauncher, kFillLauncher, kNormLauncher, kLaunchers };
+
 namespace {
 
-constexpr int32_t kCpu = 1;
 constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 constexpr int64_t kInOneThread = 16 * 1024;   // elements: beyond them others may run Python meanwhile
 
@@ -90,8 +90,9 @@ struct View {
 
   char* data() const { return static_cast<char*>(t.data) + t.byte_offset; }
   int64_t batch() const { return t.ndim ? t.shape[0] : 1; }
+  bool beside(const View& x) const { return t.device_type == x.t.device_type && t.device_id == x.t.device_id; }
   bool like(const View& x) const {
-    return dtype == x.dtype && t.ndim == x.t.ndim && !std::memcmp(t.shape, x.t.shape, sizeof(int64_t) * t.ndim);
+    return beside(x) && dtype == x.dtype && t.ndim == x.t.ndim && !std::memcmp(t.shape, x.t.shape, sizeof(int64_t) * t.ndim);
   }
   bool contiguous() const {
     int64_t expected = 1;
@@ -124,31 +125,43 @@ struct View {
   }
 };
 
-// A tensor on the CPU with memory, one element at least and no gradient to lose.
-bool look(PyObject* o, View& v) {
+// Who runs the calls of a tensor; null: the CPU's own kernels.
+const Server* server_of(const View& v) {
+  const Server& server = servers_[v.t.device_type];
+  return server.launches || server.launchers ? &server : nullptr;
+}
+
+// A tensor with memory, one element at least and no gradient to lose, on the CPU or another device that is served.
+bool look_anywhere(PyObject* o, View& v) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(o));
   if (type != torch_.tensor && type != torch_.parameter) return false;
   if (aoti_torch_grad_mode_is_enabled() && !is_false(Ref(PyObject_GetAttr(o, torch_.requires_grad)))) return false;
-  if (torch_.describe(o, &v.t) != 0 || v.t.device_type != kCpu || !v.t.data || v.t.ndim > kMaxDims || !dtype_of(v.t, v.dtype)) return false;
+  if (torch_.describe(o, &v.t) != 0 || !v.t.data || v.t.ndim > kMaxDims || !dtype_of(v.t, v.dtype)) return false;
+  if (v.t.device_type != kCpu && (v.t.device_type != kCuda || !server_of(v))) return false;
   v.n = 1;
   for (int32_t d = 0; d < v.t.ndim; ++d) v.n *= v.t.shape[d];
   return v.n > 0 && is_false(Ref(PyObject_CallFunctionObjArgs(torch_.is_neg, o, nullptr)));
 }
 
+// The same on the CPU, whose values may be read.
+bool look(PyObject* o, View& v) { return look_anywhere(o, v) && v.t.device_type == kCpu; }
+
 bool look_float(PyObject* o, View& v) { return look(o, v) && v.dtype != kInt64; }
+
+bool look_float_anywhere(PyObject* o, View& v) { return look_anywhere(o, v) && v.dtype != kInt64; }
 
 // A tensor to write the result of x into, or a new one; null where out does not do.
 PyObject* destination(PyObject* out, PyObject* like, const View& x, View& v) {
   if (out == Py_None) {
     PyObject* made = PyObject_CallFunctionObjArgs(torch_.empty_like, like, nullptr);
-    if (made && torch_.describe(made, &v.t) == 0 && v.t.data && v.t.device_type == kCpu && dtype_of(v.t, v.dtype)) {
+    if (made && torch_.describe(made, &v.t) == 0 && v.t.data && v.beside(x) && dtype_of(v.t, v.dtype)) {
       v.n = x.n;
       return made;
     }
     Py_XDECREF(made);
     return nullptr;
   }
-  if (!look(out, v) || !v.like(x) || !v.writable()) return nullptr;
+  if (!look_anywhere(out, v) || !v.like(x) || !v.writable()) return nullptr;
   if (!is_false(Ref(PyObject_CallFunctionObjArgs(torch_.is_inference, out, nullptr))) && says_false(torch_.inference_mode)) return nullptr;
   Py_INCREF(out);
   return out;

@@ -140,14 +140,17 @@ void launch(T* out, int64_t n, DeviceKey key, cudaStream_t stream) {
 }
 
 template <class T>
-void launch(const Tensor& out, FillKind kind, const DeviceKey& key) {
-  T* p = static_cast<T*>(out.mutable_data_ptr());
-  const int64_t n = out.numel();
-  const cudaStream_t stream = current_stream(out);
+void launch(void* out, int64_t n, FillKind kind, const DeviceKey& key, cudaStream_t stream) {
+  T* p = static_cast<T*>(out);
   if constexpr (__is_same(T, int64_t)) launch<T, kWords>(p, n, key, stream);
   else if (kind == kUniform) launch<T, kUniform>(p, n, key, stream);
   else if (kind == kNormal) launch<T, kNormal>(p, n, key, stream);
   else launch<T, kRademacher>(p, n, key, stream);
+}
+
+void launch(void* out, DType dtype, int64_t n, FillKind kind, const DeviceKey& key, cudaStream_t stream) {
+  if (kind == kWords) launch<int64_t>(out, n, kWords, key, stream);
+  else with_dtype(dtype, [&](auto element) { launch<decltype(element)>(out, n, kind, key, stream); });
 }
 
 void fill_cuda(Tensor out, int64_t kind, OptionalTensor key, int64_t seed, int64_t step, int64_t stream, int64_t offset) {
@@ -156,10 +159,19 @@ void fill_cuda(Tensor out, int64_t kind, OptionalTensor key, int64_t seed, int64
   if (out.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   const DeviceKey k = device_key(key, seed, step, stream, offset);
-  if (kind == kWords) launch<int64_t>(out, kWords, k);
-  else with_dtype(dtype_of(out), [&](auto element) { launch<decltype(element)>(out, static_cast<FillKind>(kind), k); });
+  launch(out.mutable_data_ptr(), dtype_of(out), out.numel(), static_cast<FillKind>(kind), k, current_stream(out));
   check_launch("fill");
 }
+
+void fill_direct(const DLTensor& out, DType dtype, int kind, const NoiseKey& key) {
+  const torch::stable::accelerator::DeviceGuard guard(device_of(out));
+  int64_t n = 1;
+  for (int32_t d = 0; d < out.ndim; ++d) n *= out.shape[d];
+  launch(data_of(out), dtype, n, static_cast<FillKind>(kind), {key, nullptr}, current_stream(device_of(out)));
+  check_launch("fill");
+}
+
+const bool entered = (cuda_launches.fill = &fill_direct);
 
 }  // namespace
 

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda_stream.h"
+#include "direct.h"
 #include "tiles.h"
 #include "torch_tensor.h"
 
@@ -65,6 +66,12 @@ Coefficient<A> device_coefficient(const OptionalTensor& each, double number) {
   return {static_cast<const A*>(each->const_data_ptr()), A(0), each->numel() > 1};
 }
 
+template <class A>
+Coefficient<A> device_coefficient(const DirectCoefficient& c) {
+  if (!c.each) return {nullptr, static_cast<A>(c.number), false};
+  return {reinterpret_cast<const A*>(data_of(*c.each)), A(0), c.each->ndim == 1 && c.each->shape[0] > 1};
+}
+
 // Sample of an element; 32-bit division is several times cheaper and serves all but the largest tensors.
 __device__ __forceinline__ int64_t sample_of(int64_t element, int64_t per_sample) {
   if ((element | per_sample) >> 32) return element / per_sample;
@@ -121,11 +128,13 @@ inline unsigned blocks_for(int64_t work, int64_t per_block) {
   return static_cast<unsigned>(blocks);
 }
 
-inline cudaStream_t current_stream(const Tensor& t) {
+inline cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
-  STD_TORCH_CHECK(torch_cuda_stream(t.get_device_index(), &stream), "fastscore: torch has no current CUDA stream");
+  STD_TORCH_CHECK(torch_cuda_stream(device, &stream), "fastscore: torch has no current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
+
+inline cudaStream_t current_stream(const Tensor& t) { return current_stream(t.get_device_index()); }
 
 inline void check_launch(const char* op) {
   const cudaError_t error = cudaGetLastError();

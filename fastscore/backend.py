@@ -214,6 +214,8 @@ def _choose(name: str, device: str, cuda: bool = True) -> str:
         return name
     order = ("cuda", "triton", "reference")[not cuda :] if device != "cpu" else ("cpp", "reference")
     chosen = next(b for b in order if why_not(b, device) is None)
+    if device == "cuda":
+        _open_for_gpu()
     if device == "cuda" and chosen == "reference":
         warnings.warn(
             "fastscore runs on the slow reference for CUDA tensors: triton: "
@@ -221,6 +223,19 @@ def _choose(name: str, device: str, cuda: bool = True) -> str:
             stacklevel=2,
         )
     return chosen
+
+
+@functools.cache
+def _open_for_gpu() -> None:
+    """Plain calls go directly from now on (the door is there without CUDA C++, too), where the
+    automatic choice sends them."""
+    if _environment() != "auto" or load_extension() is not None:
+        return
+    compiled = why_not("triton", "cuda") is None and not interpreting()
+    launchers = None
+    if compiled:
+        from fastscore.kernels.direct import LAUNCHERS as launchers
+    direct.serve_gpu(launchers, why_not("cuda", "cuda") is None)
 
 
 @constant_result

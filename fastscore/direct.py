@@ -2,22 +2,29 @@
 plain, and return None for any other.
 
 `door` is there once the extension is loaded, for calls whose back end is already chosen as 'cpp';
-`automatic` is the same, but None while anything asks for a back end.
+`automatic` is the same, but None while anything asks for a back end. On a GPU they launch CUDA C++
+or call Triton's launchers, once the automatic choice has said which; `served` has the door for a
+back end that was chosen so.
 """
 
 import contextlib
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 
 door: ModuleType | None = None
 automatic: ModuleType | None = None
+served: dict[str, Any] = {}
 
 # The kinds of update, as in csrc/door.cpp.
 UPDATE, LANGEVIN, PERTURB, TERMS = range(4)
+
+# Devices, as DLPack numbers them.
+CPU, CUDA = 1, 2
 
 _lock = threading.Lock()
 _allowed = False
@@ -36,6 +43,17 @@ def opened(allowed: bool) -> None:
     with _lock:
         door, _allowed = found, allowed
         _update()
+
+
+def serve_gpu(launchers: tuple[Callable, ...] | None, cuda: bool) -> None:
+    """The automatic choice for a GPU has been made: CUDA C++ where it is built, with Triton's
+    launchers for what it has not."""
+    global served
+    if door is None or not _allowed:
+        return
+    launches = door.launches() if cuda else 0
+    door.serve(CUDA, launches, launchers)
+    served = {"cuda": door} if launches else {"triton": door} if launchers else {}
 
 
 @contextlib.contextmanager

@@ -313,10 +313,11 @@ def filled(
     backend: str,
 ) -> Tensor:
     """Noise under a checked key, where the back end is chosen."""
-    if backend == "cpp" and not is_compiling() and direct.door is not None and key[0] is None:
+    door = direct.door if backend == "cpp" else direct.served.get(backend)
+    if door is not None and not is_compiling() and key[0] is None:
         _, seed, step, word, offset = key
         stream, substream = word & 0xFFFF, word >> 16
-        drawn = direct.door.fill(kind, shape, seed, step, stream, substream, offset, dtype, device)
+        drawn = door.fill(kind, shape, seed, step, stream, substream, offset, dtype, device)
         if drawn is not None:
             return drawn
 

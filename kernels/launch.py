@@ -7,7 +7,11 @@ kernels run on small tensors. Here a launch is looked up by what Triton would sp
 handed to the same launcher in C.
 """
 
+import contextlib
 import os
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +19,7 @@ import triton
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _compiled: dict[tuple, tuple] = {}
 _modes: dict[int, tuple] = {}
+_recording: dict[int, list] = {}   # of threads
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
@@ -29,15 +34,17 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     found = _compiled.get(signature)
     if found is None:
         compiled = kernel[grid](*args, **constants)
-        _compiled[signature] = (
-            compiled,
-            tuple(constants[name] for name in kernel.arg_names[len(args) :]),
-        )
-        return
-
-    compiled, rest = found
+        rest = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        _compiled[signature] = compiled, rest
+    else:
+        compiled, rest = found
     args += rest
     grid += (1,) * (3 - len(grid))
+    if _recording and (launches := _recording.get(threading.get_ident())) is not None:
+        launches.append((device, compiled, grid, args))
+    if found is None:
+        return
+
     stream = driver.get_current_stream(device)
     metadata = compiled.launch_metadata(grid, stream, *args)
     hooks = triton.knobs.runtime
@@ -45,6 +52,16 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
         *grid, stream, compiled.function, compiled.packed_metadata, metadata,
         hooks.launch_enter_hook, hooks.launch_exit_hook, *args,
     )
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[int, Any, tuple[int, ...], tuple]]]:
+    """Within: (device, compiled kernel, grid, all arguments) of each launch of this thread."""
+    launches = _recording[threading.get_ident()] = []
+    try:
+        yield launches
+    finally:
+        del _recording[threading.get_ident()]
 
 
 def cdiv(n: int, d: int) -> int:

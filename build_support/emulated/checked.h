@@ -6,6 +6,7 @@
 
 #include <cstring>
 #include <optional>
+#include <type_traits>
 
 #include "driver.h"
 
@@ -53,24 +54,79 @@ Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> size, Option
   return *owner;
 }
 
+// Tensors as DLPack has them (csrc/direct.h, which is read later).
+template <class T>
+concept View = requires(T t) { t.byte_offset; };
+
+template <View T>
+int32_t device_index(const T& t) { return device_of(static_cast<const char*>(t.data) + t.byte_offset); }
+
+template <View T>
+void may_access_argument(const T& t) {
+  int64_t extent = 1;
+  for (int32_t d = 0; d < t.ndim; ++d) extent += (t.shape[d] - 1) * t.strides[d];
+  may_access(static_cast<const char*>(t.data) + t.byte_offset, static_cast<size_t>(extent) * t.bits / 8);
+}
+template <class T>
+void may_access_argument(const T& t) {
+  if constexpr (requires { t->byte_offset; }) {
+    if (t) may_access_argument(*t);
+  } else if constexpr (requires { t.each; }) {   // a coefficient
+    may_access_argument(t.each);
+  }
+}
+
+class Call {
+ public:
+  Call() { call_begins(); }
+  Call(const Call&) = delete;
+  ~Call() {
+    const char* unread;
+    if (!ended) call_ends(&unread);
+  }
+  void end() {
+    ended = true;
+    const char* fault = nullptr;
+    call_ends(&fault);
+    STD_TORCH_CHECK(!fault, "an emulated operator did not look at the error of its launch: ", fault);
+  }
+
+ private:
+  bool ended = false;
+};
+
+// A launch that the door calls: what it throws is an error of the call; its first argument is what is written.
+template <auto f>
+struct checked_direct;
+
+template <class R, class First, class... P, R (*f)(const First&, P...)>
+struct checked_direct<f> {
+  static R call(const First& out, P... arguments) {
+    Call call;
+    may_access_argument(out);
+    (may_access_argument(arguments), ...);
+    may_write(static_cast<const char*>(out.data) + out.byte_offset);
+    if constexpr (std::is_void_v<R>) {
+      f(out, arguments...);
+      call.end();
+    } else {
+      const R result = f(out, arguments...);
+      call.end();
+      return result;
+    }
+  }
+};
+
 template <auto f>
 struct checked;
 
 template <class... P, void (*f)(P...)>
 struct checked<f> {
   static void call(P... arguments) {
-    call_begins();
+    Call call;
     (may_access_tensor(arguments), ...);
-    try {
-      f(arguments...);
-    } catch (...) {
-      const char* unread;
-      call_ends(&unread);
-      throw;
-    }
-    const char* fault = nullptr;
-    call_ends(&fault);
-    STD_TORCH_CHECK(!fault, "an emulated operator did not look at the error of its launch: ", fault);
+    f(arguments...);
+    call.end();
   }
 };
 

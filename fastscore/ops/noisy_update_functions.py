@@ -40,8 +40,9 @@ def run(
     out: Tensor | None = None,
 ) -> Tensor:
     """The op itself, with no derivative; into `out`, which autograd is told of."""
-    if backend == "cpp" and key is None and direct.door is not None and not is_compiling():
-        y = direct.door.noisy_update(direct.TERMS, x, d, a, b, *numbers, out)
+    door = direct.door if backend == "cpp" else direct.served.get(backend)
+    if door is not None and key is None and not is_compiling():
+        y = door.noisy_update(direct.TERMS, x, d, a, b, *numbers, out)
         if y is not None:
             return y
 
@@ -65,8 +66,9 @@ def reduce(
     mode: int,
 ) -> Tensor:
     """½ Σ (σ s + z)² or Σ s z per sample, with no derivative: (B,) in the compute dtype."""
-    if backend == "cpp" and key is None and direct.door is not None and not is_compiling():
-        sums = direct.door.noise_reduce(mode, s, sigma, *numbers)
+    door = direct.door if backend == "cpp" else direct.served.get(backend)
+    if door is not None and key is None and not is_compiling():
+        sums = door.noise_reduce(mode, s, sigma, *numbers)
         if sums is not None:
             return sums
 

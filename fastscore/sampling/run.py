@@ -67,7 +67,7 @@ class Run:
     project: Callable[..., Tensor] | None
     diagnostics: bool
     backend: str
-    door: Any = None  # straight to the CPU's kernels, where that is where the updates go
+    door: Any = None  # straight to the kernels
     watch: Any = None
 
     def projected(self, x: torch.Tensor, sigma: float, step: int) -> torch.Tensor:
@@ -182,7 +182,8 @@ def begin(
     seed = random.draw_seed() if seed is None else seed
     key = random.noise_key(op, seed, 0, random.LANGEVIN, 0, first, x.device)
     chosen = backend.choose(x.device)
-    straight = chosen == "cpp" and key.tensor is None and not is_compiling()
+    door = direct.door if chosen == "cpp" else direct.served.get(chosen)
+    straight = key.tensor is None and not is_compiling()
     return Run(
         op=op,
         given=score,
@@ -194,7 +195,7 @@ def begin(
         project=None if project is None else evaluated(project),
         diagnostics=bool(diagnostics),
         backend=chosen,
-        door=direct.door if straight else None,
+        door=door if straight else None,
         watch=WATCH.get(),
     )
 
