@@ -89,12 +89,15 @@ def translate(text: str) -> str:
     text = _assembly(text)
     text = re.sub(r"\b(\w+)\.get_device_index\(\)", r"on_host::device_index(\1)", text)
     text = re.sub(r"\b(\w+)\.mutable_data_ptr\(\)", r"on_host::writable(\1)", text)
+    text = re.sub(r"\b(\w+)->mutable_data_ptr\(\)", r"on_host::writable(*\1)", text)
+    text = re.sub(r"(\.|->)(grid|block)Dim\b", r"\1\2", text)   # of a launch's configuration
     text = text.replace("torch::stable::new_empty(", "on_host::new_empty(")
     text = text.replace("torch::stable::accelerator::DeviceGuard", "on_host::DeviceGuard")
-    text = text.replace(
-        "STABLE_TORCH_LIBRARY_IMPL(fastscore, CUDA, m)",
-        f"STABLE_TORCH_LIBRARY_IMPL({NAMESPACE}, CPU, m)",
-    )
+    for key, here in (("CUDA", "CPU"), ("CompositeExplicitAutograd", "CompositeExplicitAutograd")):
+        text = text.replace(
+            f"STABLE_TORCH_LIBRARY_IMPL(fastscore, {key}, m)",
+            f"STABLE_TORCH_LIBRARY_IMPL({NAMESPACE}, {here}, m)",
+        )
     text = re.sub(r"TORCH_BOX\((&\w+)\)", r"TORCH_BOX(&on_host::checked<\1>::call)", text)
     text = re.sub(r"\b(\w+)\.device_id\b", r"on_host::device_index(\1)", text)
     text = re.sub(
@@ -289,8 +292,17 @@ def build() -> Path:
 
 def operators() -> list[str]:
     """Those that some .cu registers."""
+    return _registered("CUDA")
+
+
+def questions() -> list[str]:
+    """Operators that ask the device, and have no tensors."""
+    return _registered("CompositeExplicitAutograd")
+
+
+def _registered(key: str) -> list[str]:
     text = "".join(path.read_text() for path in CSRC.glob("*.cu"))
-    return re.findall(r'm\.impl\("(\w+)"', text)
+    return re.findall(rf'LIBRARY_IMPL\(fastscore, {key}, m\) \{{ m\.impl\("(\w+)"', text)
 
 
 def why_not() -> str | None:
@@ -315,7 +327,7 @@ def driver() -> ctypes.CDLL:
     reason = backend.load_extension()
     assert reason is None, reason
     define = torch.library.Library(NAMESPACE, "DEF")
-    for name in operators():
+    for name in operators() + questions():
         define.define(
             str(getattr(torch.ops.fastscore, name).default._schema).removeprefix("fastscore::")
         )
@@ -350,7 +362,7 @@ def installed():
     def raw_here(name, op):
         return (
             getattr(getattr(torch.ops, NAMESPACE), op).default
-            if name == "cuda" and op in operators()
+            if name == "cuda" and op in operators() + questions()
             else raw(name, op)
         )
 

@@ -1,4 +1,5 @@
 // Kernels with one mistake each, which the emulated device must name; and some without.
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include <cstring>
@@ -91,6 +92,60 @@ __global__ void too_much_shared(float* out, int) {
   out[threadIdx.x] = v[threadIdx.x];
 }
 
+const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
+
+// Each block gives the next one its number, through shared memory.
+__device__ float from_the_next(float* mine) { return *cluster.map_shared_rank(mine, (cluster.block_rank() + 1) % cluster.num_blocks()); }
+
+__global__ void of_a_cluster(float* out, int) {
+  __shared__ float mine;
+  extern __shared__ float dynamic[];
+  if (threadIdx.x == 0) mine = dynamic[5] = 1.0f + blockIdx.x;
+  cluster.sync();
+  const float next = from_the_next(&mine), far = cluster.map_shared_rank(dynamic, cluster.num_blocks() - 1)[5];
+  if (threadIdx.x == 0) out[blockIdx.x] = 10 * next + far;
+  cluster.sync();
+}
+
+__global__ void no_cluster_barrier(float* out, int) {
+  __shared__ float mine;
+  if (threadIdx.x == 0) mine = 1;
+  __syncthreads();
+  const float next = from_the_next(&mine);
+  if (threadIdx.x == 0) out[blockIdx.x] = next;
+  cluster.sync();
+}
+
+__global__ void written_by_another(float* out, int) {
+  __shared__ float mine;
+  if (threadIdx.x == 0) mine = 1;
+  cluster.sync();
+  if (threadIdx.x == 0) *cluster.map_shared_rank(&mine, 0) = 2;   // all of them
+  cluster.sync();
+  if (threadIdx.x == 0) out[blockIdx.x] = mine;
+}
+
+__global__ void may_have_ended(float* out, int) {
+  __shared__ float mine;
+  if (threadIdx.x == 0) mine = 1;
+  cluster.sync();
+  const float next = from_the_next(&mine);
+  if (threadIdx.x == 0) out[blockIdx.x] = next;
+}
+
+__global__ void some_of_a_cluster_have_ended(float* out, int) {
+  if (cluster.block_rank() == 1) return;
+  cluster.sync();
+  out[threadIdx.x] = 1;
+}
+
+__global__ void no_such_block(float* out, int) {
+  __shared__ float mine;
+  if (threadIdx.x == 0) mine = 1;
+  cluster.sync();
+  out[threadIdx.x] = *cluster.map_shared_rank(&mine, static_cast<int>(cluster.num_blocks()));
+}
+
 using Kernel = void (*)(float*, int);
 struct Named { const char* name; Kernel kernel; };
 const Named kernels[] = {
@@ -98,7 +153,25 @@ const Named kernels[] = {
     {"warp_barrier", warp_barrier}, {"never_written", never_written}, {"beyond", beyond}, {"partly_beyond", partly_beyond},
     {"misaligned", misaligned}, {"two_write", two_write}, {"blocks_write", blocks_write}, {"wide_shift", wide_shift},
     {"overflows", overflows}, {"own_array", own_array}, {"barrier_in_a_branch", barrier_in_a_branch}, {"some_have_ended", some_have_ended},
-    {"lanes_have_ended", lanes_have_ended}, {"too_much_shared", too_much_shared}};
+    {"lanes_have_ended", lanes_have_ended}, {"too_much_shared", too_much_shared}, {"of_a_cluster", of_a_cluster},
+    {"no_cluster_barrier", no_cluster_barrier}, {"written_by_another", written_by_another}, {"may_have_ended", may_have_ended},
+    {"some_of_a_cluster_have_ended", some_of_a_cluster_have_ended}, {"no_such_block", no_such_block}};
+
+constexpr int kBlocks = 2;   // of a cluster
+
+void launch_clusters(Kernel kernel, int blocks, int bytes, void* stream, float* out, int n) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {kBlocks, 1, 1};
+  cudaLaunchConfig_t configuration{};
+  configuration.gridDim = dim3(blocks);
+  configuration.blockDim = dim3(kThreads);
+  configuration.dynamicSmemBytes = bytes;
+  configuration.stream = stream;
+  configuration.attrs = &attribute;
+  configuration.numAttrs = 1;
+  cudaLaunchKernelEx(&configuration, kernel, out, n);
+}
 
 }  // namespace
 
@@ -118,7 +191,9 @@ extern "C" __attribute__((visibility("default"))) const char* run(const char* na
   for (const Named& named : kernels) {
     if (std::strcmp(named.name, name) != 0) continue;
     const Kernel kernel = named.kernel;
-    if (kernel == right) right<<<blocks, threads, 0, stream>>>(out, n);   // by its name, with its bounds
+    if (is("in clusters, asked for")) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 50000);
+    if (std::strncmp(how, "in clusters", 11) == 0) launch_clusters(kernel, blocks, is("in clusters") ? 64 : 50000, stream, out, n);
+    else if (kernel == right) right<<<blocks, threads, 0, stream>>>(out, n);   // by its name, with its bounds
     else kernel<<<blocks, threads, is("much shared memory") ? 50000 : 0, stream>>>(out, n);
   }
   const char* fault = nullptr;

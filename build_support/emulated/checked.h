@@ -120,6 +120,12 @@ struct checked_direct<f> {
 template <auto f>
 struct checked;
 
+// A question to the device, which touches no memory.
+template <class... P, int64_t (*f)(P...)>
+struct checked<f> {
+  static int64_t call(P... arguments) { return f(arguments...); }
+};
+
 template <class... P, void (*f)(P...)>
 struct checked<f> {
   static void call(P... arguments) {

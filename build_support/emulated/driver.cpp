@@ -28,8 +28,9 @@ int pending = 0;
 std::string message;
 
 // Threads. A fiber runs one thread after the other until one of them has to wait.
-constexpr size_t kStack = 64 * 1024, kMostThreads = 1024, kShared = 227 * 1024;
-enum State { kNew, kReady, kAtWarp, kAtBlock, kEnded };
+constexpr size_t kStack = 64 * 1024, kMostThreads = 1024, kShared = 227 * 1024, kWithoutAsking = 48 * 1024;
+constexpr unsigned kMostBlocks = 8;   // of a cluster that every device takes
+enum State { kNew, kReady, kAtWarp, kAtBlock, kAtCluster, kEnded };
 
 struct Fiber {
   ucontext_t context;
@@ -52,6 +53,7 @@ struct Touched {
   uint64_t writer = 0, reader = 0;   // 1 + the thread in its grid; 0: nobody
   unsigned written = 0, read = 0;    // the block's barriers before
   unsigned written_warp = 0, read_warp = 0;
+  unsigned written_cluster = 0, read_cluster = 0;
   bool many = false;                 // several readers since
 };
 
@@ -94,15 +96,26 @@ Fiber* running = nullptr;
 ucontext_t scheduler;
 bool aborted = false;
 const Launch* current = nullptr;
-unsigned next_new = 0, barriers = 0;
-uint64_t first_thread = 0;   // of the block, in the grid
-unsigned me = 0;             // the running thread, in the block
-int met = 0;                 // threads with a predicate at the last barrier
+unsigned next_new = 0;
+uint64_t first_block = 0;    // of the cluster, in the grid
+unsigned me = 0;             // the running thread, in the cluster
+unsigned of_block = 1;       // threads of a block
 
-alignas(128) char shared_arena[kShared];
-std::vector<Touched> shared_touched;
+// A block of the cluster that runs. Its arrays of shared memory lie at the same places as those of the others.
+struct Block {
+  unsigned barriers = 0;
+  int met = 0;                     // threads with a predicate at the last barrier
+  bool visited = false;            // by another block's thread, since the cluster's last barrier
+  std::vector<Touched> touched;    // its shared memory
+};
+Block cluster[kMostBlocks];
+unsigned blocks_of_cluster = 1, cluster_barriers = 0;
+
+alignas(128) char shared_arena[kMostBlocks][kShared];
 std::map<const void*, size_t> shared_at;
 size_t shared_used = 0;
+std::map<const void*, size_t> asked_for;   // by kernel: bytes of shared memory that its launches may have
+int most_clusters = 16;                    // that the device says it holds at once
 
 [[noreturn]] void abandon() {
   aborted = true;
@@ -120,7 +133,7 @@ void fault(int error, const char* format, ...) {
     va_end(list);
     pending = error, message = text;
     if (in_kernel) {
-      std::snprintf(text, sizeof text, " (%s, block %u %u %u, thread %u)", current->kernel, block_index.x, block_index.y, block_index.z, me);
+      std::snprintf(text, sizeof text, " (%s, block %u %u %u, thread %u)", current->kernel, block_index.x, block_index.y, block_index.z, me % of_block);
       message += text;
     }
   }
@@ -129,7 +142,11 @@ void fault(int error, const char* format, ...) {
 
 void place_thread(unsigned i) {
   me = i;
-  thread_index.x = i % block_size.x, thread_index.y = i / block_size.x % block_size.y, thread_index.z = i / (block_size.x * block_size.y);
+  const unsigned t = i % of_block;
+  thread_index.x = t % block_size.x, thread_index.y = t / block_size.x % block_size.y, thread_index.z = t / (block_size.x * block_size.y);
+  const uint64_t b = first_block + i / of_block;
+  block_index = {static_cast<unsigned>(b % grid_size.x), static_cast<unsigned>(b / grid_size.x % grid_size.y),
+                 static_cast<unsigned>(b / grid_size.x / grid_size.y)};
 }
 
 unsigned nth(unsigned i, unsigned n) { return order == 0 ? i : n - 1 - i; }
@@ -173,19 +190,21 @@ void wait(State state) {
 
 void make_fibers() {
   if (fibers.empty()) {
-    fibers.resize(kMostThreads);
-    char* stacks = static_cast<char*>(mmap(nullptr, kStack * kMostThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    for (size_t i = 0; i < kMostThreads; ++i) fibers[i].stack = stacks + i * kStack;
+    constexpr size_t most = kMostThreads * kMostBlocks;
+    fibers.resize(most);
+    char* stacks = static_cast<char*>(mmap(nullptr, kStack * most, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    for (size_t i = 0; i < most; ++i) fibers[i].stack = stacks + i * kStack;
   }
   idle.clear();
   for (auto fiber = fibers.rbegin(); fiber != fibers.rend(); ++fiber) idle.push_back(&*fiber);
 }
 
 // The threads of a mask that meet at one place go on together; true if some do.
-bool release_warps() {
+bool release_warps(unsigned block) {
   bool released = false;
-  for (unsigned first = 0; first < threads.size(); first += 32) {
-    const unsigned lanes = std::min<size_t>(32, threads.size() - first);
+  const unsigned end = (block + 1) * of_block;
+  for (unsigned first = block * of_block; first < end; first += 32) {
+    const unsigned lanes = std::min(32u, end - first);
     for (unsigned i = 0; i < lanes; ++i) {
       Thread& t = threads[first + i];
       if (t.state != kAtWarp) continue;
@@ -228,31 +247,58 @@ bool release_warps() {
   return released;
 }
 
-bool release_block() {
-  met = 0;
-  for (const Thread& t : threads) {
-    if (t.state == kEnded) {
-      fault(kFailure, "a thread ended while others wait at a barrier of the block");
-      return false;
-    }
-    if (t.state != kAtBlock || t.site != threads[0].site) {
-      fault(kFailure, "threads of a block wait at different barriers (lines %d and %d)", threads[0].site, t.site);
-      return false;
-    }
-    met += t.value != 0;
+bool all_at(const Thread* first, size_t n, State state) {
+  return std::all_of(first, first + n, [&](const Thread& t) { return t.state == state && t.site == first->site; });
+}
+
+bool release_block(unsigned block) {
+  Thread* first = &threads[block * of_block];
+  if (!all_at(first, of_block, kAtBlock)) return false;
+  cluster[block].met = 0;
+  for (Thread* t = first; t < first + of_block; ++t) {
+    cluster[block].met += t->value != 0;
+    t->state = kReady;
   }
-  for (Thread& t : threads) t.state = kReady;
-  ++barriers;
+  ++cluster[block].barriers;
   return true;
 }
 
-void run_block() {
-  std::memset(shared_arena, 0xff, std::max<size_t>(shared_used, current->shared));   // not a number, until it is written
-  std::fill(shared_touched.begin(), shared_touched.end(), Touched{});
-  shared_at.clear();
-  shared_used = current->shared;
-  for (Thread& t : threads) t = {kNew, nullptr, Meeting::kBarrier, 0, 0, 0, 0, 0, 0};
-  next_new = 0, barriers = 0;
+bool release_cluster() {
+  if (!all_at(threads.data(), threads.size(), kAtCluster)) return false;
+  for (Thread& t : threads) t.state = kReady;
+  for (Block& block : cluster) ++block.barriers, block.visited = false;
+  ++cluster_barriers;
+  return true;
+}
+
+bool release() {
+  bool released = false;
+  for (unsigned block = 0; block < blocks_of_cluster && pending == 0; ++block) released |= release_warps(block);
+  if (released || pending) return pending == 0;
+  for (unsigned block = 0; block < blocks_of_cluster; ++block) released |= release_block(block);
+  return released || release_cluster();
+}
+
+// Nobody can go on: why.
+void stuck() {
+  for (unsigned block = 0; block < blocks_of_cluster; ++block) {
+    const Thread* first = &threads[block * of_block];
+    const Thread* waiting =
+        std::find_if(first, first + of_block, [](const Thread& t) { return t.state == kAtBlock || t.state == kAtWarp; });
+    if (waiting == first + of_block) continue;
+    for (const Thread* t = first; t < first + of_block; ++t) {
+      if (t->state == kEnded) return fault(kFailure, "a thread ended while others wait at a barrier of the block");
+      if (t->state != waiting->state || t->site != waiting->site)
+        return fault(kFailure, "threads of a block wait at different barriers (lines %d and %d)", waiting->site, t->site);
+    }
+  }
+  for (const Thread& t : threads)
+    if (t.state == kEnded) return fault(kFailure, "a thread ended while others wait at a barrier of the cluster");
+  fault(kFailure, "threads of a cluster wait at different barriers");
+}
+
+// Whether every thread has run to its end.
+bool run_threads() {
   while (!aborted) {
     while (next_new < threads.size() && !aborted) {
       Fiber* fiber = idle.back();
@@ -269,28 +315,48 @@ void run_block() {
       waiting |= t.state == kReady;
     }
     if (aborted || waiting) continue;
-    if (std::all_of(threads.begin(), threads.end(), [](const Thread& t) { return t.state == kEnded; })) return;
+    if (std::all_of(threads.begin(), threads.end(), [](const Thread& t) { return t.state == kEnded; })) return true;
     in_kernel = false;   // a fault here has no thread to leave
-    const bool released = release_warps() || (pending == 0 && release_block());
+    const bool released = release();
+    if (!released && pending == 0) stuck();
     in_kernel = true;
-    if (!released) return;
+    if (!released) return false;
   }
+  return false;
+}
+
+void run_cluster() {
+  // Not a number, until it is written.
+  for (unsigned b = 0; b < blocks_of_cluster; ++b) {
+    std::memset(shared_arena[b], 0xff, std::max<size_t>(shared_used, current->shared));
+    std::fill(cluster[b].touched.begin(), cluster[b].touched.end(), Touched{});
+    cluster[b].barriers = 0, cluster[b].visited = false;
+  }
+  shared_at.clear();
+  shared_used = current->shared;
+  for (Thread& t : threads) t = {kNew, nullptr, Meeting::kBarrier, 0, 0, 0, 0, 0, 0};
+  next_new = 0, cluster_barriers = 0;
+  if (!run_threads()) return;
+
+  in_kernel = false;
+  for (const Block& block : cluster)
+    if (block.visited) fault(kFailure, "the shared memory of a block is accessed by another with no barrier of the cluster behind: it may have ended");
+  in_kernel = true;
 }
 
 void run(const Launch& l) {
   current = &l;
   block_size = l.block, grid_size = l.grid;
-  threads.resize(l.block.x * l.block.y * l.block.z);
+  of_block = l.block.x * l.block.y * l.block.z, blocks_of_cluster = l.cluster;
+  threads.resize(of_block * blocks_of_cluster);
   make_fibers();
-  shared_touched.resize(kShared / 2);
+  for (unsigned b = 0; b < blocks_of_cluster; ++b) cluster[b].touched.resize(kShared / 2);
   for (Range& range : ranges) range.touched.assign(range.end - range.begin <= kWatched ? (range.end - range.begin) / 2 + 1 : 0, Touched{});
   in_kernel = true, aborted = false;
   const uint64_t blocks = static_cast<uint64_t>(l.grid.x) * l.grid.y * l.grid.z;
-  for (uint64_t next = 0; next < blocks && pending == 0; ++next) {
-    const uint64_t b = order == 0 ? next : blocks - 1 - next;
-    block_index = {static_cast<unsigned>(b % l.grid.x), static_cast<unsigned>(b / l.grid.x % l.grid.y), static_cast<unsigned>(b / l.grid.x / l.grid.y)};
-    first_thread = b * threads.size();
-    run_block();
+  for (uint64_t next = 0; next < blocks && pending == 0; next += blocks_of_cluster) {
+    first_block = order == 0 ? next : blocks - blocks_of_cluster - next;
+    run_cluster();
   }
   if (pending) {   // fibers stand in the middle of the kernel
     for (Fiber& fiber : fibers) fiber.begun = false;
@@ -298,32 +364,34 @@ void run(const Launch& l) {
   in_kernel = false, racing_allowed = false;
 }
 
-bool same_moment(uint64_t other, unsigned then, unsigned then_warp) {
-  const uint64_t i = other - 1;
-  if (i / threads.size() * threads.size() != first_thread) return true;   // another block: nothing orders the two
-  const unsigned thread = i % threads.size();
-  if (thread / 32 == me / 32) return then == barriers && then_warp == threads[me].warp_meetings;
-  return then == barriers;
+bool same_moment(uint64_t other, unsigned then, unsigned then_warp, unsigned then_cluster) {
+  const uint64_t thread = other - 1, block = thread / of_block;
+  if (block < first_block || block >= first_block + blocks_of_cluster) return true;   // another cluster: nothing orders the two
+  const unsigned mine = me / of_block;
+  if (block - first_block != mine) return then_cluster == cluster_barriers;
+  if (thread % of_block / 32 == me % of_block / 32) return then == cluster[mine].barriers && then_warp == threads[me].warp_meetings;
+  return then == cluster[mine].barriers;
 }
 
 void race(const char* first, const char* second, uint64_t other) {
   const uint64_t i = other - 1;
-  fault(kFailure, "a race: thread %d of block %d %s what this thread %s, with no barrier between", static_cast<int>(i % threads.size()),
-        static_cast<int>(i / threads.size()), first, second);
+  fault(kFailure, "a race: thread %d of block %d %s what this thread %s, with no barrier between", static_cast<int>(i % of_block),
+        static_cast<int>(i / of_block), first, second);
 }
 
 void touch(Touched* begin, Touched* end, bool write) {
-  const uint64_t self = first_thread + me + 1;
-  const unsigned warp = threads[me].warp_meetings;
+  const uint64_t self = first_block * of_block + me + 1;
+  const unsigned warp = threads[me].warp_meetings, before = cluster[me / of_block].barriers;
   for (Touched* t = begin; t < end; ++t) {
-    if (t->writer && t->writer != self && same_moment(t->writer, t->written, t->written_warp)) race("wrote", write ? "writes" : "reads", t->writer);
-    const bool lately = t->reader && same_moment(t->reader, t->read, t->read_warp);
+    if (t->writer && t->writer != self && same_moment(t->writer, t->written, t->written_warp, t->written_cluster))
+      race("wrote", write ? "writes" : "reads", t->writer);
+    const bool lately = t->reader && same_moment(t->reader, t->read, t->read_warp, t->read_cluster);
     if (write) {
       if (lately && (t->reader != self || t->many)) race("(or another) read", "writes", t->reader);
-      t->writer = self, t->written = barriers, t->written_warp = warp;
+      t->writer = self, t->written = before, t->written_warp = warp, t->written_cluster = cluster_barriers;
     } else {
       t->many = lately && (t->many || t->reader != self);
-      t->reader = self, t->read = barriers, t->read_warp = warp;
+      t->reader = self, t->read = before, t->read_warp = warp, t->read_cluster = cluster_barriers;
     }
   }
 }
@@ -356,10 +424,13 @@ void access(uintptr_t at, size_t size, bool write) {
     }
     return;
   }
-  if (inside(at, size, shared_arena, kShared)) {
-    if (!inside(at, size, shared_arena, shared_used)) fault(kIllegalAddress, "shared memory beyond what the block has is accessed");
-    const size_t first = (at - reinterpret_cast<uintptr_t>(shared_arena)) / 2;
-    if (!racing_allowed) touch(&shared_touched[first], &shared_touched[first] + std::max<size_t>(1, size / 2), write);
+  if (inside(at, size, shared_arena, sizeof shared_arena)) {
+    const size_t within = at - reinterpret_cast<uintptr_t>(shared_arena), owner = within / kShared, first = within % kShared / 2;
+    if (owner >= blocks_of_cluster || within % kShared + size > shared_used)
+      fault(kIllegalAddress, "shared memory beyond what the block has is accessed");
+    Block& block = cluster[owner];
+    block.visited |= owner != me / of_block;
+    if (!racing_allowed) touch(&block.touched[first], &block.touched[first] + std::max<size_t>(1, size / 2), write);
     return;
   }
   if (!write && inside(at, size, current->arguments.get(), current->argument_bytes)) return;
@@ -390,7 +461,11 @@ void launch(const Launch& l) {
     return fault(kInvalidConfiguration, "%s: %d threads in a block", l.kernel, static_cast<int>(threads_of_block));
   if (l.bound && threads_of_block > l.bound)
     return fault(kInvalidConfiguration, "%s: %d threads in a block, its bounds are %u", l.kernel, static_cast<int>(threads_of_block), l.bound);
-  if (l.shared > 48 * 1024) return fault(kInvalidConfiguration, "%s: %zu bytes of shared memory", l.kernel, l.shared);
+  const auto asked = asked_for.find(l.function);
+  if (l.shared > (asked == asked_for.end() ? kWithoutAsking : asked->second))
+    return fault(kInvalidConfiguration, "%s: %zu bytes of shared memory", l.kernel, l.shared);
+  if (l.cluster == 0 || l.cluster > kMostBlocks || l.grid.x % l.cluster)
+    return fault(kInvalidConfiguration, "%s: clusters of %u in a grid of %u blocks", l.kernel, l.cluster, l.grid.x);
   const Stream* stream = static_cast<const Stream*>(l.stream);
   if (!stream) return fault(kInvalidStream, "%s: a launch without torch's current stream", l.kernel);
   if (stream->device != current_device)
@@ -413,7 +488,35 @@ uint64_t meet_warp(Meeting meeting, int site, unsigned mask, uint64_t value, uns
 int meet_block(int site, int predicate) {
   threads[me].site = site, threads[me].value = predicate != 0;
   wait(kAtBlock);
-  return met;
+  return cluster[me / of_block].met;
+}
+
+void meet_cluster(int site) {
+  threads[me].site = site;
+  wait(kAtCluster);
+}
+
+unsigned rank_in_cluster() { return me / of_block; }
+unsigned size_of_cluster() { return blocks_of_cluster; }
+
+// Where what lies at p, in this block's shared memory, lies in that of another.
+void* of_rank(const void* p, unsigned rank) {
+  const uintptr_t within = reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(shared_arena[me / of_block]);
+  if (within >= kShared) fault(kIllegalAddress, "an address of another block's shared memory is asked for that is none of this block's");
+  if (rank >= blocks_of_cluster) fault(kIllegalAddress, "there is no block %u in a cluster of %u", rank, blocks_of_cluster);
+  return shared_arena[rank] + within;
+}
+
+int ask_for_shared_memory(const void* kernel, size_t bytes) {
+  if (bytes > kShared) return kInvalidValue;
+  asked_for[kernel] = bytes;
+  return 0;
+}
+
+int clusters_at_once(const void* kernel, size_t bytes, unsigned size) {
+  const auto asked = asked_for.find(kernel);
+  const bool fits = bytes <= (asked == asked_for.end() ? kWithoutAsking : asked->second) && size <= kMostBlocks;
+  return fits ? most_clusters : 0;
 }
 
 void* shared_memory(const void* declaration, size_t bytes, size_t alignment) {
@@ -421,14 +524,14 @@ void* shared_memory(const void* declaration, size_t bytes, size_t alignment) {
   if (found == shared_at.end()) {
     const size_t at = (shared_used + alignment - 1) / alignment * alignment;
     if (at + bytes > 48 * 1024 + current->shared) fault(kInvalidConfiguration, "%zu bytes of shared memory", at + bytes);
-    std::memset(shared_arena + at, 0xff, bytes);
+    for (unsigned b = 0; b < blocks_of_cluster; ++b) std::memset(shared_arena[b] + at, 0xff, bytes);
     shared_used = at + bytes;
     found = shared_at.emplace(declaration, at).first;
   }
-  return shared_arena + found->second;
+  return shared_arena[me / of_block] + found->second;
 }
 
-void* dynamic_shared_memory() { return shared_arena; }
+void* dynamic_shared_memory() { return shared_arena[me / of_block]; }
 
 void unchecked(bool racing) { racing_allowed = racing; }
 
@@ -537,6 +640,7 @@ EXPORT void emulated_place(void* begin, size_t bytes, int device) {
   if (device == 0) placed.erase(reinterpret_cast<uintptr_t>(begin));
   else placed[reinterpret_cast<uintptr_t>(begin)] = {reinterpret_cast<uintptr_t>(begin) + bytes, device};
 }
+EXPORT void emulated_clusters(int most) { most_clusters = most; }
 EXPORT void emulated_use_stream(int device, int number) { current_stream[device] = number; }
 EXPORT int emulated_current_device() { return current_device; }
 EXPORT const char* emulated_log() { return log.c_str(); }

@@ -1,4 +1,4 @@
-// A GPU on the host: threads of a block are fibers, which take turns at barriers and shuffles; blocks run one after the other.
+// A GPU on the host: threads are fibers, which take turns at barriers and shuffles; blocks, or clusters of them, run one after the other.
 //
 // Every access of device code is looked at (the compiler calls __asan_load4_noabort and the like): it must lie in a tensor of the call, be
 // aligned, and not race with another thread. The first fault ends the kernel and is the launch's error. Two devices, of two streams each.
@@ -32,6 +32,8 @@ struct Launch {
   void (*run)(const void*);         // calls the kernel with its arguments
   std::shared_ptr<void> arguments;
   size_t argument_bytes;
+  const void* function;             // the kernel
+  unsigned cluster = 1;             // blocks that run together, along x
 };
 
 void launch(const Launch&);   // runs it, or keeps it where the stream is captured
@@ -42,6 +44,9 @@ uint64_t meet_warp(Meeting, int site, unsigned mask, uint64_t value, unsigned so
 int meet_block(int site, int predicate);   // how many threads had a predicate that is not 0
 void* shared_memory(const void* declaration, size_t bytes, size_t alignment);
 void* dynamic_shared_memory();
+void meet_cluster(int site);
+unsigned rank_in_cluster(), size_of_cluster();
+void* of_rank(const void*, unsigned rank);
 void unchecked(bool);   // from here on accesses may race: atomics
 
 // What launchers call.
@@ -51,6 +56,8 @@ void may_access(const void* begin, size_t bytes);
 void may_write(const void* begin);
 int32_t device_of(const void*);
 void fresh(const void* begin, size_t bytes, std::shared_ptr<void> owner);   // a temporary, which a captured graph keeps
+int ask_for_shared_memory(const void* kernel, size_t bytes);             // more than every launch may have
+int clusters_at_once(const void* kernel, size_t bytes, unsigned size);   // that the device can run
 int take_error();
 const char* describe(int error);
 void fail(int error, const char* format, ...) __attribute__((format(printf, 2, 3)));

@@ -8,6 +8,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <string>
 #include <tuple>
 #include <type_traits>
 
@@ -65,6 +66,33 @@ constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return on_host::take_error(); }
 inline const char* cudaGetErrorString(cudaError_t error) { return on_host::describe(error); }
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttributeValue { struct { unsigned x, y, z; } clusterDim; };
+struct cudaLaunchAttribute { cudaLaunchAttributeID id; cudaLaunchAttributeValue val; };
+struct cudaLaunchConfig_t {
+  dim3 grid, block;   // gridDim and blockDim, which are macros here
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrL2CacheSize = 38, cudaDevAttrComputeCapabilityMajor = 75 };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
+  *value = what == cudaDevAttrL2CacheSize ? 1 << 15 : 9;
+  return cudaSuccess;
+}
+template <class... P>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int bytes) {
+  return on_host::ask_for_shared_memory(reinterpret_cast<const void*>(kernel), static_cast<size_t>(bytes));
+}
+template <class... P>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(P...), const cudaLaunchConfig_t* c) {
+  *clusters = on_host::clusters_at_once(reinterpret_cast<const void*>(kernel), c->dynamicSmemBytes, c->attrs[0].val.clusterDim.x);
+  return cudaSuccess;
+}
+#define cudaLaunchKernelEx(config, kernel, ...) on_host::launch_with(#kernel, config, kernel, __VA_ARGS__)
+
 namespace on_host {
 
 template <class T>
@@ -102,6 +130,7 @@ struct Configuration {
   Size grid, block;
   size_t shared = 0;
   void* stream = nullptr;
+  unsigned cluster = 1;
 };
 
 template <class... P>
@@ -118,12 +147,22 @@ struct Launcher {
   template <class... A>
   void operator()(A&&... a) const {
     auto arguments = std::make_shared<Arguments>(kernel, std::forward<A>(a)...);
-    launch({c.kernel, c.grid, c.block, c.shared, c.stream, c.bound, &run, arguments, sizeof(Arguments)});
+    launch({c.kernel, c.grid, c.block, c.shared, c.stream, c.bound, &run, arguments, sizeof(Arguments),
+            reinterpret_cast<const void*>(kernel), c.cluster});
   }
 };
 
 template <class... P>
 Launcher<P...> launcher(void (*kernel)(P...), const Configuration& c) { return {kernel, c}; }
+
+// By the name of a kernel without its template's arguments.
+template <class... P, class... A>
+cudaError_t launch_with(const char* kernel, const cudaLaunchConfig_t* c, void (*function)(P...), A&&... a) {
+  static const std::string name(kernel, std::strcspn(kernel, "<"));
+  const unsigned cluster = c->numAttrs ? c->attrs[0].val.clusterDim.x : 1;
+  launcher(function, {name.c_str(), 0, c->grid, c->block, c->dynamicSmemBytes, c->stream, cluster})(std::forward<A>(a)...);
+  return cudaSuccess;   // an error is that of cudaGetLastError
+}
 
 template <class T>
 T atomically(T* p, T (*f)(T, T), T value) {
