@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 
 import fastscore
+from fastscore import backend as backends
+from fastscore.ops.normalise import Form
+from fastscore.ops.normalise_core import in_clusters
 
 SHAPES = [(32, 128, 32, 32), (64, 3, 32, 32), (128, 256, 8, 8)]
 BEYOND_L2 = (128, 128, 32, 32)   # of a GPU: 64 MiB in float32
@@ -31,7 +34,7 @@ def one_thread(threads):
 
 @pytest.fixture
 def ours(ours):
-    return [name for name in ours if name != "cuda"]   # a GPU runs the Triton kernels
+    return [name for name in ours if name != "cuda"]   # which has one case: below
 
 
 def stock(x, gamma, alpha, beta):
@@ -105,6 +108,32 @@ def bench_instance_norm_plus(compare, where, ours, dtype, shape):
         calls = {name: functools.partial(ours_as(name), x, *c) for name in ours}
         peers = {"eager": lambda: stock(x, *c), "torch.compile": lambda: compiled(x, *c)}
         compare("instance_norm_plus", x, 2 * x.nbytes, calls | peers)
+
+
+@pytest.mark.parametrize(
+    "shape", [(32, 128, 32, 32), BEYOND_L2, (64, 128, 64, 64)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def bench_norm_in_clusters(compare, where, device, request, dtype, shape):
+    """CUDA C++, whose clusters of blocks read x once, beside Triton's two passes."""
+    if backends.why_not("cuda", device) is not None:
+        pytest.skip("CUDA C++ is not built")
+    if where[1]:
+        if shape[0] != 32:
+            pytest.skip("one size is enough for a dry run")
+        shape = 2, 20, 30, 30
+    x = torch.randn(shape, device=device).to(dtype)
+    c = [torch.rand(shape[1], device=device).add(0.5).to(dtype) for _ in range(3)]
+    if not in_clusters(x, Form(0, True, True, 1e-5, "elu")):
+        pytest.skip("no cluster takes such a sample here")
+
+    exact = stock(x.double(), *(k.double() for k in c))
+    with torch.no_grad():
+        for name in ("cuda", "triton"):
+            check(ours_as(name)(x, *c), exact, dtype)
+        calls = {name: functools.partial(ours_as(name), x, *c) for name in ("cuda", "triton")}
+        peers = {"eager": lambda: stock(x, *c)}
+        compare("instance_norm_plus in clusters", x, 2 * x.nbytes, calls | peers)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, BEYOND_L2], ids=str)

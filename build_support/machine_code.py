@@ -512,6 +512,9 @@ def compile_cuda(source, folder):
             row["per_element"] = row["instructions"] / packs
         elif "fill_signs" in name:
             row["per_element"] = row["instructions"] / 128
+        # A warp's piece: the loads of all that it holds, its stores in two forms.
+        elif "normalise_rows" in name:
+            row["elements"] = 32
         # That many in each round of its loop.
         elif "reduce_samples" in name and "ReadingE1E" in name and "reduce_samplesId" not in name:
             row["per_element"] = row["loop"] / packs

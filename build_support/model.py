@@ -8,6 +8,7 @@ A kernel takes at least as long as each of these, and is predicted to take as lo
 - a pipe: the instructions that one of its pipes takes, at that pipe's rate;
 - latency: with the warps that the registers leave room for, the bytes that all their loads ask for
   at once, a trip each.
+The norm in clusters (csrc/normalise.cu) is predicted from how its rows are cut: `in_clusters`.
 No GPU is needed. RESULTS: a report of the benchmarks (benchmarks/results), whose rows in a graph
 are put beside the predictions.
 """
@@ -15,12 +16,14 @@ are put beside the predictions.
 import functools
 import itertools
 import json
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import machine_code
+import native
 
 SIZE = 2**26   # elements
 COPY = 2.98e12   # bytes a second, measured on an H100 (build_support/ceilings.py)
@@ -75,6 +78,20 @@ WHOLE = {  # several kernels of one call: what must move for it, once
         Shape(2, 2, ("instance_norm_plus_dual", [128, 128, 32, 32])),
     ),
 }
+# The same in one kernel of CUDA C++: channels and pixels of a sample, which is a row of its own.
+CLUSTERS = {
+    "instance_norm_plus in clusters": (
+        128,
+        1024,
+        ("instance_norm_plus in clusters", [128, 128, 32, 32]),
+    ),
+    "instance_norm_plus in clusters, 64×64": (128, 4096, None),
+}
+SHARED = 228 * 1024   # bytes of a multiprocessor's shared memory, of which a block takes 1 KiB more
+GROUPS = 6 * [16] + 2 * [18]   # multiprocessors that a cluster may lie in, of those 132
+EXCHANGE = 2e-6   # seconds from a block's last load to its first store: assumed
+# Of an element, counted in a copy of the kernel that has no other activation than ELU.
+IN_CLUSTERS = {"fp32": 30, "bf16": 31}
 ITEM = {"fp32": 4, "bf16": 2}
 TORCH = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -109,6 +126,55 @@ def limits(row: dict, warps: int, shape: Shape, item: int, size: int) -> dict[st
     return found
 
 
+@functools.cache
+def cut_numbers() -> dict[str, int]:
+    """The constants of csrc/tiles.h."""
+    text = (native.ROOT / "csrc" / "tiles.h").read_text()
+    found = re.findall(r"\b(k\w+) = ([\d *]+)[,;]", text)
+    numbers = ((name, value.split("*")) for name, value in found)
+    return {name: functools.reduce(lambda a, b: a * int(b), value, 1) for name, value in numbers}
+
+
+def cut(channels: int, pixels: int, item: int) -> tuple[int, int, int] | None:
+    """(blocks, pieces of a block, bytes of its shared memory) of a row, as cut_row in
+    csrc/normalise.cu has them; None where Triton's kernels take it."""
+    n = cut_numbers()
+    size = channels * pixels
+    if pixels < n["kLeastOfChannel"] or size <= n["kOfOneProgram"]:
+        return None
+
+    length = -(-pixels // -(-pixels // n["kPiece"]))
+    length = -(-length // 8) * 8
+    for blocks in (1, 2, 4, n["kMostBlocks"]):
+        pieces = -(-channels * -(-pixels // length) // blocks)
+        tables = -(-pieces * 8 // 16) * 16 + 4 * -(-channels // 4) * 16
+        bytes_ = tables + pieces * length * item
+        if bytes_ <= n["kGoodShared"]:
+            return blocks, pieces, bytes_
+    return (blocks, pieces, bytes_) if bytes_ <= n["kMostShared"] else None
+
+
+def in_clusters(channels: int, pixels: int, item: int, size: int) -> dict[str, float]:
+    """Seconds of each limit for `size` elements: memory, which is read once and written once;
+    issue; rounds of blocks, each of which loads, meets its cluster and stores.
+
+    What a multiprocessor stores is 64 bytes a clock at most.
+    """
+    n = cut_numbers()
+    blocks, pieces, bytes_ = cut(channels, pixels, item)
+    resident = min(3, SHARED // (bytes_ + 1024))
+    at_once = blocks * sum(group * resident // blocks for group in GROUPS)
+    loads = -(-pieces * 32 // n["kThreads"]) * LATENCY
+    stores = pieces * min(pixels, n["kPiece"]) * item / (64 * CLOCK)
+    rounds = -(-(size // (channels * pixels)) * blocks // at_once)
+    instructions = IN_CLUSTERS["fp32" if item == 4 else "bf16"]
+    return {
+        "memory": 2 * size * item / COPY,
+        "issue": size * instructions / (PROCESSORS * 128 * CLOCK * ISSUED),
+        "rounds": rounds * (loads + EXCHANGE + resident * stores),
+    }
+
+
 def compiled(names) -> dict[str, tuple[dict, int]]:
     """{name: (figures, warps)} of the kernels for sm_90."""
     entries = {entry[0]: entry for entry in machine_code.triton_kernels(90) if entry[0] in names}
@@ -117,14 +183,16 @@ def compiled(names) -> dict[str, tuple[dict, int]]:
         return {name: (row, entry[-1]) for (name, entry), (_, row) in zip(entries.items(), rows)}
 
 
-def measured(report: dict | None, row: tuple | None, dtype: str) -> float | None:
+def measured(
+    report: dict | None, row: tuple | None, dtype: str, backend: str = "triton"
+) -> float | None:
     """Share of a copy's rate that a benchmark found, in a CUDA graph."""
     for found in report["rows"] if report and row else ():
         if (found["op"], found["shape"], found["dtype"]) == (
             *row,
             TORCH[dtype],
-        ) and "triton" in found["replayed"]:
-            return found["replayed"]["ceiling"] / found["replayed"]["triton"]
+        ) and backend in found["replayed"]:
+            return found["replayed"]["ceiling"] / found["replayed"][backend]
     return None
 
 
@@ -181,7 +249,25 @@ def table(report: dict | None = None) -> str:
                 share,
             ]
             lines.append("| " + " | ".join(cells) + " |")
+    lines += of_clusters(report)
     return "\n".join(lines)
+
+
+def of_clusters(report: dict | None) -> list[str]:
+    lines = []
+    for (name, (C, S, row)), (dtype, item) in itertools.product(CLUSTERS.items(), ITEM.items()):
+        if cut(C, S, item) is None:   # two passes
+            continue
+        found = in_clusters(C, S, item, SIZE)
+        binds = max(found, key=found.get)
+        share = said(found["memory"] / found[binds], measured(report, row, dtype, "cuda"))
+        _, _, bytes_ = cut(C, S, item)
+        occupied = min(3, SHARED // (bytes_ + 1024)) * 8 / WARPS
+        cells = [f"{name} {dtype}", str(2 * item), str(IN_CLUSTERS[dtype]), "", "≤ 80"]
+        cells += [f"{100 * occupied:.0f} %"]
+        cells += [binds, f"predicted {1e6 * found[binds]:.0f}", share]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ EMULATED = os.environ.get("FASTSCORE_EMULATED") == "1"
 DEVICE = "cpu" if EMULATED else "cuda"
 SIZE = 2**13 if EMULATED else 2**26
 IMAGES = (2, 8, 8, 8) if EMULATED else (128, 128, 32, 32)
+IN_CLUSTERS = (2, 20, 30, 30) if EMULATED else IMAGES   # samples that a cluster takes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -66,15 +67,15 @@ def _loss(dtype, backend):
     return lambda: fastscore.denoising_loss(s, 0.5, seed=1, backend=backend)
 
 
-def _images(dtype):
-    x = torch.randn(IMAGES, device=DEVICE, generator=generator()).to(dtype)
+def _images(dtype, shape=IMAGES):
+    x = torch.randn(shape, device=DEVICE, generator=generator()).to(dtype)
     return x, [
-        torch.rand(IMAGES[1], device=DEVICE, generator=generator()).add(0.5) for _ in range(3)
+        torch.rand(shape[1], device=DEVICE, generator=generator()).add(0.5) for _ in range(3)
     ]
 
 
-def _norm(dtype, backend):
-    x, c = _images(dtype)
+def _norm(dtype, backend, shape=IMAGES):
+    x, c = _images(dtype, shape)
     return lambda: fastscore.instance_norm_plus(
         x, *(k.to(dtype) for k in c), activation="elu", backend=backend
     )
@@ -131,6 +132,9 @@ WORKLOADS = {
     "langevin_step per sample": Workload(_langevin(True), ("noisy_update",), 3, True),
     "denoising_loss": Workload(_loss, ("noise_reduce",), 1, True),
     "instance_norm_plus": Workload(_norm, NORM, 2, False),
+    "instance_norm_plus in clusters": Workload(
+        functools.partial(_norm, shape=IN_CLUSTERS), NORM, 2, True
+    ),
     "instance_norm_plus backward": Workload(
         _norm_backward, ("cotangent_sums", "gradient"), 3, False
     ),
@@ -146,7 +150,7 @@ PARTS = {"activate_dual": 2, "activate_jet": 4, "activate_jet backward": 4}   # 
 
 def elements(name: str) -> int:
     numbers = 1
-    for n in IMAGES:
+    for n in IN_CLUSTERS if "clusters" in name else IMAGES:
         numbers *= n
     return numbers if "norm" in name else SIZE // PARTS.get(name, 1)
 

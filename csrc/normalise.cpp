@@ -357,6 +357,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastscore, m) {
   m.def("normalise_backward(Tensor(a!) gx, Tensor(b!)? gt, Tensor(c!) gcoef, Tensor(d!)? gtcoef, Tensor x, Tensor? t, Tensor stats, "
         "Tensor coef, Tensor? tcoef, Tensor? labels, Tensor? gy, Tensor? gty, int groups, bool alpha, bool beta, float eps, "
         "int activation) -> ()");
+  m.def("norm_clusters(int device, int channels, int pixels, int groups, bool alpha, int itemsize) -> int");   // of normalise.cu
 }
 STABLE_TORCH_LIBRARY_IMPL(fastscore, CPU, m) {
   m.impl("normalise", TORCH_BOX(&normalise));

@@ -14,4 +14,10 @@ template <class T> constexpr int kInFlight = sizeof(T) == 8 ? 2 : 4;
 // Elements of a sample that one thread, or one warp, sums; more take a block. Partial sums that one warp adds; more take a block.
 constexpr int kOfThread = 16, kOfWarp = 2048, kSplitsOfWarp = 256;
 
+// Norms in clusters: pixels that a warp takes at once; blocks that every device puts in a cluster; bytes of shared memory that leave room
+// for three blocks in a multiprocessor of 228 KB, so that one reads while another writes, and that a block can have; pixels of a channel
+// below which warps would be mostly idle, and elements of a row that one program of Triton's keeps in its registers.
+constexpr int64_t kPiece = 1024, kMostBlocks = 8, kGoodShared = 74 * 1024, kMostShared = 227 * 1024;
+constexpr int64_t kLeastOfChannel = 256, kOfOneProgram = 16384;
+
 }  // namespace fastscore

@@ -14,6 +14,8 @@ class RawOp(NamedTuple):
     serves: tuple[str, ...] = ()
     # Whether it is also written in CUDA C++.
     cuda: bool = False
+    # Whether CUDA C++ has it for those samples that fit in a cluster of blocks, and no others.
+    clusters: bool = False
 
 
 _KEY = "Tensor? key, int seed, int step, int stream, int offset"
@@ -44,6 +46,7 @@ OPS = {
         "Tensor(a!)? y, Tensor(b!)? ty, Tensor(c!) stats, Tensor x, Tensor? t, Tensor coef, "
         f"Tensor? tcoef, Tensor? labels, {_NORM}",
         serves=("instance_norm_plus", "conditional_instance_norm_plus", "group_norm_modulate"),
+        clusters=True,
     ),
     "normalise_backward": RawOp(
         "normalise",

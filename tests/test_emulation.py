@@ -129,6 +129,41 @@ def test_a_mistake_of_a_launch_is_named(faulty, how, words):
     assert "50000 bytes" in faulty("warp_barrier", "much shared memory")
 
 
+@pytest.mark.parametrize("order", [0, 1], ids=["first-to-last", "last-to-first"])
+def test_blocks_of_a_cluster_see_the_shared_memory_of_each_other(faulty, order):
+    out = torch.zeros(64)
+    faulty.library.emulated_order(order)
+    assert faulty("of_a_cluster", "in clusters", out=out, blocks=4) is None
+    faulty.library.emulated_order(0)
+    # Two clusters: 10 times the other's number, and the last one's.
+    assert out[:4].tolist() == [22, 12, 44, 34] and not out[4:].any()
+
+
+@pytest.mark.parametrize(
+    "kernel, words",
+    [
+        ("no_cluster_barrier", "a race"),
+        ("written_by_another", "a race"),
+        ("may_have_ended", "it may have ended"),
+        ("some_of_a_cluster_have_ended", "wait at a barrier of the cluster"),
+        ("no_such_block", "there is no block 2 in a cluster of 2"),
+        ("barrier_in_a_branch", "different barriers"),
+        ("some_have_ended", "a thread ended while others wait at a barrier of the block"),
+    ],
+)
+def test_a_mistake_of_a_cluster_is_named(faulty, kernel, words):
+    assert words in faulty(kernel, "in clusters", blocks=2)
+    assert faulty("of_a_cluster", "in clusters", blocks=2) is None
+
+
+def test_a_mistake_of_a_launch_in_clusters_is_named(faulty):
+    words = "clusters of 2 in a grid of 3 blocks"
+    assert words in faulty("of_a_cluster", "in clusters", blocks=3)
+    much = "in clusters of much shared memory", "in clusters, asked for"
+    assert "50000 bytes" in faulty("of_a_cluster", much[0], blocks=2)
+    assert faulty("of_a_cluster", much[1], blocks=2) is None
+
+
 def calls(x, key=None):
     """Every operator that is there in CUDA C++, with its temporaries."""
     s, each = (
@@ -141,6 +176,9 @@ def calls(x, key=None):
     yield lambda: fastscore.langevin_step(x, s, 0.1, **options)
     yield lambda: fastscore.langevin_step(x, s, each, **options)
     yield lambda: fastscore.denoising_loss(x, 0.3, **options)
+    # In clusters.
+    image, gamma = x.reshape(3, 20, 1000), each.new_full((20,), 0.5)
+    yield lambda: fastscore.instance_norm_plus(image, gamma, gamma, gamma, activation="elu")
 
 
 def test_the_order_of_threads_and_blocks_changes_nothing(device):
@@ -189,6 +227,8 @@ def test_every_operator_launches_on_the_device_and_the_current_stream_of_its_ten
     x, each = torch.randn(4, 20_000), torch.rand(4)
     out, sums = torch.empty_like(x), torch.empty(4)
     numbers = (None, 5, 0, 9, 0)  # key, seed, step, stream, offset
+    image, normal = x.view(4, 20, 1000), out.view(4, 20, 1000)
+    stats, coef = torch.empty(1, 4, 20, 2), torch.rand(1, 20)
     calls = {
         "fill": lambda: torch.ops.fastscore_emulated.fill(out, 2, *numbers),
         "noisy_update": lambda: torch.ops.fastscore_emulated.noisy_update(
@@ -198,9 +238,12 @@ def test_every_operator_launches_on_the_device_and_the_current_stream_of_its_ten
         "noise_reduce": lambda: torch.ops.fastscore_emulated.noise_reduce(
             sums, x, each, 0.0, *numbers, 0
         ),
+        "normalise": lambda: torch.ops.fastscore_emulated.normalise(
+            normal, None, stats, image, None, coef, None, None, 0, False, False, 1e-5, 0
+        ),
     }
     assert set(calls) == set(emulate.operators())
-    with emulate.on_device(x, each, out, sums):
+    with emulate.on_device(x, each, out, sums, stats, coef):
         device.emulated_use_stream(1, 1)
         try:
             for name, call in calls.items():
@@ -214,9 +257,11 @@ def test_every_operator_launches_on_the_device_and_the_current_stream_of_its_ten
 
 def test_an_operator_says_what_its_kernels_did_wrong(device):
     """Here that a key or a coefficient lies on another device."""
-    x, key, each = torch.randn(4, 1500), torch.tensor([5, 0]), torch.rand(4)
+    x, key, each = torch.randn(4, 20_000), torch.tensor([5, 0]), torch.rand(4)
     out, sums = torch.empty_like(x), torch.empty(4)
     numbers = (5, 0, 9, 0)  # seed, step, stream, offset
+    image, normal = x.view(4, 20, 1000), out.view(4, 20, 1000)
+    stats, coef = torch.empty(1, 4, 20, 2), torch.rand(1, 20)
     calls = {
         "fill": lambda: torch.ops.fastscore_emulated.fill(out, 2, key, *numbers),
         "noisy_update": lambda: torch.ops.fastscore_emulated.noisy_update(
@@ -225,12 +270,15 @@ def test_an_operator_says_what_its_kernels_did_wrong(device):
         "noise_reduce": lambda: torch.ops.fastscore_emulated.noise_reduce(
             sums, x, each, 0.0, None, *numbers, 0
         ),
+        "normalise": lambda: torch.ops.fastscore_emulated.normalise(
+            normal, None, stats, image, None, coef, None, None, 0, False, False, 1e-5, 0
+        ),
     }
     assert set(calls) == set(emulate.operators())
     for name, call in calls.items():
         call()
         words = f"{name} could not be launched: device 0 accesses memory of device 1"
-        with emulate.on_device(key, each), pytest.raises(RuntimeError, match=words):
+        with emulate.on_device(key, each, coef), pytest.raises(RuntimeError, match=words):
             call()
         assert device.emulated_current_device() == 0
 

@@ -26,7 +26,13 @@ from fastscore.models import EnergyMLP, EnergyScore, ScoreMLP
 from fastscore.ops.activate import activate_dual, activate_jet, activate_jet_ref
 from fastscore.ops.activations import ACTIVATIONS, OF_NORMS
 from fastscore.ops.normalise import Form, normalise
-from fastscore.ops.normalise_core import _dual_ref, _gradient_ref, normalise_ref
+from fastscore.ops.normalise_core import (
+    _clusters,
+    _dual_ref,
+    _gradient_ref,
+    in_clusters,
+    normalise_ref,
+)
 from fastscore.ops.normalise_functions import _normalise
 from fastscore.ops.rademacher_project import project, project_ref
 
@@ -429,6 +435,183 @@ def test_normalisation_and_its_gradient_equal_those_of_the_cpu(
             assert relative(a, b, least) <= max(
                 torch.finfo(dtype).eps, 1e-5 if dtype != torch.float64 else 1e-10
             ), form
+
+
+@pytest.fixture
+def clusters(gpu_backend):
+    """CUDA C++ where it has the norms: their values, of samples that fit in a cluster of blocks."""
+    if gpu_backend != "cuda":
+        pytest.skip("of CUDA C++")
+    if not in_clusters(torch.empty(1, 20, 30, 30, device=DEVICE), Form(0, True, True, 1e-5, None)):
+        pytest.skip("this device has no clusters of blocks, or Triton is not there for gradients")
+
+
+IN_CLUSTERS = [
+    pytest.param((3, 48, 20, 20), 2, id="rows-of-a-few-channels"),
+    pytest.param((1, 5, 67, 83), 2, id="odd"),
+    pytest.param((2, 18, 1, 1025), 1, id="a-pixel-more-than-a-piece"),
+    pytest.param((1, 6, 129, 130), 8, id="rows-in-pieces"),
+    pytest.param((1, 18, 9, 10, 13), 2, id="three-dimensions"),
+    pytest.param((1, 128, 32, 32), 8, id="image-of-ncsn"),
+    # One block alone in a multiprocessor; without a GPU, two.
+    pytest.param(on_gpu_or((1, 6, 150, 170), (1, 6, 300, 250)), 8, id="nearly-too-large"),
+]
+
+
+@pytest.mark.parametrize("shape, blocks", IN_CLUSTERS)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_normalisation_in_clusters_equals_that_of_the_cpu(clusters, dtype, shape, blocks):
+    forms = [form for form in FORMS if form[0] == 0]
+    if dtype == torch.float32 or DEVICE == "cuda":
+        forms += [(2, False, True)] * (shape[1] % 2 == 0) + [(1, False, True)]
+    for activation, (groups, alpha, beta) in pairs(OF_NORMS, forms):
+        form = Form(groups, alpha, beta, 1e-5, activation)
+        (x, _, coef, *_), (x_, _, coef_, *_) = norm_problem(form, shape, dtype)
+        if not in_clusters(x, form):
+            assert groups == 2 and x[0].numel() <= 2 * 16384
+            continue
+        y, stats = _normalise(x, None, coef, None, None, form, "cuda", True)
+        assert y.dtype == dtype and close(y, normalise_ref(x_, coef_, None, form), dtype), form
+        x_ = x_.flatten(2)
+        assert close(stats[0, ..., 0], x_.mean(-1), torch.float32)
+        assert close(stats[0, ..., 1], x_.var(-1, correction=0), torch.float32)
+
+
+@pytest.mark.parametrize("shape, blocks", IN_CLUSTERS)
+def test_a_row_has_no_more_blocks_than_leave_room_for_three(clusters, shape, blocks):
+    if DEVICE == "cuda":
+        pytest.skip("the emulated device keeps a log")
+    form = Form(0, True, True, 1e-5, None)
+    (x, _, coef, *_), _ = norm_problem(form, shape, torch.float32)
+    emulate.launched()
+    normalise(x, coef, None, form, None)
+    assert emulate.launched() == [("normalise_rows", shape[0] * blocks, 256, 0, 0)]
+
+
+@pytest.mark.parametrize("shape", [(4, 20, 30, 30), (3, 7, 59, 61), (3, 128, 17, 16)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_a_sample_normalised_in_clusters_depends_on_nothing_but_itself(clusters, dtype, shape):
+    """Neither on its batch nor on where it lies, which decides how wide its loads are."""
+    form = Form(0, True, True, 1e-5, "silu")
+    (x, _, coef, *_), _ = norm_problem(form, shape, dtype)
+    whole = normalise(x, coef, None, form, None)
+    elsewhere = torch.empty(x.numel() + 1, dtype=dtype, device=DEVICE)[1:].view(shape).copy_(x)
+    assert torch.equal(normalise(elsewhere, coef, None, form, None), whole)
+    for i in range(len(x)):
+        part = slice(i, i + 1)
+        assert torch.equal(normalise(x[part], coef[part], None, form, None), whole[part])
+    strided = torch.stack([x, x], -1)[..., 0]
+    assert not strided.is_contiguous()
+    assert torch.equal(normalise(strided, coef, None, form, None), whole)
+
+
+def test_a_large_mean_costs_a_norm_in_clusters_nothing(clusters):
+    """Its variance by two passes, of pieces and then of channels: E[x²] - E[x]² would be noise."""
+    form = Form(0, False, False, 1e-5, None)
+    (x, _, coef, *_), _ = norm_problem(form, (2, 18, 60, 61), torch.float32)
+    x = x + 4096
+    exact = normalise_ref(x.cpu().double(), coef.cpu().double(), None, form)
+    # Half an ulp of 4096 to each pixel and mean, over the deviation of 1.5.
+    assert float((normalise(x, coef, None, form, None).cpu() - exact).abs().max()) < 1e-3
+
+
+def test_labels_and_coefficients_of_a_norm_in_clusters(clusters):
+    x = torch.randn(4, 20, 30, 30, device=DEVICE)
+    table, labels = torch.randn(3, 60, device=DEVICE), torch.tensor([2, 0, 1, 2], device=DEVICE)
+    form = Form(0, True, True, 1e-5, "elu")
+    y = normalise(x, table, labels, form, None)
+    exact = normalise_ref(*(a.cpu().double() for a in (x, table)), labels.cpu(), form)
+    assert close(y, exact, torch.float32)
+    # A kernel cannot raise.
+    for wrong in (3, -1):
+        labels[1] = wrong
+        y = normalise(x, table, labels, form, None)
+        assert y[1].isnan().all() and not y[[0, 2, 3]].isnan().any()
+    for column in (4, 24, 44):   # of each coefficient
+        broken = table.clone()
+        broken[:, column] = float("inf")
+        y = normalise(x, broken, labels.clamp(0), form, None)
+        nan = y.isnan().flatten(2)
+        assert nan[:, 4].all() and nan.sum() == 4 * 900
+    x[2, 3, 4, 5] = float("nan")   # reaches all of a sample, through its channels' means
+    nan = normalise(x, table, labels.clamp(0), form, None).isnan().flatten(1)
+    assert nan[2].all() and not nan[[0, 1, 3]].any()
+
+
+def test_derivatives_of_a_norm_in_clusters_are_triton_s(clusters):
+    """Gradient, tangent, and what vmap makes of it, from the same statistics."""
+    form = Form(0, True, True, 1e-5, "silu")
+    (x, t, coef, _, gy, _), exact = norm_problem(form, (1, 18, 31, 30), torch.float32, M=1)
+    x_, t_, coef_, _, gy_, _ = exact
+
+    def f(x):
+        return normalise(x, coef.to(x), None, form, None)
+
+    def f_(x):
+        return normalise_ref(x, coef_, None, form)
+
+    leaf, leaf_ = x.clone().requires_grad_(), x_.clone().requires_grad_()
+    gx, gx_ = torch.autograd.grad(f(leaf), leaf, gy)[0], torch.autograd.grad(f_(leaf_), leaf_, gy_)
+    assert relative(gx, gx_[0]) < 1e-5
+    ty, ty_ = torch.func.jvp(f, (x,), (t[0],))[1], torch.func.jvp(f_, (x_,), (t_[0],))[1]
+    assert relative(ty, ty_) < 1e-5
+    # Each sample has its row of coefficients.
+    each = torch.func.vmap(lambda x, c: normalise(x[None], c[None], None, form, None)[0])
+    x, coef = torch.cat([x, t[0]]), torch.cat([coef, coef.flip(1)])
+    assert torch.equal(each(x, coef), f(x))
+
+
+def test_what_no_cluster_takes_goes_to_triton_or_is_refused(clusters, monkeypatch):
+    form = Form(0, True, True, 1e-5, "elu")
+
+    def taken(shape, dtype=torch.float32, form=form, last=False):
+        x = torch.empty(shape, dtype=dtype, device=DEVICE)
+        return in_clusters(_last(x, 1) if last else x, form)
+
+    assert taken((2, 20, 30, 30)) and taken((2, 20, 30, 30), torch.bfloat16)
+    refused = [
+        {"dtype": torch.float64},
+        {"last": True},
+        {"shape": (0, 20, 30, 30)},
+        {"shape": (2, 18, 30, 30)},   # one program of Triton's keeps 16,384 elements
+        {"shape": (2, 300, 15, 15)},   # few pixels for a warp
+        {"shape": (1, 128, 64, 64)},   # 2 MiB a sample
+        {"form": form._replace(groups=4, alpha=False)},
+    ]
+    for case in refused:
+        assert not taken(**{"shape": (2, 20, 30, 30), **case}), case
+    assert taken((1, 128, 64, 64), torch.bfloat16)
+    # Whose channels meet nowhere: each is a row.
+    assert taken((1, 64, 200, 200), form=form._replace(alpha=False))
+
+    x = _last(torch.randn(2, 20, 30, 30, device=DEVICE), 1)
+    coef = torch.rand(1, 60, device=DEVICE)
+    with pytest.raises(ValueError, match=r"no CUDA C\+\+ kernel. Use 'triton'"):
+        normalise(x, coef, None, form, None)
+    # The automatic choice: what the C++ back end does not take, Triton does.
+    whole = normalise(x.contiguous(), coef, None, form, "triton")
+    y, _ = _normalise(x, None, coef, None, None, form, "cuda", True)
+    assert y.movedim(1, -1).is_contiguous()
+    assert close(y, whole.double().cpu(), torch.float32)
+
+
+def test_a_device_without_clusters_takes_triton_s_passes(clusters):
+    if DEVICE == "cuda":
+        pytest.skip("this one has them")
+    x, form = torch.randn(2, 20, 30, 30), Form(0, True, True, 1e-5, "elu")
+    coef = torch.rand(1, 60)
+    emulate.driver().emulated_clusters(0)
+    _clusters.cache_clear()
+    try:
+        assert not in_clusters(x, form)
+        emulate.launched()
+        y, _ = _normalise(x, None, coef, None, None, form, "cuda", True)
+        assert emulate.launched() == []
+    finally:
+        emulate.driver().emulated_clusters(16)
+        _clusters.cache_clear()
+    assert torch.equal(y, normalise(x, coef, None, form, "triton"))
+    assert in_clusters(x, form)
 
 
 def cancelling(x, coef, gy, form):

@@ -119,11 +119,29 @@ def test_every_cuda_kernel_compiles_without_spills(cuda_rows):
         "update_strided",
         "reduce_samples",
         "sum_splits",
+        "normalise_rows",
     )
     assert all(any(kernel in name for name in cuda_rows) for kernel in kernels)
     for name, row in cuda_rows.items():
         assert row["local"] == 0, (name, row)
         assert row["wide"] >= 4 or "update_packs" not in name, (name, row)
+
+
+def test_a_norm_in_clusters_loads_every_element_once(cuda_rows):
+    """By 128-bit accesses, where samples are aligned, with the warps of three blocks in a
+    multiprocessor; what it writes beyond the L2 is the first to be evicted."""
+    packed = {name: row for name, row in cuda_rows.items() if "normalise_rows" in name}
+    assert len(packed) == 6   # float32, bfloat16, float16; packed or not
+    for name, row in packed.items():
+        assert row["local"] == 0 and row["registers"] <= 80, (name, row)
+        # Of ELU 30 or 31 for an element; here stand six activations.
+        assert row["instructions"] <= 6000, (name, row)
+        if "Lb1E" not in name:
+            assert row["wide"] == 0, (name, row)
+            continue
+        size = 4 if "normalise_rowsIf" in name else 2
+        assert row["read"] == size * row["elements"], (name, row)
+        assert 16 * row["streamed"] == size * row["elements"], (name, row)
 
 
 def test_instructions_per_element_do_not_grow(triton_rows, request):

@@ -49,6 +49,27 @@ assert model.said(0.98, 0.75) == "predicted 98, measured 75"
 """)
 
 
+def test_a_norm_in_clusters_is_predicted_from_how_its_rows_are_cut():
+    run("""
+import model
+# 128 pieces of 1024 pixels: 16 in each of 8 blocks, with a table of them and four of channels.
+assert model.cut(128, 1024, 4) == (8, 16, 128 + 4 * 512 + 16 * 4096)
+assert model.cut(128, 1024, 2) == (4, 32, 256 + 4 * 512 + 32 * 2048)
+# Pieces of 520 and 505 pixels.
+assert model.cut(18, 1025, 4) == (1, 36, 288 + 4 * 80 + 36 * 2080)
+assert model.cut(128, 4096, 2) == (8, 64, 512 + 4 * 512 + 64 * 2048)
+# Too large; what one program keeps; too few pixels.
+assert model.cut(128, 4096, 4) is model.cut(16, 1024, 4) is model.cut(1024, 64, 4) is None
+found = model.in_clusters(128, 1024, 4, 2**26)
+near = lambda a, b: abs(a / b - 1) < 1e-12
+assert near(found["memory"], 2**26 * 8 / 2.98e12)
+# Three blocks of 66 KiB in a multiprocessor: 6 clusters in 16 of them and in 18.
+rounds = -(-4096 // 384)
+assert near(found["rounds"], rounds * (2 * 0.8e-6 + 2e-6 + 3 * 16 * 4096 / (64 * 1.6e9)))
+assert found["memory"] > found["rounds"]
+""")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_kernel_of_the_table_is_compiled_and_every_figure_says_what_it_is():
@@ -57,7 +78,7 @@ def test_every_kernel_of_the_table_is_compiled_and_every_figure_says_what_it_is(
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     expected = run(
         "import model; print(*(f'{k} {d}' for k in [*model.KERNELS, *model.WHOLE] for d in "
-        "model.ITEM), sep='\\n')"
+        "model.ITEM), *(line.split('|')[1].strip() for line in model.of_clusters(None)), sep='\\n')"
     ).splitlines()
     assert [row[0] for row in rows] == expected
     for row in rows:

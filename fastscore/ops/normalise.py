@@ -17,6 +17,7 @@ from fastscore.ops.normalise_core import _dense as _dense
 from fastscore.ops.normalise_core import _dual_ref as _dual_ref
 from fastscore.ops.normalise_core import _gradient_ref as _gradient_ref
 from fastscore.ops.normalise_core import _in_layout_of as _in_layout_of
+from fastscore.ops.normalise_core import in_clusters as in_clusters
 from fastscore.ops.normalise_core import normalise_ref as normalise_ref
 from fastscore.ops.normalise_core import pack as pack
 from fastscore.ops.normalise_core import rows as rows
@@ -32,7 +33,7 @@ def normalise(
         return torch.overrides.handle_torch_function(
             normalise, (x,), x, coef, labels, form, backend
         )
-    chosen = _backend.choose(x.device, backend, cuda=False)
+    chosen = _backend.choose(x.device, backend, cuda=in_clusters(x, form))
     if chosen == "reference":
         return normalise_ref(x, coef, labels, form)
     return _normalise(x, None, coef, None, labels, form, chosen, True)[0]

@@ -1,5 +1,7 @@
 """A normalisation without derivatives: its form, its reference, and the calls of its kernels."""
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -103,6 +105,34 @@ def _gradient_ref(x, t, coef, tcoef, labels, gy, gty, form):
     return torch.func.vjp(values, x, t, coef, tcoef)[1]((gy, gty))
 
 
+def in_clusters(x: Tensor, form: Form) -> bool:
+    """Whether CUDA C++ computes the values of such samples by clusters of blocks, which read x once
+    (csrc/normalise.cu), instead of Triton's two passes.
+
+    That depends on the device and on one sample, never on the batch, for their sums differ in the
+    last bit.
+    """
+    if torch.compiler.is_compiling() or _backend.why_not("cuda", x.device.type) is not None:
+        return False
+    if x.dtype == torch.float64 or _channels_last(x):
+        return False
+
+    _, channels, *pixels = x.shape
+    if 0 in x.shape or not all(type(n) is int for n in (channels, *pixels)):
+        return False
+    sizes = channels, math.prod(pixels)
+    return _clusters(x.device, *sizes, form.groups, form.alpha, x.dtype.itemsize) > 0
+
+
+@functools.lru_cache(1024)
+def _clusters(device, channels, pixels, groups, alpha, itemsize):
+    """How many the device runs at once; 0 where Triton's kernels serve."""
+    if _backend.why_not("triton", device.type) is not None:   # of the gradients
+        return 0
+    ask = _backend.raw("cuda", "norm_clusters")
+    return ask(device.index or 0, channels, pixels, groups, alpha, itemsize)
+
+
 def run_forward(
     x: Tensor,
     t: Tensor | None,
@@ -118,6 +148,8 @@ def run_forward(
     """The op itself, with no derivative. Statistics (1 + M, B, C, 2): mean and variance of x, mean
     of t and of t (x - mean)."""
     x = _dense(x)
+    if backend == "cuda" and not (primal and t is None and in_clusters(x, form)):
+        backend = "triton"
     stats = torch.empty(
         (1 if t is None else 1 + len(t), *x.shape[:2], 2), dtype=coef.dtype, device=x.device
     )
@@ -161,6 +193,7 @@ def run_backward(
 ) -> tuple[Tensor, ...]:
     """Its transpose, with no derivative."""
     x = _dense(x)
+    backend = "triton" if backend == "cuda" else backend
     if t is not None and len(stats) == 1:  # saved by a call that had no tangents
         stats = run_forward(x, t, coef, tcoef, labels, form, backend, False, True)[-1]
     t, gy, gty = (None if g is None else _in_layout_of(g, x) for g in (t, gy, gty))
