@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils import checkpoint
 
 import fastscore
@@ -512,6 +513,7 @@ TO_COMPLEX = {
     "both complex": lambda x: _both_parts((x + 2j) ** (x * 1j)),
     "both real": lambda x: x.exp() ** x,
     "sgn": lambda x: _both_parts((x + 2j).sgn()),
+    "sgn in place": lambda x: _both_parts((x + 2j).sgn_()),
     "nested tensors": lambda x: (
         torch.nested.to_padded_tensor(torch.nested.as_nested_tensor([*x.sin()]), 0.0) * x
     ),
@@ -519,18 +521,85 @@ TO_COMPLEX = {
 
 
 @pytest.mark.filterwarnings("ignore::fastscore.FallbackWarning")
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("wanted", [True, False], ids=["gradients", "values"])
 @pytest.mark.parametrize("name", TO_COMPLEX)
-def test_complex_numbers_made_of_real_ones_keep_their_tangents(name, wanted):
+def test_complex_numbers_made_of_real_ones_keep_their_tangents(name, wanted, mode):
     f, generator = TO_COMPLEX[name], torch.Generator().manual_seed(0)
     x, v = (torch.randn(2, 3, dtype=torch.float64, generator=generator) for _ in range(2))
-    y, jv = jvp(f, x.clone().requires_grad_(wanted), v)
+    start = x.clone().requires_grad_(wanted)
+    with mode():
+        y, jv = jvp(f, start, v)
     leaf = x.clone().requires_grad_()
     expected = f(leaf)
     u = torch.ones_like(expected).requires_grad_()
     (g,) = torch.autograd.grad(expected, leaf, u, create_graph=True)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(jv, torch.autograd.grad(g, u, v)[0])
+
+
+def _no_grad_sign(z):
+    with torch.no_grad():
+        return z.sgn()
+
+
+def test_a_complex_sign_without_gradients_inside_f_is_a_constant():
+    x = torch.tensor([[0.5, -1.0]], dtype=torch.float64)
+    _, jv = jvp(lambda x: (_no_grad_sign(x + 2j) * x).real, x, torch.ones_like(x))
+    torch.testing.assert_close(jv, (x + 2j).sgn().real)
+
+
+def _while(x):
+    def body(i, y):
+        return i + 1, y * y.sin()
+
+    start = torch.tensor(0), x
+    return torch._higher_order_ops.while_loop(lambda i, y: i < 2, body, start)[1]
+
+
+BRANCHES = {
+    "cond": lambda x: torch.cond(x.sum() > 0, torch.sin, lambda x: x * x, (x,)),
+    "cond, several": lambda x: torch.cond(
+        x.sum() > 9, lambda x, y: (-x, -y), lambda x, y: (y * x, -x), (x, x.cos())
+    )[0],
+    "cond by a bool": lambda x: torch.cond(True, torch.sin, torch.cos, (x,)),
+    "while_loop": _while,
+}
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("name", BRANCHES)
+def test_control_flow_of_torch_is_followed(name, mode):
+    f = BRANCHES[name]
+    x = torch.tensor([[0.5, 1.0, -0.25]], dtype=torch.float64)
+    v = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64)
+    with mode():
+        y, jv = jvp(f, x, v)
+    torch.testing.assert_close(y, f(x))
+    torch.testing.assert_close(
+        jv, (f(x + 1e-6 * v) - f(x - 1e-6 * v)) / 2e-6, rtol=1e-8, atol=1e-9
+    )
+
+
+def test_the_gradient_of_a_branch_is_that_of_what_it_calls():
+    x = torch.tensor([[0.5, 1.0]], dtype=torch.float64)
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+
+    def branches(x):
+        return torch.cond(x.sum() > 0, lambda x: (w * x).sin(), lambda x: w * x, (x,))
+
+    losses = [
+        fastscore.losses.sliced(f, x, seed=0).sum() for f in (branches, lambda x: (w * x).sin())
+    ]
+    found, wanted = (torch.autograd.grad(loss, w)[0] for loss in losses)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_other_operators_of_higher_order_are_refused_in_one_sentence():
+    x = torch.randn(1, 2, 4, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(NotImplementedError, match=r"flex_attention, .* cannot be"):
+        jvp(lambda x: flex_attention(x, x, x), x, torch.ones_like(x))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch._functorch.autograd_function import custom_function_call
+from torch._ops import HigherOrderOperator
 
 from fastscore.dual import transposed
 from fastscore.dual.call import NoRule, switched_off
@@ -73,6 +74,8 @@ def _special(func, args, kwargs):
             f"fastscore.jvp: the autograd.Function {args[0].__name__} cannot be carried inside a "
             "transform of torch.func."
         )
+    if isinstance(func, HigherOrderOperator):
+        return _higher_order(func, name, args)
     if func in LIKE:
         return new_place(func, args, kwargs)
     if func in GRAPH:
@@ -100,6 +103,24 @@ def _special(func, args, kwargs):
     return in_place(func, name, args, kwargs)
 
 
+def _higher_order(func, name, args):
+    """Operators that take functions: control flow runs as Python's does."""
+    if name == "cond":
+        holds, if_true, if_false, operands = args
+        return (if_true if holds else if_false)(*operands)
+
+    if name == "while_loop":
+        holds, body, state, rest = args
+        while holds(*state, *rest):
+            state = body(*state, *rest)
+        return tuple(state)
+
+    raise NotImplementedError(
+        f"fastscore.jvp: {name}, an operator that takes functions, cannot be carried through with "
+        "its tangents; write what it does in ordinary operations, or as a loop."
+    )
+
+
 def _unnamed(func, name, args, kwargs):
     """Operators called by way of torch.ops, and TorchScript."""
     overloads = []
@@ -121,8 +142,10 @@ def _unnamed(func, name, args, kwargs):
 def carried_complex(
     cls: type, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    if func in (torch.sgn, torch.Tensor.sgn) and torch.is_grad_enabled():   # z / |z|, no constant
-        return generic(func, args, kwargs)
+    # z / |z|, no constant.
+    if func in (torch.sgn, torch.Tensor.sgn) and kwargs.get("out") is None:
+        if torch.is_grad_enabled() or not switched_off():
+            return generic(func, args, kwargs)
     return carried(cls, func, args, kwargs)
 
 
