@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from harness import asked
 
 import fastscore
 
@@ -36,7 +37,9 @@ def bench(compare, op, x, s, e, ours, peers):
         verify(name, x[:64], s[:64], e[:64] if each else e)
     shaped = e.reshape(-1, *(1,) * (x.dim() - 1)) if each else e
     calls = {
-        name: functools.partial(fastscore.langevin_step, x, s, e, seed=1, backend=name)
+        name: functools.partial(
+            fastscore.langevin_step, x, s, e, seed=1, backend=asked(name, x.device)
+        )
         for name in ours
     }
     compare(
@@ -44,6 +47,7 @@ def bench(compare, op, x, s, e, ours, peers):
         x,
         3 * x.nbytes,
         calls | {name: functools.partial(peer, x, s, shaped) for name, peer in peers.items()},
+        from_memory=True,
     )
 
 

@@ -11,6 +11,7 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import asked
 
 import fastscore
 from fastscore import backend as backends
@@ -105,9 +106,15 @@ def bench_instance_norm_plus(compare, where, ours, dtype, shape):
     with torch.no_grad():
         for name in ours:
             check(ours_as(name)(x, *c), exact, dtype)
-        calls = {name: functools.partial(ours_as(name), x, *c) for name in ours}
-        peers = {"eager": lambda: stock(x, *c), "torch.compile": lambda: compiled(x, *c)}
-        compare("instance_norm_plus", x, 2 * x.nbytes, calls | peers)
+        calls = {
+            name: functools.partial(ours_as(asked(name, x.device, cuda=False)), x, *c)
+            for name in ours
+        }
+        peers = {
+            "eager": functools.partial(stock, x, *c),
+            "torch.compile": functools.partial(compiled, x, *c),
+        }
+        compare("instance_norm_plus", x, 2 * x.nbytes, calls | peers, from_memory=True)
 
 
 @pytest.mark.parametrize(
@@ -146,10 +153,10 @@ def bench_forward_backward(compare, where, ours, shape):
             check(a, b, torch.float32)
     calls = {name: functools.partial(forward_backward, ours_as(name), x, c, g) for name in ours}
     peers = {
-        "eager": lambda: forward_backward(stock, x, c, g),
-        "torch.compile": lambda: forward_backward(compiled, x, c, g),
+        "eager": functools.partial(forward_backward, stock, x, c, g),
+        "torch.compile": functools.partial(forward_backward, compiled, x, c, g),
     }
-    compare("instance_norm_plus + backward", x, 5 * x.nbytes, calls | peers)
+    compare("instance_norm_plus + backward", x, 5 * x.nbytes, calls | peers, from_memory=True)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, BEYOND_L2], ids=str)
@@ -173,9 +180,9 @@ def bench_tangent(compare, where, ours, shape):
         }
         peers = {
             "func.jvp of ours": functools.partial(tangent, ours_as(ours[0]), x, c, t),
-            "eager": lambda: tangent(stock, x, c, t),
+            "eager": functools.partial(tangent, stock, x, c, t),
         }
-        compare("instance_norm_plus_dual", x, 4 * x.nbytes, calls | peers)
+        compare("instance_norm_plus_dual", x, 4 * x.nbytes, calls | peers, from_memory=True)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:1], ids=str)
@@ -194,10 +201,10 @@ def bench_sliced_score_gradient(compare, where, ours, shape):
         "double backprop of ours": functools.partial(double_backprop, ours_as(ours[0]), x, c, t)
     }
     peers |= {
-        "eager": lambda: double_backprop(stock, x, c, t),
-        "func.jvp (wrong)": lambda: forward_mode(stock, x, c, t),
+        "eager": functools.partial(double_backprop, stock, x, c, t),
+        "func.jvp (wrong)": functools.partial(forward_mode, stock, x, c, t),
     }
-    compare("sliced-score gradient of the norm", x, 11 * x.nbytes, calls | peers)
+    compare("sliced-score gradient of the norm", x, 11 * x.nbytes, calls | peers, from_memory=True)
 
 
 def liger(x, weight, bias, scale, shift):
@@ -223,21 +230,23 @@ def bench_group_norm_modulate(compare, where, ours, dtype):
     exact = eager(x.double(), *(a.double() for a in arguments))
 
     def call(name):
-        return fastscore.group_norm_modulate(x, 8, *arguments, activation="silu", backend=name)
+        ours = functools.partial(fastscore.group_norm_modulate, activation="silu", backend=name)
+        return functools.partial(ours, x, 8, *arguments)
 
     with torch.no_grad():
         for name in ours:
-            check(call(name), exact, dtype)
+            check(call(name)(), exact, dtype)
         peers = {
-            "eager": lambda: eager(x, *arguments),
-            "torch.compile": lambda: compiled(x, *arguments),
+            "eager": functools.partial(eager, x, *arguments),
+            "torch.compile": functools.partial(compiled, x, *arguments),
         }
         if where[0] == "cuda" and importlib.util.find_spec("liger_kernel"):
-            peers["liger"] = lambda: liger(x, *arguments)
+            peers["liger"] = functools.partial(liger, x, *arguments)
             check(peers["liger"](), exact, dtype)
         compare(
             "group_norm_modulate",
             x,
             2 * x.nbytes,
-            {name: functools.partial(call, name) for name in ours} | peers,
+            {name: call(asked(name, x.device, cuda=False)) for name in ours} | peers,
+            from_memory=True,
         )

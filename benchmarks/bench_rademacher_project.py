@@ -4,6 +4,8 @@ Bytes that must move: read Jv (project); read s and Jv, read s again, write both
 (reduction with its gradient).
 """
 
+import functools
+
 import pytest
 import torch
 
@@ -65,14 +67,15 @@ def bench_project(compare, size, device, ours, dtype, exponent):
     js = torch.randn(64, size(exponent) // 64, device=device).to(dtype)
     for name in ours:
         verify(name, js.flip(0), js[None])
-    calls = {name: lambda name=name: project(None, js[None], None, NUMBERS, name) for name in ours}
-    peers = {
-        "eager (bernoulli)": lambda: eager(js, bernoulli_signs),
-        "eager (randint)": lambda: eager(js, randint_signs),
+    calls = {
+        name: functools.partial(project, None, js[None], None, NUMBERS, name) for name in ours
     }
-    compare(
-        "project and reduce", js, js.nbytes, calls | peers | {"torch.compile": lambda: compiled(js)}
-    )
+    peers = {
+        "eager (bernoulli)": functools.partial(eager, js, bernoulli_signs),
+        "eager (randint)": functools.partial(eager, js, randint_signs),
+        "torch.compile": functools.partial(compiled, js),
+    }
+    compare("project and reduce", js, js.nbytes, calls | peers, from_memory=True)
 
 
 def gradient(s, js, projected):
@@ -99,12 +102,10 @@ def bench_project_and_gradient(compare, size, device, ours, exponent):
 
         return projected
 
-    calls = {name: lambda name=name: gradient(s, js, loss(name)) for name in ours}
-    peers = {
-        "eager (bernoulli)": lambda: gradient(
-            s, js, lambda s, js: eager_loss(s, js, bernoulli_signs)
-        ),
-        "eager (randint)": lambda: gradient(s, js, eager_loss),
-        "torch.compile": lambda: gradient(s, js, compiled_loss),
+    losses = {name: loss(name) for name in ours} | {
+        "eager (bernoulli)": functools.partial(eager_loss, signs=bernoulli_signs),
+        "eager (randint)": eager_loss,
+        "torch.compile": compiled_loss,
     }
-    compare("sliced-score reduction + gradient", s, 5 * s.nbytes, calls | peers)
+    calls = {name: functools.partial(gradient, s, js, f) for name, f in losses.items()}
+    compare("sliced-score reduction + gradient", s, 5 * s.nbytes, calls, from_memory=True)

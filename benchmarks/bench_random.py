@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from harness import asked
 
 from fastscore import random
 
@@ -12,6 +13,10 @@ PEERS = {
     "uniform": torch.Tensor.uniform_,
     "rademacher": lambda t: t.bernoulli_().mul_(2).sub_(1),
 }
+
+
+def eager(kind, like):
+    return PEERS[kind](torch.empty_like(like))
 
 
 @pytest.mark.parametrize("exponent", [18, 24])
@@ -25,10 +30,14 @@ def bench_noise(compare, size, device, ours, kind, exponent):
         assert bool(
             ((draw(4096, backend=name) - draw(4096, backend="reference")).abs() <= 1e-6).all()
         )
-    calls = {name: functools.partial(draw, out.shape, backend=name) for name in ours}
+    calls = {
+        name: functools.partial(draw, tuple(out.shape), backend=asked(name, out.device))
+        for name in ours
+    }
     compare(
         f"random.{kind}",
         out,
         out.nbytes,
-        calls | {"eager": lambda: PEERS[kind](torch.empty_like(out))},
+        calls | {"eager": functools.partial(eager, kind, out)},
+        from_memory=True,
     )

@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -13,7 +14,19 @@ if "emulated" in sys.argv:
 
 sys.path.insert(0, str(Path(__file__).parent))
 import harness
-from harness import Row, copy_of, interleave, keep_pages, merged, replays, report, table
+from harness import (
+    InTurn,
+    Row,
+    calls_in_a_graph,
+    copy_of,
+    interleave,
+    keep_pages,
+    l2_of,
+    merged,
+    replays,
+    report,
+    table,
+)
 
 from fastscore import backend as backends
 
@@ -56,6 +69,7 @@ def emulated():
         mock.patch.object(torch, "compile", lambda f=None, **options: f or (lambda g: g))
     )
     stack.enter_context(mock.patch.object(harness, "REPLAYED", 2))
+    stack.enter_context(mock.patch.object(harness, "copies_for", lambda total_bytes, l2: 2))
     return stack
 
 
@@ -107,15 +121,21 @@ def compare(request, device):
     """compare(op, like, bytes, calls).
 
     Time the calls and the ceiling (a copy of `bytes` unless given), keep and return the row.
+    from_memory: the calls, each a functools.partial of its tensors, do not find them in a GPU's L2.
     """
 
-    def run(op, like, total_bytes, calls, ceiling=None):
+    def run(op, like, total_bytes, calls, ceiling=None, from_memory=False):
         smoke = request.config.option.smoke
         calls = calls | {"ceiling": ceiling or copy_of(total_bytes, device)}
         row = Row(
             op, list(like.shape), str(like.dtype).removeprefix("torch."), like.numel(), total_bytes
         )
         clock = clocked(request.config)
+        if from_memory:
+            assert all(isinstance(call, functools.partial) for call in calls.values()), calls
+            row.copies = harness.copies_for(total_bytes, l2_of(clock))
+        if row.copies > 1:
+            calls = {name: InTurn(call, row.copies) for name, call in calls.items()}
         row.seconds = interleave(
             calls, clock, rounds=1 if smoke else 15, least=0 if smoke else 0.005
         )
@@ -123,7 +143,9 @@ def compare(request, device):
             graphs = interleave(
                 replays(calls), clock, rounds=1 if smoke else 7, least=0 if smoke else 0.002
             )
-            row.replayed = {name: seconds / harness.REPLAYED for name, seconds in graphs.items()}
+            row.replayed = {
+                name: seconds / calls_in_a_graph(calls[name]) for name, seconds in graphs.items()
+            }
         ROWS.append(row)
         # Row by row: a run that is cut off keeps what it has measured.
         if request.config.option.results:

@@ -5,6 +5,7 @@
 
 import contextlib
 import ctypes
+import functools
 import json
 import platform
 import statistics
@@ -14,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+
+from fastscore import backend as backends
 
 OURS = ("cpp", "cuda", "triton", "reference")
 
@@ -33,6 +36,8 @@ class Row:
     seconds: dict = field(default_factory=dict)
     # On a GPU: of one call in a CUDA graph, without the host's part.
     replayed: dict = field(default_factory=dict)
+    # Of the tensors, taken in turn: with several, no call finds its own in the L2.
+    copies: int = 1
 
     @property
     def ours(self):
@@ -100,7 +105,58 @@ def interleave(calls, device, rounds, least):
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
+class InTurn:
+    """A functools.partial, called with copies of its tensors in turn.
+
+    Its results are kept for a round, or the next one would lie where the last one was.
+    """
+
+    def __init__(self, call, copies):
+        arguments, options = call.args, call.keywords
+        self.calls = [call] + [
+            functools.partial(
+                copied(call.func),
+                *map(copied, arguments),
+                **{name: copied(value) for name, value in options.items()},
+            )
+            for _ in range(copies - 1)
+        ]
+        self.results = [None] * copies
+        self.next = 0
+
+    def __call__(self):
+        i = self.next
+        self.next = (i + 1) % len(self.calls)
+        self.results[i] = self.calls[i]()
+
+
+def asked(backend, device, cuda=True):
+    """The back end as a user asks for it: not at all where the automatic choice is that one, and a
+    plain call goes directly. cuda: whether the op has a kernel in CUDA C++."""
+    return None if backends._choose("auto", device.type, cuda) == backend else backend
+
+
+def copied(value):
+    """The tensors of an argument as copies in other memory."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if isinstance(value, functools.partial):
+        options = {name: copied(option) for name, option in value.keywords.items()}
+        return functools.partial(copied(value.func), *map(copied, value.args), **options)
+    return type(value)(map(copied, value)) if type(value) in (list, tuple) else value
+
+
+def copies_for(total_bytes, l2):
+    """So many that together they exceed twice the L2; one where one call exceeds it."""
+    return 1 if not l2 or total_bytes > l2 else 2 * l2 // total_bytes + 1
+
+
 REPLAYED = 20   # calls in a graph
+
+
+def calls_in_a_graph(call):
+    """All copies in turn at least once."""
+    return max(REPLAYED, len(call.calls)) if isinstance(call, InTurn) else REPLAYED
 
 
 def captured(call, times):
@@ -136,14 +192,14 @@ def release_generator():
 
 
 def replays(calls):
-    """Calls whose every run is REPLAYED of theirs in a CUDA graph.
+    """Calls whose every run is `calls_in_a_graph` of theirs in a CUDA graph.
 
     Those that cannot be captured are left out.
     """
     graphs = {}
     for name, call in calls.items():
         try:
-            graph = captured(call, REPLAYED)
+            graph = captured(call, calls_in_a_graph(call))
             graph.replay()
             torch.cuda.synchronize()
         except Exception as error:   # of a competitor: the others are measured all the same
@@ -170,12 +226,11 @@ def keep_pages():
 def copy_of(total_bytes, device):
     """The ceiling: read half of the bytes and write half of them.
 
-    Every call of a competitor takes the same tensors, and so does this: what fits in a GPU's L2
-    stays there for both of them.
+    Like its competitors it may be called with copies in turn (InTurn); if not, what fits in a
+    GPU's L2 stays there for all of them.
     """
     source = torch.empty(max(1, total_bytes // 8), device=device).normal_()
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
+    return functools.partial(torch.Tensor.copy_, torch.empty_like(source), source)
 
 
 PEERS = "eager", "torch.compile"   # which most rows have
@@ -190,8 +245,8 @@ def table(report):
 
     Those of few rows in one column.
 
-    "(L2)": what must move fits in the GPU's L2, where it stays from call to call: the ceiling is a
-    copy of as much in the L2.
+    "(L2)": what must move fits in the GPU's L2, and every call takes the same tensors, so that it
+    stays there: the ceiling is a copy of as much in the L2.
     """
     rows, l2 = [Row(**row) for row in report["rows"]], report.get("l2") or 0
     head = ["op", "shape", "dtype", "back end", "time", "G elements/s", "GB/s", "% of ceiling"]
@@ -218,7 +273,7 @@ def table(report):
                 f"{t * 1e6:.0f} µs",
                 f"{row.elements / t / 1e9:.2f}",
             ]
-            cached = " (L2)" if row.bytes <= l2 else ""
+            cached = " (L2)" if row.bytes <= l2 and row.copies == 1 else ""
             cells += [
                 f"{row.bytes / t / 1e9:.0f}",
                 f"{100 * row.seconds['ceiling'] / t:.0f}{cached}",
