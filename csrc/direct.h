@@ -35,6 +35,8 @@ struct Launches {
   // False where the sums need memory of their own: nothing has happened then.
   bool (*noise_reduce)(const DLTensor& out, DType dtype, const DLTensor& score, const DirectCoefficient& sigma, const NoiseKey& key,
                        int reduction);
+  // Whether a norm of such samples is CUDA C++'s (normalise.cu).
+  bool (*norm_clusters)(int32_t device, int64_t channels, int64_t pixels, int64_t groups, bool alpha, int64_t itemsize);
 };
 
 inline Launches cuda_launches{};

@@ -183,9 +183,15 @@ void pack(const View* columns, int count, int64_t rows, int64_t channels, A* out
     }
 }
 
+// Whether CUDA C++ computes a norm in clusters of blocks: the checked way launches that (in_clusters in fastscore/ops/normalise_core.py).
+bool in_clusters(const Server& server, const View& x, const NormArgs& p, bool alpha) {
+  return server.launches && server.launches->norm_clusters && !p.channels_last && p.dtype != kFloat64 &&
+         server.launches->norm_clusters(x.t.device_id, p.channels, p.pixels, p.groups, alpha, size_of(p.dtype));
+}
+
 // normalise() of tensors that Triton's launchers serve: they get the columns, or the table, and the labels.
 FS_APART PyObject* served_norm(Server server, PyObject* const* args, const View& x, NormArgs& p) {
-  if (!server.launchers) return refused();
+  if (!server.launchers || in_clusters(server, x, p, args[2] != Py_None && args[2] != Py_False)) return refused();
   View part, out;
   Signature s;
   s.add('n'), s.add(x), s.add(p.channels_last), s.add(p.groups), s.add(p.eps), s.add(p.activation);

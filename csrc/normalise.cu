@@ -329,8 +329,8 @@ int device_attribute(cudaDeviceAttr attribute, int device) {
 // How many clusters of such a call a device runs at once, by its own word; 0 where the Triton kernels are to do it.
 int64_t norm_clusters(int64_t device, int64_t channels, int64_t pixels, int64_t groups, bool alpha, int64_t itemsize) {
   Cut cut;
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor, static_cast<int>(device)) < 9) return 0;
   if (!cut_sample(channels, pixels, groups, alpha, itemsize, cut)) return 0;
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor, static_cast<int>(device)) < 9) return 0;
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
   int found = 0;
   with_short_dtype(itemsize == 4 ? kFloat32 : kBFloat16, [&](auto element) {
@@ -344,6 +344,12 @@ int64_t norm_clusters(int64_t device, int64_t channels, int64_t pixels, int64_t 
   cudaGetLastError();   // that it cannot is an answer, no error
   return found;
 }
+
+bool has_norm_clusters(int32_t device, int64_t channels, int64_t pixels, int64_t groups, bool alpha, int64_t itemsize) {
+  return norm_clusters(device, channels, pixels, groups, alpha, itemsize) > 0;
+}
+
+const bool entered = (cuda_launches.norm_clusters = &has_norm_clusters);
 
 void normalise_cuda(OptionalTensor y, OptionalTensor ty, Tensor stats, Tensor x, OptionalTensor t, Tensor coef, OptionalTensor tcoef,
                     OptionalTensor labels, int64_t groups, bool alpha, bool beta, double eps, int64_t activation) {

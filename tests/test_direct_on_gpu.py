@@ -495,6 +495,26 @@ def test_norms_that_are_not_plain_are_refused():
             assert direct.door.normalise(*plain.values()) is not None
 
 
+def test_norms_in_clusters_go_the_checked_way(device):
+    """Which launches CUDA C++: with and without a gradient a sample has the same bits."""
+    with by_triton():   # a GPU has both
+        from fastscore.kernels.direct import LAUNCHERS
+
+        direct.door.serve(direct.CPU, emulate.driver().emulated_launches(), LAUNCHERS)
+        gamma = torch.ones(20)
+        arguments = gamma, None, gamma, None, None, 0, 1e-5, 0
+        large, small = torch.randn(1, 20, 30, 30), torch.randn(1, 20, 28, 29)
+        assert direct.door.normalise(large, *arguments) is None
+        assert direct.door.normalise(small, *arguments) is not None
+        last = large.to(memory_format=torch.channels_last)
+        assert direct.door.normalise(last, *arguments) is not None
+        device.emulated_clusters(0)
+        try:
+            assert direct.door.normalise(large, *arguments) is not None
+        finally:
+            device.emulated_clusters(16)
+
+
 def test_an_error_of_a_launcher_is_that_of_the_call():
     def fail(*arguments):
         raise MemoryError("no room")

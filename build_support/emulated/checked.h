@@ -117,6 +117,12 @@ struct checked_direct<f> {
   }
 };
 
+// A question to the device, which touches no memory.
+template <class... P, bool (*f)(int32_t, P...)>
+struct checked_direct<f> {
+  static bool call(int32_t device, P... arguments) { return f(device, arguments...); }
+};
+
 template <auto f>
 struct checked;
 
