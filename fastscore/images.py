@@ -306,6 +306,8 @@ def _pixels(image, depth, path):
     array = array.astype(np.uint16) if depth == 16 else array
     if transparent is None:
         return array, None
+    if image.mode == "1":   # of which Pillow says 255, or 1
+        transparent = bool(transparent)
 
     white = 1 if array.dtype == bool else np.iinfo(array.dtype).max
     hidden = array == np.multiply(transparent, white) // (2**depth - 1)

@@ -145,6 +145,8 @@ TRANSPARENT = {
     "LA": lambda p: save(p, half_transparent()[..., [0, 3]], "LA"),
     "palette": lambda p: palette(COLOURS).save(p, transparency=0),
     "grey": lambda p: save(p, GREY, transparency=51),
+    "grey-1-bit": lambda p: written(p, png(BITS, 1, 0, [1])),
+    "grey-1-bit-black": lambda p: written(p, png(BITS, 1, 0, [0])),
     "grey-2-bit": lambda p: written(p, png(np.arange(6).reshape(2, 3) % 4, 2, 0, [2])),
     "colour": lambda p: save(p, COLOURS, transparency=tuple(map(int, COLOURS[0, 1]))),
 }
@@ -162,9 +164,8 @@ def test_transparent_pixels_are_asked_for(tmp_path, kind):
             read(tmp_path)
     white, black = (datasets.load(f"{tmp_path}:on-{name}")[0] for name in ("white", "black"))
     shown = white - black  # 1 - alpha, in each colour
-    hidden = {"RGBA": 1.8, "LA": 1.8, "palette": None, "grey": 1, "grey-2-bit": 1, "colour": 1}[
-        kind
-    ]
+    hidden = {"RGBA": 1.8, "LA": 1.8, "palette": None, "grey-1-bit": 4, "grey-1-bit-black": 2}
+    hidden = hidden.get(kind, 1)
     assert float(shown.max()) == 1 and (
         hidden is None or float(shown[0, 0].sum()) == pytest.approx(hidden)
     )
