@@ -201,6 +201,14 @@ def why_not(name: str, device: str) -> str | None:
     return load_extension()
 
 
+def there(name: str, device: str) -> bool:
+    """why_not, asked once: a norm asks at every call."""
+    return _answered(why_not, name, device) is None
+
+
+_answered = functools.cache(lambda question, *about: question(*about))
+
+
 @functools.cache
 def _choose(name: str, device: str, cuda: bool = True) -> str:
     if name != "auto":
@@ -227,13 +235,11 @@ def _choose(name: str, device: str, cuda: bool = True) -> str:
 
 @functools.cache
 def _open_for_gpu() -> None:
-    """Plain calls go directly from now on (the door is there without CUDA C++, too), where the
-    automatic choice sends them."""
+    """Plain calls go directly from now on, where the automatic choice sends them."""
     if _environment() != "auto" or load_extension() is not None:
         return
-    compiled = why_not("triton", "cuda") is None and not interpreting()
     launchers = None
-    if compiled:
+    if why_not("triton", "cuda") is None and not interpreting():
         from fastscore.kernels.direct import LAUNCHERS as launchers
     direct.serve_gpu(launchers, why_not("cuda", "cuda") is None)
 

@@ -12,6 +12,7 @@ import fastscore
 from fastscore import backend as backends
 from fastscore import direct, losses, ops
 from fastscore.ops.activate import activate_dual, activate_jet
+from fastscore.ops.normalise_core import Form, in_clusters
 
 KEY = {"seed": 3, "step": 1}
 NET = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 4))
@@ -184,3 +185,18 @@ def test_schemas_are_those_of_the_table(backend, name):
         pytest.skip("plain PyTorch, no raw op")
     schema = str(backends.raw(backend, name)._schema)
     assert schema.split("::")[1] == f"{name}({backends.OPS[name].schema}) -> ()"
+
+
+def test_what_a_norm_asks_at_every_call_is_answered_once(monkeypatch):
+    """The answer for a GPU reads the record of the build from its file."""
+    asked = []
+
+    def why_not(name, device):
+        asked.append((name, device))
+        return "it is not built"
+
+    monkeypatch.setattr(backends, "why_not", why_not)
+    x = torch.empty(1, 20, 30, 30, device="meta")
+    for _ in range(3):
+        assert not in_clusters(x, Form(0, True, True, 1e-5, None))
+    assert asked == [("cuda", "meta")]

@@ -112,7 +112,7 @@ def in_clusters(x: Tensor, form: Form) -> bool:
     That depends on the device and on one sample, never on the batch, for their sums differ in the
     last bit.
     """
-    if torch.compiler.is_compiling() or _backend.why_not("cuda", x.device.type) is not None:
+    if torch.compiler.is_compiling() or not _backend.there("cuda", x.device.type):
         return False
     if x.dtype == torch.float64 or _channels_last(x):
         return False
