@@ -2,6 +2,8 @@
 // Bytes per element in float32: 8, for x is read once. Other calls on a GPU run the Triton kernels.
 #include <cooperative_groups.h>
 
+#include <algorithm>
+
 #include "activation_cuda.h"
 #include "normalise.h"
 #include "torch_cuda.h"
@@ -302,10 +304,23 @@ auto with_clusters(const Cut& cut, int64_t rows, cudaStream_t stream, F f) {
   return f(configuration);
 }
 
+int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
+}
+
+// Whether a kernel's blocks may have so much shared memory on the current device. It is always asked for the most that there is: what
+// another thread asks for between this and the launch must not be less.
+template <class Kernel>
+bool may_have(Kernel kernel, int device, int bytes) {
+  const int most = std::min(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device), static_cast<int>(kMostShared));
+  return bytes <= most && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most) == cudaSuccess &&
+         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100) == cudaSuccess;
+}
+
 template <class T, bool kPacked>
-bool launch(const Rows<T>& p, int64_t rows, cudaStream_t stream) {
-  const cudaError_t error = cudaFuncSetAttribute(normalise_rows<T, kPacked>, cudaFuncAttributeMaxDynamicSharedMemorySize, p.cut.bytes);
-  return error == cudaSuccess && with_clusters(p.cut, rows, stream, [&](const cudaLaunchConfig_t& c) {
+bool launch(const Rows<T>& p, int64_t rows, int device, cudaStream_t stream) {
+  return may_have(normalise_rows<T, kPacked>, device, p.cut.bytes) && with_clusters(p.cut, rows, stream, [&](const cudaLaunchConfig_t& c) {
     return cudaLaunchKernelEx(&c, normalise_rows<T, kPacked>, p) == cudaSuccess;
   });
 }
@@ -321,11 +336,6 @@ void with_short_dtype(DType dtype, const F& f) {
   }
 }
 
-int device_attribute(cudaDeviceAttr attribute, int device) {
-  int value = 0;
-  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
-}
-
 // How many clusters of such a call a device runs at once, by its own word; 0 where the Triton kernels are to do it.
 int64_t norm_clusters(int64_t device, int64_t channels, int64_t pixels, int64_t groups, bool alpha, int64_t itemsize) {
   Cut cut;
@@ -335,7 +345,7 @@ int64_t norm_clusters(int64_t device, int64_t channels, int64_t pixels, int64_t 
   int found = 0;
   with_short_dtype(itemsize == 4 ? kFloat32 : kBFloat16, [&](auto element) {
     using T = decltype(element);
-    if (cudaFuncSetAttribute(normalise_rows<T, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, cut.bytes) != cudaSuccess) return;
+    if (!may_have(normalise_rows<T, true>, static_cast<int>(device), cut.bytes)) return;
     with_clusters(cut, 1, nullptr, [&](const cudaLaunchConfig_t& c) {
       if (cudaOccupancyMaxActiveClusters(&found, normalise_rows<T, true>, &c) != cudaSuccess) found = 0;
       return true;
@@ -361,7 +371,8 @@ void normalise_cuda(OptionalTensor y, OptionalTensor ty, Tensor stats, Tensor x,
                   "fastscore: normalise in CUDA C++ takes values of contiguous samples that fit in a cluster of blocks");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const cudaStream_t queue = current_stream(x);
-  const int64_t cache = device_attribute(cudaDevAttrL2CacheSize, x.get_device_index());
+  const int device = x.get_device_index();
+  const int64_t cache = device_attribute(cudaDevAttrL2CacheSize, device);
   with_short_dtype(dtype_of(x), [&](auto element) {
     using T = decltype(element);
     const Rows<T> p{static_cast<T*>(mutable_pointer(y)),
@@ -372,8 +383,10 @@ void normalise_cuda(OptionalTensor y, OptionalTensor ty, Tensor stats, Tensor x,
                     coef.size(0), cut, static_cast<int>(C), groups > 0, alpha, beta,
                     x.numel() * static_cast<int64_t>(sizeof(T)) > cache, static_cast<float>(eps), static_cast<int>(activation)};
     const bool packed = aligned(p.x) && aligned(p.y) && pixels % Pack<T>::kSize == 0;
-    if (packed) launch<T, true>(p, B * cut.rows_of_sample, queue);
-    else launch<T, false>(p, B * cut.rows_of_sample, queue);
+    const int64_t rows = B * cut.rows_of_sample;
+    const bool done = packed ? launch<T, true>(p, rows, device, queue) : launch<T, false>(p, rows, device, queue);
+    if (!done) check_launch("normalise");
+    STD_TORCH_CHECK(done, "fastscore: normalise could not be launched: this device has no such clusters of blocks");
   });
   check_launch("normalise");
 }
