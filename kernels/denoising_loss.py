@@ -5,6 +5,7 @@ import triton.language as tl
 
 from fastscore.kernels.noisy_update import coefficient
 from fastscore.kernels.philox import KEY, polar_of_rows
+from fastscore.kernels.rademacher_project import by_thread
 
 
 @triton.jit(do_not_specialize=[*KEY, "shift"])
@@ -52,7 +53,11 @@ def noise_reduce_kernel(
     if not DOT:
         each = coefficient(sigma_ptr, sigma, sample, valid, SIGMA_KIND, dtype)
 
-    total = tl.zeros([ROWS, 4 * BLOCK], dtype)
+    # What a thread loads at once is in its sample or out of it, as a whole, and so is its sum:
+    # one selection, where radii of zero would be a product for each pair of elements.
+    N: tl.constexpr = 8 if pairs else 4
+    GROUPED: tl.constexpr = ALIGNED and STEPS == 1 and not (FULL or DOT or WIDE)
+    total, end = tl.zeros([ROWS, 4 * BLOCK], dtype), tl.zeros([ROWS, 1], tl.int32)
     for i in range(STEPS):
         begin = (split.to(tl.int64) * STEPS + i) * (4 * BLOCK)
         block = first + opened + (begin >> 2)
@@ -70,8 +75,8 @@ def noise_reduce_kernel(
                 mask = mask & (lane >= entry - begin)
             s = tl.load(s_ptr + (start + begin - entry) + lane, mask=mask, other=0.0).to(dtype)
             radius, direction = polar_of_rows(
-                block, (end + 3) >> 2, key_ptr, seed, step, stream, HAS_KEY, CROSSES, pairs, False,
-                BLOCK,
+                block, (end + 3) >> 2, key_ptr, seed, step, stream, HAS_KEY, CROSSES, pairs,
+                GROUPED, BLOCK,
             )
         z = (radius * direction).to(dtype)
         if DOT:
@@ -81,5 +86,8 @@ def noise_reduce_kernel(
             if not ALIGNED:
                 t = tl.where(mask, t, 0.0)
             total = tl.fma(t, t, total) if STEPS > 1 else t * t
+    if GROUPED:
+        sums = by_thread(total, N)
+        total = tl.where(N * tl.arange(0, 4 * BLOCK // N)[None, :] < end, sums, 0.0)
     reduced = tl.sum(total, 1)[:, None]
     tl.store(partial_ptr + sample * splits + split, reduced if DOT else 0.5 * reduced, mask=valid)

@@ -163,9 +163,9 @@ def test_instructions_per_element_do_not_grow(triton_rows, request):
                 name,
                 row,
             )
-        # Masks cost 3.5, the tree over a program's threads 2
+        # Masks cost 1.5, the tree over a program's threads and the way to the first element 3.
         if name.startswith("noise_reduce") and "fp64" not in name:
-            limit = {"long": 31, "full": 33, "masked": 35.5}[name.split()[1]]
+            limit = {"long": 31, "full": 33, "masked": 33.5}[name.split()[1]]
             # Ptxas takes 156 there for the loop over four tiles.
             registers = 160 if name.endswith("sm_100") else 128
             assert row["per_element"] <= limit and row["registers"] <= registers, (name, row)
