@@ -859,6 +859,35 @@ def test_nested_tensors_are_refused_wherever_they_stand(op):
                 getattr(fastscore, op)(**given | {name: nested(x, torch.strided)})
 
 
+class Piled(torch.Tensor):
+    def stack(self):
+        raise AssertionError
+
+
+class Table:
+    """No tensor; pandas has such a method."""
+
+    stack = Piled.stack
+
+
+NORMS = {
+    "group_norm_modulate": lambda x: ops.group_norm_modulate(x, 2),
+    "instance_norm_plus": lambda x: ops.instance_norm_plus(x, torch.ones(4)),
+    "conditional_instance_norm_plus": lambda x: ops.conditional_instance_norm_plus(
+        x, torch.tensor([0, 1]), torch.ones(3, 12)
+    ),
+}
+
+
+@pytest.mark.parametrize("op", NORMS)
+def test_what_has_a_method_stack_is_no_dual_number(op):
+    x = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    found = NORMS[op](x.as_subclass(Piled)).as_subclass(torch.Tensor)
+    torch.testing.assert_close(found, NORMS[op](x))
+    with pytest.raises(TypeError, match=f"^{op}: x must be a tensor; got Table"):
+        NORMS[op](Table())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("start", range(1000, 11000, 500))

@@ -36,7 +36,10 @@ def check_float(op: str, name: str, x: Tensor) -> None:
 def stand_in(x: Tensor) -> Tensor:
     """A plain tensor of x's shape, dtype and device: of a dual number, where each look at one of
     them costs a call, its value."""
-    return x.stack.detach()[0] if hasattr(type(x), "stack") else x
+    # A method of this name is somebody else's.
+    if hasattr(type(x), "stack") and isinstance(stack := x.stack, torch.Tensor):
+        return stack.detach()[0]
+    return x
 
 
 def check_like(op: str, name: str, t: Tensor, x: Tensor, of: str = "x") -> None:
