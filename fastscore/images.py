@@ -306,12 +306,11 @@ def _pixels(image, depth, path):
     array = array.astype(np.uint16) if depth == 16 else array
     if transparent is None:
         return array, None
-    if image.mode == "1":   # of which Pillow says 255, or 1
-        transparent = bool(transparent)
 
     white = 1 if array.dtype == bool else np.iinfo(array.dtype).max
-    hidden = array == np.multiply(transparent, white) // (2**depth - 1)
-    hidden = hidden.all(-1) if array.ndim == 3 else hidden
+    most = 2**depth - 1   # Pillow says 255 for the 1 of a 1-bit file
+    value = np.minimum(transparent, most) * white // most
+    hidden = (array == value).all(-1) if array.ndim == 3 else array == value
     return array, np.where(hidden, 0, 255)
 
 
