@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastscore
 from fastscore import backend as backends
-from fastscore import losses, random
+from fastscore import direct, losses, random
 from fastscore.losses.noise_conditional import METHODS
 from fastscore.models import EnergyMLP, EnergyScore, ScoreMLP
 from fastscore.ops.activate import activate_dual, activate_jet, activate_jet_ref
@@ -1097,3 +1097,52 @@ def test_compiled_loss_equals_eager(norm_backend):
     net, x = score("mlp", False).to(DEVICE), torch.randn(7, 12, device=DEVICE)
     compiled = torch.compile(lambda x: losses.sliced(net, x, seed=3))   # a graph break at jvp
     assert torch.allclose(compiled(x), losses.sliced(net, x, seed=3), atol=1e-4)
+
+
+@pytest.fixture
+def only_direct(gpu_backend, monkeypatch):
+    """Calls without a request go from Python to the launch of this back end, or are an error."""
+    if backends.load_extension() is not None or direct.door is None:
+        pytest.skip("no extension, or PyTorch has no table of DLPack functions")
+    launches, launchers = 0, None
+    if gpu_backend == "cuda":
+        emulated = DEVICE == "cpu"
+        launches = emulate.driver().emulated_launches() if emulated else direct.door.launches()
+    elif gpu_backend == "triton":
+        from fastscore.kernels.direct import LAUNCHERS as launchers
+
+    def chosen(*arguments):
+        raise AssertionError("the call was not plain")
+
+    number = direct.CUDA if DEVICE == "cuda" else direct.CPU
+    direct.door.serve(number, launches, launchers)
+    monkeypatch.setattr(direct, "automatic", direct.door)
+    monkeypatch.setattr(backends, "_resolve", chosen)
+    yield monkeypatch
+    direct.door.serve(number, 0, None)
+    backends._choose.cache_clear(), backends._open_for_gpu.cache_clear()   # serves again
+
+
+def test_direct_calls_have_the_bits_of_checked_ones(gpu_backend, only_direct):
+    x, s = torch.randn(2, 4, 150, device=DEVICE)
+    image, gamma = torch.randn(2, 3, 4, 4, device=DEVICE), torch.rand(3, device=DEVICE)
+    each, out = torch.rand(4, device=DEVICE), torch.empty_like(x)
+    calls = [
+        lambda: fastscore.langevin_step(x, s, 0.1, seed=5, step=3),
+        lambda: fastscore.langevin_step(x, s, 0.1, seed=6, step=4, out=out),
+        lambda: fastscore.noisy_update(x, s, each, each, seed=5),
+        lambda: fastscore.perturb(x, 0.3, seed=5),
+        lambda: fastscore.denoising_loss(x, 0.3, seed=5),
+        lambda: random.normal((3, 41), seed=5, stream=1024, device=DEVICE),
+        lambda: random.rademacher((3, 41), seed=5, stream=1024, device=DEVICE),
+    ]
+    if gpu_backend != "cuda":
+        calls.append(lambda: fastscore.instance_norm_plus(image, gamma, activation="elu"))
+    found = [[call().clone() for call in calls] for _ in range(2)]   # kept launches, too
+
+    only_direct.undo()
+    only_direct.setattr(direct, "served", {})
+    only_direct.setattr(direct, "automatic", None)
+    for call, direct_ones in zip(calls, zip(*found), strict=True):
+        wanted = call()
+        assert all(torch.equal(one, wanted) for one in direct_ones)
