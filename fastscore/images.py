@@ -308,8 +308,7 @@ def _pixels(image, depth, path):
         return array, None
 
     white = 1 if array.dtype == bool else np.iinfo(array.dtype).max
-    most = 2**depth - 1   # Pillow says 255 for the 1 of a 1-bit file
-    value = np.minimum(transparent, most) * white // most
+    value = np.minimum(transparent, 2**depth - 1) * white // (2**depth - 1)   # 255 for a 1-bit 1
     hidden = (array == value).all(-1) if array.ndim == 3 else array == value
     return array, np.where(hidden, 0, 255)
 
