@@ -114,10 +114,23 @@ void FS_KERNEL(activate_jet)(const ActivateArgs& p, int64_t begin, int64_t end) 
 }  // namespace fastscore
 
 #if defined(FASTSCORE_REGISTER)
+#include <vector>
+
 #include "torch_cpu.h"
 
 namespace fastscore {
 namespace {
+
+// A stack of `rows` derivatives, of the dtype and the trailing sizes of s.
+void check_stack(const Checks& check, const char* name, const OptionalTensor& stack, const Tensor& s, int64_t rows) {
+  if (!stack) return;
+  check.memory(name, *stack);
+  check.dtype(name, *stack, dtype_of(s));
+  std::vector<int64_t> sizes(s.sizes().begin(), s.sizes().end());
+  sizes[0] = rows;
+  check.shape(name, *stack, Sizes(sizes.data(), sizes.size()));
+  if (!stack->is_contiguous()) check.refuse(name, " must be contiguous");
+}
 
 template <class Kernel>
 void launch(Kernel kernel, const ActivateArgs& p, int64_t bytes) {
@@ -126,30 +139,36 @@ void launch(Kernel kernel, const ActivateArgs& p, int64_t bytes) {
 }
 
 template <class Kernel>
-void launch(Kernel kernel, Tensor& out, const Tensor& s, const OptionalTensor& g, int64_t directions, bool straight, int64_t activation) {
-  STD_TORCH_CHECK(out.is_contiguous() && s.is_contiguous() && (!g || g->is_contiguous()), "fastscore: activations need contiguous tensors");
-  STD_TORCH_CHECK(float_dtype_of(s) != kFloat64, "fastscore: activations take float32, bfloat16 or float16");
-  STD_TORCH_CHECK(dtype_of(out) == dtype_of(s) && (!g || dtype_of(*g) == dtype_of(s)), "fastscore: activations take tensors of one dtype");
-  STD_TORCH_CHECK(kElu <= activation && activation <= kGeluTanh, "fastscore: activation must be in ", kElu + 0, "..", kGeluTanh + 0, "; got ", activation);
-  const int64_t n = s.numel() / s.size(0);
+void launch(const Checks& check, Kernel kernel, Tensor& out, const Tensor& s, const OptionalTensor& g, int64_t directions, bool straight,
+            int64_t activation) {
+  if (check.floating("s", s) == kFloat64) check.refuse("s must be float32, bfloat16 or float16; got float64");
+  const int64_t rows = s.size(0), all = straight ? 1 + 2 * directions : rows;
+  check_stack(check, "s", s, s, rows);
+  check_stack(check, "g", g, s, all);
+  check_stack(check, "out", out, s, g ? rows : all);
+  check.number("activation", activation, kElu, kGeluTanh);
+  check.apart("out", out, "s", s);
+  check.apart("out", out, "g", g);
+  if (s.numel() == 0) return;
+
+  const int64_t n = s.numel() / rows;
   const ActivateArgs p{out.mutable_data_ptr(), s.const_data_ptr(), pointer(g), dtype_of(s), n, directions, straight, static_cast<int>(activation)};
   launch(kernel, p, out.numel() * static_cast<int64_t>(out.element_size()));
 }
 
 void activate_dual(Tensor out, Tensor s, OptionalTensor g, int64_t activation) {
-  if (s.numel() == 0) return;
-  STD_TORCH_CHECK(out.numel() == s.numel() && (!g || g->numel() == s.numel()), "fastscore: activate_dual: sizes differ");
-  launch(FS_PICK(activate_dual), out, s, g, s.size(0) - 1, false, activation);
+  const Checks check{"activate_dual"};
+  if (s.dim() == 0 || s.size(0) == 0) check.refuse("s must be (1 + M, *); got ", shown(s.sizes()));
+  launch(check, FS_PICK(activate_dual), out, s, g, s.size(0) - 1, false, activation);
 }
 
 void activate_jet(Tensor out, Tensor s, OptionalTensor g, int64_t directions, int64_t activation) {
-  if (s.numel() == 0) return;
-  const int64_t n = s.numel() / s.size(0);
-  const bool straight = s.size(0) == 1 + directions;
-  STD_TORCH_CHECK(straight || s.size(0) == 1 + 2 * directions, "fastscore: activate_jet takes (1 + M, *) or (1 + 2M, *)");
-  const Tensor& full = g ? *g : out;
-  STD_TORCH_CHECK(full.numel() == n * (1 + 2 * directions) && (!g || out.numel() == s.numel()), "fastscore: activate_jet: sizes differ");
-  launch(FS_PICK(activate_jet), out, s, g, directions, straight, activation);
+  const Checks check{"activate_jet"};
+  check.number("directions", directions, 0, int64_t{1} << 40);
+  const bool straight = s.dim() > 0 && s.size(0) == 1 + directions;
+  if (!straight && (s.dim() == 0 || s.size(0) != 1 + 2 * directions))
+    check.refuse("s must be (1 + M, *) or (1 + 2M, *) with M = ", directions, "; got ", shown(s.sizes()));
+  launch(check, FS_PICK(activate_jet), out, s, g, directions, straight, activation);
 }
 
 }  // namespace

@@ -176,16 +176,29 @@ namespace {
 void noisy_update(Tensor out, OptionalTensor x, OptionalTensor direction, OptionalTensor drift_each, double drift,
                   OptionalTensor diffusion_each, double diffusion, OptionalTensor key, int64_t seed, int64_t step,
                   int64_t stream, int64_t offset) {
-  UpdateArgs p{};
-  const int64_t n = out.numel();
+  const Checks check{"noisy_update"};
+  const int64_t n = out.numel(), batch = out.dim() == 0 ? 1 : out.size(0);
+  const DType dtype = check.floating("out", out);
+  check.like("x", x, out);
+  check.like("direction", direction, out);
+  check.coefficient("drift_each", drift_each, dtype, batch);
+  check.coefficient("diffusion_each", diffusion_each, dtype, batch);
+  check.key(key, stream, offset);
   if (n == 0) return;
+  check.written("out", out);
+  check.apart("out", out, "x", x, true);
+  check.apart("out", out, "direction", direction, true);
+  check.apart("out", out, "drift_each", drift_each);
+  check.apart("out", out, "diffusion_each", diffusion_each);
+
+  UpdateArgs p{};
   p.out = out.mutable_data_ptr();
   p.x = pointer(x);
   p.direction = pointer(direction);
-  p.dtype = float_dtype_of(out);
+  p.dtype = dtype;
   p.nest = nest_of(out, x, direction);
   p.n = n;
-  p.per_sample = out.dim() == 0 ? 1 : n / out.size(0);
+  p.per_sample = n / batch;
   p.drift = drift;
   p.diffusion = diffusion;
   coefficient(drift_each, p.drift, p.drift_each, p.dtype);

@@ -185,6 +185,7 @@ void FS_KERNEL(rademacher_spread)(const SpreadArgs& p, int64_t begin, int64_t en
 }  // namespace fastscore
 
 #if defined(FASTSCORE_REGISTER)
+#include <utility>
 #include <vector>
 
 #include "torch_cpu.h"
@@ -192,15 +193,25 @@ void FS_KERNEL(rademacher_spread)(const SpreadArgs& p, int64_t begin, int64_t en
 namespace fastscore {
 namespace {
 
-// Sizes, from (M, B, *) and (B, *) tensors of which one may be missing.
+// Sizes, from js (M, B, *) and s (B, *), of which one may be missing, under their names.
 template <class Args>
-void sizes(Args& p, const OptionalTensor& js, const OptionalTensor& s, int64_t projections) {
-  STD_TORCH_CHECK(js || s, "fastscore: a projection needs js or s");
-  STD_TORCH_CHECK(!js || !s || dtype_of(*js) == dtype_of(*s), "fastscore: js and s must have one dtype");
-  p.dtype = float_dtype_of(js ? *js : *s);
+void sizes(const Checks& check, Args& p, const char* js_name, const OptionalTensor& js, const char* s_name, const OptionalTensor& s,
+           int64_t projections, int64_t stream) {
+  if (!js && !s) check.refuse("either ", js_name, " or ", s_name, " must be given");
+  check.number("projections", projections, 1, 65536 - (stream >> 16));   // the substream counts them
+  p.dtype = check.floating(js ? js_name : s_name, js ? *js : *s);
+  if (js && (js->dim() < 2 || js->size(0) != projections))
+    check.refuse(js_name, " must be (", projections, ", B, *); got ", shown(js->sizes()));
+  if (s && s->dim() < 1) check.refuse(s_name, " must be (B, *); got ()");
+  if (js && s) {
+    check.memory(s_name, *s);
+    check.dtype(s_name, *s, p.dtype);
+    check.shape(s_name, *s, js->sizes().slice(1));
+  }
+
   p.projections = projections;
   p.samples = js ? js->size(1) : s->size(0);
-  const int64_t n = js ? js->numel() / (projections > 0 ? projections : 1) : s->numel();
+  const int64_t n = js ? js->numel() / projections : s->numel();
   p.per_sample = p.samples > 0 ? n / p.samples : 0;
 }
 
@@ -251,12 +262,26 @@ namespace {
 
 void rademacher_project(OptionalTensor vjv, OptionalTensor vs, OptionalTensor ss, OptionalTensor js, OptionalTensor s, int64_t projections,
                         OptionalTensor key, int64_t seed, int64_t step, int64_t stream, int64_t offset) {
+  const Checks check{"rademacher_project"};
   ProjectArgs p{};
-  sizes(p, js, s, projections);
+  check.key(key, stream, offset);
+  sizes(check, p, "js", js, "s", s, projections, stream);
+  const DType wide = compute_dtype(p.dtype);
+  check.present("vjv", vjv, js.has_value(), "js");
+  check.present("vs", vs, s.has_value(), "s");
+  check.present("ss", ss, s.has_value(), "s");
+  check.table("vjv", vjv, wide, {projections, p.samples});
+  check.table("vs", vs, wide, {projections, p.samples});
+  check.table("ss", ss, wide, {p.samples});
+  for (const auto& [name, out] : {std::pair<const char*, const OptionalTensor&>{"vjv", vjv}, {"vs", vs}, {"ss", ss}}) {
+    check.apart(name, out, "js", js);
+    check.apart(name, out, "s", s);
+  }
+
   p.vjv = mutable_pointer(vjv), p.vs = mutable_pointer(vs), p.ss = mutable_pointer(ss);
   p.js = pointer(js), p.s = pointer(s);
   p.key = noise_key(key, seed, step, stream, offset);
-  if (p.per_sample == 0 || projections == 0) {
+  if (p.per_sample == 0) {
     for (const OptionalTensor& t : {vjv, vs, ss})
       if (t) torch::stable::zero_(*const_cast<OptionalTensor&>(t));
     return;
@@ -268,15 +293,31 @@ void rademacher_project(OptionalTensor vjv, OptionalTensor vs, OptionalTensor ss
 
 void rademacher_spread(OptionalTensor gjs, OptionalTensor gs, OptionalTensor g_vjv, OptionalTensor g_vs, OptionalTensor g_ss,
                        OptionalTensor s, int64_t projections, OptionalTensor key, int64_t seed, int64_t step, int64_t stream, int64_t offset) {
+  const Checks check{"rademacher_spread"};
   SpreadArgs p{};
-  sizes(p, gjs, gs, projections);
+  check.key(key, stream, offset);
+  sizes(check, p, "gjs", gjs, "gs", gs, projections, stream);
+  const DType wide = compute_dtype(p.dtype);
+  check.present("g_vjv", g_vjv, gjs.has_value(), "gjs");
+  if (!gs) check.present("g_vs", g_vs, false, "gs");
+  if (!gs) check.present("g_ss", g_ss, false, "gs");
+  if (g_ss) check.present("s", s, true, "g_ss");
+  check.table("g_vjv", g_vjv, wide, {projections, p.samples});
+  check.table("g_vs", g_vs, wide, {projections, p.samples});
+  check.table("g_ss", g_ss, wide, {p.samples});
+  if (gs) check.like("s", s, *gs);
+  for (const auto& [name, out] : {std::pair<const char*, const OptionalTensor&>{"gjs", gjs}, {"gs", gs}}) {
+    if (out) check.written(name, *out);
+    check.apart(name, out, "g_vjv", g_vjv);
+    check.apart(name, out, "g_vs", g_vs);
+    check.apart(name, out, "g_ss", g_ss);
+    check.apart(name, out, "s", s);
+  }
+
   p.gjs = mutable_pointer(gjs), p.gs = mutable_pointer(gs);
   p.g_vjv = pointer(g_vjv), p.g_vs = pointer(g_vs), p.g_ss = pointer(g_ss), p.s = pointer(s);
   p.key = noise_key(key, seed, step, stream, offset);
-  for (const OptionalTensor& g : {g_vjv, g_vs, g_ss})
-    STD_TORCH_CHECK(!g || (g->is_contiguous() && dtype_of(*g) == (p.dtype == kFloat64 ? kFloat64 : kFloat32)),
-                    "fastscore: cotangents of projections must be contiguous and of the compute dtype");
-  if (p.per_sample == 0 || projections == 0) return;
+  if (p.per_sample == 0) return;
   if (gjs) p.gjs_nest = nest_of(*gjs, std::nullopt, std::nullopt);
   if (gs) p.gs_nest = nest_of(*gs, std::nullopt, std::nullopt);
   if (s) p.s_nest = nest_of(*s, std::nullopt, std::nullopt);

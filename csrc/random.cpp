@@ -77,8 +77,14 @@ void launch(const FillArgs& p, int64_t n) {
 namespace {
 
 void fill(Tensor out, int64_t kind, OptionalTensor key, int64_t seed, int64_t step, int64_t stream, int64_t offset) {
-  STD_TORCH_CHECK(out.is_contiguous(), "fastscore: fill needs a contiguous tensor");
-  STD_TORCH_CHECK((kind == kWords) == (dtype_of(out) == kInt64), "fastscore: words are int64, noise is floating point");
+  const Checks check{"fill"};
+  check.number("kind", kind, kWords, kRademacher);
+  if (kind == kWords) check.dtype("out", out, kInt64);
+  else check.floating("out", out);
+  check.memory("out", out);
+  if (!out.is_contiguous()) check.refuse("out must be contiguous");
+  check.key(key, stream, offset);
+  if (out.numel() == 0) return;
   const FillArgs p{out.mutable_data_ptr(), dtype_of(out), static_cast<FillKind>(kind), noise_key(key, seed, step, stream, offset)};
   launch(p, out.numel());
 }

@@ -6,19 +6,16 @@
 
 #include "dtype_cpu.h"
 #include "isa.h"
-#include "torch_tensor.h"
+#include "refuse.h"
 
 namespace fastscore {
 
 // A coefficient given as a tensor: (1,) replaces the scalar, (B,) is read per sample.
 inline void coefficient(const OptionalTensor& each, double& scalar, const void*& pointer, DType dtype) {
   if (!each) return;
-  const bool wide = dtype == kFloat64;
-  STD_TORCH_CHECK(dtype_of(*each) == (wide ? kFloat64 : kFloat32) && each->is_contiguous(),
-                  "fastscore: a coefficient tensor must be contiguous and of the compute dtype");
   const void* p = each->const_data_ptr();
   if (each->numel() > 1) pointer = p;
-  else scalar = wide ? *static_cast<const double*>(p) : static_cast<double>(*static_cast<const float*>(p));
+  else scalar = dtype == kFloat64 ? *static_cast<const double*>(p) : static_cast<double>(*static_cast<const float*>(p));
 }
 
 // `key`, an int64 tensor (seed, step), takes the place of the two numbers.
