@@ -42,6 +42,8 @@ ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
+# The last word on a flag of COMMON.
+SOURCE_FLAGS = {"given_noise": ["-ffp-contract=off"]}
 REGISTER_ONLY = {"door", "door_stacks", "library"}  # no kernels inside: compiled once
 
 
@@ -183,7 +185,8 @@ def write_ninja(
         for isa in ["baseline"] if source.stem in REGISTER_ONLY else isas():
             objects.append(f"{source.stem}.{isa}.o")
             lines.append(f"build {objects[-1]}: cxx {escaped(csrc / source.name)}")
-            lines.append(f"  isa = -DFASTSCORE_ISA={isa} {' '.join(ISA_FLAGS[isa])}")
+            options = [*ISA_FLAGS[isa], *SOURCE_FLAGS.get(source.stem, [])]
+            lines.append(f"  isa = -DFASTSCORE_ISA={isa} {' '.join(options)}")
     for source in sorted((ROOT / "csrc").glob("*.cu")) if nvcc else []:
         objects.append(f"{source.stem}.cuda.o")
         lines.append(f"build {objects[-1]}: nvcc {escaped(csrc / source.name)}")

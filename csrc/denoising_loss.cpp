@@ -6,8 +6,8 @@ namespace fastscore {
 namespace {
 
 // Sixteen running sums: a vector, and one rounding per 16 elements instead of one per element.
-template <class A>
-FS_INLINE double reduce_row(const A* s, const float* z, A sigma, ReduceMode mode, int64_t n) {
+template <class A, class Z>
+FS_INLINE double reduce_row(const A* s, const Z* z, A sigma, ReduceMode mode, int64_t n) {
   A sums[16] = {};
   int64_t i = 0;
   if (mode == kLoss) {
@@ -30,10 +30,10 @@ FS_INLINE double reduce_row(const A* s, const float* z, A sigma, ReduceMode mode
   return mode == kLoss ? 0.5 * total : total;
 }
 
-// s in the compute type: the tensor itself, or a copy of the tile.
+// The score or the noise in the compute type: the tensor itself, or a copy of the tile.
 template <class T, class A>
-FS_INLINE const A* score_tile(const ReduceArgs& p, A* buffer, int64_t first, int64_t n) {
-  const T* s = static_cast<const T*>(p.score);
+FS_INLINE const A* tile_of(const void* tensor, const ReduceArgs& p, A* buffer, int64_t first, int64_t n) {
+  const T* s = static_cast<const T*>(tensor);
   if constexpr (__is_same(T, A))
     if (p.nest.contiguous) return s + first;
   for_rows(p.nest, first, n, [&](int64_t at, const int64_t* offset, int64_t m) FS_LAMBDA {
@@ -42,18 +42,18 @@ FS_INLINE const A* score_tile(const ReduceArgs& p, A* buffer, int64_t first, int
   return buffer;
 }
 
-template <class T>
-void run(const ReduceArgs& p, int64_t begin, int64_t end) {
+// noise(first, n): a tile of z.
+template <class T, class Noise>
+FS_INLINE void reduce(const ReduceArgs& p, int64_t begin, int64_t end, Noise noise) {
   using A = typename Compute<T>::type;
-  alignas(64) float noise[kTile + 2 * kGroup];
   alignas(64) A buffer[kTile];
   const auto sigma_of = [&](int64_t b) { return p.sigma_each ? static_cast<const A*>(p.sigma_each)[b] : static_cast<A>(p.sigma); };
   if (p.per_sample <= kTile) {   // a task is a sample; as many as fit share a tile of noise
     const int64_t fit = kTile / p.per_sample;
     for (int64_t b = begin; b < end; b += fit) {
       const int64_t m = end - b < fit ? end - b : fit, first = b * p.per_sample, n = m * p.per_sample;
-      const float* z = tile_normals(noise, p.key.offset + static_cast<uint64_t>(first), n, p.key);
-      const A* s = score_tile<T, A>(p, buffer, first, n);
+      const auto* z = noise(first, n);
+      const A* s = tile_of<T, A>(p.score, p, buffer, first, n);
       for (int64_t j = 0; j < m; ++j)
         p.partial[b + j] = reduce_row(s + j * p.per_sample, z + j * p.per_sample, sigma_of(b + j), p.mode, p.per_sample);
     }
@@ -65,10 +65,24 @@ void run(const ReduceArgs& p, int64_t begin, int64_t end) {
     double total = 0;
     for (int64_t i = from; i < to; i += kTile) {
       const int64_t first = b * p.per_sample + i, n = to - i < kTile ? to - i : kTile;
-      const float* z = tile_normals(noise, p.key.offset + static_cast<uint64_t>(first), n, p.key);
-      total += reduce_row(score_tile<T, A>(p, buffer, first, n), z, sigma_of(b), p.mode, n);
+      const auto* z = noise(first, n);
+      total += reduce_row(tile_of<T, A>(p.score, p, buffer, first, n), z, sigma_of(b), p.mode, n);
     }
     p.partial[task] = total;
+  }
+}
+
+template <class T>
+void run(const ReduceArgs& p, int64_t begin, int64_t end) {
+  using A = typename Compute<T>::type;
+  if (p.noise) {
+    alignas(64) A given[kTile];
+    reduce<T>(p, begin, end, [&](int64_t first, int64_t n) FS_LAMBDA { return tile_of<T, A>(p.noise, p, given, first, n); });
+  } else {
+    alignas(64) float drawn[kTile + 2 * kGroup];
+    reduce<T>(p, begin, end, [&](int64_t first, int64_t n) FS_LAMBDA {
+      return tile_normals(drawn, p.key.offset + static_cast<uint64_t>(first), n, p.key);
+    });
   }
 }
 
@@ -109,11 +123,20 @@ namespace {
 // out (B,) in the compute dtype.
 void noise_reduce(Tensor out, Tensor score, OptionalTensor sigma_each, double sigma, OptionalTensor key, int64_t seed,
                   int64_t step, int64_t stream, int64_t offset, int64_t mode) {
-  const int64_t batch = out.numel();
+  const Checks check{"noise_reduce"};
+  const DType dtype = check.floating("score", score);
+  if (score.dim() == 0) check.refuse("score must be (B, *); got ()");
+  const int64_t batch = score.size(0);
+  check.table("out", out, compute_dtype(dtype), {batch});
+  check.coefficient("sigma_each", sigma_each, dtype, batch);
+  check.number("reduction", mode, kLoss, kDot);
+  check.key(key, stream, offset);
+  check.apart("out", out, "score", score);
+  check.apart("out", out, "sigma_each", sigma_each);
   if (batch == 0) return;
+
   ReduceArgs p{};
-  p.dtype = float_dtype_of(score);
-  STD_TORCH_CHECK((dtype_of(out) == kFloat64) == (p.dtype == kFloat64), "fastscore: a sum must be of the compute dtype");
+  p.dtype = dtype;
   p.score = score.const_data_ptr();
   p.per_sample = score.numel() / batch;
   p.sigma = sigma;

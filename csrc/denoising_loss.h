@@ -11,8 +11,9 @@ enum ReduceMode : int { kLoss, kDot };   // 1/2 |sigma s + z|^2, or s . z
 struct ReduceArgs {
   double* partial;         // (samples, chunks)
   const void* score;
+  const void* noise;       // given; null: drawn under the key
   DType dtype;
-  Nest nest;               // tensors: score
+  Nest nest;               // of the score, and of noise that is given
   const void* sigma_each;  // (B,) in the compute type, or null
   double sigma;
   ReduceMode mode;

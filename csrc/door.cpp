@@ -9,6 +9,7 @@
 
 #include "denoising_loss.h"
 #include "door_stacks.h"
+#include "given_noise.h"
 #include "noisy_update.h"
 #include "normalise.h"
 #include "plain.h"
@@ -20,25 +21,28 @@ namespace {
 
 enum UpdateKind : long { kUpdate, kLangevin, kPerturb, kTerms };
 
-// noisy_update(kind, x, direction, drift, diffusion, seed, step, stream, offset, out). Of a Langevin step the drift is its step size;
-// perturb has no direction; of kTerms, our own calls, either x or the direction may be missing.
+// noisy_update(kind, x, direction, drift, diffusion, seed, step, stream, offset, out, noise). Of a Langevin step the drift is its step
+// size; perturb has no direction; of kTerms, our own calls, either x or the direction may be missing. Noise, the last and optional, comes
+// without a seed.
 PyObject* noisy_update(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 10 || !torch_.describe || !nothing_between()) return refused();
+  if (count < 10 || count > 11 || !torch_.describe || !nothing_between()) return refused();
   const long kind = PyLong_AsLong(args[0]);
   PyObject *x_object = args[1], *d_object = args[2], *drift_object = args[3], *diffusion_object = args[4];
+  PyObject* z_object = count == 11 ? args[10] : Py_None;
 
-  View x, d, out;
-  const bool has_x = x_object != Py_None, has_d = d_object != Py_None;
+  View x, d, z, out;
+  const bool has_x = x_object != Py_None, has_d = d_object != Py_None, has_z = z_object != Py_None;
   if (kind == kTerms ? !(has_x || has_d) : !has_x || has_d == (kind == kPerturb)) return refused();
   if ((has_x && !look_float_anywhere(x_object, x)) || (has_d && !look_float_anywhere(d_object, d))) return refused();
   const View& like = has_x ? x : d;
   if (has_d && !d.like(like)) return refused();
+  if (has_z && !(has_x && args[5] == Py_None && look_float(z_object, z) && z.like(x))) return refused();
 
   UpdateArgs p{};
-  if (!read_key(args[5], args[6], args[7], 0, args[8], p.key)) return refused();
+  if (!has_z && !read_key(args[5], args[6], args[7], 0, args[8], p.key)) return refused();
   const double least = kind == kLangevin || kind == kPerturb ? 0 : -HUGE_VAL;
-  if (const Server* server = server_of(like))
-    return served_update(*server, args, kind == kLangevin, least, has_x ? &x : nullptr, has_d ? &d : nullptr, p.key);
+  if (const Server* server = server_of(like); server && has_z) return refused();
+  else if (server) return served_update(*server, args, kind == kLangevin, least, has_x ? &x : nullptr, has_d ? &d : nullptr, p.key);
 
   Coefficient drift, diffusion;
   if (!read_coefficient(drift_object, like, least, drift)) return refused();
@@ -47,9 +51,18 @@ PyObject* noisy_update(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
   Ref result(destination(args[9], has_x ? x_object : d_object, like, out));
   if (!result) return refused();
-  for (const View* t : {has_x ? &x : nullptr, has_d ? &d : nullptr})
+  for (const View* t : {has_x ? &x : nullptr, has_d ? &d : nullptr, has_z ? &z : nullptr})
     if (t && args[9] != Py_None && !out.same_place(*t) && out.overlaps(*t)) return refused();
 
+  if (has_z) {
+    if (!out.dense() || !out.lies_as(x) || !out.lies_as(z) || (has_d && !out.lies_as(d))) return refused();
+    const GivenArgs given{out.data(), x.data(), has_d ? d.data() : nullptr, z.data(), x.dtype, drift.pointer(), diffusion.pointer(),
+                          drift.number, diffusion.number, x.n, x.n / x.batch()};
+    without_python(x.n, [&] { launch(given); });
+    if (args[9] != Py_None && !written(args[9])) return nullptr;
+    Py_INCREF(result.o);
+    return result.o;
+  }
   p.out = out.data();
   p.x = has_x ? x.data() : nullptr;
   p.direction = has_d ? d.data() : nullptr;
@@ -67,16 +80,18 @@ PyObject* noisy_update(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return result.o;
 }
 
-// noise_reduce(mode, score, sigma, seed, step, stream, offset): (B,) in the compute dtype.
+// noise_reduce(mode, score, sigma, seed, step, stream, offset, noise): (B,) in the compute dtype. Noise as above.
 PyObject* noise_reduce(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 7 || !torch_.describe || !nothing_between()) return refused();
-  View s, out;
+  if (count < 7 || count > 8 || !torch_.describe || !nothing_between()) return refused();
+  View s, z, out;
   ReduceArgs p{};
   Coefficient sigma;
   if (!look_float_anywhere(args[1], s) || s.t.ndim == 0) return refused();
   const Server* server = server_of(s);
   if (!server && !read_coefficient(args[2], s, 0, sigma)) return refused();
-  if (!read_key(args[3], args[4], args[5], 0, args[6], p.key)) return refused();
+  const bool has_z = count == 8 && args[7] != Py_None;
+  if (has_z && !(!server && args[3] == Py_None && look_float(args[7], z) && z.like(s) && z.lies_as(s))) return refused();
+  if (!has_z && !read_key(args[3], args[4], args[5], 0, args[6], p.key)) return refused();
 
   const Ref batch(PyLong_FromLongLong(s.batch()));
   PyObject* made = nullptr;
@@ -95,6 +110,7 @@ PyObject* noise_reduce(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
   p.dtype = s.dtype;
   p.score = s.data();
+  p.noise = has_z ? z.data() : nullptr;
   p.nest = nest_of(s, nullptr, nullptr);
   p.per_sample = s.n / s.batch();
   p.sigma = sigma.number;
@@ -126,17 +142,16 @@ PyObject* fill(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!count_of(args[1], n) || !integer(args[5], 0, 65535, substream)) return refused();
   if (!read_key(args[2], args[3], args[4], substream, args[6], p.key)) return refused();
 
+  // torch.empty reads sizes one by one in two thirds of the time that a tuple takes it.
+  const bool sizes = PyTuple_Check(args[1]) && PyTuple_Size(args[1]) > 0;
+  const Ref shape(sizes ? Py_NewRef(args[1]) : PyTuple_Pack(1, args[1]));
   PyObject* dtype = p.kind == kWords ? torch_.int64 : args[7];
-  PyObject* made;
-  if (dtype == Py_None && args[8] == Py_None) {
-    made = PyObject_CallFunctionObjArgs(torch_.empty, args[1], nullptr);
-  } else {
-    const Ref shape(PyTuple_Pack(1, args[1])), options(PyDict_New());
-    if (dtype != Py_None) PyDict_SetItem(options.o, torch_.dtype, dtype);
-    if (args[8] != Py_None) PyDict_SetItem(options.o, torch_.device, args[8]);
-    made = PyObject_Call(torch_.empty, shape.o, options.o);
-  }
-  const Ref result(made);
+  if (dtype == reinterpret_cast<PyObject*>(&PyFloat_Type)) return refused();   // which torch.empty takes for float64
+  const bool plain = dtype == Py_None && args[8] == Py_None;
+  const Ref options(plain ? nullptr : PyDict_New());
+  if (dtype != Py_None) PyDict_SetItem(options.o, torch_.dtype, dtype);
+  if (args[8] != Py_None) PyDict_SetItem(options.o, torch_.device, args[8]);
+  const Ref result(PyObject_Call(torch_.empty, shape.o, options.o));
   View out;
   if (!result || !look_anywhere(result.o, out) || (p.kind == kWords) != (out.dtype == kInt64)) return refused();
   if (const Server* server = server_of(out)) return served_fill(*server, p.kind, result.o, out, p.key);

@@ -100,7 +100,8 @@ struct View {
       if (t.shape[d] != 1 && t.strides[d] != expected) return false;
     return true;
   }
-  bool same_place(const View& x) const { return data() == x.data() && !std::memcmp(t.strides, x.t.strides, sizeof(int64_t) * t.ndim); }
+  bool lies_as(const View& x) const { return !std::memcmp(t.strides, x.t.strides, sizeof(int64_t) * t.ndim); }
+  bool same_place(const View& x) const { return data() == x.data() && lies_as(x); }
   const char* end() const {
     int64_t last = 0;
     for (int32_t d = 0; d < t.ndim; ++d) last += (t.shape[d] - 1) * t.strides[d];
@@ -109,7 +110,13 @@ struct View {
   bool overlaps(const View& x) const { return data() < x.end() && x.data() < end(); }
 
   // Whether no two elements share memory, so far as strides tell.
-  bool writable() const {
+  bool writable() const { return extent() != 0; }
+
+  // Whether it fills its memory, in whatever order, with one sample after another.
+  bool dense() const { return extent() == n && (t.ndim == 0 || t.shape[0] == 1 || t.strides[0] == n / t.shape[0]); }
+
+  // Elements from the first in memory to the last; 0 where two of them share memory.
+  int64_t extent() const {
     int64_t extent = 1;
     bool done[kMaxDims] = {};
     for (int32_t k = 0; k < t.ndim; ++k) {
@@ -118,10 +125,10 @@ struct View {
         if (!done[d] && (least < 0 || t.strides[d] < t.strides[least])) least = d;
       done[least] = true;
       if (t.shape[least] == 1) continue;
-      if (t.strides[least] < extent) return false;
+      if (t.strides[least] < extent) return 0;
       extent += t.strides[least] * (t.shape[least] - 1);
     }
-    return true;
+    return extent;
   }
 };
 

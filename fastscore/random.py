@@ -95,6 +95,11 @@ def words(
     Raises:
         ValueError: n, stream, substream or offset out of range.
     """
+    if backend is None and not is_compiling() and (door := direct.automatic) is not None:
+        drawn = door.fill(WORDS, (n,), seed, step, stream, substream, offset, None, device)
+        if drawn is not None:
+            return drawn
+
     key = (seed, step, stream, substream, offset)
     return draw("words", WORDS, (n,), *key, torch.int64, device, backend)
 
@@ -260,8 +265,7 @@ def draw(
 ) -> Tensor:
     """What `normal` and its kin return, for the op in whose name it is drawn: errors speak of that
     one."""
-    plain = backend is None and dtype is not float   # which torch.empty takes for float64
-    if plain and not is_compiling() and (door := direct.automatic) is not None:
+    if backend is None and not is_compiling() and (door := direct.automatic) is not None:
         seed = draw_seed() if seed is None else seed
         drawn = door.fill(kind, shape, seed, step, stream, substream, offset, dtype, device)
         if drawn is not None:

@@ -77,6 +77,91 @@ def test_plain_calls_go_directly_and_give_the_same_bits(dtype, layout):
             ), name
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_calls_with_given_noise_give_the_bits_of_plain_pytorch(dtype, layout):
+    torch.manual_seed(0)
+    x, d, z = (
+        LAYOUTS[layout](torch.randn(5, 3, 4, 6, dtype=torch.float64).to(dtype)) for _ in range(3)
+    )
+    out = torch.empty_like(x)
+    dense = layout not in ("every-other-element", "expanded", "transposed")
+    for c in coefficients(dtype, 5).values():
+        calls = {
+            "noisy_update": lambda o, c=c: fastscore.noisy_update(x, d, c, c, noise=z, out=o),
+            "langevin_step": lambda o, c=c: fastscore.langevin_step(x, d, c, noise=z, out=o),
+            "perturb": lambda o, c=c: fastscore.perturb(x, c, noise=z, out=o),
+        }
+        for name, call in calls.items():
+            wanted = checked(lambda call=call: call(None))
+            for given in (None, out):
+                with counted() as seen:
+                    found = call(given)
+                assert seen == [name] or not dense, seen
+                assert found.dtype == wanted.dtype and found.stride() == wanted.stride(), name
+                assert torch.equal(found, wanted), name
+            assert found is out
+
+
+@pytest.mark.parametrize("n", [1, 7, 1000, 16385, 300_000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_given_noise_in_samples_of_every_length(dtype, n):
+    """Samples shorter and longer than a tile, and what is left behind the last whole vector."""
+    torch.manual_seed(0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for shape in ((n,), (1, n), (max(n // 3, 1), 3), (3, max(n // 3, 1))):
+        x, d, z = (torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(3))
+        for e in (0.3, torch.linspace(0.1, 2, shape[0], dtype=wide)):
+            calls = (
+                lambda x=x, d=d, z=z, e=e: fastscore.langevin_step(x, d, e, noise=z),
+                lambda x=x, z=z, e=e: fastscore.perturb(x, e, noise=z),
+            )
+            for call in calls:
+                assert torch.equal(call(), checked(call)), shape
+
+
+@pytest.mark.parametrize("where", ["x", "score", "noise", "a part of x", "a part of noise"])
+def test_out_may_be_what_is_read(where):
+    base = torch.rand(3, 65, 4)
+    x, s, z = base[0, :64], base[1, :64], base[2, :64]
+    wanted = fastscore.langevin_step(x, s, 0.1, noise=z)
+    out = {
+        "x": x, "score": s, "noise": z, "a part of x": base[0, 1:], "a part of noise": base[2, 1:]
+    }[where]  # fmt: skip
+    fastscore.langevin_step(x, s, 0.1, noise=z, out=out)
+    assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("n", [1, 7, 1000, 16385])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_loss_of_given_noise_is_as_exact_as_plain_pytorch(dtype, n):
+    """Against float64 at most twice its error, and one rounding of the sum."""
+    torch.manual_seed(0)
+    s, z = (torch.randn(6, n, dtype=torch.float64).to(dtype) for _ in range(2))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    sigma = torch.linspace(0.1, 2, 6, dtype=wide)
+    exact = 0.5 * (sigma.double()[:, None] * s.double() + z.double()).square().sum(1)
+
+    def call():
+        return fastscore.denoising_loss(s, sigma, noise=z)
+
+    found, plain = call(), checked(call)
+    eps = torch.finfo(found.dtype).eps
+    assert found.dtype == plain.dtype
+    allowed = 2 * (plain.double() - exact).abs().max() + 2 * eps * exact
+    assert ((found.double() - exact).abs() <= allowed).all()
+
+
+def test_given_noise_that_is_not_plain_is_refused():
+    x = torch.ones(4, 3)
+    assert not refused(noise=x, seed=None)
+    assert refused(noise=x)   # and a seed
+    for odd in ODD_TENSORS.values():
+        assert odd is None or refused(noise=odd, seed=None)
+    assert refused(noise=torch.ones(3, 4).T, seed=None)   # lies in another order
+    assert refused(kind=direct.TERMS, x=None, noise=x, seed=None)
+
+
 class counted:
     """The names of functions of fastscore/ that run, the back end's own excepted."""
 
@@ -112,7 +197,7 @@ def test_words_go_directly_and_give_the_same_bits():
     with counted() as seen:
         found = call()
     assert (
-        seen == ["words", "draw"]
+        seen == ["words"]
         and found.dtype == torch.int64
         and torch.equal(found, checked(call))
     )
@@ -182,8 +267,8 @@ class Sub(torch.Tensor):
 def refused(*changed, **given):
     """Whether the door refuses a plain update with one argument changed."""
     x = torch.ones(4, 3)
-    names = ("kind", "x", "d", "a", "b", "seed", "step", "stream", "offset", "out")
-    arguments = dict(zip(names, (direct.UPDATE, x, x, 0.1, 0.2, 0, 0, 1, 0, None))) | given
+    names = ("kind", "x", "d", "a", "b", "seed", "step", "stream", "offset", "out", "noise")
+    arguments = dict(zip(names, (direct.UPDATE, x, x, 0.1, 0.2, 0, 0, 1, 0, None, None))) | given
     return direct.door.noisy_update(*arguments.values()) is None
 
 
@@ -300,6 +385,7 @@ def test_keys_that_are_not_plain_are_refused(part, odd):
         (7, torch.bool),
         (7, torch.complex64),
         (7, "float32"),
+        (7, float),
         (8, "meta"),
         (8, "nowhere"),
         (8, 0.5),

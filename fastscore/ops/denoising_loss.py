@@ -47,8 +47,8 @@ def denoising_loss(
     >>> denoising_loss(torch.ones(1, 2), 1.0, noise=torch.ones(1, 2))
     tensor([4.])
     """
-    if noise is backend is None and not is_compiling() and (door := direct.automatic) is not None:
-        loss = door.noise_reduce(LOSS, score, sigma, seed, step, random.PERTURB, offset)
+    if backend is None and not is_compiling() and (door := direct.automatic) is not None:
+        loss = door.noise_reduce(LOSS, score, sigma, seed, step, random.PERTURB, offset, noise)
         if loss is not None:
             return loss
 

@@ -9,6 +9,7 @@ from torch.compiler import is_compiling
 
 from fastscore import backend as _backend
 from fastscore import direct, random
+from fastscore.direct import LANGEVIN, PERTURB, UPDATE
 from fastscore.ops import checks
 from fastscore.ops.noisy_update_functions import in_plain_torch, run, update
 
@@ -54,11 +55,10 @@ def noisy_update(
     >>> noisy_update(torch.ones(2), torch.ones(2), 0.5, 1.0, noise=torch.zeros(2))
     tensor([1.5000, 1.5000])
     """
-    if noise is backend is None and not is_compiling() and (door := direct.automatic) is not None:
-        seed = random.draw_seed() if seed is None else seed
-        coefficients = (drift, diffusion)
+    if backend is None and not is_compiling() and (door := direct.automatic) is not None:
+        seed = random.draw_seed() if seed is noise is None else seed
         y = door.noisy_update(
-            direct.UPDATE, x, direction, *coefficients, seed, step, stream, offset, out
+            UPDATE, x, direction, drift, diffusion, seed, step, stream, offset, out, noise
         )
         if y is not None:
             return y
@@ -119,12 +119,12 @@ def langevin_step(
     >>> langevin_step(torch.ones(1), -torch.ones(1), 0.5, noise=torch.zeros(1))
     tensor([0.7500])
     """
-    if noise is backend is None and not is_compiling() and (door := direct.automatic) is not None:
-        seed = random.draw_seed() if seed is None else seed
+    if backend is None and not is_compiling() and (door := direct.automatic) is not None:
+        seed = random.draw_seed() if seed is noise is None else seed
         e = step_size if step_lr is None else None
         if step_size is None and type(step_lr) is float:
             e = 2 * step_lr
-        y = door.noisy_update(direct.LANGEVIN, x, score, e, None, seed, step, stream, offset, out)
+        y = door.noisy_update(LANGEVIN, x, score, e, None, seed, step, stream, offset, out, noise)
         if y is not None:
             return y
 
@@ -180,10 +180,10 @@ def perturb(
     >>> perturb(torch.ones(1), 0.5, noise=torch.ones(1))
     tensor([1.5000])
     """
-    if noise is backend is None and not is_compiling() and (door := direct.automatic) is not None:
-        seed = random.draw_seed() if seed is None else seed
+    if backend is None and not is_compiling() and (door := direct.automatic) is not None:
+        seed = random.draw_seed() if seed is noise is None else seed
         stream = random.PERTURB
-        y = door.noisy_update(direct.PERTURB, x, None, 0.0, sigma, seed, step, stream, offset, out)
+        y = door.noisy_update(PERTURB, x, None, 0.0, sigma, seed, step, stream, offset, out, noise)
         if y is not None:
             return y
 
