@@ -607,9 +607,16 @@ def test_one_sample_without_its_batch_is_told_to_be_a_batch_of_one(score, sample
     with pytest.raises(
         ValueError,
         match=r"x of shape \(3,\), a batch of 3 single values; "
-              r"one sample of 3 values is x\[None\]\.$",
+              r"one sample of 3 values has shape \(1, 3\)\.$",
     ):
         fastscore.sample(score, sampler=sampler, x=torch.zeros(3), seed=0, **SAMPLERS[sampler])
+
+
+@pytest.mark.parametrize("shape", [3, (3,)])
+def test_a_shape_without_its_batch_is_told_the_shape_of_one_sample(shape):
+    """Nobody gave an x: the way out is one of shapes."""
+    with pytest.raises(ValueError, match=r"one sample of 3 values has shape \(1, 3\)\.$"):
+        fastscore.sample(UNBATCHED["is one number"], shape=shape, seed=0, **LADDER)
 
 
 @pytest.mark.parametrize("method", ["heun", "euler", "adaptive"])

@@ -42,7 +42,7 @@ def single_values(x: torch.Tensor) -> str:
         return "."
     return (
         f" of shape {tuple(x.shape)}, a batch of {len(x)} single values; "
-        f"one sample of {len(x)} values is x[None]."
+        f"one sample of {len(x)} values has shape (1, {len(x)})."
     )
 
 
