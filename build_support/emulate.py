@@ -509,6 +509,7 @@ class Properties:
     L2_cache_size = 2**15
     multi_processor_count = 2
     name = "emulated"
+    gcnArchName = name   # which torch.compile asks for in a build without CUDA
 
 
 @contextlib.contextmanager

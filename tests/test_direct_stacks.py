@@ -56,7 +56,7 @@ def same(found, wanted):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-@pytest.mark.parametrize("name", ACTIVATIONS.keys() - {None})
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS.keys() - {None}))
 def test_an_activation_and_its_gradient_have_the_same_bits(name, dtype, closed):
     s, g = randn(3, 5, 7, dtype=dtype), randn(3, 5, 7, dtype=dtype, seed=1)
     code = ACTIVATIONS[name].code
@@ -222,7 +222,7 @@ def test_tensors_that_are_not_plain_are_refused(name, odd):
         assert run(name, given, rest) is None, k
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.keys() - {"contiguous"})
+@pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"contiguous"}))
 def test_other_layouts_go_the_checked_way(layout):
     t = LAYOUTS[layout](torch.ones(3, 4, 5, 6))
     assert direct.door.activate(t, None, ACTIVATIONS["silu"].code, False) is None
