@@ -270,7 +270,6 @@ void FS_KERNEL(normalise)(const NormArgs& p, bool backward, NormPhase phase, int
 }  // namespace fastscore
 
 #if defined(FASTSCORE_REGISTER)
-#include <utility>
 #include <vector>
 
 #include "torch_cpu.h"
@@ -370,16 +369,6 @@ NormArgs arguments(const Checks& check, const Tensor& x, const OptionalTensor& t
   return p;
 }
 
-using Named = std::vector<std::pair<const char*, OptionalTensor>>;
-
-// No tensor that is written shares memory with another.
-void check_apart(const Checks& check, const Named& written, const Named& read) {
-  for (size_t i = 0; i < written.size(); ++i) {
-    for (const auto& [name, t] : read) check.apart(written[i].first, written[i].second, name, t);
-    for (size_t j = 0; j < i; ++j) check.apart(written[i].first, written[i].second, written[j].first, written[j].second);
-  }
-}
-
 void normalise(OptionalTensor y, OptionalTensor ty, Tensor stats, Tensor x, OptionalTensor t, Tensor coef, OptionalTensor tcoef,
                OptionalTensor labels, int64_t groups, bool alpha, bool beta, double eps, int64_t activation) {
   const Checks check{"normalise"};
@@ -388,7 +377,7 @@ void normalise(OptionalTensor y, OptionalTensor ty, Tensor stats, Tensor x, Opti
   check_image(check, "y", y, x, p.channels_last);
   check_image(check, "ty", ty, x, p.channels_last, p.tangents);
   check.table("stats", stats, compute_dtype(p.dtype), {1 + p.tangents, p.batch, p.channels, 2});
-  check_apart(check, {{"y", y}, {"ty", ty}, {"stats", stats}}, {{"x", x}, {"t", t}, {"coef", coef}, {"tcoef", tcoef}, {"labels", labels}});
+  check.apart({{"y", y}, {"ty", ty}, {"stats", stats}}, {{"x", x}, {"t", t}, {"coef", coef}, {"tcoef", tcoef}, {"labels", labels}});
 
   p.y = mutable_pointer(y), p.ty = mutable_pointer(ty), p.stats = stats.mutable_data_ptr();
   const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());
@@ -404,7 +393,9 @@ void normalise_backward(Tensor gx, OptionalTensor gt, Tensor gcoef, OptionalTens
   NormArgs p = arguments(check, x, t, coef, tcoef, labels, groups, alpha, beta, eps, activation);
   const DType wide = compute_dtype(p.dtype);
   const int64_t width = p.channels * (1 + alpha + beta);
-  for (const auto& [name, g] : Named{{"gt", gt}, {"gty", gty}, {"gtcoef", gtcoef}}) check.present(name, g, t.has_value(), "t");
+  check.present("gt", gt, t.has_value(), "t");
+  check.present("gty", gty, t.has_value(), "t");
+  check.present("gtcoef", gtcoef, t.has_value(), "t");
   if (!t) check.present("gy", gy, true, "x alone");
   check_image(check, "gx", gx, x, p.channels_last);
   check_image(check, "gy", gy, x, p.channels_last);
@@ -413,7 +404,7 @@ void normalise_backward(Tensor gx, OptionalTensor gt, Tensor gcoef, OptionalTens
   check.table("stats", stats, wide, {1 + p.tangents, p.batch, p.channels, 2});
   check.table("gcoef", gcoef, wide, {p.batch, width});
   check.table("gtcoef", gtcoef, wide, {p.tangents, p.batch, width});
-  check_apart(check, {{"gx", gx}, {"gt", gt}, {"gcoef", gcoef}, {"gtcoef", gtcoef}},
+  check.apart({{"gx", gx}, {"gt", gt}, {"gcoef", gcoef}, {"gtcoef", gtcoef}},
               {{"x", x}, {"t", t}, {"stats", stats}, {"coef", coef}, {"tcoef", tcoef}, {"labels", labels}, {"gy", gy}, {"gty", gty}});
 
   p.gy = pointer(gy), p.gty = pointer(gty), p.stats = const_cast<void*>(stats.const_data_ptr());

@@ -39,6 +39,19 @@ struct Extent {
   }
 };
 
+// What of an operator's tensors is told apart: a name, and the bytes, none where the tensor is missing or empty.
+struct Place {
+  const char *name, *begin = nullptr, *end = nullptr;
+
+  Place(const char* name, const OptionalTensor& t) : name(name) {
+    if (!t || t->numel() == 0) return;
+    const Extent extent(*t);
+    begin = extent.begin;
+    end = extent.end;
+  }
+  bool meets(const Place& other) const { return begin < other.end && other.begin < end; }
+};
+
 inline bool same_view(const Tensor& a, const Tensor& b) {
   if (a.const_data_ptr() != b.const_data_ptr() || !a.sizes().equals(b.sizes())) return false;
   for (int64_t d = 0; d < a.dim(); ++d)
@@ -129,6 +142,17 @@ struct Checks {
     if (!out || !t || out->numel() == 0 || t->numel() == 0 || (as_itself && same_view(*out, *t))) return;
     const Extent a(*out), b(*t);
     if (a.begin < b.end && b.begin < a.end) refuse(name, " must not share memory with ", other, as_itself ? ", unless it is the same view" : "");
+  }
+
+  // No tensor that is written shares memory with another.
+  void apart(std::initializer_list<Place> written, std::initializer_list<Place> read) const {
+    const auto refuse_both = [&](const Place& a, const Place& b) {
+      if (a.meets(b)) refuse(a.name, " must not share memory with ", b.name);
+    };
+    for (const Place* out = written.begin(); out != written.end(); ++out) {
+      for (const Place& other : read) refuse_both(*out, other);
+      for (const Place* before = written.begin(); before != out; ++before) refuse_both(*out, *before);
+    }
   }
 
   void number(const char* name, int64_t value, int64_t least, int64_t most) const {
