@@ -29,7 +29,7 @@ def activate_dual(s: Tensor, name: str, backend: str | None = None) -> Tensor:
         return activate_dual_ref(s, name)
     if _backend.derivative_possible(s):
         return _function(s, name, chosen)
-    return _run(s, name, chosen)
+    return activated(s, name, chosen)
 
 
 def activated(s: Tensor, name: str, chosen: str) -> Tensor:
@@ -90,7 +90,7 @@ class _ActivateDual(torch.autograd.Function):
 
     @staticmethod
     def forward(s, name, backend):
-        return _run(s, name, backend)
+        return activated(s, name, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -102,22 +102,12 @@ class _ActivateDual(torch.autograd.Function):
         (s,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody differentiates the gradient: plain PyTorch
             return _gradient_ref(ctx.name, s, g), None, None
-        s, g = contiguous(s), contiguous(g)
-        gs = torch.empty_like(s)
-        _backend.call(ctx.backend, "activate_dual", gs, s, g, ACTIVATIONS[ctx.name].code)
-        return gs, None, None
+        return gradient(s, g, ctx.name, ctx.backend), None, None
 
 
 @allow_in_graph
 def _function(s, name, backend):
     return _ActivateDual.apply(s, name, backend)
-
-
-def _run(s, name, backend):
-    s = contiguous(s)
-    out = torch.empty_like(s)
-    _backend.call(backend, "activate_dual", out, s, None, ACTIVATIONS[name].code)
-    return out
 
 
 def activate_jet(s: Tensor, directions: int, name: str, backend: str | None = None) -> Tensor:
