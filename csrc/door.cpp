@@ -400,6 +400,7 @@ PyMethodDef methods[] = {{"open", open, METH_O, nullptr},
                          method("signed_stack", door_signed_stack),
                          method("project_stack", door_project_stack),
                          method("spread_stack", door_spread_stack),
+                         method("normalise_stack", door_normalise_stack),
                          method("launches", launches),
                          method("serve", serve),
                          {nullptr, nullptr, 0, nullptr}};

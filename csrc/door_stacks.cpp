@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "activate.h"
+#include "normalise.h"
 #include "plain.h"
 #include "rademacher_project.h"
 
@@ -160,6 +161,63 @@ PyObject* door_spread_stack(PyObject*, PyObject* const* args, Py_ssize_t count) 
     p.s_nest = nest_of(given.value, nullptr, nullptr);
   }
   without_python(stack.n, [&] { launch(p); });
+  Py_INCREF(result.o);
+  return result.o;
+}
+
+// normalise_stack(s, coef, labels, groups, alpha, beta, eps, activation, keep): the norm of a stack (1 + M, B, C, *) in C order, with the table
+// of its coefficients; beside its statistics (1 + M, B, C, 2) if keep is True.
+PyObject* door_normalise_stack(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 9 || !torch_.describe || !nothing_between()) return refused();
+  View s, out, coef, labels, stats;
+  NormArgs p{};
+  int64_t activation;
+  if (!look_stack(args[0], s, p.tangents) || s.t.ndim < 4 || !s.contiguous()) return refused();
+  p.dtype = s.dtype;
+  p.batch = s.t.shape[1];
+  p.channels = s.t.shape[2];
+  p.pixels = s.n / (s.t.shape[0] * p.batch * p.channels);
+  if (!integer(args[3], 0, p.channels, p.groups) || (p.groups && p.channels % p.groups)) return refused();
+  for (PyObject* flag : {args[4], args[5], args[8]})
+    if (flag != Py_True && flag != Py_False) return refused();
+  p.has_alpha = args[4] == Py_True;
+  p.has_beta = args[5] == Py_True;
+  if (!PyFloat_CheckExact(args[6]) || !integer(args[7], kIdentity, kGeluTanh, activation)) return refused();
+  p.eps = PyFloat_AsDouble(args[6]);
+  p.activation = static_cast<int>(activation);
+  if (!(p.eps > 0 && p.eps <= __FLT_MAX__) || (p.groups && p.has_alpha)) return refused();
+
+  const DType wide = s.dtype == kFloat64 ? kFloat64 : kFloat32;
+  if (!look(args[1], coef) || coef.dtype != wide || coef.t.ndim != 2 || !coef.contiguous()) return refused();
+  p.coef = coef.data();
+  p.coef_rows = coef.t.shape[0];
+  if (coef.t.shape[1] != p.channels * (1 + p.has_alpha + p.has_beta)) return refused();
+  if (args[2] == Py_None) {
+    if (p.coef_rows != 1 && p.coef_rows != p.batch) return refused();
+  } else {
+    if (!look(args[2], labels) || labels.dtype != kInt64 || labels.t.ndim != 1 || labels.n != p.batch || !labels.contiguous()) return refused();
+    p.labels = reinterpret_cast<const int64_t*>(labels.data());
+    for (int64_t b = 0; b < p.batch; ++b)
+      if (p.labels[b] < 0 || p.labels[b] >= p.coef_rows) return refused();
+  }
+
+  const bool keep = args[8] == Py_True;
+  if (keep && s.dtype != wide) return refused();   // they are of another type than s
+  std::vector<double> unkept(keep ? 0 : 2 * s.t.shape[0] * p.batch * p.channels);
+  const Ref kept(keep ? PyObject_CallMethod(args[0], "new_empty", "((LLLi))", (long long)s.t.shape[0], (long long)p.batch, (long long)p.channels, 2) : nullptr);
+  if (keep && (!kept || !look(kept.o, stats))) return refused();
+  const Ref result(destination(Py_None, args[0], s, out));
+  if (!result || !out.contiguous()) return refused();
+
+  const Parts given(s), made(out);
+  p.x = given.value.data();
+  p.t = given.tangents.data();
+  p.y = made.value.data();
+  p.ty = made.tangents.data();
+  p.stats = keep ? static_cast<void*>(stats.data()) : unkept.data();
+  advise_huge_pages(p.y, s.n * size_of(s.dtype));
+  without_python(s.n, [&] { launch(p, false); });
+  if (keep) return PyTuple_Pack(2, result.o, kept.o);
   Py_INCREF(result.o);
   return result.o;
 }

@@ -8,5 +8,6 @@ PyObject* door_activate(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* door_signed_stack(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* door_project_stack(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* door_spread_stack(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* door_normalise_stack(PyObject*, PyObject* const* args, Py_ssize_t count);
 
 }  // namespace fastscore

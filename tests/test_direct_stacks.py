@@ -10,7 +10,9 @@ from test_direct import LAYOUTS, ODD_TENSORS, FunctionMode, Mode
 import fastscore
 from fastscore import direct, losses, random
 from fastscore.dual import Dual, stacked_jvp
+from fastscore.dual.functions import normalise_stack
 from fastscore.ops import activate
+from fastscore.ops import normalise as core
 from fastscore.ops.activations import ACTIVATIONS
 from fastscore.ops.rademacher_project import (
     project_stack,
@@ -119,6 +121,40 @@ def test_projections_and_their_cotangents_have_the_same_bits(dtype, layout):
             assert same(spread_stack(stack, *given, None, KEY, "cpp"), g)
 
 
+FORMS = {
+    "gamma": core.Form(0, False, False, 1e-5, None),
+    "plus": core.Form(0, True, True, 1e-5, "elu"),
+    "without-bias": core.Form(0, True, False, 1e-3, "silu"),
+    "groups": core.Form(2, False, True, 1e-5, "gelu"),
+}
+
+
+@pytest.mark.parametrize("rows", ["one", "each", "labels"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+def test_a_norm_of_a_stack_and_its_statistics_have_the_same_bits(dtype, form, rows, closed):
+    form = FORMS[form]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    width = 1 + form.alpha + form.beta
+    for shape in ((2, 3, 4, 5), (4, 3, 4, 3, 7), (2, 3, 4, 65, 64)):
+        s = randn(*shape, dtype=dtype)
+        count = {"one": 1, "each": 3, "labels": 5}[rows]
+        coef = randn(count, width * 4, dtype=wide, seed=2)
+        labels = torch.tensor([4, 0, 4]) if rows == "labels" else None
+        out = torch.empty_like(s)
+        stats = core.run_forward(
+            s[0], s[1:], coef, None, labels, form, "cpp", True, into=(out[0], out[1:])
+        )[-1]
+
+        assert same(core.run_stack_directly(s, coef, labels, form, "cpp"), out)
+        kept = core.run_stack_directly(s, coef, labels, form, "cpp", keep=True)
+        assert (kept is None) == (dtype in HALF)
+        if kept is not None:
+            assert same(kept[0], out) and same(kept[1], stats)
+        assert same(normalise_stack(s, coef, labels, form, None), out)
+        assert same(closed(lambda s=s, c=coef, n=labels: normalise_stack(s, c, n, form, None)), out)
+
+
 def network():
     torch.manual_seed(0)
     return torch.nn.Sequential(
@@ -197,6 +233,10 @@ def calls():
         "signed_stack": ([torch.ones(4, 3)], [1, *KEY]),
         "project_stack": ([s], list(KEY)),
         "spread_stack": ([s, *sums], list(KEY)),
+        "normalise_stack": (
+            [torch.ones(2, 3, 4, 5), torch.ones(2, 8), torch.tensor([1, 0, 1])],
+            [0, True, False, 1e-5, 0, False],
+        ),
     }
 
 
@@ -217,6 +257,10 @@ def test_tensors_that_are_not_plain_are_refused(name, odd):
         if odd in fits.get(name, ()) or (odd == "none" and "activate-" in name and k):
             continue
         if name == "spread_stack" and k >= 2 and odd == "none":   # one of the two may be missing
+            continue
+        if name == "normalise_stack" and k == 2 and odd == "none":   # a row for each sample, then
+            tensors[1] = torch.ones(3, 8)
+            assert run(name, [*tensors[:2], None], rest) is not None
             continue
         given = [*tensors[:k], ODD_TENSORS[odd], *tensors[k + 1 :]]
         assert run(name, given, rest) is None, k
@@ -242,6 +286,16 @@ def test_other_layouts_go_the_checked_way(layout):
         ("spread_stack", 1, [None, torch.ones(4, 1), torch.ones(3, 4), torch.ones(2, 4)[:, ::2]]),
         ("spread_stack", 3, [torch.ones(3), torch.ones(4).double(), torch.ones(8)[::2]]),
         ("spread_stack", 4, [None, 1.0]),
+        ("normalise_stack", 0, [torch.ones(1, 3, 4, 5), torch.ones(2, 3, 4)]),
+        ("normalise_stack", 0, [torch.ones(2, 3, 5, 4).transpose(2, 3)]),
+        ("normalise_stack", 1, [torch.ones(2, 4), torch.ones(2, 16)[:, ::2], torch.ones(16)]),
+        ("normalise_stack", 2, [torch.tensor([0, 1, 2]), torch.tensor([-1, 0, 1]), None]),
+        ("normalise_stack", 2, [torch.tensor([0, 1]), torch.tensor([0, 0, 0, 0, 0, 0])[::2]]),
+        ("normalise_stack", 3, [3, -1, 2, True, None]),
+        ("normalise_stack", 4, [False, 1, None]),
+        ("normalise_stack", 6, [0.0, -1.0, float("nan"), float("inf"), 1]),
+        ("normalise_stack", 7, [-1, 9, None]),
+        ("normalise_stack", 8, [None, 1]),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(name, at, values):

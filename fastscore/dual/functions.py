@@ -261,6 +261,10 @@ class _NormaliseStack(torch.autograd.Function):
 
     @staticmethod
     def forward(s: Tensor, coef: Tensor, labels: Tensor | None, form: Any, backend: str) -> Any:
+        found = core.run_stack_directly(s, coef, labels, form, backend, keep=True)
+        if found is not None:
+            return found
+
         s = _stack_layout(s)
         out = torch.empty_like(s)
         stats = core.run_forward(
@@ -325,6 +329,10 @@ def normalise_stack(s: Tensor, coef: Tensor, labels: Tensor | None, form: Any, b
         )
     if _backend.derivative_possible(s, coef):
         return _NormaliseStack.apply(s, coef, labels, form, chosen)[0]
+
+    out = core.run_stack_directly(s, coef, labels, form, chosen)
+    if out is not None:
+        return out
 
     s = _stack_layout(s)
     out = torch.empty_like(s)

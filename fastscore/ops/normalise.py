@@ -23,6 +23,7 @@ from fastscore.ops.normalise_core import pack as pack
 from fastscore.ops.normalise_core import rows as rows
 from fastscore.ops.normalise_core import run_backward as run_backward
 from fastscore.ops.normalise_core import run_forward as run_forward
+from fastscore.ops.normalise_core import run_stack_directly as run_stack_directly
 from fastscore.ops.normalise_functions import _normalise
 
 

@@ -2,12 +2,13 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastscore import backend as _backend
+from fastscore import direct
 from fastscore.ops.activations import ACTIVATIONS
 from fastscore.ops.functions import along, contiguous, without_memory
 
@@ -176,6 +177,20 @@ def run_forward(
         *_numbers(form),
     )
     return *outputs, stats
+
+
+def run_stack_directly(
+    s: Tensor,
+    coef: Tensor,
+    labels: Tensor | None,
+    form: Form,
+    backend: str,
+    keep: bool = False,
+) -> Any:
+    """run_forward on a stack (1 + M, B, C, *) of x and t, past PyTorch's dispatcher: y and ẏ as one
+    stack, beside the statistics with `keep`. None where the call is not plain."""
+    door = direct.door if backend == "cpp" else None
+    return door and door.normalise_stack(s, coef, labels, *_numbers(form), keep)
 
 
 def run_backward(
