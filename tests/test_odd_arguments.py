@@ -826,6 +826,7 @@ FOUND = {  # by the long form below
         ("instance_norm_plus_dual", 1182),
         ("finite_difference_sliced", 1684),
     ],
+    "large numbers": [("finite_difference_sliced", 10197)],
     "tangents made in inference mode": [("conditional_instance_norm_plus_dual", 2722)],
 }
 

@@ -43,9 +43,10 @@ def finite_difference_sliced(
 
     Args:
         radius: r, the length of h v (exactly for signs and the sphere, on average for normals); at
-        least the rounding of x's dtype. Everything else as in `sliced`; 2M evaluations of the
-        score, which draw the same random numbers, and of which the first moves its
-            state (running statistics, buffers, counters, what hooks note). Hooks run each time.
+            least the rounding of x's dtype, and no more than its square can bear. Everything else
+            as in `sliced`; 2M evaluations of the score, which draw the same random numbers, and of
+            which the first moves its state (running statistics, buffers, counters, what hooks
+            note). Hooks run each time.
 
     Returns:
         (B,), float32 (float64 for float64), differentiable in x and the parameters of score.
@@ -71,6 +72,13 @@ def finite_difference_sliced(
     if radius < (least := torch.finfo(x.dtype).eps):  # x ± h v would be x
         raise ValueError(
             f"{op}: radius must be at least {least:.3g}, the rounding of {x.dtype}; got {radius}."
+        )
+
+    wide = torch.finfo(checks.compute_dtype(x.dtype)).max
+    if radius > (most := min(torch.finfo(x.dtype).max / 2, math.sqrt(wide))):
+        raise ValueError(
+            f"{op}: radius must be at most {most:.3g}, or x ± h v or its square overflows; "
+            f"got {radius}."
         )
 
     h = radius / math.sqrt(max(1, x[:1].numel()))
