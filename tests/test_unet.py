@@ -187,7 +187,10 @@ CALLS = {
     ),
     "context": (lambda net, x: net(x, 0.5, 1, torch.rand(3, 2)), r"context must be \(3, 3\)"),
     "dropped": (
-        lambda net, x: net(x, 0.5, 1, dropped=torch.tensor([True])), r"dropped must be \(3,\)"
+        lambda net, x: net(x, 0.5, 1, dropped=torch.tensor([True])), r"dropped must be bool \(3,\)"
+    ),
+    "dropped as numbers": (
+        lambda net, x: net(x, 0.5, 1, dropped=torch.tensor([1, 0, 1])), "dropped must be bool"
     ),
 }
 

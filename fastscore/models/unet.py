@@ -39,7 +39,7 @@ class UNet(nn.Module):
         blocks: residual blocks of a level on the way down; one more on the way up.
         attention: levels, from 0, with self-attention over all places after each block.
         patch: side of the patches that become channels at the entrance and places again at the
-            exit; at 2 all costs a quarter (in two dimensions).
+            exit; at 2 a quarter of the places of an image are left inside.
         num_classes: K of the labels; None: no labels. context: length of the context vector.
         data_mean, data_std: m and d, of all values of the data.
         preconditioning: "edm" or "noise".
@@ -224,9 +224,11 @@ class UNet(nn.Module):
         angles = sigma.log().reshape(-1, 1) * frequencies
         e = self.embed(torch.cat([angles.cos(), angles.sin()], 1).to(x.dtype))
 
-        if dropped is not None and dropped.shape != x.shape[:1]:
+        kind = None if dropped is None else (dropped.dtype, dropped.shape, dropped.device)
+        if kind not in (None, (torch.bool, x.shape[:1], x.device)):
             raise ValueError(
-                f"{_NAME}: dropped must be ({len(x)},); got {tuple(dropped.shape)}."
+                f"{_NAME}: dropped must be bool ({len(x)},) on {x.device}; "
+                f"got {dropped.dtype} {tuple(dropped.shape)} on {dropped.device}."
             )
         label = self._label(x, label)
         if label is not None:
