@@ -15,7 +15,7 @@ import children
 import pytest
 import test_direct
 import torch
-from test_direct import DTYPES, LAYOUTS, coefficients, counted, norm_calls
+from test_direct import DTYPES, LAYOUTS, OUTS, check_out, coefficients, counted, norm_calls
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
@@ -143,22 +143,11 @@ def test_sums_that_need_memory_go_the_checked_way(device):
     assert direct.door.noise_reduce(0, s[:, :16], 0.5, 3, 0, 2, 0) is not None
 
 
-@pytest.mark.parametrize("where", ["new", "x", "score", "channels-last", "beside"])
+@pytest.mark.parametrize("where", OUTS)
 def test_out_gives_the_same_bits_and_takes_the_same_way(device, where):
-    x, s = torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5)
-    wide = torch.zeros(2, 3, 4, 10)
-    wanted = fastscore.langevin_step(x, s, 0.1, seed=3)
-    out = {
-        "new": torch.empty_like(x),
-        "x": x,
-        "score": s,
-        "channels-last": LAYOUTS["channels-last"](x * 0),
-        "beside": wide[..., 5:],
-    }[where]
-    with counted() as seen:
-        result = fastscore.langevin_step(x, s, 0.1, seed=3, out=out)
-    assert seen == ["langevin_step"] and result is out and torch.equal(out, wanted)
-    assert not wide[..., :5].any()
+    emulate.launched()
+    check_out(where)
+    assert emulate.launched()
 
 
 def test_autograd_sees_that_out_was_written(device):
