@@ -3,6 +3,7 @@
 Those become carriers of the tangents, and f is called once.
 """
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,6 +13,7 @@ import torch.utils.checkpoint
 
 import fastscore
 from fastscore.dual import jvp, routes
+from fastscore.dual.jets import second_order
 
 F64 = {"dtype": torch.float64}
 torch.manual_seed(0)
@@ -338,21 +340,65 @@ def test_a_buffer_is_as_it_was_where_f_fails():
     assert type(buffer) is torch.Tensor and torch.equal(buffer, torch.ones(3))
 
 
-def test_a_fallback_takes_what_workers_write_into_slices_of_one_tensor():
-    def write(out, x, i):
-        out[i] = h(x[i])
+def _workers_write(out, x):
+    def write(i):
+        out[:, i] = h(x[:, i])
 
-    def f(x):
-        out = torch.zeros(x.shape, **F64)
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda i: write(out, x, i), range(len(x))))
-        return out * x
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, range(x.shape[1])))
+    return out * x
 
-    x, v = torch.randn(6, 4, **F64), torch.randn(2, 6, 4, **F64)
-    expected = jvp(lambda x: h(x) * x, x, v)
-    with pytest.warns(fastscore.FallbackWarning, match="another thread"):
-        got = jvp(f, x, v)
-    assert all(close(a, b, 1e-9) for a, b in zip(got, expected))
+
+def _workers_and_the_caller_write(out, x):
+    def write(i):
+        out[:, i].copy_(h(x[:, i]))
+
+    with ThreadPoolExecutor(2) as pool:
+        parts = [pool.submit(write, i) for i in range(1, x.shape[1])]
+        write(0)
+        for part in parts:
+            part.result(timeout=20)
+    return out * x
+
+
+@pytest.fixture
+def impatient():
+    """Threads that take turns after each instruction."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_what_workers_write_into_an_ordinary_tensor_is_refused():
+    """Autograd loses one of two simultaneous writes: a fallback would be wrong now and then."""
+    x = torch.randn(3, 6, 4, **F64)
+    with pytest.raises(NotImplementedError, match="in a thread that f has started"):
+        jvp(lambda x: _workers_write(torch.zeros(x.shape, **F64), x), x, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("place", [torch.zeros_like, torch.clone])
+@pytest.mark.parametrize("writes", [_workers_write, _workers_and_the_caller_write])
+def test_no_write_of_a_worker_is_lost(place, writes, impatient):
+    for _ in range(60):
+        x = torch.randn(50, 6, 4, **F64, requires_grad=True)
+        v = torch.randn(2, 50, 6, 4, **F64)
+        got, expected = jvp(lambda x: writes(place(x), x), x, v), jvp(lambda x: h(x) * x, x, v)
+        assert all(close(a, b, 1e-9) for a, b in zip(got, expected))
+        (a,), (b,) = (torch.autograd.grad(y[1].square().sum(), x) for y in (got, expected))
+        assert close(a, b, 1e-9)
+
+
+@pytest.mark.parametrize("writes", [_workers_write, _workers_and_the_caller_write])
+def test_no_write_of_a_worker_is_lost_in_second_order(writes, impatient):
+    for _ in range(60):
+        x = torch.randn(50, 6, 4, **F64, requires_grad=True)
+        v = torch.randn(2, 50, 6, 4, **F64)
+        got = second_order(lambda x: writes(x.clone(), x).sum((1, 2)), x, v, straight=False)
+        expected = second_order(lambda x: (h(x) * x).sum((1, 2)), x, v)
+        assert all(close(a, b, 1e-9) for a, b in zip(got, expected))
+        (a,), (b,) = (torch.autograd.grad(y[2].square().sum(), x) for y in (got, expected))
+        assert close(a, b, 1e-9)
 
 
 def test_one_worker_and_the_caller_write_in_turn():

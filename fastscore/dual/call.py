@@ -1,6 +1,7 @@
 """The jvp that runs: whose numbers they are, what waits to be computed, and which block counts
 as constant."""
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable
@@ -11,13 +12,14 @@ from torch.utils._pytree import tree_flatten
 
 from fastscore.dual import kept
 from fastscore.dual.stacks import memory
+from fastscore.dual.turns import Turns
 
 
 class NoRule(NotImplementedError):
     """An operation that dual numbers cannot be carried through."""
 
 
-class Call:
+class Call(Turns):
     """One jvp that runs, and the context in which it does.
 
     It holds the caller's grad mode, and references to whose stack is not computed yet and to memory
@@ -32,23 +34,20 @@ class Call:
     waiting: list[Any]
     copied: list[Any]
     made: list[Any]
-    lock: Any
     shown: list[Any]
     carriers: Any
     hooks: Any
-    thread: int
 
     def __init__(self, grad_mode: Any, waits: Any) -> None:
+        super().__init__()
         self.grad_mode = grad_mode
         self.waits = waits
         self.waiting = []
         self.copied = []
         self.made = []
-        self.lock = threading.RLock()
         self.shown = []
         self.carriers = None
         self.hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        self.thread = threading.get_ident()
 
     def __enter__(self) -> None:
         if kept.outside:
@@ -62,8 +61,12 @@ class Call:
                 self.carriers.close(keep=kind is None)
         finally:
             del thread.call
-            calls.remove(self)
+            while self in calls:
+                calls.remove(self)
             kept.keep(self.made)
+
+    def announce(self) -> None:
+        calls.append(self)   # once more: `of_several` in every thread
 
     def numbers(self) -> Any:
         """All that are alive."""
@@ -84,9 +87,17 @@ def running() -> Any:
     return getattr(thread, "call", None)
 
 
-def of_its_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def of_its_call(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    in_turn: bool = True,
+) -> Any:
     """function() in the call to which the numbers among the arguments belong, which no other
-    running call may share."""
+    running call may share.
+
+    in_turn: one thread after another. Not for what may start threads and wait for them.
+    """
     numbers = [a for a in tree_flatten((args, kwargs))[0] if hasattr(type(a), "stack")]
     owners = {a.call for a in numbers if isinstance(a.call, Call)}   # jets keep a list there
     here = running()
@@ -94,14 +105,19 @@ def of_its_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
         raise NoRule(
             "fastscore.jvp: f computes with the numbers of another jvp that runs at the same time."
         )
-    if here is not None or not owners:
+    if not owners:
         return function()
 
-    (thread.call,) = owners
+    (call,) = owners
+    if here is None:
+        call.share()
+        thread.call = call
     try:
-        return function()
+        with call.turn() if in_turn else contextlib.nullcontext():
+            return function()
     finally:
-        del thread.call
+        if here is None:
+            del thread.call
 
 
 def of_several() -> bool:

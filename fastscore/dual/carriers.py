@@ -184,17 +184,18 @@ def check(name: str, target: Any, views: Any = 0) -> None:
     To be asked before anything is computed from it, which may save it.
     """
     call = running()
-    # The backward pass would call a checkpoint again when nothing turns this back; another thread
-    # may hold a tensor while it is swapped.
-    if (
-        call is None
-        or call.hooks != torch._C._autograd._top_saved_tensors_default_hooks(True)
-        or call.thread != threading.get_ident()
-    ):
-        _refuse(
-            f"{name} would write dual numbers into an ordinary tensor inside a checkpoint or "
-            "another thread."
+    if call is not None and call.thread != threading.get_ident():
+        # Another thread may hold the tensor while it is swapped, and autograd, on the slower path,
+        # loses one of two simultaneous writes.
+        raise NotImplementedError(
+            f"fastscore.jvp: {name} writes what depends on x into an ordinary tensor in a thread "
+            "that f has started, where PyTorch can lose its derivatives; return the parts and join "
+            "them in f, or make the tensor by torch.zeros_like."
         )
+
+    # The backward pass would call a checkpoint again when nothing turns this back.
+    if call is None or call.hooks != torch._C._autograd._top_saved_tensors_default_hooks(True):
+        _refuse(f"{name} would write dual numbers into an ordinary tensor inside a checkpoint.")
 
     leaf = target.requires_grad and (target.is_leaf or (target._is_view() and target._base.is_leaf))
     if target.is_inference() and not torch.is_inference_mode_enabled():

@@ -25,6 +25,7 @@ from fastscore.dual.jet_rules import RULES, VALUES, bent, is_jet
 from fastscore.dual.number import Dual
 from fastscore.dual.sharded import of_fsdp
 from fastscore.dual.table import BASE, GRAPH, LIKE, METADATA, metadata
+from fastscore.dual.turns import Turns
 from fastscore.dual.values import new_place, on_values
 from fastscore.dual.writes import copy_of, in_place, write
 
@@ -83,28 +84,43 @@ def second_order(
 _local = threading.local()
 
 
+class _Run(Turns):
+    """One second_order that runs, and the numbers that it has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = []
+
+
 @contextlib.contextmanager
 def _inside():
     """What f keeps is its value afterwards."""
     kept.keep(kept.outside)
-    before = getattr(_local, "made", None)
-    _local.made = []
+    before = getattr(_local, "run", None)
+    run = _local.run = _Run()
     try:
         yield
     finally:
-        made = _local.made
-        _local.made = before
-        kept.keep(made)
+        _local.run = before
+        kept.keep(run.made)
 
 
 def _of_its_call(function, args, kwargs):
-    """function() in a worker that f has started, whose numbers end with those of f."""
-    before = getattr(_local, "made", None)
-    _local.made = next((a.call for a in tree_leaves((args, kwargs)) if is_jet(a)), before)
+    """function() of a worker that f has started, or beside one."""
+    before = getattr(_local, "run", None)
+    run = before
+    if before is None:
+        run = next((a.call for a in tree_leaves((args, kwargs)) if is_jet(a)), None)
+        if run is None:
+            return function()
+        run.share()
+
+    _local.run = run
     try:
-        return function()
+        with run.turn():
+            return function()
     finally:
-        _local.made = before
+        _local.run = before
 
 
 class Jet(Dual):
@@ -124,8 +140,8 @@ class Jet(Dual):
     def __init__(self, stack: Any, directions: Any) -> None:
         self.stack = stack
         self.directions = directions
-        made = self.call = getattr(_local, "made", None)
-        (kept.outside if made is None else made).append(weakref.ref(self))
+        run = self.call = getattr(_local, "run", None)
+        (kept.outside if run is None else run.made).append(weakref.ref(self))
 
     @property
     def straight(self) -> bool:
@@ -155,7 +171,8 @@ class Jet(Dual):
         # a checkpoint in f calls a compiled part again during the backward pass.
         if get_eval_frame_callback() is not None:
             return undisturbed(cls.__torch_function__, func, types, args, kwargs)
-        if getattr(_local, "made", None) is None:
+        run = getattr(_local, "run", None)
+        if run is None or run.shared:
             return _of_its_call(lambda: cls.carried(func, args, kwargs), args, kwargs)
         return cls.carried(func, args, kwargs)
 

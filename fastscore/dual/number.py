@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._ops import HigherOrderOperator
 
 from fastscore.compiling import skip
 from fastscore.dual import kept
@@ -107,7 +108,8 @@ class Dual(torch.Tensor):
         if get_eval_frame_callback() is not None:
             return undisturbed(cls.__torch_function__, func, types, args, kwargs)
         if (len(calls) != 1 or not hasattr(thread, "call")) and of_several():
-            return of_its_call(lambda: cls.carried(func, args, kwargs), args, kwargs)
+            in_turn = not isinstance(func, HigherOrderOperator)   # which calls what f gives it
+            return of_its_call(lambda: cls.carried(func, args, kwargs), args, kwargs, in_turn)
         return cls.carried(func, args, kwargs)
 
     @classmethod

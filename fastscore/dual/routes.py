@@ -49,7 +49,7 @@ def jvp(f: Callable[..., Any], x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             carried too, and the tensors are ordinary again afterwards. f is called again, and
             FallbackWarning says so, if it holds an operation that cannot be carried through:
             autograd.grad inside f, TorchScript, a write into memory that another tensor or NumPy
-            shares, or into an ordinary tensor inside a checkpoint or another thread. It then draws
+            shares, or into an ordinary tensor inside a checkpoint. It then draws
             the same random numbers each time.
         x: (B, *), any float dtype.
         v: directions, (B, *) like x, or (M, B, *).
@@ -60,7 +60,7 @@ def jvp(f: Callable[..., Any], x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: v does not fit x. TypeError: x is no float tensor, or f returns something else
-            than a tensor.
+            than a tensor. NotImplementedError: PyTorch cannot differentiate f rightly.
 
     Under torch.compile it runs eagerly (a graph break), and compiled functions and modules inside f
     run as they were written. A block under torch.no_grad() inside f and .detach() count as

@@ -79,7 +79,9 @@ def _apply_to_numbers(cls, args, kwargs):
     # constants to it.
     args = [a if isinstance(a, torch.Tensor) else tree_map(_value, a) for a in args]
     if of_several():
-        return of_its_call(lambda: _carried_function(cls, plain, args, kwargs), args, kwargs)
+        return of_its_call(
+            lambda: _carried_function(cls, plain, args, kwargs), args, kwargs, in_turn=False
+        )
     return _carried_function(cls, plain, args, kwargs)
 
 
