@@ -13,6 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+import fastscore
 from fastscore import jvp, losses
 
 
@@ -318,3 +319,43 @@ def test_inside_a_transform():
         lambda x: (jvp(lambda x: Smooth.apply(x) * x, x, v)[1] * v).sum(), argnums=(0,)
     )(x)
     assert torch.allclose(g, v.square() * (2 * x.cos() - x.sin() * x))
+
+
+KEPT = {}
+
+
+def keeping(what):
+    """The sine, whose forward keeps its argument or its result beside the graph."""
+
+    def forward(ctx, x):
+        y = save(ctx, x, x.sin())
+        KEPT["it"] = x if what == "argument" else y
+        return y
+
+    return function(forward, cosine).apply
+
+
+@pytest.mark.parametrize("what", ["argument", "result"])
+def test_what_a_forward_keeps_goes_on_depending_on_x(what):
+    """Python holds on to the very tensor of the graph: in stock autograd no constant."""
+    kept_sine = keeping(what)
+    x, v = torch.randn(3, 4).double(), torch.randn(2, 3, 4).double()
+
+    with pytest.warns(fastscore.FallbackWarning, match="Custom keeps its argument or its result"):
+        y, jv = jvp(lambda x: kept_sine(x) * KEPT["it"], x, v)
+
+    other = x if what == "argument" else x.sin()
+    slope = torch.ones_like(x) if what == "argument" else x.cos()
+    assert torch.allclose(y, x.sin() * other)
+    assert torch.allclose(jv, v * (x.cos() * other + x.sin() * slope))
+
+
+def test_what_a_forward_keeps_on_its_node_is_of_the_graph(recwarn):
+    def forward(ctx, x):
+        ctx.x, ctx.y = x, x.sin()
+        return ctx.y
+
+    kept_sine = function(forward, lambda ctx, g: g * ctx.x.cos()).apply
+    x, v = torch.randn(3, 4).double(), torch.randn(3, 4).double()
+    assert torch.allclose(jvp(kept_sine, x, v)[1], v * x.cos())
+    assert not [w for w in recwarn if w.category is fastscore.FallbackWarning]

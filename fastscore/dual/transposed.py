@@ -7,12 +7,14 @@ in an ordinary call.
 """
 
 import contextlib
+import gc
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.function import BackwardCFunction, _SingleLevelFunction
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -177,6 +179,30 @@ def check_nested(name: str, outputs: Any) -> None:
         )
 
 
+def _check_kept(name, inputs, outputs):
+    """Whether something beside the graph keeps an input or an output.
+
+    What f computes from it later would be a constant: it is no number.
+    """
+    tensors = [*inputs, *(o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad)]
+    ours = [id(inputs), id(outputs), id(tensors)]
+    for t in tensors:
+        known = list(map(id, (*inputs, *outputs, *tensors))).count(id(t))
+        if sys.getrefcount(t) > known + 2 and any(   # t, and the argument
+            id(holder) not in ours and not _of_graph(holder) for holder in gc.get_referrers(t)
+        ):
+            raise NoRule(
+                f"fastscore.jvp: {name} keeps its argument or its result, and what is computed "
+                "from it later cannot be carried with its tangents."
+            )
+
+
+def _of_graph(holder):
+    """Whether this is a node of autograd's graph, as of ctx.x = x, or its attributes."""
+    owners = gc.get_referrers(holder) if isinstance(holder, dict) else [holder]
+    return any(isinstance(owner, BackwardCFunction) for owner in owners)
+
+
 def _usable(s, wanted):
     """A stack that reverse mode can start from."""
     s = s.clone() if s.is_inference() else s
@@ -193,6 +219,7 @@ def _by_reverse_mode(name, function, stacks, keep):
     versions = [t._version for t in given]
     outputs, tree = function(*given)
     check_nested(name, outputs)
+    _check_kept(name, given, outputs)
     written = {k: i for k, o in enumerate(outputs) for i, t in enumerate(given) if o is t}
     if any(
         t._version != n and i not in written.values()
