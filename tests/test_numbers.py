@@ -316,11 +316,30 @@ CALLS = {  # name in messages: (call, its arguments)
         lambda **o: guidance.class_likelihood(lambda x, s: x.flatten(1), **o)(X, torch.ones(2)),
         {"labels": 1},
     ),
+    "classifier_free": (
+        lambda **o: guidance.classifier_free(lambda x, s, label=0: x - label, **o)(
+            X, torch.ones(2)
+        ),
+        {"label": 1, "weight": 0.5},
+    ),
     "NCSN": (models.NCSN, {"channels": 1, "ngf": 4, "image_size": 8}),
     "NCSNv2": (models.NCSNv2, {"channels": 1, "ngf": 4, "image_size": 8}),
     "NCSNv2Deeper": (models.NCSNv2Deeper, {"channels": 1, "ngf": 4, "image_size": 16}),
     "NCSNv2Deepest": (models.NCSNv2Deepest, {"channels": 1, "ngf": 4, "image_size": 16}),
     "ScoreMLP": (models.ScoreMLP, {"dim": 3, "width": 4, "depth": 1}),
+    "UNet": (
+        lambda **o: models.UNet(multipliers=(1, 2), **o),
+        {
+            "dim": 2, "channels": 1, "width": 8, "blocks": 1, "patch": 2, "num_classes": 3,
+            "context": 2, "data_mean": 0.5, "data_std": 0.5, "dropout": 0.1,
+        },
+    ),
+    "UNet.forward": (
+        lambda **o: models.UNet(width=4, multipliers=(1,), blocks=1, num_classes=3)(
+            torch.zeros(2, 1, 3, 3), **o
+        ),
+        {"sigma": 0.5, "label": 1},
+    ),
     "EnergyMLP": (models.EnergyMLP, {"dim": 3, "width": 4, "depth": 1}),
     "NoiseClassifier": (
         lambda **o: models.NoiseClassifier(sigmas=SIGMAS, **o),
@@ -504,7 +523,7 @@ def test_no_number_of_a_public_function_is_left_out():
         tried.setdefault(name.split(",")[0].split(".")[0], set()).add(argument)
     tensors = {
         "sigma", "labels", "sigmas", "covariance", "alphas_cumprod", "step_lr", "noise", "scale",
-        "shift", "alpha", "gamma",
+        "shift", "alpha", "gamma", "weight", "context",
     }
     names = set().union(*tried.values()) - tensors   # in some functions
     tried["variance_report"].add("projections")   # a tuple of them there

@@ -8,6 +8,7 @@ alone, together, and nested.
 
 from fastscore.guidance.bayes import posterior
 from fastscore.guidance.class_likelihood import class_likelihood
+from fastscore.guidance.classifier_free import classifier_free
 from fastscore.guidance.hooks import chain, data_consistency, inpainting
 from fastscore.guidance.inverse import linear_inverse
 from fastscore.guidance.linear import LinearOperator, from_function
@@ -22,6 +23,7 @@ __all__ = [
     "Matrix",
     "chain",
     "class_likelihood",
+    "classifier_free",
     "data_consistency",
     "from_function",
     "gaussian_kernel",

@@ -149,13 +149,13 @@ def _summed(values, rest):
     return values.sum(), rest
 
 
-def check_scale(op: str, scale: float | Tensor) -> None:
+def check_scale(op: str, scale: float | Tensor, name: str = "scale") -> None:
     """Finite; the shape of a tensor is checked with the first x."""
     probe = torch.zeros(
         scale.shape if isinstance(scale, torch.Tensor) and scale.dim() else (1,),
         device=getattr(scale, "device", None),
     )
-    checks.coefficient(op, "scale", scale, probe)
+    checks.coefficient(op, name, scale, probe)
 
 
 def called(op: str, score: Callable[..., Tensor], x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
@@ -165,7 +165,7 @@ def called(op: str, score: Callable[..., Tensor], x: Tensor, arguments: tuple[An
     return s
 
 
-def add(op: str, s: Tensor, g: Tensor, scale: float | Tensor) -> Tensor:
+def add(op: str, s: Tensor, g: Tensor, scale: float | Tensor, name: str = "scale") -> Tensor:
     """s + scale · g in the dtype of s."""
-    scale = checks.expand(checks.coefficient(op, "scale", scale, s), s)
+    scale = checks.expand(checks.coefficient(op, name, scale, s), s)
     return (s + scale * g).to(s.dtype)

@@ -7,6 +7,7 @@ from fastscore.models.ncsnv2 import NCSNv2, NCSNv2Deeper, NCSNv2Deepest
 from fastscore.models.noise_classifier import NoiseClassifier
 from fastscore.models.official import load_official
 from fastscore.models.score_mlp import ScoreMLP
+from fastscore.models.unet import UNet
 
 __all__ = [
     "NCSN",
@@ -19,5 +20,6 @@ __all__ = [
     "NCSNv2Deepest",
     "NoiseClassifier",
     "ScoreMLP",
+    "UNet",
     "load_official",
 ]
