@@ -82,7 +82,7 @@ def trained_classifier(folder, quick):
     config = run_folder.TrainConfig(
         task="classifier", out=folder, held_out=300, steps=40 if quick else 3000
     )
-    if not (folder / "state.safetensors").exists():
+    if not run_folder.is_saved(folder):
         for _ in fit(config):
             pass
     return run_folder.open_run(folder, "classifier").net

@@ -16,7 +16,7 @@ def trained(folder, quick, **options):
     config = run_folder.TrainConfig(
         out=folder, held_out=300, steps=40 if quick else 9000, **options
     )
-    if not (folder / "state.safetensors").exists():
+    if not run_folder.is_saved(folder):
         for _ in fit(config):
             pass
     return run_folder.open_run(folder)

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from fastscore import cli, datasets, sampling
-from fastscore.cli import checkpoint, draw, run_folder, sample, train
+from fastscore.cli import draw, metrics, run_folder, sample, train
 from fastscore.cli.fit import fit
 from fastscore.cli.parts import Parts
 from fastscore.cli.run_folder import TrainConfig
 from fastscore.cli.sampler_options import SamplerOptions
+from fastscore.training import checkpoint
 
 
 def run(*arguments):
@@ -53,7 +54,7 @@ def test_train_sample_evaluate(tmp_path):
     for name in (
         "config.toml",
         "metrics.jsonl",
-        "weights.safetensors",
+        "step-000000200/weights.safetensors",
         "samples.png",
         "levels.png",
         "loss.png",
@@ -127,12 +128,12 @@ def test_a_resumed_run_ends_where_the_whole_run_ends(tmp_path):
     for _ in fit(config("parts", 40, resume=True)):
         pass
     whole, parts = (
-        checkpoint.load(tmp_path / f / "weights.safetensors") for f in ("whole", "parts")
+        run_folder.read_weights(tmp_path / f) for f in ("whole", "parts")
     )
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
 
     # A record is of all steps since the last, those before the interruption among them.
-    lines = [run_folder.read_metrics(tmp_path / f) for f in ("whole", "parts")]
+    lines = [metrics.read(tmp_path / f) for f in ("whole", "parts")]
     assert all(line.pop("seconds") >= 0 for line in lines[0] + lines[1])
     assert lines[0] == lines[1] and len(lines[0]) == 1
 
@@ -206,9 +207,8 @@ def test_resuming_keeps_the_options_of_the_run_and_refuses_others(tmp_path):
     for _ in fit(TrainConfig(steps=5, **options)):
         pass
     # 9: done after the last save, by a run that was killed.
-    (tmp_path / "run" / "metrics.jsonl").write_text(
-        '{"step": 5}\n{"step": 9}\n'
-    )
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9}\n')
     for _ in fit(TrainConfig(out=tmp_path / "run", steps=8, resume=True)):
         pass
     config, _ = run_folder.read_config(tmp_path / "run")

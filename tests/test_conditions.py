@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastscore import cli, datasets, random
-from fastscore.cli import checkpoint, conditions, draw, evaluate, observations, run_folder, splits
+from fastscore.cli import conditions, draw, evaluate, observations, run_folder, splits
 from fastscore.cli.fit import fit
 from fastscore.cli.run_folder import TrainConfig
 
@@ -92,7 +92,7 @@ def test_a_resumed_classifier_ends_where_the_whole_one_ends(tmp_path):
     # --resume takes the options of the run, the task among them.
     list(fit(TrainConfig(out=tmp_path / "parts", steps=40, resume=True)))
     whole, parts = (
-        checkpoint.load(tmp_path / f / "weights.safetensors") for f in ("whole", "parts")
+        run_folder.read_weights(tmp_path / f) for f in ("whole", "parts")
     )
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
 

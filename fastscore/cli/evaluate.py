@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
 from fastscore import datasets, random
-from fastscore.cli import checkpoint, draw, held_out, run_folder, splits
+from fastscore.cli import draw, held_out, run_folder, splits
+from fastscore.training import files
 
 SURE = 0.9
 _HELD_OUT = 1025   # the stream of the noise on held-out images
@@ -59,8 +60,8 @@ def evaluate(
 
 
 def _write(run, name, result, text):
-    checkpoint.write_atomic(run / f"{name}.json", json.dumps(result, indent=2).encode())
-    checkpoint.write_atomic(run / f"{name}.md", text.encode())
+    files.write_atomic(run / f"{name}.json", json.dumps(result, indent=2).encode())
+    files.write_atomic(run / f"{name}.md", text.encode())
     print(f"{text}report: {run / f'{name}.md'}")
 
 

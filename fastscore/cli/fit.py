@@ -1,18 +1,17 @@
 """The one loop that trains, in a run folder: a score network by any loss, or a classifier."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastscore import datasets, losses, perturb, random, training
-from fastscore.cli import run_folder, splits
+from fastscore.cli import metrics, run_folder, splits
 from fastscore.cli.run_folder import TrainConfig
 from fastscore.losses.noise_conditional import draw_labels
+from fastscore.training import files
 
 BATCHES = 1024   # the stream that picks each step's images
 SAVE_EVERY = 500   # steps: what a killed run may lose
@@ -36,8 +35,8 @@ def fit(config: TrainConfig) -> Iterator[tuple[int, float]]:
     if config.resume:
         config = run_folder.resumed(config)
     out = Path(config.out)
-    if not config.resume and out.exists() and any(out.iterdir()):
-        raise ValueError(f"train: {out} exists already; choose another folder or pass --resume.")
+    if not config.resume:
+        _refuse_another_run(out)
 
     data = datasets.load(config.data)
     images, labels = splits.part(config, "training", data)
@@ -64,20 +63,30 @@ def batches(
         yield images[chosen], labels[chosen]
 
 
+def _refuse_another_run(out):
+    # What a run that was killed before it had its config leaves is none.
+    kept = [] if not out.exists() else list(out.iterdir())
+    if [path for path in kept if path.name != splits.FILE and not files.is_temporary(path)]:
+        raise ValueError(f"train: {out} exists already; choose another folder or pass --resume.")
+
+
 def _updates(config, out, split, images, labels, net, sigmas):
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
     ema = training.averaged(net, config.ema_decay)
-    first, begun = run_folder.restore(out, net, ema, optimizer) if config.resume else (0, {})
+    out.mkdir(parents=True, exist_ok=True)
+    files.sweep(out)
+    last, first, begun = None, 0, {}
+    if config.resume:
+        last, first, begun = run_folder.restore(out, net, ema, optimizer)
     if first > config.steps:
         raise ValueError(
             f"train: {out} has done {first} steps already; steps must be at least that; "
             f"got {config.steps}."
         )
     shape = images.shape[1:]
-    out.mkdir(parents=True, exist_ok=True)
-    run_folder.forget_metrics_after(first, out)
-    run_folder.write_config(out, config, shape)
+    # The config makes it a run, so it comes last.
     splits.keep(out, split)
+    run_folder.write_config(out, config, shape)
     key = {"seed": config.seed, "device": images.device}
     level = None
 
@@ -91,19 +100,26 @@ def _updates(config, out, split, images, labels, net, sigmas):
     data = batches(images, labels, config, first)
     options = {"steps": config.steps, "optimizer": optimizer, "first_step": first, "ema": ema}
     loop = training.training_loop(net, data, loss, **options)
-    metrics = Metrics(len(sigmas), shape.numel() if config.task == "score" else 1, **begun)
+    dim = shape.numel() if config.task == "score" else 1
+    sums = metrics.Metrics(len(sigmas), dim, **begun)
     done = first
+
+    def save():
+        nonlocal last
+        options = {"last": last, "seed": config.seed}
+        last = run_folder.save(out, net, ema, optimizer, done, sums.state(), **options)
+
     try:
         for state in loop:
             done = state.step + 1
-            metrics.add(level, state.losses)
+            sums.add(level, state.losses)
             if done % RECORD_EVERY == 0 or done == config.steps:
-                run_folder.add_metrics(out, metrics.record(done))
+                metrics.add(out, sums.record(done))
             if done % SAVE_EVERY == 0:
-                run_folder.save(out, net, ema, optimizer, done, metrics.state())
+                save()
             yield state.step, float(state.losses.mean())
     finally:
-        run_folder.save(out, net, ema, optimizer, done, metrics.state())
+        save()
 
 
 def objective(
@@ -128,44 +144,3 @@ def learning_rate(step: int, steps: int) -> float:
     """Factor on the learning rate: a linear rise over 100 steps, then a cosine to zero."""
     rise = min(1.0, (step + 1) / 100)
     return rise * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
-
-
-class Metrics:
-    """The mean loss at each noise level since the last record, divided by dim.
-
-    sums, counts: of a run that goes on between two records.
-    """
-
-    sums: Tensor
-    counts: Tensor
-    begin: float
-
-    def __init__(
-        self, levels: int, dim: int, sums: Tensor | None = None, counts: Tensor | None = None
-    ) -> None:
-        self.sums = torch.zeros(levels) if sums is None else sums.clone()
-        self.counts = torch.zeros(levels) if counts is None else counts.clone()
-        self.dim = dim
-        self.begin = time.perf_counter()
-
-    def state(self) -> dict[str, Tensor]:
-        return {"sums": self.sums, "counts": self.counts}
-
-    def add(self, level: Tensor, values: Tensor) -> None:
-        """Take in the losses of one step, and the level of each."""
-        level = level.cpu()
-        self.sums.index_add_(0, level, values.cpu() / self.dim)
-        self.counts += torch.bincount(level, minlength=len(self.counts))
-
-    def record(self, step: int) -> dict[str, Any]:
-        """A line of metrics.jsonl; the next one begins."""
-        pairs = zip(self.sums.tolist(), self.counts.tolist())
-        line = {
-            "step": step,
-            "loss": float(self.sums.sum() / self.counts.sum()),
-            "levels": [total / count if count else None for total, count in pairs],
-            "seconds": round(time.perf_counter() - self.begin, 2),
-        }
-        self.sums.zero_()
-        self.counts.zero_()
-        return line

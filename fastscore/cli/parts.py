@@ -2,15 +2,13 @@
 
 import hashlib
 import json
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastscore.cli import checkpoint
+from fastscore.training import checkpoint, files
 
 JOB = "job.json"
 
@@ -35,6 +33,9 @@ class Parts:
     def __init__(self, folder: Path, job: dict[str, Any]) -> None:
         self.folder = Path(folder)
         self.job = json.loads(json.dumps(job))
+        # Apart from what other processes are about to claim.
+        self._removed = f"{self.folder.name}.removed"
+        files.sweep(self.folder.parent, self._removed)
         if self.folder.exists():
             self._check()
 
@@ -50,7 +51,8 @@ class Parts:
 
     def remove(self) -> None:
         """Once the samples are written."""
-        shutil.rmtree(self.folder)
+        files.remove_folder(self.folder, self._removed)
+        files.sweep(self.folder.parent, self.folder.name)
 
     def _file(self, start, end):
         return self.folder / f"{start}-{end}.safetensors"
@@ -60,19 +62,23 @@ class Parts:
             self._check()
             return
 
-        beside = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(8)}")
-        beside.mkdir()
-        (beside / JOB).write_text(json.dumps(self.job))
         try:
-            beside.rename(self.folder)
+            files.write_folder(self.folder, {JOB: json.dumps(self.job).encode()})
         except OSError:
             # Another process was quicker.
-            shutil.rmtree(beside)
+            if not self.folder.exists():
+                raise
             self._check()
 
     def _check(self):
         file = self.folder / JOB
-        found = json.loads(file.read_text()) if file.exists() else {}
+        try:
+            found = json.loads(file.read_text()) if file.exists() else {}
+        except ValueError:
+            raise ValueError(
+                f"sample: {file} is damaged: it is no JSON; remove {self.folder} or write "
+                "elsewhere."
+            ) from None
         names = self.job.keys() | found.keys()
         differing = sorted(name for name in names if self.job.get(name) != found.get(name))
         if differing:

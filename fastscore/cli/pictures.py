@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastscore.cli import checkpoint
+from fastscore.training import files
 
 
 def grid(images: Tensor, columns: int | None = None, scale: int | None = None) -> np.ndarray:
@@ -37,7 +37,7 @@ def save_grid(path: str | Path, images: Tensor, columns: int | None = None) -> N
     array = grid(images, columns)
     buffer = io.BytesIO()
     Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(buffer, "PNG")
-    checkpoint.write_atomic(path, buffer.getvalue())
+    files.write_atomic(path, buffer.getvalue())
 
 
 def save_row(path: str | Path, panels: dict[str, Tensor], rows: int = 1) -> None:
@@ -56,7 +56,7 @@ def save_row(path: str | Path, panels: dict[str, Tensor], rows: int = 1) -> None
         axes.set_title(title, fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    checkpoint.write_atomic(path, buffer.getvalue())
+    files.write_atomic(path, buffer.getvalue())
 
 
 def save_strip(path: str | Path, strip: Tensor, columns: int = 20) -> None:
@@ -90,4 +90,4 @@ def save_loss_curve(
     axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    checkpoint.write_atomic(path, buffer.getvalue())
+    files.write_atomic(path, buffer.getvalue())

@@ -1,21 +1,27 @@
 """A run folder.
 
-It holds config.toml, metrics.jsonl, weights.safetensors (averaged), split.safetensors (which images
-are held out) and state.safetensors (to resume).
+It holds config.toml, metrics.jsonl, split.safetensors (which images are held out) and the last two
+saves, each a folder step-N of weights.safetensors (averaged), state.safetensors (to resume) and
+manifest.json. Folders of earlier versions, which have the weights and the state beside the config,
+are read, and get the new form as they go on.
 """
 
-import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastscore import models, schedules
-from fastscore.cli import checkpoint
+from fastscore.cli import metrics
 from fastscore.losses.noise_conditional import METHODS
 from fastscore.losses.projections import DISTRIBUTIONS
+from fastscore.training import checkpoint, files, saves
+
+CONFIG = "config.toml"
+_FORMAT = 2   # of config.toml; from 2 on it carries its digest
+_TENSORS = ("weights", "state")
 
 
 def _unless_given(default):
@@ -175,11 +181,35 @@ def open_run(folder: str | Path, task: str = "score") -> TrainedRun:
             f"{folder} holds a score network, not a classifier (train --task classifier)."
         )
 
-    weights = checkpoint.load(Path(folder) / "weights.safetensors")
-    num_classes = len(weights["last.bias"]) if task == "classifier" else None
-    net, sigmas = build(config, shape, num_classes)
-    net.load_state_dict(weights)
+    weights = read_weights(folder)
+    try:
+        num_classes = len(weights["last.bias"]) if task == "classifier" else None
+        net, sigmas = build(config, shape, num_classes)
+        net.load_state_dict(weights)
+    except (RuntimeError, KeyError):
+        raise ValueError(
+            f"{folder} is damaged: its weights are not those of the network in its {CONFIG}."
+        ) from None
     return TrainedRun(net.eval().requires_grad_(False), sigmas, shape, config)
+
+
+def is_saved(folder: str | Path) -> bool:
+    """Whether a folder holds a run that has been saved."""
+    return bool(saves.of_run(folder)) or (Path(folder) / "state.safetensors").exists()
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """The averaged weights of the newest save.
+
+    Raises:
+        ValueError: they are damaged, or nothing has been saved yet.
+    """
+    data = saves.read_newest(folder, "weights.safetensors")
+    if data is not None:
+        return checkpoint.loads(data, f"{folder}: weights.safetensors")
+    if not is_saved(folder):
+        raise ValueError(f"{folder} holds a run that has not been saved yet.")
+    return checkpoint.load(Path(folder) / "weights.safetensors")
 
 
 def resumed(config: TrainConfig) -> TrainConfig:
@@ -189,7 +219,7 @@ def resumed(config: TrainConfig) -> TrainConfig:
         ValueError: there is no such run, or another option has a value that is not the run's.
     """
     out = Path(config.out)
-    if not (out / "state.safetensors").exists():
+    if not (out / CONFIG).exists():
         raise ValueError(f"train: {out} holds no run to resume.")
 
     stored = read_config(out)[0]
@@ -208,31 +238,59 @@ def resumed(config: TrainConfig) -> TrainConfig:
 
 
 def write_config(out: Path, config: TrainConfig, shape: tuple[int, int, int]) -> None:
-    """Write the options, and the shape of an image."""
+    """Write the options, and the shape of an image, under their digest."""
     import tomli_w
 
     options = asdict(config)
     del options["resume"]
-    text = tomli_w.dumps({**options, "out": str(config.out), "shape": list(shape)})
-    checkpoint.write_atomic(out / "config.toml", text.encode())
+    options |= {"out": str(config.out), "shape": list(shape), "format": _FORMAT}
+    text = f"# sha256 = {files.BLANK}\n{tomli_w.dumps(options)}"
+    files.write_atomic(out / CONFIG, files.sealed(text.encode()))
 
 
 def read_config(folder: str | Path) -> tuple[TrainConfig, tuple[int, int, int]]:
-    """(options, sample shape (C, H, W)) of a run folder."""
+    """(options, sample shape (C, H, W)) of a run folder.
+
+    Raises:
+        ValueError: it is no run folder, or its config is not what was written.
+    """
+    folder = Path(folder)
+    path = folder / CONFIG
+    if not path.exists():
+        raise ValueError(f"{folder} is not a run folder: it has no {CONFIG}.")
+
+    data = path.read_bytes()
+    if files.is_sealed(data) is False:
+        raise ValueError(f"{path} is damaged: its SHA-256 is not the one that it states.")
+    try:
+        config, shape, version = _config_of(data, folder)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error.args[0]}.") from None
+    # Earlier versions had none.
+    if files.is_sealed(data) is None and (version >= _FORMAT or saves.of_run(folder)):
+        raise ValueError(f"{path} is damaged: it does not state its SHA-256.")
+    return config, shape
+
+
+def _config_of(data, folder):
     try:
         import tomllib
     except ImportError:
         import tomli as tomllib
 
-    folder = Path(folder)
-    if not (folder / "config.toml").exists():
-        raise ValueError(f"{folder} is not a run folder: it has no config.toml.")
-    values = tomllib.loads((folder / "config.toml").read_text())
-    known = {f.name for f in fields(TrainConfig)}
-    options = {k: v for k, v in values.items() if k in known}
+    values = tomllib.loads(data.decode())
+    missing = {"shape", "data", "steps", "width"} - values.keys()
+    if missing:
+        raise ValueError(f"it does not say {', '.join(sorted(missing))}")
+
+    types = {name: type(value) for name, value in asdict(TrainConfig()).items()}
+    options = {k: v for k, v in values.items() if k in types}
+    for name in options.keys() - {"out"}:
+        if type(options[name]) not in (types[name], {float: int}.get(types[name])):
+            raise ValueError(f"{name} must be of type {types[name].__name__}")
     # Wherever the folder has been moved to.
     options["out"] = str(folder)
-    return TrainConfig(**options), tuple(values["shape"])
+    return TrainConfig(**options), tuple(values["shape"]), values.get("format", 1)
 
 
 def save(
@@ -241,44 +299,63 @@ def save(
     ema: nn.Module,
     optimizer: torch.optim.Optimizer,
     steps_done: int,
-    metrics: dict[str, torch.Tensor],
-) -> None:
-    """Write the averaged weights, and everything that `restore` reads."""
-    checkpoint.save(out / "weights.safetensors", ema.module.state_dict())
-    state = {f"net.{k}": v for k, v in net.state_dict().items()}
-    state |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
-    state |= checkpoint.optimizer_tensors(optimizer) | {"step": torch.tensor(steps_done)}
-    state |= {f"metrics.{k}": v for k, v in metrics.items()}
-    checkpoint.save(out / "state.safetensors", state)
+    sums: dict[str, Tensor],
+    *,
+    last: saves.Save | None = None,
+    seed: int = 0,
+) -> saves.Save:
+    """Save the averaged weights, and everything that `restore` reads, as one.
+
+    sums: what the metrics hold since the last record. last: the intact save before it.
+    """
+    tensors = checkpoint.state_of(net, ema, optimizer, steps_done)
+    tensors["state"] |= {f"metrics.{k}": v for k, v in sums.items()}
+    contents = {f"{name}.safetensors": checkpoint.dumps(t) for name, t in tensors.items()}
+    # Noise, levels and each step's images are functions of these two.
+    about = {"key": {"seed": seed, "step": steps_done}}
+    made = saves.commit(out, steps_done, contents, last=last, about=about, logs=(metrics.FILE,))
+
+    # Of an earlier version, and older than this save.
+    for name in _TENSORS:
+        for file in (f"{name}.safetensors", f"{name}.safetensors.json"):
+            (out / file).unlink(missing_ok=True)
+    return made
+
+
+class Restored(NamedTuple):
+    """Where a run goes on: the save, the steps that are done, and what the metrics held."""
+
+    save: saves.Save | None
+    steps_done: int
+    sums: dict[str, Tensor]
 
 
 def restore(
     out: Path, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, dict[str, torch.Tensor]]:
-    """Load what `save` wrote; returns the number of steps that are done, and the metrics."""
-    state = checkpoint.load(out / "state.safetensors")
-    net.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("net.")})
-    ema.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("ema.")})
-    checkpoint.restore_optimizer(optimizer, state)
-    metrics = {k[8:]: v for k, v in state.items() if k.startswith("metrics.")}
-    return int(state["step"]), metrics
+) -> Restored:
+    """Load what `save` wrote, from the newest save that is intact.
 
+    Records of steps that were done after it are dropped: they are done again.
 
-def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; none where the file is missing."""
-    path = out / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    Raises:
+        ValueError: the run is damaged.
+    """
+    found = saves.newest_intact(out)
+    if found is not None:
+        tensors = {
+            name: checkpoint.loads(found.read(f"{name}.safetensors"), found.folder)
+            for name in _TENSORS
+        }
+    elif is_saved(out):
+        tensors = {name: checkpoint.load(out / f"{name}.safetensors") for name in _TENSORS}
+    else:
+        metrics.forget_after(0, out)
+        return Restored(None, 0, {})
 
-
-def add_metrics(out: Path, record: dict[str, Any]) -> None:
-    """Append a line to metrics.jsonl."""
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def forget_metrics_after(step: int, out: Path) -> None:
-    """Drop the lines of steps that were done after the last save, and are done again."""
-    records = [record for record in read_metrics(out) if record["step"] <= step]
-    if (out / "metrics.jsonl").exists():
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        checkpoint.write_atomic(out / "metrics.jsonl", text.encode())
+    steps_done = checkpoint.restore(net, ema, optimizer, tensors)
+    if found is None:
+        metrics.forget_after(steps_done, out)
+    else:
+        metrics.forget_after_save(found)
+    begun = {k[8:]: v for k, v in tensors["state"].items() if k.startswith("metrics.")}
+    return Restored(found, steps_done, begun)

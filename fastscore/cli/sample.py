@@ -16,6 +16,7 @@ from fastscore.cli import draw, pictures, run_folder
 from fastscore.cli.conditions import ConditionOptions, open_conditions
 from fastscore.cli.parts import Parts
 from fastscore.cli.sampler_options import SamplerOptions
+from fastscore.training import files
 
 
 @dataclass(frozen=True)
@@ -215,10 +216,14 @@ def _device():
 
 def write(out: Path, result: draw.Drawn) -> None:
     """Write samples and what is shown beside them: a .png as one grid, a .npz as arrays."""
+    # Of the same command when it was killed.
+    files.sweep(out.parent, out.name)
     shown = {name: t.float() for name, t in result.shown.items()}
     if out.suffix == ".npz":
         arrays = {**shown, "images": result.samples}
-        np.savez(out, **{name: t.clamp(0, 1).numpy() for name, t in arrays.items()})
+        arrays = {name: t.clamp(0, 1).numpy() for name, t in arrays.items()}
+        with files.replacing(out, sum(array.nbytes for array in arrays.values())) as file:
+            np.savez(file, **arrays)
     else:
         beside = [t[None] for t in shown.values()]
         pictures.save_grid(out, torch.cat([*beside, result.samples]))

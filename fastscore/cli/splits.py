@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastscore import datasets
-from fastscore.cli import checkpoint
-from fastscore.cli.run_folder import TrainConfig
+from fastscore.cli.run_folder import CONFIG, TrainConfig
+from fastscore.training import checkpoint
 
 # training and held_out: 128 bits of each image and its label, uint8 (n, 16).
 FILE = "split.safetensors"
@@ -44,7 +44,7 @@ def split(
         ValueError: an image of the run is no longer among the data.
     """
     path = Path(config.out) / FILE
-    if not path.exists():
+    if not _is_kept(config):
         return datasets.split(len(images), config.held_out, seed=0)
 
     record = checkpoint.load(path)
@@ -83,7 +83,7 @@ def record(
     config: TrainConfig, images: Tensor, labels: Tensor | None = None
 ) -> dict[str, Tensor] | None:
     """What the folder of a run that begins is to hold as FILE; None where it holds it already."""
-    if (Path(config.out) / FILE).exists():
+    if _is_kept(config):
         return None
     if config.resume and config.held_out:
         warnings.warn(
@@ -96,6 +96,11 @@ def record(
     every = digests(images, labels)
     parts = zip(("training", "held_out"), split(config, images, labels))
     return {name: _table([every[i] for i in part.tolist()]) for name, part in parts}
+
+
+def _is_kept(config):
+    # A record without a config is of a run that was killed before it had begun.
+    return all((Path(config.out) / name).exists() for name in (FILE, CONFIG))
 
 
 def keep(folder: Path, rows: dict[str, Tensor] | None) -> None:

@@ -11,9 +11,10 @@ from typing import Annotated
 from tyro.conf import arg
 
 from fastscore import distributed
-from fastscore.cli import checkpoint, draw, evaluate, pictures, run_folder, splits
+from fastscore.cli import draw, evaluate, metrics, pictures, run_folder, splits
 from fastscore.cli.fit import fit
 from fastscore.cli.run_folder import TrainConfig
+from fastscore.training import files
 
 
 def train(config: Annotated[TrainConfig, arg(name="")]) -> None:
@@ -45,7 +46,7 @@ def demo(out: Path = Path("demo"), steps: int | None = None) -> None:
         out: run folder; a finished one is only evaluated again, an interrupted one goes on.
         steps: number of updates; 9000 unless given, or those of the run that goes on.
     """
-    resume = (out / "state.safetensors").exists()
+    resume = run_folder.is_saved(out)
     train(TrainConfig(data="digits", out=out, held_out=300, steps=steps, resume=resume))
     evaluate.evaluate(out)
 
@@ -78,7 +79,7 @@ def _show_progress(updates, config):
 def _draw_pictures(out):
     """Of a score network: the loss of each level, 64 samples and the path of the first eight."""
     _, sigmas, _, config = run_folder.open_run(out)
-    records = run_folder.read_metrics(out)
+    records = metrics.read(out)
     if records:
         pictures.save_loss_curve(out / "loss.png", records, sigmas.tolist(), config.loss)
     drawn = draw.draw_run(out, 64)
@@ -95,7 +96,7 @@ def _report_classifier(out):
         held_out = splits.part(config, "held_out")
         found = evaluate.accuracy(net, *held_out, sigmas, seed=config.seed)
         report = {"sigmas": sigmas.tolist(), "accuracy_held_out": found}
-        checkpoint.write_atomic(out / "report.json", json.dumps(report, indent=2).encode())
+        files.write_atomic(out / "report.json", json.dumps(report, indent=2).encode())
         print("noise level   held-out images classified rightly")
         for sigma, right in zip(sigmas.tolist(), found):
             print(f"{sigma:11.4f}   {100 * right:5.1f} %")

@@ -1,0 +1,112 @@
+"""The records of a run: metrics.jsonl, a line every 100 steps with the loss of each noise level."""
+
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastscore.training import files, saves
+
+FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """The mean loss at each noise level since the last record, divided by dim.
+
+    sums, counts: of a run that goes on between two records.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    begin: float
+
+    def __init__(
+        self, levels: int, dim: int, sums: Tensor | None = None, counts: Tensor | None = None
+    ) -> None:
+        self.sums = torch.zeros(levels) if sums is None else sums.clone()
+        self.counts = torch.zeros(levels) if counts is None else counts.clone()
+        self.dim = dim
+        self.begin = time.perf_counter()
+
+    def state(self) -> dict[str, Tensor]:
+        return {"sums": self.sums, "counts": self.counts}
+
+    def add(self, level: Tensor, values: Tensor) -> None:
+        """Take in the losses of one step, and the level of each."""
+        level = level.cpu()
+        self.sums.index_add_(0, level, values.cpu() / self.dim)
+        self.counts += torch.bincount(level, minlength=len(self.counts))
+
+    def record(self, step: int) -> dict[str, Any]:
+        """A line of metrics.jsonl; the next one begins."""
+        pairs = zip(self.sums.tolist(), self.counts.tolist())
+        line = {
+            "step": step,
+            "loss": float(self.sums.sum() / self.counts.sum()),
+            "levels": [total / count if count else None for total, count in pairs],
+            "seconds": round(time.perf_counter() - self.begin, 2),
+        }
+        self.sums.zero_()
+        self.counts.zero_()
+        return line
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """The saved lines; none where the file is missing.
+
+    Raises:
+        ValueError: they are not what was saved.
+    """
+    path = out / FILE
+    if not path.exists():
+        return []
+    found = saves.of_run(out)
+    data = found[0].log(FILE) if found else path.read_bytes()
+    try:
+        return [json.loads(line) for line in data.decode().splitlines()]
+    except ValueError:
+        raise ValueError(f"{path} is damaged: it must hold a JSON object in each line.") from None
+
+
+def add(out: Path, record: dict[str, Any]) -> None:
+    """Append a line."""
+    line = f"{json.dumps(record)}\n".encode()
+    with files.named_where_full(out / FILE, len(line)), open(out / FILE, "ab") as file:
+        file.write(line)
+
+
+def forget_after_save(save: saves.Save) -> None:
+    """Drop the lines of steps that were done after a save, and are done again.
+
+    Raises:
+        ValueError: the lines before are not what was saved.
+    """
+    if save.has_log(FILE) and not (save.folder.parent / FILE).exists():
+        warnings.warn(
+            f"the run in {save.folder.parent} has lost its {FILE}; records begin at step "
+            f"{save.step}.",
+            stacklevel=2,
+        )
+        return
+    saves.forget_after(save, FILE)
+
+
+def forget_after(step: int, out: Path) -> None:
+    """The same for a run without such a save, by what each line says."""
+    if not (out / FILE).exists():
+        return
+    # A line that a killed process began has no end.
+    whole = (out / FILE).read_bytes().rpartition(b"\n")[0].decode(errors="replace")
+    try:
+        records = [json.loads(line) for line in whole.splitlines()]
+        kept = [record for record in records if record["step"] <= step]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{out / FILE} is damaged: it must hold a JSON object in each line."
+        ) from None
+    text = "".join(json.dumps(record) + "\n" for record in kept)
+    files.write_atomic(out / FILE, text.encode())

@@ -1,0 +1,146 @@
+"""Tensors of a run as safetensors, with a digest in the file. No pickle."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastscore.training import files
+
+
+def save(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Save {name: tensor} to `path`, with its SHA-256 in the file's metadata.
+
+    Raises:
+        ValueError: a value is not finite; nothing is written.
+    """
+    files.write_atomic(path, dumps(tensors))
+
+
+def load(path: str | Path) -> dict[str, torch.Tensor]:
+    """Load {name: tensor}.
+
+    Raises:
+        ValueError: the file is missing or is not what was saved.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"checkpoint: {path} does not exist.")
+    data = path.read_bytes()
+    manifest = Path(f"{path}.json")
+    # Of earlier versions.
+    if manifest.exists() and files.is_sealed(data) is None:
+        _compare(path, data, manifest)
+        return loads(data, path, sealed=False)
+    return loads(data, path)
+
+
+def dumps(tensors: dict[str, torch.Tensor]) -> bytes:
+    """The bytes of a file that holds {name: tensor}.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    from safetensors.torch import save as serialize
+
+    for name, t in tensors.items():
+        if t.is_floating_point() and not bool(t.isfinite().all()):
+            raise ValueError(f"checkpoint: {name} must be finite; it was not saved.")
+
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    return files.sealed(serialize(plain, {"sha256": files.BLANK}))
+
+
+def loads(data: bytes, path: str | Path, *, sealed: bool = True) -> dict[str, torch.Tensor]:
+    """The inverse of `dumps`.
+
+    Args:
+        path: where the bytes come from, for messages.
+        sealed: they must carry their digest.
+
+    Raises:
+        ValueError: they are not what `dumps` returned.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load as deserialize
+
+    if sealed and files.is_sealed(data) is not True:
+        stated = "is not the one that it states"
+        if files.is_sealed(data) is None:
+            stated = "is stated neither in it nor beside it"
+        raise ValueError(f"checkpoint: {path} is damaged: its SHA-256 {stated}.")
+    try:
+        return deserialize(data)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint: {path} is damaged: {error}.") from None
+
+
+def _compare(path, data, manifest):
+    """With the digest that earlier versions wrote beside the file."""
+    try:
+        expected = json.loads(manifest.read_text())["sha256"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"checkpoint: {manifest} is damaged: it states no SHA-256.") from None
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise ValueError(
+            f"checkpoint: {path} is damaged: its SHA-256 is not the one recorded in "
+            f"{manifest.name}."
+        )
+
+
+def state_of(
+    net: torch.nn.Module, ema: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of a training run by the file that they belong to; `restore` takes them.
+
+    weights: the averages, as a state_dict of the network. state: everything else.
+    """
+    weights = ema.module.state_dict()
+    state = {f"net.{k}": v for k, v in net.state_dict().items()}
+    state |= {f"ema.{k}": v for k, v in ema.state_dict().items() if not k.startswith("module.")}
+    state |= optimizer_tensors(optimizer) | {"step": torch.tensor(step)}
+    return {"weights": weights, "state": state}
+
+
+def restore(
+    net: torch.nn.Module,
+    ema: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, dict[str, torch.Tensor]],
+) -> int:
+    """The inverse of `state_of`; returns the number of steps that are done."""
+    state = tensors["state"]
+    net.load_state_dict(_under("net.", state))
+    averages = {f"module.{k}": v for k, v in tensors["weights"].items()}
+    # Earlier versions kept the averages in both.
+    ema.load_state_dict(averages | _under("ema.", state))
+    restore_optimizer(optimizer, state)
+    return int(state["step"])
+
+
+def _under(prefix, tensors):
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """An optimizer's state as flat tensors."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"optimizer.{i}.{k}": torch.as_tensor(v)
+        for i, entry in state.items()
+        for k, v in entry.items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`."""
+    state: dict[str, Any] = {}
+    for name, t in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, k = name.split(".")
+            state.setdefault(int(i), {})[k] = t
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
