@@ -352,7 +352,12 @@ def restore(
         metrics.forget_after(0, out)
         return Restored(None, 0, {})
 
-    steps_done = checkpoint.restore(net, ema, optimizer, tensors)
+    try:
+        steps_done = checkpoint.restore(net, ema, optimizer, tensors)
+    except (RuntimeError, KeyError):
+        raise ValueError(
+            f"{out} is damaged: its state is not that of the network in its {CONFIG}."
+        ) from None
     if found is None:
         metrics.forget_after(steps_done, out)
     else:
