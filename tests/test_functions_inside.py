@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastscore
 from fastscore import jvp, losses
+from fastscore.guidance import posterior
+from fastscore.models import EnergyScore
 
 
 def function(forward, backward, setup=None, **more):
@@ -359,3 +361,188 @@ def test_what_a_forward_keeps_on_its_node_is_of_the_graph(recwarn):
     x, v = torch.randn(3, 4).double(), torch.randn(3, 4).double()
     assert torch.allclose(jvp(kept_sine, x, v)[1], v * x.cos())
     assert not [w for w in recwarn if w.category is fastscore.FallbackWarning]
+
+
+# What a forward saves beside its arguments and results: 4 x², whose backward takes it from there.
+
+
+def of_attribute(ctx, x):
+    ctx.t = 2 * x
+    return ctx.t.square()
+
+
+def of_list(ctx, x):
+    ctx.parts = ["name", [2 * x, None]]
+    return ctx.parts[1][0].square()
+
+
+def of_saved(ctx, x):
+    t = 2 * x
+    ctx.save_for_backward(torch.zeros(2), x, t)
+    return t.square()
+
+
+def of_view(ctx, x):
+    ctx.save_for_backward(x[:, :2], x[:, 2:])
+    return 4 * x.square()
+
+
+def setup_of_attribute(ctx, inputs, output):
+    ctx.t = 2 * inputs[0]
+
+
+SAVED = {
+    "attribute": function(of_attribute, lambda ctx, g: 4 * ctx.t * g),
+    "list": function(of_list, lambda ctx, g: 4 * ctx.parts[1][0] * g),
+    "saved": function(of_saved, lambda ctx, g: 4 * ctx.saved_tensors[2] * g),
+    "view": function(of_view, lambda ctx, g: 8 * torch.cat(ctx.saved_tensors, 1) * g),
+    "setup": function(
+        lambda x: 4 * x.square(), lambda ctx, g: 4 * ctx.t * g, setup=setup_of_attribute
+    ),
+}
+
+
+def gradient_of(loss, weight):
+    return torch.autograd.grad(loss.sum(), weight)[0]
+
+
+@pytest.mark.parametrize("kind", SAVED)
+@pytest.mark.parametrize("loss", ["sliced", "exact", "finite_difference_sliced"])
+@pytest.mark.parametrize("model", ["score", "energy"])
+def test_what_a_forward_has_computed_and_saved_is_differentiated(kind, loss, model):
+    """PyTorch's own double backward takes it for a constant, in silence."""
+    weight = torch.randn(4, 4).double().requires_grad_()
+    x = torch.randn(6, 4).double()
+
+    def value(square):
+        if model == "score":
+            score = lambda x: square(x @ weight) @ weight   # noqa: E731
+        else:
+            score = EnergyScore(lambda x: square((x @ weight).tanh()).sum(1))
+        named = {} if loss == "exact" else {"seed": 1}
+        return getattr(losses, loss)(score, x, **named)
+
+    got, expected = value(SAVED[kind].apply), value(lambda h: 4 * h.square())
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(gradient_of(got, weight), gradient_of(expected, weight))
+
+
+def test_a_fallback_differentiates_it_too():
+    weight = torch.randn(4, 4).double().requires_grad_()
+    x, v = torch.randn(2, 6, 4).double()
+    script = torch.jit.script(lambda_free)
+
+    def products(square):
+        return jvp(lambda x: script(square(x @ weight)), x, v)[1].square()
+
+    with pytest.warns(fastscore.FallbackWarning):
+        got = products(SAVED["saved"].apply)
+    expected = products(lambda h: 4 * h.square())
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(gradient_of(got, weight), gradient_of(expected, weight))
+
+
+def test_a_likelihood_differentiates_it_too():
+    weight = torch.randn(4, 4).double().requires_grad_()
+    x = torch.randn(6, 4).double()
+
+    def score(square):
+        return posterior(lambda x: -x, lambda x: square(x @ weight).sum(1))(x)
+
+    got, expected = score(SAVED["attribute"].apply), score(lambda h: 4 * h.square())
+    torch.testing.assert_close(gradient_of(got, weight), gradient_of(expected, weight))
+
+
+CALLS = nn.Module()
+CALLS.register_buffer("count", torch.zeros(()))
+
+
+def masked(ctx, x):
+    CALLS.count += 1
+    mask = (torch.rand(x.shape) < 0.5).to(x.dtype) * 2
+    ctx.save_for_backward(mask, (x > 0).to(x.dtype), torch.full_like(x, 3))
+    return x * mask
+
+
+def test_constants_that_a_forward_saves_are_constants_and_are_made_once():
+    """A mask that was drawn, one of comparisons, a number: in agreement with x itself, and without
+    a second draw or count."""
+    Masked = function(masked, lambda ctx, g: g * ctx.saved_tensors[0])
+    weight = torch.randn(4, 4).double().requires_grad_()
+    x, v = torch.randn(6, 4).double(), torch.randn(6, 4).double()
+
+    CALLS.count.zero_()
+    torch.manual_seed(3)
+    y, jv = jvp(lambda x: Masked.apply(x @ weight).sin(), x, v)
+    after = torch.rand(())
+    assert CALLS.count == 1
+
+    torch.manual_seed(3)
+    mask = (torch.rand(6, 4, dtype=torch.float32) < 0.5).double() * 2
+    assert torch.equal(after, torch.rand(()))
+    h = x @ weight
+    torch.testing.assert_close(y, (h * mask).sin())
+    torch.testing.assert_close(jv, (h * mask).cos() * mask * (v @ weight))
+    expected = ((h * mask).cos() * mask * (v @ weight)).square()
+    torch.testing.assert_close(gradient_of(jv.square(), weight), gradient_of(expected, weight))
+
+
+def quantised(ctx, x):
+    scale = x.abs().max() / 7
+    ctx.save_for_backward(x, scale)
+    return (x / scale).round() * scale
+
+
+def test_a_straight_through_estimate_stays_one():
+    """Its backward compares with a scale that depends on x, and takes no derivative of it."""
+
+    def straight(ctx, g):
+        x, scale = ctx.saved_tensors
+        return g * (x.abs() < 5 * scale)
+
+    Quantised = function(quantised, straight)
+    x, v = torch.randn(6, 4).double(), torch.randn(6, 4).double()
+    x.requires_grad_()
+    _, jv = jvp(lambda x: Quantised.apply(x) * x, x, v)
+    scale = (x.abs().max() / 7).detach()
+    inside = (x.abs() < 5 * scale).double()
+    value = (x.detach() / scale).round() * scale
+    torch.testing.assert_close(jv, (inside * x + value) * v)
+    torch.testing.assert_close(gradient_of(jv, x), inside * v * 2)
+
+
+def hidden(ctx, x):
+    ctx.save_for_backward(numpy_sine(x))
+    return x.cos()
+
+
+def detached(ctx, x):
+    ctx.save_for_backward(x.detach())
+    return x.cos()
+
+
+def overwritten(ctx, x):
+    ctx.t = x.cos()
+    ctx.mark_dirty(x)
+    return x.sin_()
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "why"),
+    [
+        (hidden, lambda ctx, g: -g * ctx.saved_tensors[0], "hides from autograd how"),
+        (detached, lambda ctx, g: -g * ctx.saved_tensors[0].sin(), "hides from autograd how"),
+        (overwritten, lambda ctx, g: g * ctx.t, "overwrites its argument"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(forward, backward, why):
+    Custom = function(forward, backward)
+    weight = torch.randn(4, 4).double().requires_grad_()
+    x, v = torch.randn(6, 4).double(), torch.randn(6, 4).double()
+
+    with pytest.raises(NotImplementedError, match=f"Custom saves what it has computed and {why}"):
+        jvp(lambda x: Custom.apply(x @ weight), x, v)
+    y, jv = jvp(lambda x: Custom.apply(x @ weight.detach()), x, v)
+    exact = fastscore.jvp(torch.sin if forward is overwritten else torch.cos, x @ weight.detach(),
+                          v @ weight.detach())
+    torch.testing.assert_close((y, jv), exact)

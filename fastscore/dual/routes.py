@@ -20,6 +20,7 @@ from fastscore.dual.compiled import as_written
 from fastscore.dual.norms import FACTORISED, NATIVE_NORMS
 from fastscore.dual.number import Dual
 from fastscore.dual.once import Once
+from fastscore.dual.saved import derived
 from fastscore.dual.sharded import check_once, sharded
 from fastscore.dual.stock import (
     in_one_sentence,
@@ -273,7 +274,8 @@ def _double_backward(f, x, v):
         x, v = (t.clone() if t.is_inference() else t for t in (x, v))
         # A view, for detach() would drop a forward-mode tangent.
         x = x.view_as(x) if x.requires_grad else x.view_as(x).requires_grad_()
-        y = f(x)
+        with derived():
+            y = f(x)
         if not isinstance(y, torch.Tensor) or not y.requires_grad:
             raise NotImplementedError(
                 "fastscore.jvp: f holds an operation through which neither forward nor reverse "

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from fastscore import backend as backends
 from fastscore.backend import linearized
-from fastscore.dual import kept
+from fastscore.dual import kept, saved
 from fastscore.dual.call import NoRule, constant_block, note_copy, of_its_call, of_several, settle
 from fastscore.dual.chains import saved_as_they_are
 from fastscore.dual.norms import NATIVE_NORMS
@@ -59,7 +59,8 @@ def _apply(cls, *args, **kwargs):
             kept.take_up(a)
         if _is_dual(a):
             return _apply_to_numbers(cls, args, kwargs)
-    return super(_SingleLevelFunction, cls).apply(*args, **kwargs)
+    plain = super(_SingleLevelFunction, cls).apply
+    return saved.applied(cls, plain, args, kwargs) if saved.running else plain(*args, **kwargs)
 
 
 # Most arguments of all Functions.
@@ -102,7 +103,7 @@ def _carried_function(cls, plain, args, kwargs):
         return args[0](*args[2:])
 
     has_jvp = cls.jvp is not torch.autograd.Function.jvp
-    return transposed(cls.__name__, plain, args, kwargs, has_jvp)
+    return transposed(cls.__name__, plain, args, kwargs, has_jvp, cls)
 
 
 def transposed(
@@ -111,11 +112,12 @@ def transposed(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     has_jvp: bool = False,
+    cls: Any = None,
 ) -> Any:
     """function(*args, **kwargs), where its outputs depend on dual numbers as dual numbers.
 
     has_jvp: function has a forward mode of its own, which serves where its backward has no
-        transpose.
+        transpose. cls: the autograd.Function that it applies.
     """
     # Who have reverse modes of their own.
     if torch._C._functorch.maybe_current_level() is not None or linearized():
@@ -128,6 +130,7 @@ def transposed(
     tensors = [a.stack if _is_dual(a) else a for a in leaves if isinstance(a, torch.Tensor)]
     wanted = any(t.requires_grad for t in tensors) or type(function).__name__.startswith("Script")
     wanted = wanted and torch.is_grad_enabled()
+    keep = wanted or backends._dual_level()
 
     def of_values(*values):
         filled = list(leaves)
@@ -135,6 +138,8 @@ def transposed(
             filled[i] = value
         arguments, keywords = tree_unflatten(filled, spec)
         with torch._C.DisableTorchFunctionSubclass():
+            if cls is not None and keep:
+                return tree_flatten(saved.applied(cls, function, arguments, keywords))
             return tree_flatten(function(*arguments, **keywords))
 
     # Without a checkpoint's hooks, who would call f again at once.
@@ -147,9 +152,7 @@ def transposed(
         stacks = [_usable(leaves[i].stack, wanted) for i in places]
         try:
             with draws.watched():
-                outputs, tree, found = _by_reverse_mode(
-                    name, of_values, stacks, wanted or backends._dual_level()
-                )
+                outputs, tree, found = _by_reverse_mode(name, of_values, stacks, keep)
         except NotLinear:
             if not has_jvp or backends._dual_level():
                 raise

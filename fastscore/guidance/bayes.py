@@ -1,5 +1,6 @@
 """Bayes' rule for scores."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastscore.compiling import eagerly
+from fastscore.dual import transposed
 from fastscore.dual.compiled import as_written
+from fastscore.dual.saved import derived
 from fastscore.losses.projections import check_score
 from fastscore.messages import printed
 from fastscore.ops import checks
@@ -128,8 +131,11 @@ def gradient(op: str, f: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor) -> t
 
 
 def _gradient(op, f, leaf, create_graph):
+    if create_graph:
+        transposed.see_functions()
     with torch.enable_grad():
-        values, rest = f(leaf)
+        with derived() if create_graph else contextlib.nullcontext():
+            values, rest = f(leaf)
         if not values.requires_grad:
             raise ValueError(
                 f"{op}: log_likelihood must depend on x through differentiable operations."

@@ -13,12 +13,14 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fastscore.compiling import eagerly
+from fastscore.dual import transposed
 from fastscore.dual.call import NoRule
 from fastscore.dual.compiled import as_written
 from fastscore.dual.jets import second_order
 from fastscore.dual.norms import RightNorms
 from fastscore.dual.number import Dual
 from fastscore.dual.once import Once
+from fastscore.dual.saved import derived
 from fastscore.dual.sharded import check_once
 from fastscore.messages import brief, shown
 from fastscore.models import energy_chain
@@ -283,7 +285,10 @@ class EnergyScore(nn.Module):
         return not isinstance(f, nn.Module) or any(p.requires_grad for p in f.parameters())
 
     def _gradient(self, x, create_graph, arguments):
-        value = self._value(x, arguments, third=create_graph)
+        if create_graph:
+            transposed.see_functions()
+        with derived() if create_graph else contextlib.nullcontext():
+            value = self._value(x, arguments, third=create_graph)
         if not value.requires_grad:
             raise ValueError(
                 "EnergyScore: f(x) must depend on x through differentiable operations."

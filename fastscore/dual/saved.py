@@ -1,0 +1,175 @@
+"""What an autograd.Function saves beside its arguments and results.
+
+Its backward computes with it, and where that is differentiated again PyTorch takes it for a
+constant: what ctx.t = 2 * x contributes is missing, in silence. Here it depends on the arguments as
+the forward's own operations say, which are carried out once more for it.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import FunctionCtx, _SingleLevelFunction
+from torch.utils._pytree import tree_flatten
+
+from fastscore.dual.once import Once
+
+running: list[Any] = []   # evaluations, of all threads, in which backwards will be differentiated
+_stock = torch._C._FunctionBase.saved_tensors.__get__
+_SUBSTITUTES = "_fastscore_saved"
+_STEP = 2.0**-10   # of an argument, relative
+_FEW = 0.1   # of the elements: steps that a small change of the arguments crosses
+
+
+@contextlib.contextmanager
+def derived() -> Iterator[None]:
+    """Where Functions are applied whose backward will be differentiated."""
+    running.append(None)
+    try:
+        yield
+    finally:
+        running.pop()
+
+
+def applied(cls: Any, apply: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """apply(*args), whose node finds what it has saved as functions of the arguments."""
+    inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+    if (
+        not inputs
+        or not torch.is_grad_enabled()
+        or torch._C._functorch.maybe_current_level() is not None
+        or cls.__module__.startswith(("fastscore.", "torch."))
+    ):
+        return apply(*args, **kwargs)
+
+    once = Once(inputs[0].device, cls.forward, cls.setup_context)
+    versions = [a._version for a in inputs]
+    with once:
+        outputs = apply(*args, **kwargs)
+
+    nodes = (o.grad_fn for o in tree_flatten(outputs)[0] if isinstance(o, Tensor))
+    node = next((n for n in nodes if isinstance(n, cls._backward_cls)), None)
+    if node is not None:
+        written = [a._version for a in inputs] != versions
+        _connect(node, _Forward(cls, args, kwargs, inputs, node, once, written))
+    return outputs
+
+
+class _Forward:
+    """The forward of a Function, carried out again with a graph, at most once."""
+
+    def __init__(self, cls, args, kwargs, inputs, node, once, written):
+        self.cls, self.args, self.kwargs = cls, args, kwargs
+        self.inputs, self.needed, self.once = inputs, node.needs_input_grad, once
+        self.written = written
+        self.found = None
+
+    def of(self, t: Tensor, place: Any) -> Tensor:
+        """What stood in this place, with its graph; t itself where it is a constant."""
+        if self.written:
+            self._refuse("overwrites its argument")
+        if self.found is None:
+            try:
+                with torch.enable_grad():
+                    self.found = self._saved(lambda a: a)
+            except (RuntimeError, TypeError):   # as of out=, which no graph takes
+                self.found = {}
+
+        again = self.found.get(place)
+        if not isinstance(again, Tensor) or again.shape != t.shape:
+            again = t
+        if not again.requires_grad and self._moves(t, place):
+            self._refuse("hides from autograd how")
+        if again.requires_grad and forward_ad._current_level >= 0:
+            self._refuse("has a forward mode of its own, which has used it already")
+        return again
+
+    def _saved(self, change):
+        """{place: tensor} of all that the forward saves at changed arguments."""
+        cls, ctx = self.cls, FunctionCtx()
+        ctx.needs_input_grad = self.needed
+        args = [
+            change(a.view_as(a)) if any(a is i for i in self.inputs) else a for a in self.args
+        ]
+        with self.once:
+            if cls.setup_context is _SingleLevelFunction.setup_context:
+                cls.forward(ctx, *args, **self.kwargs)
+            else:
+                cls.setup_context(ctx, tuple(args), cls.forward(*args, **self.kwargs))
+        return dict(_places(vars(ctx), getattr(ctx, "to_save", None) or ()))
+
+    def _moves(self, t, place):
+        with torch.no_grad():
+            try:
+                other = self._saved(_stepped).get(place)
+            except (RuntimeError, TypeError):
+                return True
+        if not isinstance(other, Tensor) or other.shape != t.shape:
+            return True
+        return bool((other != t).float().mean() > _FEW) if t.numel() else False
+
+    def _refuse(self, why):
+        raise NotImplementedError(
+            f"fastscore: the forward of the autograd.Function {self.cls.__name__} saves what it "
+            f"has computed and {why}; a second derivative would be wrong. Save arguments and "
+            "results alone."
+        )
+
+
+def _stepped(a):
+    signs = 1 - 2 * (torch.arange(a.numel(), device=a.device) % 2).view(a.shape).to(a.dtype)
+    return a + _STEP * signs * (a.abs() + _STEP)
+
+
+_OWN = ("to_save", "saved_for_forward", "dirty_tensors", "non_differentiable", "needs_input_grad")
+
+
+def _places(attributes, saved):
+    """((name, k), tensor) of a node's attributes and (None, k) of what it saved."""
+    for name, value in attributes.items():
+        if name not in _OWN:
+            for k, t in enumerate(tree_flatten(value)[0]):
+                yield (name, k), t
+    for k, t in enumerate(saved):
+        yield (None, k), t
+
+
+def _connect(node, forward):
+    attributes = dict(vars(node))
+    found = {
+        place: forward.of(t, place)
+        for place, t in _places(attributes, _stock(node))
+        if _computed(t, forward.args)
+    }
+    for name in {name for name, _ in found if name is not None}:
+        leaves, spec = tree_flatten(attributes[name])
+        leaves = [found.get((name, k), t) for k, t in enumerate(leaves)]
+        setattr(node, name, spec.unflatten(leaves))
+
+    saved = {k: t for (name, k), t in found.items() if name is None}
+    if saved:
+        setattr(node, _SUBSTITUTES, saved)
+        type(node).saved_tensors = property(_saved_tensors)
+
+
+def _saved_tensors(node):
+    substitutes = vars(node).get(_SUBSTITUTES, {})
+    return tuple(substitutes.get(k, t) for k, t in enumerate(_stock(node)))
+
+
+def _computed(t, args):
+    """Whether a saved tensor may be one that the forward has computed from its arguments."""
+    return (
+        isinstance(t, Tensor)
+        and t.grad_fn is None
+        and (not t.requires_grad or t._is_view())   # of an argument, without gradients
+        and (t.is_floating_point() or t.is_complex())
+        and t.layout == torch.strided
+        and not any(
+            isinstance(a, Tensor) and a.requires_grad == t.requires_grad and a.is_set_to(t)
+            for a in args
+        )
+    )
