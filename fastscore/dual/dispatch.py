@@ -15,7 +15,7 @@ from fastscore.dual.number import ComplexDual, Dual, NoDual
 from fastscore.dual.rules import POINTWISE
 from fastscore.dual.sharded import of_fsdp
 from fastscore.dual.table import BASE, DATA, GRAPH, INPLACE_AT, LIKE, OUT_OF_TORCH, STORAGE, VALUES
-from fastscore.dual.values import new_place, on_constants, on_values, sets_attribute
+from fastscore.dual.values import graph_of, new_place, on_constants, on_values, sets_attribute
 from fastscore.dual.writes import in_place, in_place_of, into_out
 
 
@@ -79,7 +79,7 @@ def _special(func, args, kwargs):
     if func in LIKE:
         return new_place(func, args, kwargs)
     if func in GRAPH:
-        return func(args[0].stack)
+        return graph_of(func, args[0])
     if func == BASE:
         return None  # the stack may be a view, but never one that f has made
     if name in ("view", "view_copy") and any(

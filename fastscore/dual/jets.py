@@ -26,7 +26,7 @@ from fastscore.dual.number import Dual
 from fastscore.dual.sharded import of_fsdp
 from fastscore.dual.table import BASE, GRAPH, LIKE, METADATA, metadata
 from fastscore.dual.turns import Turns
-from fastscore.dual.values import new_place, on_values
+from fastscore.dual.values import graph_of, new_place, on_values
 from fastscore.dual.writes import copy_of, in_place, write
 
 
@@ -183,7 +183,7 @@ class Jet(Dual):
         if func == torch.Tensor.requires_grad.__get__:
             return True
         if func in GRAPH:
-            return func(args[0].stack)
+            return graph_of(func, args[0])
         if func == BASE:
             return None
 

@@ -155,6 +155,7 @@ def _forward_gradients():
 # PyTorch's messages to who takes dual numbers for ordinary tensors, and what is to be called again
 # on the slower path.
 _UNSEEN = {
+    "Error while setting up backward hooks": "a module with a full backward hook",
     "TorchScript interpreter": "a TorchScript function",
     "`variable.set_data(tensor)`": "t.data = ..., for an ordinary tensor t,",
     "Cannot swap t": "torch.utils.swap_tensors",

@@ -1,6 +1,7 @@
 """Operations on the values alone."""
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fastscore.dual.call import running, settle
+from fastscore.dual.call import NoRule, running, settle
 from fastscore.dual.number import Dual
 from fastscore.dual.stacks import memory, same_memory
 from fastscore.dual.table import STEPS
@@ -21,6 +22,21 @@ def on_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         result = func(*args, **kwargs)
     _show(result, leaves)
     return result
+
+
+def graph_of(func: Callable[..., Any], x: Any) -> Any:
+    """requires_grad, grad_fn or is_leaf: those of the stack."""
+    if func == torch.Tensor.grad_fn.__get__:
+        frame = sys._getframe()
+        while frame is not None and frame.f_globals["__name__"].startswith("fastscore."):
+            frame = frame.f_back
+        # It would be called with the gradients of the stack.
+        if frame is not None and frame.f_globals["__name__"] == torch.nn.Module.__module__:
+            raise NoRule(
+                "fastscore.jvp: a module with a backward hook cannot be carried through with its "
+                "tangents."
+            )
+    return func(x.stack)
 
 
 def on_constants(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
