@@ -25,6 +25,9 @@ def main() -> None:
         sys.exit(f"error: the command line needs {names}: pip install 'fastscore[cli]'.")
     try:
         _app().cli(prog="fastscore")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, TypeError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -149,10 +149,12 @@ def draw(
     return Drawn(job.to_images(samples), job.to_images(path), job.shown)
 
 
-def draw_run(folder: str | Path, n: int, **options: Any) -> Drawn:
-    """n samples of a run folder; options as in `prepare`."""
+def draw_run(
+    folder: str | Path, n: int, *, done: Callable[[int], object] | None = None, **options: Any
+) -> Drawn:
+    """n samples of a run folder; done as in `draw`, options as in `prepare`."""
     net, sigmas, shape, _ = run_folder.open_run(folder)
-    return draw(prepare(net, sigmas, shape, n, **options))
+    return draw(prepare(net, sigmas, shape, n, **options), done=done)
 
 
 def own_batches(job: Job) -> range:

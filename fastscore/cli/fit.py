@@ -1,5 +1,6 @@
 """The one loop that trains, in a run folder: a score network by any loss, or a classifier."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def fit(config: TrainConfig) -> Iterator[tuple[int, float]]:
 
         L_b = -log p(label_b | x_b + σ_b z, σ_b),    σ_b uniform on the ladder
 
-    The run folder is complete every 500 steps and when the generator is closed.
+    The run is saved every 500 steps, at its end, and when the generator is closed; an exception in
+    the middle of a step leaves the save before it.
 
     Raises:
         ValueError: an option is out of range; the folder holds a run already (without resume) or
@@ -118,8 +120,16 @@ def _updates(config, out, split, images, labels, net, sigmas):
             if done % SAVE_EVERY == 0:
                 save()
             yield state.step, float(state.losses.mean())
-    finally:
+    except GeneratorExit:
+        # Between two steps; in the middle of one, nothing fits together.
         save()
+        raise
+    except FloatingPointError:
+        # Of the loss, before anything was updated. Weights that are not finite are refused.
+        with contextlib.suppress(ValueError):
+            save()
+        raise
+    save()
 
 
 def objective(

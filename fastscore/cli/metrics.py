@@ -17,7 +17,7 @@ FILE = "metrics.jsonl"
 class Metrics:
     """The mean loss at each noise level since the last record, divided by dim.
 
-    sums, counts: of a run that goes on between two records.
+    sums, counts, seconds: of a run that goes on.
     """
 
     sums: Tensor
@@ -25,15 +25,23 @@ class Metrics:
     begin: float
 
     def __init__(
-        self, levels: int, dim: int, sums: Tensor | None = None, counts: Tensor | None = None
+        self,
+        levels: int,
+        dim: int,
+        sums: Tensor | None = None,
+        counts: Tensor | None = None,
+        seconds: Tensor | None = None,
     ) -> None:
         self.sums = torch.zeros(levels) if sums is None else sums.clone()
         self.counts = torch.zeros(levels) if counts is None else counts.clone()
         self.dim = dim
-        self.begin = time.perf_counter()
+        # Of the whole run, interruptions left out.
+        self.begin = time.perf_counter() - (0 if seconds is None else float(seconds))
 
     def state(self) -> dict[str, Tensor]:
-        return {"sums": self.sums, "counts": self.counts}
+        """What the next run needs to go on."""
+        seconds = torch.tensor(time.perf_counter() - self.begin, dtype=torch.float64)
+        return {"sums": self.sums, "counts": self.counts, "seconds": seconds}
 
     def add(self, level: Tensor, values: Tensor) -> None:
         """Take in the losses of one step, and the level of each."""

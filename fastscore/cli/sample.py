@@ -16,7 +16,7 @@ from fastscore.cli import draw, pictures, run_folder
 from fastscore.cli.conditions import ConditionOptions, open_conditions
 from fastscore.cli.parts import Parts
 from fastscore.cli.sampler_options import SamplerOptions
-from fastscore.training import files
+from fastscore.training import files, signals
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,17 @@ def sample(options: _Merged[SampleOptions]) -> None:
         parts = Parts(options.out.with_name(f"{options.out.name}.parts"), job.depends_on)
     total = len(draw.own_batches(job)) * job.states
     try:
-        with tqdm(total=total, unit="level", desc="sample", disable=rank > 0 or None) as bar:
-            result = draw.draw(job, done=bar.update, parts=parts)
+        with (
+            signals.stop_on_signals() as stop,
+            tqdm(total=total, unit="level", desc="sample", disable=rank > 0 or None) as bar,
+        ):
+            result = draw.draw(job, done=lambda n: stop.check() or bar.update(n), parts=parts)
     except KeyboardInterrupt:
         kept = ""
         if parts is not None and parts.folder.exists():
             kept = f"; {parts.folder} keeps the finished batches, the same command goes on"
-        sys.exit("interrupted" + kept)
+        print("interrupted" + kept, file=sys.stderr)
+        sys.exit(stop.status or 130)
 
     # The others have sent theirs.
     if result is None:

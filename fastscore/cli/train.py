@@ -3,8 +3,8 @@
 import contextlib
 import json
 import signal
+import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +14,7 @@ from fastscore import distributed
 from fastscore.cli import draw, evaluate, metrics, pictures, run_folder, splits
 from fastscore.cli.fit import fit
 from fastscore.cli.run_folder import TrainConfig
-from fastscore.training import files
+from fastscore.training import files, signals
 
 
 def train(config: Annotated[TrainConfig, arg(name="")]) -> None:
@@ -27,16 +27,29 @@ def train(config: Annotated[TrainConfig, arg(name="")]) -> None:
         )
     if config.resume:
         config = run_folder.resumed(config)
-    try:
-        with terminated_like_interrupted(), contextlib.closing(fit(config)) as updates:
-            _show_progress(updates, config)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the run is saved, go on with --resume")
+    out = Path(config.out)
+    with signals.stop_on_signals() as stop:
+        with contextlib.closing(fit(config)) as updates:
+            _show_progress(updates, config, stop)
+        if stop:
+            print("\ninterrupted; the run is saved, go on with --resume", flush=True)
+        # Whoever presses Ctrl-C wants to see what there is; a scheduler waits for the end.
+        if not stop or stop.signal == signal.SIGINT:
+            _finish(config, out, stop)
+    if stop:
+        sys.exit(stop.status)
 
-    if config.task == "classifier":
-        _report_classifier(Path(config.out))
-    else:
-        _draw_pictures(Path(config.out))
+
+def _finish(config, out, stop):
+    """Pictures or a report; a signal that comes now leaves the rest out."""
+    seen = stop.signal
+    try:
+        if config.task == "classifier":
+            _report_classifier(out)
+        else:
+            _draw_pictures(out, lambda states=0: stop.signal == seen or stop.check())
+    except signals.Stopped:
+        print("\ninterrupted; the run is saved, its pictures are not all drawn")
 
 
 def demo(out: Path = Path("demo"), steps: int | None = None) -> None:
@@ -46,23 +59,12 @@ def demo(out: Path = Path("demo"), steps: int | None = None) -> None:
         out: run folder; a finished one is only evaluated again, an interrupted one goes on.
         steps: number of updates; 9000 unless given, or those of the run that goes on.
     """
-    resume = run_folder.is_saved(out)
+    resume = (out / run_folder.CONFIG).exists()
     train(TrainConfig(data="digits", out=out, held_out=300, steps=steps, resume=resume))
     evaluate.evaluate(out)
 
 
-@contextlib.contextmanager
-def terminated_like_interrupted() -> Iterator[None]:
-    """Within: SIGTERM raises KeyboardInterrupt, so that a job that is ended saves like Ctrl-C."""
-    # Not raised through SIGINT, which may be ignored.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
-
-
-def _show_progress(updates, config):
+def _show_progress(updates, config, stop):
     from tqdm import tqdm
 
     start = time.perf_counter()
@@ -74,16 +76,23 @@ def _show_progress(updates, config):
             rate = (step + 1 - first) * config.batch_size / (time.perf_counter() - start)
             bar.set_postfix(loss=f"{loss:.3f}", images_per_s=f"{rate:.0f}", refresh=False)
             bar.update(0)
+            if stop:
+                return
 
 
-def _draw_pictures(out):
-    """Of a score network: the loss of each level, 64 samples and the path of the first eight."""
+def _draw_pictures(out, check):
+    """Of a score network: the loss of each level, 64 samples and the path of the first eight.
+
+    check: called between states and pictures.
+    """
     _, sigmas, _, config = run_folder.open_run(out)
     records = metrics.read(out)
     if records:
         pictures.save_loss_curve(out / "loss.png", records, sigmas.tolist(), config.loss)
-    drawn = draw.draw_run(out, 64)
+    check()
+    drawn = draw.draw_run(out, 64, done=check)
     pictures.save_grid(out / "samples.png", drawn.samples)
+    check()
     pictures.save_strip(out / "levels.png", drawn.path)
     names = ", ".join(str(out / name) for name in ("samples.png", "levels.png", "loss.png"))
     print(f"run: {out}\npictures: {names}")
