@@ -25,19 +25,20 @@ __device__ __forceinline__ A added(A sum, A s, A sigma, float z) {
   return fma(t, t, sum);
 }
 
-// The four elements of a block that lie in [begin, end) of the sample.
+// The four elements of a block that lie in [from, to). In turn, for four copies of `position` side by side need more registers than a target
+// gives them: sm_100 kept a number in local memory. What is chosen from z by comparisons stays in registers.
 template <class T, ReduceMode kMode>
 __device__ __forceinline__ typename Reduce<T>::A strided_block(const Reduce<T>& p, const Nest& nest, const NoiseKey& key, uint64_t block,
-                                                               int64_t sample, int64_t begin, int64_t end, typename Reduce<T>::A sigma,
+                                                               int64_t from, int64_t to, typename Reduce<T>::A sigma,
                                                                typename Reduce<T>::A sum) {
   float z[4];
   block_normals(block, key, z);
-#pragma unroll
+#pragma unroll 1
   for (int k = 0; k < 4; ++k) {
-    const int64_t i = static_cast<int64_t>(block * 4 + k - key.offset) - sample * p.per_sample;
-    if (i < begin || i >= end) continue;
-    const int64_t element = sample * p.per_sample + i;
-    sum = added<kMode>(sum, widen(p.score[nest.contiguous ? element : position(nest, 0, element)]), sigma, z[k]);
+    const int64_t element = static_cast<int64_t>(block * 4 + k - key.offset);
+    if (element < from || element >= to) continue;
+    const float normal = k < 2 ? (k == 0 ? z[0] : z[1]) : (k == 2 ? z[2] : z[3]);
+    sum = added<kMode>(sum, widen(p.score[nest.contiguous ? element : position(nest, 0, element)]), sigma, normal);
   }
   return sum;
 }
@@ -111,10 +112,10 @@ __global__ void __launch_bounds__(kThreads) reduce_samples(const Reduce<T> p, co
       sum = packed_split<T, kMode, kReading == kCrossing, kGroup>(p.score + first, key, (key.offset + first) / 4,
                                                                   static_cast<int>((end - begin) / Pack<T>::kSize), lane, sigma);
     } else {
-      const uint64_t origin = key.offset + static_cast<uint64_t>(sample * p.per_sample);
-      const uint64_t last = (origin + end - 1) / 4;
-      for (uint64_t block = (origin + begin) / 4 + lane; block <= last; block += kGroup)
-        sum = strided_block<T, kMode>(p, nest, key, block, sample, begin, end, sigma, sum);
+      const int64_t from = sample * p.per_sample + begin, to = sample * p.per_sample + end;
+      const uint64_t last = (key.offset + to - 1) / 4;
+      for (uint64_t block = (key.offset + from) / 4 + lane; block <= last; block += kGroup)
+        sum = strided_block<T, kMode>(p, nest, key, block, from, to, sigma, sum);
     }
     total = static_cast<double>(sum) * (kMode == kDot ? 1.0 : 0.5);
   }
