@@ -191,11 +191,15 @@ CSRC = Path(os.environ.get("FASTSCORE_EMULATED_CSRC") or native.ROOT / "csrc")
 SONAME = "libemulated_cuda.so"   # csrc/cuda_stream.h finds torch's by its name
 
 
-# Where the launches stand that csrc/door.cpp calls.
+# Where the launches stand that csrc/door.cpp calls, and the device's answers, which tests change.
 LAUNCHES = """
+#include "asked_once.h"
 #include "direct.h"
 extern "C" __attribute__((visibility("default"))) const void* emulated_launches() {
   return &fastscore::cuda_launches;
+}
+extern "C" __attribute__((visibility("default"))) void emulated_forget() {
+  fastscore::asked_once.forget();
 }
 """
 
@@ -339,7 +343,7 @@ def driver() -> ctypes.CDLL:
     _definitions.append(define)
     for name in ("log", "replay"):
         getattr(loaded, f"emulated_{name}").restype = ctypes.c_char_p
-    for name in ("captured", "accesses"):
+    for name in ("captured", "accesses", "questions"):
         getattr(loaded, f"emulated_{name}").restype = ctypes.c_long
     loaded.emulated_launches.restype = ctypes.c_void_p
     loaded.emulated_approximation.argtypes = [ctypes.c_float]
@@ -424,6 +428,12 @@ def on_device(*tensors: torch.Tensor, device: int = 1):
     finally:
         for t in tensors:
             driver().emulated_place(t.data_ptr(), 0, 0)
+
+
+def misaligned(t: torch.Tensor) -> torch.Tensor:
+    """Its values at an address from which no GPU would read them: no launcher looks at it."""
+    memory = bytearray(t.numel() * t.element_size() + 2)
+    return torch.frombuffer(memory, dtype=t.dtype, offset=2).view(t.shape).copy_(t)
 
 
 def launched() -> list[tuple[str, int, int, int, int]]:

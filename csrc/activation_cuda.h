@@ -1,9 +1,8 @@
-// Activations f on a GPU, numbered as in activation_cpu.h and kernels/activation.py, by the formulas of the latter.
+// Activations f on a GPU, those of norms, by the formulas of kernels/activation.py.
 #pragma once
+#include "activate.h"
 
 namespace fastscore {
-
-enum Activation : int { kIdentity, kElu, kSilu, kRelu, kGelu, kSoftplus };   // those of norms
 
 // To 2 units of the last place; without ftz the compiler adds three instructions for results that are no normal numbers.
 __device__ __forceinline__ float exponential(float x) {

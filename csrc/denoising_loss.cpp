@@ -97,6 +97,7 @@ void FS_KERNEL(noise_reduce)(const ReduceArgs& p, int64_t begin, int64_t end) {
 #if defined(FASTSCORE_REGISTER)
 #include <vector>
 
+#include "arguments.h"
 #include "torch_cpu.h"
 
 namespace fastscore {
@@ -123,20 +124,12 @@ namespace {
 // out (B,) in the compute dtype.
 void noise_reduce(Tensor out, Tensor score, OptionalTensor sigma_each, double sigma, OptionalTensor key, int64_t seed,
                   int64_t step, int64_t stream, int64_t offset, int64_t mode) {
-  const Checks check{"noise_reduce"};
-  const DType dtype = check.floating("score", score);
-  if (score.dim() == 0) check.refuse("score must be (B, *); got ()");
+  check_reduce(Checks{"noise_reduce"}, out, score, sigma_each, key, stream, offset, mode);
   const int64_t batch = score.size(0);
-  check.table("out", out, compute_dtype(dtype), {batch});
-  check.coefficient("sigma_each", sigma_each, dtype, batch);
-  check.number("reduction", mode, kLoss, kDot);
-  check.key(key, stream, offset);
-  check.apart("out", out, "score", score);
-  check.apart("out", out, "sigma_each", sigma_each);
   if (batch == 0) return;
 
   ReduceArgs p{};
-  p.dtype = dtype;
+  p.dtype = dtype_of(score);
   p.score = score.const_data_ptr();
   p.per_sample = score.numel() / batch;
   p.sigma = sigma;

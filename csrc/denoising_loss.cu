@@ -1,6 +1,5 @@
 // Sums over a sample that involve its noise. Bytes per element: one read of the score; nothing is written but (B,) numbers.
-#include "denoising_loss.h"
-
+#include "arguments.h"
 #include "torch_cuda.h"
 
 namespace fastscore {
@@ -168,6 +167,9 @@ int64_t splits_of(int64_t per_sample) { return per_sample <= kChunk ? 1 : (per_s
 
 void noise_reduce_cuda(Tensor out, Tensor score, OptionalTensor sigma_each, double sigma, OptionalTensor key, int64_t seed,
                        int64_t step, int64_t stream, int64_t offset, int64_t reduction) {
+  const Checks check{"noise_reduce"};
+  check_reduce(check, out, score, sigma_each, key, stream, offset, reduction);
+  check_devices(check, {"score", score}, {{"out", out}, {"sigma_each", sigma_each}, {"key", key}});
   const int64_t batch = out.numel();
   if (batch == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(score.get_device_index());

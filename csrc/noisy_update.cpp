@@ -159,6 +159,7 @@ void FS_KERNEL(noisy_update)(const UpdateArgs& p, int64_t begin, int64_t end) {
 }  // namespace fastscore
 
 #if defined(FASTSCORE_REGISTER)
+#include "arguments.h"
 #include "torch_cpu.h"
 
 namespace fastscore {
@@ -176,26 +177,15 @@ namespace {
 void noisy_update(Tensor out, OptionalTensor x, OptionalTensor direction, OptionalTensor drift_each, double drift,
                   OptionalTensor diffusion_each, double diffusion, OptionalTensor key, int64_t seed, int64_t step,
                   int64_t stream, int64_t offset) {
-  const Checks check{"noisy_update"};
+  check_update(Checks{"noisy_update"}, out, x, direction, drift_each, diffusion_each, key, stream, offset);
   const int64_t n = out.numel(), batch = out.dim() == 0 ? 1 : out.size(0);
-  const DType dtype = check.floating("out", out);
-  check.like("x", x, out);
-  check.like("direction", direction, out);
-  check.coefficient("drift_each", drift_each, dtype, batch);
-  check.coefficient("diffusion_each", diffusion_each, dtype, batch);
-  check.key(key, stream, offset);
   if (n == 0) return;
-  check.written("out", out);
-  check.apart("out", out, "x", x, true);
-  check.apart("out", out, "direction", direction, true);
-  check.apart("out", out, "drift_each", drift_each);
-  check.apart("out", out, "diffusion_each", diffusion_each);
 
   UpdateArgs p{};
   p.out = out.mutable_data_ptr();
   p.x = pointer(x);
   p.direction = pointer(direction);
-  p.dtype = dtype;
+  p.dtype = dtype_of(out);
   p.nest = nest_of(out, x, direction);
   p.n = n;
   p.per_sample = n / batch;

@@ -1,4 +1,5 @@
 // x' = x + a d + b z. Bytes per element: read x and d, write x': three times the element size; nothing else moves.
+#include "arguments.h"
 #include "torch_cuda.h"
 
 namespace fastscore {
@@ -202,6 +203,10 @@ void launch(const Update<T>& p, const Nest& nest, cudaStream_t stream) {
 void noisy_update_cuda(Tensor out, OptionalTensor x, OptionalTensor direction, OptionalTensor drift_each, double drift,
                        OptionalTensor diffusion_each, double diffusion, OptionalTensor key, int64_t seed, int64_t step,
                        int64_t stream, int64_t offset) {
+  const Checks check{"noisy_update"};
+  check_update(check, out, x, direction, drift_each, diffusion_each, key, stream, offset);
+  check_devices(check, {"out", out},
+                {{"x", x}, {"direction", direction}, {"drift_each", drift_each}, {"diffusion_each", diffusion_each}, {"key", key}});
   const int64_t n = out.numel();
   if (n == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());

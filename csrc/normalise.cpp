@@ -272,6 +272,7 @@ void FS_KERNEL(normalise)(const NormArgs& p, bool backward, NormPhase phase, int
 #if defined(FASTSCORE_REGISTER)
 #include <vector>
 
+#include "arguments.h"
 #include "torch_cpu.h"
 
 namespace fastscore {
@@ -307,63 +308,10 @@ void launch(const NormArgs& p, bool backward) {
 
 namespace {
 
-// Whether the trailing dimensions of an image, or of a stack of images, lie as (B, S, C).
-bool lies_channels_last(const Tensor& t, int64_t image_dims) {
-  const int64_t leading = t.dim() - image_dims;
-  int64_t expected = 1;
-  const auto next = [&](int64_t d) {
-    const bool fits = t.size(d) == 1 || t.stride(d) == expected;
-    expected *= t.size(d);
-    return fits;
-  };
-  bool fits = next(leading + 1);
-  for (int64_t d = t.dim() - 1; d >= leading + 2; --d) fits = next(d) && fits;
-  for (int64_t d = leading; d >= 0; --d) fits = next(d) && fits;
-  return fits;
-}
-
-// A tensor laid out as x is, shaped like it, or like M of it.
-void check_image(const Checks& check, const char* name, const OptionalTensor& t, const Tensor& x, bool channels_last, int64_t tangents = -1) {
-  if (!t) return;
-  check.memory(name, *t);
-  check.dtype(name, *t, dtype_of(x));
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  if (tangents >= 0) sizes.insert(sizes.begin(), tangents);
-  check.shape(name, *t, Sizes(sizes.data(), sizes.size()));
-  if (t->numel() > 0 && !(channels_last ? lies_channels_last(*t, x.dim()) : t->is_contiguous()))
-    check.refuse(name, " must lie in memory as x does");
-}
-
+// norm_arguments() of labels that the host can read.
 NormArgs arguments(const Checks& check, const Tensor& x, const OptionalTensor& t, const Tensor& coef, const OptionalTensor& tcoef,
                    const OptionalTensor& labels, int64_t groups, bool alpha, bool beta, double eps, int64_t activation) {
-  NormArgs p{};
-  p.dtype = check.floating("x", x);
-  if (x.dim() < 2) check.refuse("x must be (B, C, *); got ", shown(x.sizes()));
-  p.channels_last = !x.is_contiguous();
-  if (p.channels_last && !lies_channels_last(x, x.dim())) check.refuse("x must be contiguous or channels-last");
-  p.batch = x.size(0), p.channels = x.size(1);
-  p.pixels = p.batch * p.channels ? x.numel() / (p.batch * p.channels) : 0;
-  if (t && t->dim() == 0) check.refuse("t must be (M, B, C, *); got ()");
-  p.tangents = t ? t->size(0) : 0;
-  check_image(check, "t", t, x, p.channels_last, p.tangents);
-
-  const DType wide = compute_dtype(p.dtype);
-  const int64_t width = p.channels * (1 + alpha + beta), rows = coef.dim() == 2 ? coef.size(0) : 1;
-  check.table("coef", coef, wide, {rows, width});
-  if (!labels && rows != 1 && rows != p.batch) check.refuse("coef must have 1 or ", p.batch, " rows; got ", rows);
-  if (!t) check.present("tcoef", tcoef, false, "t");
-  check.table("tcoef", tcoef, wide, {p.tangents, rows, width});
-  check.table("labels", labels, kInt64, {p.batch});
-  check.number("groups", groups, 0, p.channels);
-  if (groups && p.channels % groups) check.refuse("groups must divide ", p.channels, " channels; got ", groups);
-  if (groups && alpha) check.refuse("alpha must not come with groups");
-  if (!(eps > 0)) check.refuse("eps must be positive; got ", eps);
-  check.number("activation", activation, kIdentity, kGeluTanh);
-
-  p.groups = groups, p.has_alpha = alpha, p.has_beta = beta, p.eps = eps, p.activation = static_cast<int>(activation);
-  p.x = x.const_data_ptr(), p.t = pointer(t);
-  p.coef = coef.const_data_ptr(), p.tcoef = pointer(tcoef), p.coef_rows = coef.size(0);
-  p.labels = static_cast<const int64_t*>(pointer(labels));
+  const NormArgs p = norm_arguments(check, x, t, coef, tcoef, labels, groups, alpha, beta, eps, activation);
   for (int64_t b = 0; p.labels && b < p.batch; ++b)
     if (p.labels[b] < 0 || p.labels[b] >= p.coef_rows) check.refuse("labels must be in 0..", p.coef_rows - 1, "; got ", p.labels[b]);
   return p;
@@ -373,11 +321,7 @@ void normalise(OptionalTensor y, OptionalTensor ty, Tensor stats, Tensor x, Opti
                OptionalTensor labels, int64_t groups, bool alpha, bool beta, double eps, int64_t activation) {
   const Checks check{"normalise"};
   NormArgs p = arguments(check, x, t, coef, tcoef, labels, groups, alpha, beta, eps, activation);
-  if (!t) check.present("ty", ty, false, "t");
-  check_image(check, "y", y, x, p.channels_last);
-  check_image(check, "ty", ty, x, p.channels_last, p.tangents);
-  check.table("stats", stats, compute_dtype(p.dtype), {1 + p.tangents, p.batch, p.channels, 2});
-  check.apart({{"y", y}, {"ty", ty}, {"stats", stats}}, {{"x", x}, {"t", t}, {"coef", coef}, {"tcoef", tcoef}, {"labels", labels}});
+  check_norm(check, p, y, ty, stats, x, t, coef, tcoef, labels);
 
   p.y = mutable_pointer(y), p.ty = mutable_pointer(ty), p.stats = stats.mutable_data_ptr();
   const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());

@@ -5,7 +5,8 @@
 #include <algorithm>
 
 #include "activation_cuda.h"
-#include "normalise.h"
+#include "arguments.h"
+#include "asked_once.h"
 #include "torch_cuda.h"
 
 namespace fastscore {
@@ -304,9 +305,14 @@ auto with_clusters(const Cut& cut, int64_t rows, cudaStream_t stream, F f) {
   return f(configuration);
 }
 
+// Questions to a device.
+enum : int64_t { kAttribute, kMayHaveShared, kClusters };
+
 int device_attribute(cudaDeviceAttr attribute, int device) {
-  int value = 0;
-  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
+  return static_cast<int>(asked_once({kAttribute, device, attribute}, [&] {
+    int value = 0;
+    return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
+  }));
 }
 
 // Whether a kernel's blocks may have so much shared memory on the current device. It is always asked for the most that there is: what
@@ -314,8 +320,10 @@ int device_attribute(cudaDeviceAttr attribute, int device) {
 template <class Kernel>
 bool may_have(Kernel kernel, int device, int bytes) {
   const int most = std::min(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device), static_cast<int>(kMostShared));
-  return bytes <= most && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most) == cudaSuccess &&
-         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100) == cudaSuccess;
+  return bytes <= most && asked_once({kMayHaveShared, device, reinterpret_cast<int64_t>(kernel)}, [&] {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most) == cudaSuccess &&
+           cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100) == cudaSuccess;
+  });
 }
 
 template <class T, bool kPacked>
@@ -336,23 +344,31 @@ void with_short_dtype(DType dtype, const F& f) {
   }
 }
 
+// How many clusters of rows so cut the current device runs at once.
+template <class T>
+int clusters_at_once(const Cut& cut, int device) {
+  const auto ask = [&] {
+    int found = 0;
+    if (may_have(normalise_rows<T, true>, device, cut.bytes)) {
+      with_clusters(cut, 1, nullptr, [&](const cudaLaunchConfig_t& c) {
+        if (cudaOccupancyMaxActiveClusters(&found, normalise_rows<T, true>, &c) != cudaSuccess) found = 0;
+        return true;
+      });
+    }
+    cudaGetLastError();   // that it cannot is an answer, no error
+    return found;
+  };
+  return static_cast<int>(asked_once({kClusters, device, sizeof(T), cut.blocks, cut.bytes}, ask));
+}
+
 // How many clusters of such a call a device runs at once, by its own word; 0 where the Triton kernels are to do it.
 int64_t norm_clusters(int64_t device, int64_t channels, int64_t pixels, int64_t groups, bool alpha, int64_t itemsize) {
   Cut cut;
   if (!cut_sample(channels, pixels, groups, alpha, itemsize, cut)) return 0;
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor, static_cast<int>(device)) < 9) return 0;
+  const int index = static_cast<int>(device);
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor, index) < 9) return 0;
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
-  int found = 0;
-  with_short_dtype(itemsize == 4 ? kFloat32 : kBFloat16, [&](auto element) {
-    using T = decltype(element);
-    if (!may_have(normalise_rows<T, true>, static_cast<int>(device), cut.bytes)) return;
-    with_clusters(cut, 1, nullptr, [&](const cudaLaunchConfig_t& c) {
-      if (cudaOccupancyMaxActiveClusters(&found, normalise_rows<T, true>, &c) != cudaSuccess) found = 0;
-      return true;
-    });
-  });
-  cudaGetLastError();   // that it cannot is an answer, no error
-  return found;
+  return itemsize == 4 ? clusters_at_once<float>(cut, index) : clusters_at_once<__nv_bfloat16>(cut, index);
 }
 
 bool has_norm_clusters(int32_t device, int64_t channels, int64_t pixels, int64_t groups, bool alpha, int64_t itemsize) {
@@ -363,6 +379,10 @@ const bool entered = (cuda_launches.norm_clusters = &has_norm_clusters);
 
 void normalise_cuda(OptionalTensor y, OptionalTensor ty, Tensor stats, Tensor x, OptionalTensor t, Tensor coef, OptionalTensor tcoef,
                     OptionalTensor labels, int64_t groups, bool alpha, bool beta, double eps, int64_t activation) {
+  const Checks check{"normalise"};
+  const NormArgs given = norm_arguments(check, x, t, coef, tcoef, labels, groups, alpha, beta, eps, activation);
+  check_norm(check, given, y, ty, stats, x, t, coef, tcoef, labels);
+  check_devices(check, {"x", x}, {{"y", y}, {"ty", ty}, {"stats", stats}, {"t", t}, {"coef", coef}, {"tcoef", tcoef}, {"labels", labels}});
   if (x.numel() == 0) return;
   const int64_t B = x.size(0), C = x.size(1), pixels = x.numel() / (B * C);
   Cut cut;

@@ -64,6 +64,7 @@ void FS_KERNEL(fill)(const FillArgs& p, int64_t begin, int64_t end) {
 }  // namespace fastscore
 
 #if defined(FASTSCORE_REGISTER)
+#include "arguments.h"
 #include "torch_cpu.h"
 
 namespace fastscore {
@@ -78,12 +79,7 @@ namespace {
 
 void fill(Tensor out, int64_t kind, OptionalTensor key, int64_t seed, int64_t step, int64_t stream, int64_t offset) {
   const Checks check{"fill"};
-  check.number("kind", kind, kWords, kRademacher);
-  if (kind == kWords) check.dtype("out", out, kInt64);
-  else check.floating("out", out);
-  check.memory("out", out);
-  if (!out.is_contiguous()) check.refuse("out must be contiguous");
-  check.key(key, stream, offset);
+  check_fill(check, out, kind, key, stream, offset);
   if (out.numel() == 0) return;
   const FillArgs p{out.mutable_data_ptr(), dtype_of(out), static_cast<FillKind>(kind), noise_key(key, seed, step, stream, offset)};
   launch(p, out.numel());

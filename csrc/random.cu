@@ -1,6 +1,5 @@
 // A tensor of words, uniforms, normals or signs: writes only.
-#include "random.h"
-
+#include "arguments.h"
 #include "torch_cuda.h"
 
 namespace fastscore {
@@ -154,8 +153,9 @@ void launch(void* out, DType dtype, int64_t n, FillKind kind, const DeviceKey& k
 }
 
 void fill_cuda(Tensor out, int64_t kind, OptionalTensor key, int64_t seed, int64_t step, int64_t stream, int64_t offset) {
-  STD_TORCH_CHECK(out.is_contiguous(), "fastscore: fill needs a contiguous tensor");
-  STD_TORCH_CHECK((kind == kWords) == (dtype_of(out) == kInt64), "fastscore: words are int64, noise is floating point");
+  const Checks check{"fill"};
+  check_fill(check, out, kind, key, stream, offset);
+  check_devices(check, {"out", out}, {{"key", key}});
   if (out.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(out.get_device_index());
   const DeviceKey k = device_key(key, seed, step, stream, offset);

@@ -61,8 +61,6 @@ struct Coefficient {
 template <class A>
 Coefficient<A> device_coefficient(const OptionalTensor& each, double number) {
   if (!each) return {nullptr, static_cast<A>(number), false};
-  STD_TORCH_CHECK(dtype_of(*each) == (sizeof(A) == 8 ? kFloat64 : kFloat32) && each->is_contiguous(),
-                  "fastscore: a coefficient tensor must be contiguous and of the compute dtype");
   return {static_cast<const A*>(each->const_data_ptr()), A(0), each->numel() > 1};
 }
 

@@ -288,19 +288,19 @@ def test_launches_are_on_the_device_and_the_current_stream_of_their_tensors(devi
 
 
 def test_a_launch_that_fails_says_what_the_checked_way_says(device):
-    """Here that a coefficient lies on another device."""
+    """Here that a coefficient is read from an odd address."""
     x, each = torch.randn(4, 1500), torch.rand(4)
 
-    def call():
+    def call(each):
         return fastscore.perturb(x, each, seed=5)
 
-    words = "noisy_update could not be launched: device 0 accesses memory of device 1"
-    with emulate.on_device(each):
-        for way in (call, lambda: checked(call)):
-            with pytest.raises(RuntimeError, match=words):
-                way()
-            assert device.emulated_current_device() == 0
-    call()
+    odd = emulate.misaligned(each)
+    words = "noisy_update could not be launched: a misaligned address"
+    for way in (call, lambda each: checked(lambda: call(each))):
+        with pytest.raises(RuntimeError, match=words):
+            way(odd)
+        assert device.emulated_current_device() == 0
+    call(each)
 
 
 def test_a_captured_direct_call_is_replayed(device):
@@ -498,10 +498,47 @@ def test_norms_in_clusters_go_the_checked_way(device):
         last = large.to(memory_format=torch.channels_last)
         assert direct.door.normalise(last, *arguments) is not None
         device.emulated_clusters(0)
+        device.emulated_forget()
         try:
             assert direct.door.normalise(large, *arguments) is not None
         finally:
             device.emulated_clusters(16)
+            device.emulated_forget()
+
+
+def test_a_device_is_asked_once_for_the_clusters_of_a_size(device):
+    """By the driver that takes microseconds, and every call of the door has to know."""
+    ask = torch.ops.fastscore_emulated.norm_clusters
+    with by_triton():
+        from fastscore.kernels.direct import LAUNCHERS
+
+        direct.door.serve(direct.CPU, emulate.driver().emulated_launches(), LAUNCHERS)
+        gamma = torch.ones(20)
+        arguments = gamma, None, gamma, None, None, 0, 1e-5, 0
+
+        def asked(call):
+            before = device.emulated_questions()
+            call()
+            return device.emulated_questions() - before
+
+        device.emulated_forget()
+        x, other = torch.randn(1, 20, 30, 30), torch.randn(1, 20, 40, 40)
+        counts = [asked(lambda: direct.door.normalise(x, *arguments)) for _ in range(3)]
+        assert counts == [1, 0, 0]
+        assert asked(lambda: direct.door.normalise(other, *arguments)) == 1
+        assert asked(lambda: direct.door.normalise(x.repeat(2, 1, 1, 1), *arguments)) == 0
+        assert asked(lambda: ask(0, 20, 900, 0, False, 4)) == 0
+        assert asked(lambda: ask(0, 20, 900, 0, False, 2)) == 1   # another kernel
+        assert asked(lambda: ask(1, 20, 900, 0, False, 4)) == 1   # another device
+
+        # The answer is the device's, not that of the size alone.
+        device.emulated_clusters(0)
+        try:
+            assert ask(0, 20, 1600, 0, False, 2) == 0 < ask(0, 20, 1600, 0, False, 4)
+        finally:
+            device.emulated_clusters(16)
+            device.emulated_forget()
+        assert ask(0, 20, 1600, 0, False, 2) == 16
 
 
 def test_an_error_of_a_launcher_is_that_of_the_call():

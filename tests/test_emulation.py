@@ -256,30 +256,31 @@ def test_every_operator_launches_on_the_device_and_the_current_stream_of_its_ten
 
 
 def test_an_operator_says_what_its_kernels_did_wrong(device):
-    """Here that a key or a coefficient lies on another device."""
+    """Here that they read a key or a coefficient from an odd address."""
     x, key, each = torch.randn(4, 20_000), torch.tensor([5, 0]), torch.rand(4)
     out, sums = torch.empty_like(x), torch.empty(4)
     numbers = (5, 0, 9, 0)  # seed, step, stream, offset
     image, normal = x.view(4, 20, 1000), out.view(4, 20, 1000)
     stats, coef = torch.empty(1, 4, 20, 2), torch.rand(1, 20)
     calls = {
-        "fill": lambda: torch.ops.fastscore_emulated.fill(out, 2, key, *numbers),
-        "noisy_update": lambda: torch.ops.fastscore_emulated.noisy_update(
-            out, x, None, None, 0.0, each, 0.0, None, *numbers
+        "fill": lambda t: torch.ops.fastscore_emulated.fill(out, 2, t, *numbers),
+        "noisy_update": lambda t: torch.ops.fastscore_emulated.noisy_update(
+            out, x, None, None, 0.0, t, 0.0, None, *numbers
         ),
-        "noise_reduce": lambda: torch.ops.fastscore_emulated.noise_reduce(
-            sums, x, each, 0.0, None, *numbers, 0
+        "noise_reduce": lambda t: torch.ops.fastscore_emulated.noise_reduce(
+            sums, x, t, 0.0, None, *numbers, 0
         ),
-        "normalise": lambda: torch.ops.fastscore_emulated.normalise(
-            normal, None, stats, image, None, coef, None, None, 0, False, False, 1e-5, 0
+        "normalise": lambda t: torch.ops.fastscore_emulated.normalise(
+            normal, None, stats, image, None, t, None, None, 0, False, False, 1e-5, 0
         ),
     }
-    assert set(calls) == set(emulate.operators())
+    given = {"fill": key, "noisy_update": each, "noise_reduce": each, "normalise": coef}
+    assert set(calls) == set(given) == set(emulate.operators())
     for name, call in calls.items():
-        call()
-        words = f"{name} could not be launched: device 0 accesses memory of device 1"
-        with emulate.on_device(key, each, coef), pytest.raises(RuntimeError, match=words):
-            call()
+        call(given[name])
+        words = f"{name} could not be launched: a misaligned address"
+        with pytest.raises(RuntimeError, match=words):
+            call(emulate.misaligned(given[name]))
         assert device.emulated_current_device() == 0
 
 

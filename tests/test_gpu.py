@@ -601,6 +601,7 @@ def test_a_device_without_clusters_takes_triton_s_passes(clusters):
     x, form = torch.randn(2, 20, 30, 30), Form(0, True, True, 1e-5, "elu")
     coef = torch.rand(1, 60)
     emulate.driver().emulated_clusters(0)
+    emulate.driver().emulated_forget()
     _clusters.cache_clear()
     try:
         assert not in_clusters(x, form)
@@ -609,6 +610,7 @@ def test_a_device_without_clusters_takes_triton_s_passes(clusters):
         assert emulate.launched() == []
     finally:
         emulate.driver().emulated_clusters(16)
+        emulate.driver().emulated_forget()
         _clusters.cache_clear()
     assert torch.equal(y, normalise(x, coef, None, form, "triton"))
     assert in_clusters(x, form)

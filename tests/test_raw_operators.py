@@ -1,12 +1,19 @@
 """The operators of the extension, called without the public functions that check for them.
 
-Whatever does not fit is refused in one sentence, and nothing is written.
+Whatever does not fit is refused in one sentence, and nothing is written: by the CPU's, and by
+those of the .cu files, which run on the emulated device.
 """
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastscore import backend, random
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "build_support"))
+import emulate
 
 pytestmark = pytest.mark.skipif(
     backend.load_extension() is not None, reason="the extension is not built"
@@ -362,8 +369,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "changed", "words"), CASES)
-def test_arguments_that_do_not_fit_are_refused_in_one_sentence(name, changed, words):
+@pytest.fixture(scope="module")
+def of_gpu():
+    """The operators of the .cu files."""
+    reason = emulate.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    emulate.driver()
+    return torch.ops.fastscore_emulated
+
+
+def refused(operators, name, changed, words):
     op, arguments = PLAIN[name]
     given = arguments() | changed
     tensors = [
@@ -371,9 +387,69 @@ def test_arguments_that_do_not_fit_are_refused_in_one_sentence(name, changed, wo
     ]
     before = [t.clone() for t in tensors]
     with pytest.raises(RuntimeError, match=f"^fastscore: {op}: {words}.?$") as error:
-        getattr(torch.ops.fastscore, op)(*given.values())
+        getattr(operators, op)(*given.values())
     assert "\n" not in str(error.value)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before))
+
+
+@pytest.mark.parametrize(("name", "changed", "words"), CASES)
+def test_arguments_that_do_not_fit_are_refused_in_one_sentence(name, changed, words):
+    refused(torch.ops.fastscore, name, changed, words)
+
+
+# What labels in a GPU's memory hold, no launcher can look at: their samples are not a number.
+ON_GPU = [
+    case
+    for case in CASES
+    if PLAIN[case.values[0]][0] in emulate.operators() and "labels must be in" not in case.id
+]
+
+
+@pytest.mark.parametrize(("name", "changed", "words"), ON_GPU)
+def test_arguments_that_do_not_fit_are_refused_on_a_gpu_in_the_same_sentence(
+    of_gpu, name, changed, words
+):
+    refused(of_gpu, name, changed, words)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("fill", "key"),
+        *(("noisy_update", a) for a in ("x", "direction", "drift_each", "diffusion_each", "key")),
+        *(("noise_reduce", a) for a in ("out", "sigma_each", "key")),
+        *(("normalise", a) for a in ("y", "stats", "coef", "labels")),
+    ],
+)
+def test_a_tensor_of_another_device_is_refused(of_gpu, name, argument):
+    more = {"key": long(1, 2), "labels": long(0, 0)}
+    given = PLAIN[name][1]()
+    there = given[argument] if given[argument] is not None else more.get(argument, ones(6))
+    changed = {argument: there}
+    here = {"noise_reduce": "score", "normalise": "x"}.get(name, "out")
+    with emulate.on_device(there):
+        words = f"{argument} must lie on the device of {here}, cpu; got cpu:1"
+        refused(of_gpu, name, changed, words)
+
+
+@pytest.mark.parametrize("name", ["fill", "noisy_update", "noise_reduce"])
+def test_arguments_that_fit_are_taken_on_a_gpu(of_gpu, name):
+    op, arguments = PLAIN[name]
+    given, expected = arguments(), arguments()
+    (out,) = (a.name for a in schema(op).arguments if a.alias_info is not None)
+    getattr(of_gpu, op)(*given.values())
+    getattr(torch.ops.fastscore, op)(*expected.values())
+    assert (given[out] != 0).any() and torch.allclose(given[out], expected[out], atol=1e-5)
+
+
+def test_empty_tensors_fit_on_a_gpu(of_gpu):
+    zero = torch.zeros(0, 4)
+    of_gpu.noisy_update(zero, zero.clone(), None, ones(0), 0.0, None, 1.0, None, 1, 0, 1, 0)
+    of_gpu.fill(zero, random.NORMAL, None, 1, 0, 1, 0)
+    of_gpu.noise_reduce(zeros(0), zero, None, 1.0, None, 1, 0, 1, 0, 0)
+    sums = ones(3)
+    of_gpu.noise_reduce(sums, zeros(3, 0), None, 1.0, None, 1, 0, 1, 0, 0)
+    assert not sums.any()
 
 
 def test_an_argument_that_fits_may_be_the_output_itself_or_lie_beside_it():

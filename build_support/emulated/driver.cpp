@@ -116,6 +116,7 @@ std::map<const void*, size_t> shared_at;
 size_t shared_used = 0;
 std::map<const void*, size_t> asked_for;   // by kernel: bytes of shared memory that its launches may have
 int most_clusters = 16;                    // that the device says it holds at once
+long questions = 0;                        // how often it was asked
 
 [[noreturn]] void abandon() {
   aborted = true;
@@ -514,6 +515,7 @@ int ask_for_shared_memory(const void* kernel, size_t bytes) {
 }
 
 int clusters_at_once(const void* kernel, size_t bytes, unsigned size) {
+  ++questions;
   const auto asked = asked_for.find(kernel);
   const bool fits = bytes <= (asked == asked_for.end() ? kWithoutAsking : asked->second) && size <= kMostBlocks;
   return fits ? most_clusters : 0;
@@ -641,6 +643,7 @@ EXPORT void emulated_place(void* begin, size_t bytes, int device) {
   else placed[reinterpret_cast<uintptr_t>(begin)] = {reinterpret_cast<uintptr_t>(begin) + bytes, device};
 }
 EXPORT void emulated_clusters(int most) { most_clusters = most; }
+EXPORT long emulated_questions() { return questions; }
 EXPORT void emulated_use_stream(int device, int number) { current_stream[device] = number; }
 EXPORT int emulated_current_device() { return current_device; }
 EXPORT const char* emulated_log() { return log.c_str(); }
