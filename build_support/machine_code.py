@@ -1,6 +1,6 @@
 """Compile the GPU kernels without a GPU and count what their machine code does.
 
-`machine_code.py triton | cuda` prints JSON.
+`machine_code.py triton | cuda | schedule` prints JSON.
 
 A row per kernel and target: instructions, how many of them per element where the kernel is
 straight-line, accesses to local memory (spills), 128-bit accesses to global memory, and the bytes
@@ -33,14 +33,18 @@ DTYPES = {
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
+def disassembled(path):
+    return subprocess.run(
+        [BIN / "cuobjdump", "-sass", path], capture_output=True, text=True, check=True
+    ).stdout
+
+
 def count(path, per_thread=None, steps=1):
     """{kernel: figures} of one cubin or object file.
 
     A loop, if there is one, runs `steps` times over `per_thread` elements.
     """
-    text = subprocess.run(
-        [BIN / "cuobjdump", "-sass", path], capture_output=True, text=True, check=True
-    ).stdout
+    text = disassembled(path)
     usage = subprocess.run(
         [BIN / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True
     ).stdout
@@ -70,17 +74,37 @@ def count(path, per_thread=None, steps=1):
     return rows
 
 
-PIPES = {  # of sm_90, by what an opcode begins with; what is left counts for the scheduler alone
-    "fma": ("FFMA", "FMUL", "FADD", "HFMA2", "HMUL2", "HADD2"),
-    "imad": ("IMAD",),
+# By their names without what follows a dot. On sm_90 the ALU and the half of the FMA pipe that
+# multiplies integers start an instruction of a warp every other clock, and the XU's results are
+# announced: so the compiler's own schedule tells that I2FP and F2FP (32-bit integers to floats,
+# floats to 16 bits) are the ALU's, I2F and F2F (the rest) the XU's, VIADD that half's
+# (tests/test_machine_code.py).
+PIPES = {
+    "fma": ("FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2", "HFMA2", "HMUL2", "HADD2"),
+    "imad": ("IMAD", "IDP", "VIADD"),
     "alu": (
-        "LOP3", "IADD", "SHF", "ISETP", "FSETP", "SEL", "FSEL", "FMNMX", "IMNMX", "VIMNMX", "PRMT",
-        "LEA", "PLOP3", "F2FP", "FCHK",
+        "LOP3", "IADD3", "VIADDMNMX", "SHF", "ISETP", "FSETP", "HSETP2", "SEL", "FSEL",
+        "FMNMX", "HMNMX2", "IMNMX", "VIMNMX", "IABS", "SGXT", "PRMT", "LEA", "PLOP3", "MOV", "F2FP",
+        "I2FP", "P2R", "R2P", "R2UR", "VOTE",
     ),
-    "xu": ("MUFU", "I2F", "F2I", "F2F", "I2I", "POPC"),
-    "lsu": ("LDG", "STG", "LDS", "STS", "SHFL", "LDC", "ATOM", "RED"),
+    "xu": ("MUFU", "I2F", "F2I", "F2F", "FRND", "POPC", "FLO", "BREV", "FCHK"),
+    "lsu": (
+        "LDG", "STG", "LDS", "STS", "LDL", "STL", "LD", "ST", "LDSM", "STSM", "SHFL", "LDC", "ATOM",
+        "ATOMG", "ATOMS", "RED", "REDG", "REDUX",
+    ),
     "fp64": ("DFMA", "DMUL", "DADD", "DSETP"),
-}
+    # What counts for the scheduler alone, beside the uniform datapath, whose names begin with U.
+    "": (
+        "BRA", "BRX", "CALL", "RET", "EXIT", "BSSY", "BSYNC", "BAR", "WARPSYNC", "NOP", "S2R",
+        "S2UR", "CS2R", "LDCU", "LEPC", "MEMBAR", "ERRBAR", "CCTL", "DEPBAR", "NANOSLEEP", "YIELD",
+        "UCGABAR_ARV", "UCGABAR_WAIT", "ACQBULK", "PREEXIT", "BREAK", "BPT",
+    ),
+}  # fmt: skip
+PIPE_OF = {name: pipe for pipe, names in PIPES.items() for name in names}
+
+
+def opcode(line):
+    return re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)", line)[1]
 
 
 def pipes(lines):
@@ -88,10 +112,29 @@ def pipes(lines):
 
     A move by IMAD goes through the FMA pipe, too.
     """
-    opcodes = [re.search(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w]*)", line)[1] for line in lines]
-    return {
-        pipe: sum(opcode.startswith(names) for opcode in opcodes) for pipe, names in PIPES.items()
-    }
+    names = [opcode(line) for line in lines]
+    unknown = {name for name in names if name not in PIPE_OF and not name.startswith("U")}
+    assert not unknown, f"of no pipe: {unknown}"
+    found = [PIPE_OF.get(name) for name in names]
+    return {pipe: found.count(pipe) for pipe in PIPES if pipe}
+
+
+def schedule(text):
+    """[(opcode, clocks to the next instruction, whether it sets a scoreboard)] of each function of
+    `cuobjdump -sass`.
+
+    An instruction is two words, of which the second tells the warp how long to wait after it (bits
+    41 to 44), and by which of six scoreboards its result will be announced (46 to 48; 7: by none,
+    for it takes a known time).
+    """
+    functions = []
+    for part in text.split("Function : ")[1:]:
+        found = re.findall(
+            r"(/\*[0-9a-f]{4,}\*/\s+[^\n]*?)/\* 0x[0-9a-f]{16} \*/\s+/\* 0x([0-9a-f]{16}) \*/", part
+        )
+        words = [(opcode(line), int(word, 16)) for line, word in found]
+        functions.append([(name, word >> 41 & 15, word >> 46 & 7 != 7) for name, word in words])
+    return functions
 
 
 def loop(lines):
@@ -181,7 +224,9 @@ def noise_kernels():
         }
         constants |= {"CROSSES": False, "ALIGNED": True} | ({} if wide else {"sigma_ptr": None})
         types = pointers | scalars | dict.fromkeys(("samples", "per_sample"), "i32")
-        for label, full, steps in (("long", True, 4), ("full", True, 1), ("masked", False, 1)):
+        several = tiles.TABLE["default"]["noise_reduce"]["STEPS"]
+        reduced = ("long", True, several), ("full", True, 1), ("masked", False, 1)
+        for label, full, steps in (*reduced, ("masked-long", False, several)):
             more = {"FULL": full, "STEPS": steps}
             yield (
                 f"noise_reduce {label} {dtype}",
@@ -461,7 +506,7 @@ def triton_kernels(arch):
     )
 
 
-def compile_triton(entry, arch):
+def compile_triton(entry, arch, scheduled=False):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -489,6 +534,8 @@ def compile_triton(entry, arch):
         file.write(compiled.asm["cubin"])
         file.flush()
         (row,) = count(file.name, elements / (32 * warps), constants.get("STEPS", 1)).values()
+        if scheduled:
+            row["schedule"] = schedule(disassembled(file.name))
     return f"{name} sm_{arch}", row
 
 
@@ -529,6 +576,13 @@ if __name__ == "__main__":
                 for arch in (80, 90, 100)
                 for entry in triton_kernels(arch)
             )
+        elif sys.argv[1] == "schedule":   # of kernels with every kind of conversion
+            scheduled = dict(
+                compile_triton(entry, 90, True)
+                for entry in triton_kernels(90)
+                if re.match(r"(noisy_update|noise_reduce long|apply elu) (fp|bf)", entry[0])
+            )
+            rows = {"pipe_of": PIPE_OF, "rows": scheduled}
         else:
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
             results = pool.map(

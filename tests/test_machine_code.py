@@ -1,6 +1,7 @@
 """What the GPU would execute, checked without one."""
 
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -16,10 +17,11 @@ sys.path.insert(0, str(ROOT / "build_support"))
 import native  # noqa: E402
 
 
-def count(what):
+def count(what, target="9.0"):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton, whose wheel carries cuobjdump, is not installed")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TORCH_CUDA_ARCH_LIST"] = target   # of CUDA C++; Triton compiles for all three
     script = ROOT / "build_support" / "machine_code.py"
     result = children.run([sys.executable, script, what], env=environment, seconds=800)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -110,7 +112,11 @@ def test_activations_of_a_stack_move_every_tensor_once(triton_rows):
             assert row["registers"] <= (128 if dtype == "fp64" else 64), (name, row)
 
 
-def test_every_cuda_kernel_compiles_without_spills(cuda_rows):
+@pytest.mark.parametrize("target", ["8.0", "9.0", "10.0"])
+def test_every_cuda_kernel_compiles_without_spills(target, request):
+    if native.find_nvcc() is None:
+        pytest.skip("no nvcc was found")
+    cuda_rows = request.getfixturevalue("cuda_rows") if target == "9.0" else count("cuda", target)
     kernels = (
         "fill_elements",
         "fill_packs",
@@ -211,6 +217,37 @@ def test_instructions_per_element_do_not_grow(triton_rows, request):
             assert row["per_element"] <= 30, (name, row)
         if "reduce_samples" in name and row["per_element"]:
             assert row["per_element"] <= 30.5 and row["registers"] <= 80, (name, row)
+
+
+def test_conversions_take_the_pipe_that_their_schedule_shows():
+    """Between two instructions of the ALU a warp waits two clocks, as it does between two of the
+    half of the FMA pipe that multiplies integers; from one pipe to another it may go on in the
+    next.
+
+    What the XU computes is announced by a scoreboard.
+    """
+    found = count("schedule")
+    pipe_of, rows = found["pipe_of"], found["rows"]
+    boards, waits = {}, {}
+    for function in (function for row in rows.values() for function in row["schedule"]):
+        for name, _, board in function:
+            boards.setdefault(name, set()).add(board)
+        for (name, wait, _), (then, _, _) in itertools.pairwise(function):
+            pipes = pipe_of.get(name), pipe_of.get(then)
+            for pair in {(name, pipes[1]), (pipes[0], then), pipes}:
+                waits.setdefault(pair, []).append(wait)
+
+    # The ruler: instructions whose pipes nobody doubts.
+    assert True in boards["MUFU"] and boards["LOP3"] == boards["FFMA"] == {False}
+    assert min(waits["LOP3", "alu"]) == 2 and min(waits["LOP3", "fma"]) == 1
+    assert min(waits["FFMA", "alu"]) == min(waits["FFMA", "fma"]) == 1
+
+    for name in ("I2FP", "F2FP"):
+        assert boards[name] == {False} and pipe_of[name] == "alu"
+        assert min(waits[name, "alu"]) == min(waits["alu", name]) == 2, name
+        assert min(waits[name, "fma"]) == min(waits["fma", name]) == 1, name
+    assert True in boards["F2F"] and pipe_of["F2F"] == pipe_of["I2F"] == "xu"
+    assert min(waits["alu", "alu"]) == min(waits["imad", "imad"]) == 2
 
 
 def test_the_stream_is_found_in_a_torch_that_was_not_linked(tmp_path):

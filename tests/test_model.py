@@ -49,6 +49,26 @@ assert model.said(0.98, 0.75) == "predicted 98, measured 75"
 """)
 
 
+def test_an_instruction_counts_for_one_pipe():
+    run("""
+import machine_code
+line = "        /*0630*/   {} ;   /* 0x0000001200137245 */"
+code = "I2FP.F32.U32 R19, R18|F2FP.BF16.F32.PACK_AB R1, R2, R3|I2F.F64.U32 R2, R5"
+code += "|F2F.F32.F64 R2, R4|@!P0 LOP3.LUT R16, R16, 0xff, RZ, 0xc0, !PT|MUFU.LG2 R3, R4"
+code += "|@P1 IMAD.MOV.U32 R1, RZ, RZ, R2|HFMA2.MMA R24, -RZ, RZ, 0.1, 1|ULDC UR4, c[0x0][0x244]"
+code += "|@UP0 UIADD3 UR4, UR4, 1, URZ|EXIT"
+pipes = machine_code.pipes([line.format(text) for text in code.split("|")])
+assert pipes == {"fma": 1, "imad": 1, "alu": 3, "xu": 3, "lsu": 0, "fp64": 0}, pipes
+assert len(machine_code.PIPE_OF) == sum(map(len, machine_code.PIPES.values()))
+try:
+    machine_code.pipes([line.format("NEWOP R1, R2")])
+except AssertionError as error:
+    assert "NEWOP" in str(error)
+else:
+    raise SystemExit("an instruction of no pipe was left out")
+""")
+
+
 def test_a_norm_in_clusters_is_predicted_from_how_its_rows_are_cut():
     run("""
 import model
