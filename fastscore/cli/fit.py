@@ -12,7 +12,7 @@ from fastscore import datasets, losses, perturb, random, training
 from fastscore.cli import metrics, run_folder, splits
 from fastscore.cli.run_folder import TrainConfig
 from fastscore.losses.noise_conditional import draw_labels
-from fastscore.training import files
+from fastscore.training import files, lock
 
 BATCHES = 1024   # the stream that picks each step's images
 SAVE_EVERY = 500   # steps: what a killed run may lose
@@ -68,15 +68,24 @@ def batches(
 def _refuse_another_run(out):
     # What a run that was killed before it had its config leaves is none.
     kept = [] if not out.exists() else list(out.iterdir())
-    if [path for path in kept if path.name != splits.FILE and not files.is_temporary(path)]:
+    left = {splits.FILE, lock.NAME}
+    if [path for path in kept if path.name not in left and not files.is_temporary(path)]:
         raise ValueError(f"train: {out} exists already; choose another folder or pass --resume.")
 
 
-def _updates(config, out, split, images, labels, net, sigmas):
+def _updates(config, out, *things):
+    out.mkdir(parents=True, exist_ok=True)
+    with lock.only_writer(out):
+        if not config.resume:
+            # Another process may have begun meanwhile.
+            _refuse_another_run(out)
+        files.sweep(out)
+        yield from _updates_alone(config, out, *things)
+
+
+def _updates_alone(config, out, split, images, labels, net, sigmas):
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
     ema = training.averaged(net, config.ema_decay)
-    out.mkdir(parents=True, exist_ok=True)
-    files.sweep(out)
     last, first, begun = None, 0, {}
     if config.resume:
         last, first, begun = run_folder.restore(out, net, ema, optimizer)
