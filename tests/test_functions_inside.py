@@ -402,11 +402,35 @@ SAVED = {
 }
 
 
+def operator_of(setup, backward, name):
+    def square(x: torch.Tensor, factor: float = 4.0) -> torch.Tensor:
+        return factor * x.square()
+
+    op = torch.library.custom_op(f"fastscore_tests::{name}", square, mutates_args=())
+    op.register_fake(lambda x, factor=4.0: torch.empty_like(x))
+    op.register_autograd(lambda ctx, g: (backward(ctx, g), None), setup_context=setup)
+    return op
+
+
+def setup_of_saved(ctx, inputs, output):
+    x, factor = inputs
+    ctx.save_for_backward(x, factor / 2 * x)
+
+
+OPERATORS = {
+    "operator, attribute": operator_of(setup_of_attribute, lambda ctx, g: 4 * ctx.t * g, "one"),
+    "operator, saved": operator_of(
+        setup_of_saved, lambda ctx, g: 4 * ctx.saved_tensors[1] * g, "two"
+    ),
+}
+APPLIED = {**{name: f.apply for name, f in SAVED.items()}, **OPERATORS}
+
+
 def gradient_of(loss, weight):
     return torch.autograd.grad(loss.sum(), weight)[0]
 
 
-@pytest.mark.parametrize("kind", SAVED)
+@pytest.mark.parametrize("kind", APPLIED)
 @pytest.mark.parametrize("loss", ["sliced", "exact", "finite_difference_sliced"])
 @pytest.mark.parametrize("model", ["score", "energy"])
 def test_what_a_forward_has_computed_and_saved_is_differentiated(kind, loss, model):
@@ -422,7 +446,7 @@ def test_what_a_forward_has_computed_and_saved_is_differentiated(kind, loss, mod
         named = {} if loss == "exact" else {"seed": 1}
         return getattr(losses, loss)(score, x, **named)
 
-    got, expected = value(SAVED[kind].apply), value(lambda h: 4 * h.square())
+    got, expected = value(APPLIED[kind]), value(lambda h: 4 * h.square())
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(gradient_of(got, weight), gradient_of(expected, weight))
 

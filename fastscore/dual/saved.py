@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.utils import fill_defaults, has_kwarg_only_args
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx, _SingleLevelFunction
 from torch.utils._pytree import tree_flatten
@@ -19,6 +20,7 @@ from fastscore.dual.once import Once
 
 running: list[Any] = []   # evaluations, of all threads, in which backwards will be differentiated
 _stock = torch._C._FunctionBase.saved_tensors.__get__
+_LIBRARY = torch._library.autograd.__name__
 _SUBSTITUTES = "_fastscore_saved"
 _STEP = 2.0**-10   # of an argument, relative
 _FEW = 0.1   # of the elements: steps that a small change of the arguments crosses
@@ -41,11 +43,13 @@ def applied(cls: Any, apply: Callable[..., Any], args: Any, kwargs: dict[str, An
         not inputs
         or not torch.is_grad_enabled()
         or torch._C._functorch.maybe_current_level() is not None
-        or cls.__module__.startswith(("fastscore.", "torch."))
+        or (cls.__module__.startswith(("fastscore.", "torch."))
+        and not _of_operator(cls))
     ):
         return apply(*args, **kwargs)
 
-    once = Once(inputs[0].device, cls.forward, cls.setup_context)
+    own = _registered(cls)[1:] if _of_operator(cls) else (cls.forward, cls.setup_context)
+    once = Once(inputs[0].device, *own)
     versions = [a._version for a in inputs]
     with once:
         outputs = apply(*args, **kwargs)
@@ -54,15 +58,32 @@ def applied(cls: Any, apply: Callable[..., Any], args: Any, kwargs: dict[str, An
     node = next((n for n in nodes if isinstance(n, cls._backward_cls)), None)
     if node is not None:
         written = [a._version for a in inputs] != versions
-        _connect(node, _Forward(cls, args, kwargs, inputs, node, once, written))
+        _connect(node, _Forward(cls, args, kwargs, inputs, outputs, node, once, written))
     return outputs
+
+
+def _of_operator(cls):
+    """Whether torch.library has made this Function, for an operator of the user's."""
+    return cls.__module__ == _LIBRARY
+
+
+def _registered(cls):
+    """The operator, and the user's setup_context for it, or two None.
+
+    Those where lists of tensors lie between, or nothing was registered.
+    """
+    forward = cls.forward
+    held = dict(zip(forward.__code__.co_freevars, forward.__closure__ or ()))
+    if "info" not in held or "op" not in held:
+        return None, None
+    return held["op"].cell_contents, held["info"].cell_contents._setup_context_fn
 
 
 class _Forward:
     """The forward of a Function, carried out again with a graph, at most once."""
 
-    def __init__(self, cls, args, kwargs, inputs, node, once, written):
-        self.cls, self.args, self.kwargs = cls, args, kwargs
+    def __init__(self, cls, args, kwargs, inputs, outputs, node, once, written):
+        self.cls, self.args, self.kwargs, self.outputs = cls, args, kwargs, outputs
         self.inputs, self.needed, self.once = inputs, node.needs_input_grad, once
         self.written = written
         self.found = None
@@ -74,7 +95,7 @@ class _Forward:
         if self.found is None:
             try:
                 with torch.enable_grad():
-                    self.found = self._saved(lambda a: a)
+                    self.found = self._with_graph()
             except (RuntimeError, TypeError):   # as of out=, which no graph takes
                 self.found = {}
 
@@ -87,24 +108,51 @@ class _Forward:
             self._refuse("has a forward mode of its own, which has used it already")
         return again
 
-    def _saved(self, change):
-        """{place: tensor} of all that the forward saves at changed arguments."""
-        cls, ctx = self.cls, FunctionCtx()
-        ctx.needs_input_grad = self.needed
-        args = [
+    def _with_graph(self):
+        """{place: tensor} of all that is saved, by arguments and results that have a graph."""
+        cls, ctx = self.cls, self._context()
+        if _of_operator(cls):
+            op, setup = _registered(cls)
+            if setup is not None:
+                named = self._named(op)
+                with self.once:
+                    setup(ctx=ctx, **named)
+        elif _sets_up(cls):
+            with self.once:
+                cls.setup_context(ctx, self.args, self.outputs)
+        else:
+            return self._at(lambda a: a)
+        return _found(ctx)
+
+    def _named(self, op):
+        """What torch.library gives to a setup_context."""
+        *args, metadata = self.args
+        args, more = fill_defaults(op._schema, args, metadata.keyword_only_args)
+        named = {"inputs": args, "output": self.outputs}
+        return named | {"keyword_only_inputs": more} if has_kwarg_only_args(op._schema) else named
+
+    def _at(self, change):
+        """The same of changed arguments."""
+        cls, ctx = self.cls, self._context()
+        args = tuple(
             change(a.view_as(a)) if any(a is i for i in self.inputs) else a for a in self.args
-        ]
+        )
         with self.once:
-            if cls.setup_context is _SingleLevelFunction.setup_context:
-                cls.forward(ctx, *args, **self.kwargs)
+            if _sets_up(cls):
+                cls.setup_context(ctx, args, cls.forward(*args, **self.kwargs))
             else:
-                cls.setup_context(ctx, tuple(args), cls.forward(*args, **self.kwargs))
-        return dict(_places(vars(ctx), getattr(ctx, "to_save", None) or ()))
+                cls.forward(ctx, *args, **self.kwargs)
+        return _found(ctx)
+
+    def _context(self):
+        ctx = FunctionCtx()
+        ctx.needs_input_grad = self.needed
+        return ctx
 
     def _moves(self, t, place):
         with torch.no_grad():
             try:
-                other = self._saved(_stepped).get(place)
+                other = self._at(_stepped).get(place)
             except (RuntimeError, TypeError):
                 return True
         if not isinstance(other, Tensor) or other.shape != t.shape:
@@ -122,6 +170,14 @@ class _Forward:
 def _stepped(a):
     signs = 1 - 2 * (torch.arange(a.numel(), device=a.device) % 2).view(a.shape).to(a.dtype)
     return a + _STEP * signs * (a.abs() + _STEP)
+
+
+def _sets_up(cls):
+    return cls.setup_context is not _SingleLevelFunction.setup_context
+
+
+def _found(ctx):
+    return dict(_places(vars(ctx), getattr(ctx, "to_save", None) or ()))
 
 
 _OWN = ("to_save", "saved_for_forward", "dirty_tensors", "non_differentiable", "needs_input_grad")

@@ -140,7 +140,8 @@ def transposed(
         with torch._C.DisableTorchFunctionSubclass():
             if cls is not None and keep:
                 return tree_flatten(saved.applied(cls, function, arguments, keywords))
-            return tree_flatten(function(*arguments, **keywords))
+            with saved.derived() if keep else contextlib.nullcontext():
+                return tree_flatten(function(*arguments, **keywords))
 
     # Without a checkpoint's hooks, who would call f again at once.
     with (
