@@ -82,9 +82,7 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 def add(out: Path, record: dict[str, Any]) -> None:
     """Append a line."""
-    line = f"{json.dumps(record)}\n".encode()
-    with files.named_where_full(out / FILE, len(line)), open(out / FILE, "ab") as file:
-        file.write(line)
+    files.append(out / FILE, f"{json.dumps(record)}\n".encode())
 
 
 def forget_after_save(save: saves.Save) -> None:

@@ -59,7 +59,7 @@ def replacing(path: str | Path, needed: int | None = None) -> Iterator[IO[bytes]
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
-    flush_folder(path.parent)
+        flush_folder(path.parent)
 
 
 def write_folder(target: Path, contents: dict[str, bytes]) -> None:
@@ -82,7 +82,21 @@ def write_folder(target: Path, contents: dict[str, bytes]) -> None:
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
-    flush_folder(target.parent)
+        flush_folder(target.parent)
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add to a file that only grows; where there is no room it is as long as before."""
+    with named_where_full(path, len(data)), open(path, "ab", buffering=0) as file:
+        length = file.tell()
+        try:
+            written = file.write(data)
+            # What fits is written, and only the rest is refused.
+            if written < len(data):
+                file.write(data[written:])
+        except OSError:
+            file.truncate(length)
+            raise
 
 
 def remove_folder(folder: Path, name: str | None = None) -> None:
@@ -139,9 +153,15 @@ def is_temporary(path: Path) -> bool:
 
 def flush_folder(folder: Path) -> None:
     """Have the names in a folder on the disk: a rename is lost with the power until then."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems know no such thing.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -158,7 +178,7 @@ def named_where_full(path: Path, needed: int | None) -> Iterator[None]:
         wanted = "" if needed is None else f"it needs {size(needed)}, "
         told = OSError(
             f"{path} could not be written: {os.strerror(error.errno).lower()}; {wanted}"
-            f"{size(free)} are free. Nothing of it was left, and what was there before is whole."
+            f"{size(free)} are free. What was saved before is whole."
         )
         told.errno = error.errno
         raise told from error

@@ -20,15 +20,16 @@ def only_writer(folder: Path) -> Iterator[None]:
         ValueError: another process is; the message has its number.
     """
     path = folder / NAME
-    file = open(path, "a+b")
+    file = open(path, "a+b", buffering=0)
     while not _is_ours(file, path):
         file.close()
-        file = open(path, "a+b")
+        file = open(path, "a+b", buffering=0)
 
     try:
-        file.truncate(0)
-        file.write(str(os.getpid()).encode())
-        file.flush()
+        # On a full disk without the number.
+        with contextlib.suppress(OSError):
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
         yield
     finally:
         # Before the lock ends: whoever opened it meanwhile sees that it is gone.

@@ -188,7 +188,7 @@ def _entry(data):
 
 def _flushed(path):
     """The entry of a log, which is on the disk before the save that names it."""
-    with open(path, "rb") as file:
+    with files.named_where_full(path, None), open(path, "rb") as file:
         os.fsync(file.fileno())
         return _entry(file.read())
 
