@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fastscore.scalars import number
 from fastscore.tensors import home
 
-_PREFIX = "average_"   # of the buffers that hold the float32 averages of narrower weights
+PREFIX = "average_"   # of the buffers that hold the float32 averages of narrower weights
 
 
 def averaged(model: torch.nn.Module, decay: float) -> AveragedModel:
@@ -27,30 +27,36 @@ def averaged(model: torch.nn.Module, decay: float) -> AveragedModel:
     last bit) and rounded after every update; `state_dict` holds both. Buffers are copied. The copy
     is of the network itself, without DistributedDataParallel around it.
     """
+    check_weights("averaged", model)
+    return Averaged(model, number("averaged", "decay", decay, 0, below=1))
+
+
+def check_weights(op: str, model: torch.nn.Module) -> None:
     for name, p in model.named_parameters():
         if isinstance(p, UninitializedTensorMixin):
             raise ValueError(
-                f"averaged: the model must have weights; {name} has no shape yet (run its lazy "
+                f"{op}: the model must have weights; {name} has no shape yet (run its lazy "
                 "modules once)."
             )
-    return _Averaged(model, number("averaged", "decay", decay, 0, below=1))
 
 
-class _Averaged(AveragedModel):
-    def __init__(self, model, decay):
+class Averaged(AveragedModel):
+    """What `averaged` returns."""
+
+    def __init__(self, model: torch.nn.Module, decay: float) -> None:
         super().__init__(torch.nn.Module())   # which would copy the model by copy.deepcopy alone
         self.n_averaged = self.n_averaged.new_zeros((), device=home())
         self.module = copied(_inner(model))
         self.decay = decay
         for i, p in enumerate(self.module.parameters()):
             if _narrow(p):
-                self.register_buffer(f"{_PREFIX}{i}", p.detach().float())
+                self.register_buffer(f"{PREFIX}{i}", p.detach().float())
         self.eval()
 
-    def update_parameters(self, model):
+    def update_parameters(self, model: torch.nn.Module) -> None:
         """Take the model's weights into the average."""
         n = float(self.n_averaged)
-        decay = 0.0 if n == 0 else min(self.decay, (1 + n) / (10 + n))
+        decay = self._decay(n) if n else 0.0
         groups = defaultdict(lambda: ([], []))
 
         parameters = list(model.parameters())
@@ -74,6 +80,10 @@ class _Averaged(AveragedModel):
 
         self._copy_buffers(_inner(model))
         self.n_averaged += 1
+
+    def _decay(self, n):
+        """Of the average of n weights, where another comes to it."""
+        return min(self.decay, (1 + n) / (10 + n))
 
     def _copy_buffers(self, model):
         """By name, for a model may make buffers as it runs."""
@@ -101,7 +111,7 @@ class _Averaged(AveragedModel):
 
         Where somebody has written into p since, it is p's.
         """
-        name = f"{_PREFIX}{i}"
+        name = f"{PREFIX}{i}"
         if name not in self._buffers:
             self.register_buffer(name, p.float())
         shadow = self._buffers[name]
@@ -112,11 +122,11 @@ class _Averaged(AveragedModel):
         """(parameter, shadow) of the parameters that have one."""
         for i, p in enumerate(self.module.parameters()):
             if _narrow(p):
-                yield p.detach(), self._buffers[f"{_PREFIX}{i}"]
+                yield p.detach(), self._buffers[f"{PREFIX}{i}"]
 
     def _apply(self, fn, recurse=True):
         """Shadows follow to other devices, not to other dtypes."""
-        before = {name: t for name, t in self._buffers.items() if name.startswith(_PREFIX)}
+        before = {name: t for name, t in self._buffers.items() if name.startswith(PREFIX)}
         super()._apply(fn, recurse)
         for name, t in before.items():
             self._buffers[name] = t.to(self._buffers[name].device)
@@ -128,7 +138,7 @@ class _Averaged(AveragedModel):
         They begin as the rounded ones.
         """
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        missing[:] = [name for name in missing if not name.startswith(prefix + _PREFIX)]
+        missing[:] = [name for name in missing if not name.startswith(prefix + PREFIX)]
 
 
 def _inner(model):

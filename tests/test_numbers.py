@@ -4,6 +4,7 @@ Whatever stands in its place ends at once, in a value or in one sentence that na
 """
 
 import contextlib
+import copy
 import inspect
 import math
 import signal
@@ -59,6 +60,15 @@ def run(sampler, **options):
         log_prob if sampler == "mala" else pull, X, **{"seed": 0} | options
     )
     return [state.x for state in states]
+
+
+def states_of_an_average():
+    """At updates 1, 2 and 3."""
+    average, states = training.power_averaged(torch.nn.Linear(1, 1), 0.1), []
+    for _ in range(3):
+        average.update_parameters(torch.nn.Linear(1, 1))
+        states.append(copy.deepcopy(average.state_dict()))
+    return states
 
 
 def trained(**options):
@@ -396,6 +406,14 @@ CALLS = {  # name in messages: (call, its arguments)
     "training_loop": (
         trained,
         {"steps": 3, "lr": 1e-3, "ema_decay": 0.9, "grad_clip": 1.0, "first_step": 1},
+    ),
+    "power_averaged": (
+        lambda **o: training.power_averaged(torch.nn.Linear(1, 1), **o),
+        {"width": 0.1},
+    ),
+    "post_hoc": (
+        lambda **o: training.post_hoc(torch.nn.Linear(1, 1), states_of_an_average(), **o),
+        {"width": 0.1, "step": 3},
     ),
     "split": (datasets.split, {"n": 9, "held_out": 3, "seed": 0}),
     "gather": (lambda **o: distributed.gather(torch.ones(2), **o), {"n": 2}),

@@ -179,6 +179,7 @@ CASES = {  # name: (make, what it does)
         lambda: guidance.chain(guidance.inpainting(X[1], MASK), guidance.inpainting(X[0], ~MASK)),
         at_level,
     ),
+    "power_averaged": (lambda: training.power_averaged(network(), 0.1), at_noise),
     "averaged": (lambda: training.averaged(network(), 0.9), at_noise),
     "state.ema": (lambda: trained().ema, at_noise),
     "Step": (trained, lambda t: (t.step, t.losses, t.ema(X, S))),

@@ -13,8 +13,10 @@ from fastscore.averages import averaged as averaged
 from fastscore.messages import shown
 from fastscore.ops import checks
 from fastscore.scalars import RUN, SQUARE, function
+from fastscore.training.post_hoc import post_hoc as post_hoc
+from fastscore.training.post_hoc import power_averaged as power_averaged
 
-__all__ = ["Step", "averaged", "training_loop"]
+__all__ = ["Step", "averaged", "post_hoc", "power_averaged", "training_loop"]
 
 
 class Step(NamedTuple):
