@@ -336,7 +336,7 @@ CALLS = {  # name in messages: (call, its arguments)
     "NCSNv2": (models.NCSNv2, {"channels": 1, "ngf": 4, "image_size": 8}),
     "NCSNv2Deeper": (models.NCSNv2Deeper, {"channels": 1, "ngf": 4, "image_size": 16}),
     "NCSNv2Deepest": (models.NCSNv2Deepest, {"channels": 1, "ngf": 4, "image_size": 16}),
-    "ScoreMLP": (models.ScoreMLP, {"dim": 3, "width": 4, "depth": 1}),
+    "ScoreMLP": (models.ScoreMLP, {"dim": 3, "width": 4, "depth": 1, "context": 2}),
     "UNet": (
         lambda **o: models.UNet(multipliers=(1, 2), **o),
         {

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastscore.messages import shown
+from fastscore.models import conditions
 from fastscore.ops import checks
 from fastscore.ops.activations import ACTIVATIONS
 from fastscore.scalars import DEPTH, SIZE, named
@@ -41,6 +42,7 @@ class Trunk(nn.Module):
         depth: int,
         activation: str,
         sigmas: Tensor | Sequence[float] | None,
+        context: int | None = None,
     ) -> None:
         super().__init__()
         if not named(activation, _ACTIVATIONS):
@@ -60,9 +62,14 @@ class Trunk(nn.Module):
             if sigmas is None
             else tuple(v.item() for v in numbers(self._name, "sigmas", sigmas).aminmax())
         )
-        features = None if sigmas is None else max(16, width // 4)
-        if features:
+        self.context_size = conditions.size(self._name, "context", context)
+        features = None
+        if sigmas is not None or context is not None:
+            features = max(16, width // 4)
+        if sigmas is not None:
             self.embed = nn.Linear(2 * _FREQUENCIES + 1, features)
+        if context is not None:
+            self.context = nn.Linear(context + 1, features)
 
         self.first = nn.Linear(dim, width)
         self.blocks = nn.ModuleList(_Block(width, features, self.activation) for _ in range(depth))
@@ -130,8 +137,8 @@ class ScoreMLP(Trunk):
         s(x, σ) = f(x / √(σ² + 1/4), e(log σ)) / σ          with sigmas: f predicts -z
 
     Each block is h ← h + W₂ a((1 + c) W₁ a(h) + b), with c and b linear in e, a small network of
-    Fourier features of log σ. The last layer starts at zero, so the untrained score is 0. Samples
-    never mix.
+    Fourier features of log σ, to which a linear map of the context is added. The last layer starts
+    at zero, so the untrained score is 0. Samples never mix.
 
     Args:
         dim: d, the number of values of a sample.
@@ -139,14 +146,17 @@ class ScoreMLP(Trunk):
         activation: a, one of silu, elu, gelu, relu, softplus, tanh; relu has no second derivative
             (sliced score matching needs it).
         sigmas: a ladder; its range scales the embedding of log σ, and any sigma > 0 is accepted.
-            None: unconditional.
+            None: no levels of noise.
+        context: length of the context vector, such as an observation that the samples shall
+            explain; None: no context.
 
-    Shapes: forward(x[, sigma]): x (B, *) with prod(*) = d, in the dtype of the parameters; sigma a
-        float, 0-d or (B,). Returns the score, like x.
+    Shapes: forward(x[, sigma], context=..., dropped=...): x (B, *) with prod(*) = d, in the dtype
+        of the parameters; sigma a float, 0-d or (B,); context (B, context), None drops all, and
+        `dropped` (B,) bool that of some. Returns the score, like x.
 
     Raises:
         ValueError: an unknown activation, sigmas not positive, x of another dimension, sigma
-            missing, superfluous or not positive.
+            missing, superfluous or not positive, a context that does not fit.
 
     Source: Song & Ermon 2020, technique 3 (division by σ, arXiv:2006.09011);
         Karras et al. 2022, table 1 (input scale, arXiv:2206.00364).
@@ -162,12 +172,26 @@ class ScoreMLP(Trunk):
         depth: int = 4,
         activation: str = "silu",
         sigmas: Tensor | Sequence[float] | None = None,
+        *,
+        context: int | None = None,
     ) -> None:
-        super().__init__(dim, dim, width, depth, activation, sigmas)
+        super().__init__(dim, dim, width, depth, activation, sigmas, context)
 
-    def forward(self, x: Tensor, sigma: float | Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        sigma: float | Tensor | None = None,
+        context: Tensor | None = None,
+        *,
+        dropped: Tensor | None = None,
+    ) -> Tensor:
         sigma = self.check(x, sigma)
-        s = self.network(*self.inputs(x, sigma))
+        u, e = self.inputs(x, sigma)
+        if self.context_size is not None or context is not None:
+            found = conditions.context(self._name, self.context_size, x, context, dropped)
+            c = self.activation(self.context(found))
+            e = c if e is None else e + c
+        s = self.network(u, e)
         return (s if sigma is None else (s / sigma).to(x.dtype)).view_as(x)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastscore.messages import shown
+from fastscore.models import conditions
 from fastscore.ops import checks, group_norm_modulate
 from fastscore.scalars import DEPTH, SIZE, named
 
@@ -96,8 +97,8 @@ class UNet(nn.Module):
         attended = _integers("attention", attention, 0, len(widths) - 1)
         blocks = checks.integer(_NAME, "blocks", blocks, 1, limit=DEPTH)
         self.patch = checks.integer(_NAME, "patch", patch, 1, limit=SIZE)
-        self.num_classes = _size("num_classes", num_classes)
-        self.context_size = _size("context", context)
+        self.num_classes = conditions.size(_NAME, "num_classes", num_classes)
+        self.context_size = conditions.size(_NAME, "context", context)
         self.data_mean = checks.number(_NAME, "data_mean", data_mean)
         self.data_std = checks.number(_NAME, "data_std", data_std, above=0)
         dropout = checks.number(_NAME, "dropout", dropout, 0, 1)
@@ -224,19 +225,12 @@ class UNet(nn.Module):
         angles = sigma.log().reshape(-1, 1) * frequencies
         e = self.embed(torch.cat([angles.cos(), angles.sin()], 1).to(x.dtype))
 
-        kind = None if dropped is None else (dropped.dtype, dropped.shape, dropped.device)
-        if kind not in (None, (torch.bool, x.shape[:1], x.device)):
-            raise ValueError(
-                f"{_NAME}: dropped must be bool ({len(x)},) on {x.device}; "
-                f"got {dropped.dtype} {tuple(dropped.shape)} on {dropped.device}."
-            )
+        context = conditions.context(_NAME, self.context_size, x, context, dropped)
         label = self._label(x, label)
         if label is not None:
             label = label if dropped is None else torch.where(dropped, -1, label)
             e = e + self.classes(torch.where(label < 0, self.num_classes, label))
-        context = self._context(x, context)
         if context is not None:
-            context = context if dropped is None else context * ~dropped[:, None]
             e = e + self.context(context)
         return F.silu(self.mix(F.silu(e)))
 
@@ -265,24 +259,6 @@ class UNet(nn.Module):
                     f"got {low if low < -1 else high}."
                 )
         return label
-
-    def _context(self, x, context):
-        """(B, C + 1), the last column 1, or zeros (1, C + 1); None without a context."""
-        if self.context_size is None:
-            if context is not None:
-                raise ValueError(f"{_NAME}: built without context, it takes none.")
-            return None
-        if context is None:
-            return x.new_zeros(1, self.context_size + 1)
-
-        checks.check_float(_NAME, "context", context)
-        wanted = len(x), self.context_size
-        if tuple(context.shape) != wanted or context.device != x.device:
-            raise ValueError(
-                f"{_NAME}: context must be {wanted} on {x.device}; "
-                f"got {tuple(context.shape)} on {context.device}."
-            )
-        return torch.cat([context.to(x.dtype), x.new_ones(len(x), 1)], 1)
 
 
 class _Block(nn.Module):
@@ -384,7 +360,3 @@ def _integers(name, values, least, most):
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise ValueError(f"{_NAME}: {name} must be integers, such as (1, 2); got {shown(values)}.")
     return [checks.integer(_NAME, name, value, least, most) for value in values]
-
-
-def _size(name, value):
-    return None if value is None else checks.integer(_NAME, name, value, 1, limit=SIZE)
