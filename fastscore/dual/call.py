@@ -1,5 +1,5 @@
-"""The jvp that runs: whose numbers they are, what waits to be computed, and which block counts
-as constant."""
+"""The jvp or second_order that runs: whose numbers they are, what waits to be computed, and which
+block counts as constant."""
 
 import contextlib
 import threading
@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from fastscore.dual import kept
-from fastscore.dual.stacks import memory
+from fastscore.dual.stacks import is_dual, memory
 from fastscore.dual.turns import Turns
 
 
@@ -38,6 +38,9 @@ class Call(Turns):
     carriers: Any
     hooks: Any
 
+    order: int = 1
+    outer: Any = None   # of second derivatives, or on constants
+
     def __init__(self, grad_mode: Any, waits: Any) -> None:
         super().__init__()
         self.grad_mode = grad_mode
@@ -52,6 +55,8 @@ class Call(Turns):
     def __enter__(self) -> None:
         if kept.outside:
             kept.keep(kept.outside)
+        if hasattr(thread, "call"):
+            self.outer = thread.call
         thread.call = self
         calls.append(self)
 
@@ -60,7 +65,10 @@ class Call(Turns):
             if self.carriers is not None:
                 self.carriers.close(keep=kind is None)
         finally:
-            del thread.call
+            if self.outer is None:
+                del thread.call
+            else:
+                thread.call = self.outer
             while self in calls:
                 calls.remove(self)
             kept.keep(self.made)
@@ -72,7 +80,16 @@ class Call(Turns):
         """All that are alive."""
         references = self.made if self.carriers is None else self.made + self.carriers.references()
         found = [reference() for reference in references]
-        return [n for n in found if n is not None and hasattr(type(n), "stack")]
+        return [n for n in found if n is not None and is_dual(n)]
+
+
+class SecondCall(Call):
+    """One second_order, which is differentiated at once, from its end."""
+
+    order: int = 2
+
+    def __init__(self) -> None:
+        super().__init__(True, waits=False)
 
 
 thread: Any = threading.local()
@@ -98,8 +115,8 @@ def of_its_call(
 
     in_turn: one thread after another. Not for what may start threads and wait for them.
     """
-    numbers = [a for a in tree_flatten((args, kwargs))[0] if hasattr(type(a), "stack")]
-    owners = {a.call for a in numbers if isinstance(a.call, Call)}   # jets keep a list there
+    numbers = [a for a in tree_flatten((args, kwargs))[0] if is_dual(a)]
+    owners = {a.call for a in numbers if a.call is not None}
     here = running()
     if len(owners | {here} - {None}) > 1:
         raise NoRule(

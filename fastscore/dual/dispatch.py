@@ -1,4 +1,4 @@
-"""What becomes of a torch function that meets dual numbers."""
+"""What becomes of a torch function that meets numbers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,20 @@ from fastscore.dual import transposed
 from fastscore.dual.call import NoRule, switched_off
 from fastscore.dual.generic import generic
 from fastscore.dual.norms import REFUSED
-from fastscore.dual.number import ComplexDual, Dual, NoDual
+from fastscore.dual.number import ComplexDual, Dual, Jet, NoDual
 from fastscore.dual.rules import POINTWISE
 from fastscore.dual.sharded import of_fsdp
-from fastscore.dual.table import BASE, DATA, GRAPH, INPLACE_AT, LIKE, OUT_OF_TORCH, STORAGE, VALUES
+from fastscore.dual.table import (
+    BASE,
+    DATA,
+    GRAPH,
+    INPLACE_AT,
+    LIKE,
+    OUT_OF_TORCH,
+    REQUIRES_GRAD,
+    STORAGE,
+    VALUES,
+)
 from fastscore.dual.values import graph_of, new_place, on_constants, on_values, sets_attribute
 from fastscore.dual.writes import in_place, in_place_of, into_out
 
@@ -62,13 +72,46 @@ def carried(
             if not kwargs and error.__traceback__.tb_next is not None:
                 raise
 
-    result = _special(func, args, kwargs)
-    return generic(func, args, kwargs) if result is NotImplemented else result
+    result = _special(cls.order, func, args, kwargs)
+    if result is not NotImplemented:
+        return result
+    if cls.order == 2:
+        raise _refusal(2, _name(func))
+    return generic(func, args, kwargs)
 
 
-def _special(func, args, kwargs):
+def _name(func):
+    return getattr(func, "__name__", str(func))
+
+
+def _refusal(order, name):
+    if order == 2:
+        return NoRule(
+            f"second_order: no rule carries {name} with its derivatives, sample by sample."
+        )
+    return NoRule(f"fastscore.jvp: {name} cannot be carried through with its tangents.")
+
+
+def _special(order, func, args, kwargs):
     """In-place operations, the constructors that follow a tensor, gradients asked for inside f."""
     name = getattr(func, "__name__", "")
+    if func in LIKE:
+        return new_place(func, args, kwargs)
+    if func in GRAPH:
+        # Second derivatives are those of a variable.
+        return True if order == 2 and func == REQUIRES_GRAD else graph_of(func, args[0])
+    if func == BASE:
+        return None  # the stack may be a view, but never one that f has made
+    if name == "register_hook" and of_fsdp(args[1]):
+        return func(args[0].stack, args[1])
+    if name in STORAGE or sets_attribute(func):
+        raise _refusal(order, name)
+
+    result = NotImplemented if order == 2 else _of_first_order(func, name, args, kwargs)
+    return in_place(func, name, args, kwargs) if result is NotImplemented else result
+
+
+def _of_first_order(func, name, args, kwargs):
     if func is custom_function_call:  # Function.apply inside a transform
         raise NoRule(
             f"fastscore.jvp: the autograd.Function {args[0].__name__} cannot be carried inside a "
@@ -76,19 +119,11 @@ def _special(func, args, kwargs):
         )
     if isinstance(func, HigherOrderOperator):
         return _higher_order(func, name, args)
-    if func in LIKE:
-        return new_place(func, args, kwargs)
-    if func in GRAPH:
-        return graph_of(func, args[0])
-    if func == BASE:
-        return None  # the stack may be a view, but never one that f has made
     if name in ("view", "view_copy") and any(
         isinstance(a, torch.dtype) for a in (*args, *kwargs.values())
     ):
         # Other bits of the same memory: a constant to autograd.
         return on_values(func, args, kwargs)
-    if name == "register_hook" and of_fsdp(args[1]):
-        return func(args[0].stack, args[1])
     if type(func).__name__ in ("OpOverload", "OpOverloadPacket", "ScriptFunction", "ScriptMethod"):
         return _unnamed(func, name, args, kwargs)
     if func in REFUSED or func in (
@@ -96,11 +131,8 @@ def _special(func, args, kwargs):
         torch.autograd.backward,
         torch.Tensor.backward,
     ):
-        raise NoRule(f"fastscore.jvp: {name} cannot be carried through with its tangents.")
-    if name in STORAGE or sets_attribute(func):
-        raise NoRule(f"fastscore.jvp: {name} cannot be carried through with its tangents.")
-
-    return in_place(func, name, args, kwargs)
+        raise _refusal(1, name)
+    return NotImplemented
 
 
 def _higher_order(func, name, args):
@@ -149,5 +181,21 @@ def carried_complex(
     return carried(cls, func, args, kwargs)
 
 
+def carried_second(
+    cls: type, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Without what first derivatives alone are carried through."""
+    if func not in GRAPH and func != BASE:
+        # Without gradients we may stand inside an autograd.Function, whose result would look like a
+        # constant.
+        if not torch.is_grad_enabled() or kwargs.get("out") is not None:
+            raise NoRule(f"second_order: {_name(func)} without gradients, or with out=.")
+        # What a variable refuses, or whose writes nobody sees.
+        if func in OUT_OF_TORCH or func == DATA:
+            raise _refusal(2, _name(func))
+    return carried(cls, func, args, kwargs)
+
+
 Dual.carried = classmethod(carried)
+Jet.carried = classmethod(carried_second)
 ComplexDual.carried = classmethod(carried_complex)

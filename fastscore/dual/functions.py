@@ -249,7 +249,8 @@ def _by_hand(*stacks):
 
 def add_to_value(s: Tensor, c: Any) -> Any:
     """The stack with c added to its value."""
-    return torch.cat([s[:1] + c, s[1:]])
+    value, rest = s.split_with_sizes((1, len(s) - 1))
+    return torch.cat([value + c, rest])
 
 
 @quick

@@ -1,5 +1,5 @@
-"""Dual numbers: a tensor subclass that flows through unmodified modules with its tangents beside
-it."""
+"""Numbers: a tensor subclass that flows through unmodified modules with its derivatives beside
+it, first ones or first and second ones."""
 
 import weakref
 from collections.abc import Callable
@@ -14,7 +14,8 @@ from fastscore.compiling import skip
 from fastscore.dual import kept
 from fastscore.dual.call import NoRule, calls, of_its_call, of_several, thread
 from fastscore.dual.compiled import undisturbed
-from fastscore.dual.table import METADATA, RULES, metadata
+from fastscore.dual.stacks import is_dual
+from fastscore.dual.table import METADATA, RULES, SECOND, metadata
 
 _shell = torch.Tensor._make_wrapper_subclass
 # What PyTorch takes for sparse no ordinary tensor's .data or .grad can be set to: C++ asks nobody,
@@ -31,8 +32,8 @@ class Dual(torch.Tensor):
     computed: Any
     pending: Any
 
+    order: int = 1
     rules: Any = RULES
-    call: Any = None   # of other kinds
 
     @staticmethod
     def __new__(cls, stack: Any) -> Any:
@@ -82,9 +83,19 @@ class Dual(torch.Tensor):
         call.made.append(pending.holder)
         return result
 
-    def like(self, stack: Any) -> Any:
-        """Another number of this kind."""
-        return type(self)(stack)
+    def coefficients(self, s: Tensor) -> Any:
+        """A stack of this kind, in parts: the value (1, *), its tangents (M, *) and, if it has any,
+        their derivatives (M, *).
+
+        One split, whose gradient is one copy, where slices' are written into zeros of the whole
+        size and added.
+        """
+        return *s.split_with_sizes((1, len(s) - 1)), None
+
+    @property
+    def room(self) -> int:
+        """How many coefficients it may come to have."""
+        return len(self.stack)
 
     def scalar(self) -> Any:
         """Whether its value has no dimensions, asked without the way through
@@ -145,12 +156,43 @@ class ComplexDual(Dual):
     rules: dict[Any, Any] = {}
 
 
+class Jet(Dual):
+    """A value whose first dimension is the batch, with M first and M second derivatives.
+
+    `stack` (1 + 2M, B, *). A straight one, of second derivative zero, holds (1 + M, B, *).
+    """
+
+    directions: int
+
+    order: int = 2
+    rules: Any = SECOND
+
+    @staticmethod
+    def __new__(cls, stack: Any, directions: int) -> Any:
+        if stack.is_complex():
+            raise NoRule("second_order: no rule carries complex numbers.")
+        return Dual.__new__(cls, stack)
+
+    def __init__(self, stack: Any, directions: int) -> None:
+        super().__init__(stack)
+        self.directions = directions
+
+    def coefficients(self, s: Tensor) -> Any:
+        M = self.directions
+        if len(s) == 1 + M:
+            return *s.split_with_sizes((1, M)), None
+        return s.split_with_sizes((1, M, M))
+
+    @property
+    def room(self) -> int:
+        return 1 + 2 * self.directions
+
+    def __repr__(self) -> str:
+        return f"Jet({self.directions} directions at {self.stack[0]!r})"
+
+
 class NoDual(Exception):
     """A rule's first argument is an ordinary tensor; stock forward mode takes the operation."""
-
-
-def is_dual(a: Any) -> bool:
-    return hasattr(type(a), "stack")
 
 
 def stack(a: Any) -> Any:
@@ -162,6 +204,11 @@ def stack(a: Any) -> Any:
 
 def dual(s: Tensor) -> Any:
     return Dual(s)
+
+
+def like(x: Any, s: Tensor) -> Any:
+    """Another number of the order of x."""
+    return Dual(s) if x.order == 1 else Jet(s, x.directions)
 
 
 def value(a: Any) -> Any:

@@ -15,7 +15,7 @@ from fastscore import scalars
 from fastscore.compiling import eagerly
 from fastscore.dual import dispatch as dispatch
 from fastscore.dual import fallback, transposed
-from fastscore.dual.call import Call, NoRule, thread
+from fastscore.dual.call import Call, NoRule, SecondCall, thread
 from fastscore.dual.compiled import as_written
 from fastscore.dual.norms import FACTORISED, NATIVE_NORMS
 from fastscore.dual.number import Dual
@@ -120,7 +120,8 @@ def _routed(f, x, v, start):
     if torch._C._functorch.maybe_current_level() is not None:   # where nothing has started
         with _forward_gradients():
             return _transformed(f, x, v)
-    if hasattr(thread, "call") or isinstance(x, Dual) or isinstance(v, Dual):
+    outer = getattr(thread, "call", None)
+    if (outer and outer.order == 1) or isinstance(x, Dual) or isinstance(v, Dual):
         # The rules do not tell the numbers of one jvp from those of another around it, which f may
         # hold.
         raise NoRule("fastscore.jvp: a jvp inside f cannot be carried through with its tangents.")
@@ -294,7 +295,7 @@ def _transformed(f, x, v):
     The same rules, forward mode, two levels of backward.
     """
     once = Once(x.device, f)
-    if not hasattr(thread, "call"):
+    if getattr(thread, "call", SecondCall).order == 2:
         try:
             with once.watched():
                 return _stacked(f, _side_by_side(x, v))

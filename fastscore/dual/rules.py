@@ -1,8 +1,8 @@
-"""What each torch function does to dual numbers, on the stack (1 + M, *) of the value and its
-tangents.
+"""What each torch function does to numbers, on the stack (1 + M, *) of the value and its tangents.
 
-Every rule is made of differentiable torch operations or of our own Functions, so reverse mode goes
-through all of them.
+A linear map does not know which coefficient it carries: where samples stay apart, its rule takes
+second derivatives, (1 + 2M, *), as they are. Every rule is made of differentiable torch operations
+or of our own Functions, so reverse mode goes through all of them.
 """
 
 import torch
@@ -29,8 +29,8 @@ POINTWISE = (
     functions_named("""
     add __add__ __radd__ sub subtract __sub__ rsub mul multiply __mul__ __rmul__ div divide
     true_divide __truediv__ __rdiv__ __rtruediv__ addcmul lerp pow __pow__ neg negative __neg__
-    relu silu tanh sigmoid elu gelu softplus where masked_fill clone to type type_as float double
-    half bfloat16 cuda cpu dropout
+    relu silu tanh sigmoid elu leaky_relu gelu softplus where masked_fill clone to type type_as
+    float double half bfloat16 cuda cpu dropout
 """)
     | functions_named(" ".join(SLOPES))
     | {torch.Tensor.__abs__}

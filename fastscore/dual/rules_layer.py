@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastscore.dual import chains, norms
 from fastscore.dual.functions import (
@@ -15,15 +16,19 @@ from fastscore.dual.functions import (
     linear_in_half,
     normalise_stack,
 )
-from fastscore.dual.number import Dual, dual, is_dual, stack
+from fastscore.dual.number import Dual, like, stack
 from fastscore.dual.rules_math import add, mul
 from fastscore.dual.rules_shape import reshape
-from fastscore.dual.table import RULES, rule
-from fastscore.ops.normalise import Form, normalise, pack
+from fastscore.dual.samples import alone, anyhow, at_least, by_parts, exactly
+from fastscore.dual.stacks import is_dual
+from fastscore.dual.table import rule
+from fastscore.ops.activate import activate_jet
+from fastscore.ops.activations import ACTIVATIONS
+from fastscore.ops.normalise import Form, _columns, normalise, pack, rows
 
 
 def _folded(function, x, *args, **kwargs):
-    return dual(_fold(function, stack(x), *args, **kwargs))
+    return like(x, _fold(function, stack(x), *args, **kwargs))
 
 
 def _fold(function, s, batched_dims, *args, bias=None, **kwargs):
@@ -52,17 +57,22 @@ def _convolution(function):
             # By two calls, which costs little where there are few channels to write: the last layer
             # of an image's score.
             value = _fold(function, s[:1], dims, weight, bias.flatten(), *args, **kwargs)
-            return dual(
-                torch.cat([value, _fold(function, s[1:], dims, weight, None, *args, **kwargs)])
-            )
+            rest = _fold(function, s[1:], dims, weight, None, *args, **kwargs)
+            return like(input, torch.cat([value, rest]))
         if low is None:
-            return dual(_fold(function, s, dims, weight, None, *args, bias=bias, **kwargs))
+            return like(input, _fold(function, s, dims, weight, None, *args, bias=bias, **kwargs))
 
         with torch.autocast("cpu", enabled=False):
             s, weight, bias = (None if t is None else t.to(low).float() for t in (s, weight, bias))
-            return dual(_fold(function, s, dims, weight, None, *args, bias=bias, **kwargs).to(low))
+            y = _fold(function, s, dims, weight, None, *args, bias=bias, **kwargs)
+            return like(input, y.to(low))
 
     return apply
+
+
+@alone
+def _batched(rank, weight, *args, **kwargs):
+    return rank == weight.dim()
 
 
 def _without_instructions(s, weight):
@@ -104,10 +114,10 @@ for _name in (
     "conv_transpose2d",
     "conv_transpose3d",
 ):
-    rule(_name)(_convolution(getattr(F, _name)))
+    rule(_name, apart=_batched)(_convolution(getattr(F, _name)))
 
 
-@rule("linear")
+@rule("linear", apart=at_least(2))
 def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     kind = type(input)
     if kind is Dual:
@@ -120,12 +130,12 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     s = stack(input)
     # Other kinds do not wait.
     if kind is not Dual and (pending := chains.linear(s, weight, bias)) is not None:
-        return dual(pending.stack())
+        return like(input, pending.stack())
     if bias is not None and weight.dim() == 2 and in_half(s):
-        return dual(linear_in_half(s, weight, bias))
+        return like(input, linear_in_half(s, weight, bias))
 
     y = F.linear(s, weight)
-    return dual(y if bias is None else add_bias(y, bias, 1))
+    return like(input, y if bias is None else add_bias(y, bias, 1))
 
 
 def _pooling(function, dims):
@@ -141,27 +151,25 @@ for _name, _dims in (
     ("adaptive_avg_pool3d", 5),
     ("pixel_shuffle", 4),
     ("pixel_unshuffle", 4),
-    ("unfold", 4),
     ("fold", 3),
 ):
-    if _name != "unfold":
-        rule(_name)(_pooling(getattr(F, _name), _dims))
-RULES[F.unfold] = _pooling(F.unfold, 4)   # Tensor.unfold is another function
+    rule(_name, apart=exactly(_dims))(_pooling(getattr(F, _name), _dims))
+rule(F.unfold, apart=exactly(4))(_pooling(F.unfold, 4))   # Tensor.unfold is another function
 
 
-@rule("interpolate")
+@rule("interpolate", apart=at_least(3))
 def interpolate(input: Any, *args: Any, **kwargs: Any) -> Any:
     return _folded(F.interpolate, input, input.dim(), *args, **kwargs)
 
 
-@rule("pad")
+@rule("pad", apart=alone(lambda rank, pad, *args, **kwargs: len(pad) // 2 < rank))
 def pad(input: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:
     if mode != "constant":
         return _folded(F.pad, input, input.dim(), pad, mode)
     y = F.pad(stack(input), pad)
     if value:
         y = add_to_value(y, value * (1 - F.pad(torch.ones_like(stack(input)[0]), pad)))
-    return dual(y)
+    return like(input, y)
 
 
 def _activation(name, unless=None):
@@ -173,36 +181,48 @@ def _activation(name, unless=None):
         pending = input.pending   # which another thread may compute meanwhile
         if pending and type(input) is Dual:   # of a linear layer
             return Dual.later(chains.Pending(pending, step, pending.shape))
-        return dual(activate_stack(stack(input), name))
+        s = stack(input)
+        if input.order == 2:
+            return like(input, activate_jet(s, input.directions, name))
+        return like(input, activate_stack(s, name))
 
     return apply
 
 
 for _name in ("relu", "silu", "tanh", "sigmoid"):
-    rule(_name)(_activation(_name))
-rule("elu")(_activation("elu", unless=lambda alpha=1.0: alpha != 1))
+    rule(_name, apart=anyhow)(_activation(_name))
+rule("elu", apart=anyhow)(_activation("elu", unless=lambda alpha=1.0: alpha != 1))
 _GELUS = {"none": _activation("gelu"), "tanh": _activation("gelu_tanh")}
-rule("softplus")(
+rule("softplus", apart=anyhow)(
     _activation("softplus", unless=lambda beta=1, threshold=20: beta != 1 or threshold < 20)
 )
 
 
-@rule("gelu")
+@rule("gelu", apart=anyhow)
 def gelu(input: Any, *, approximate: str = "none") -> Any:
     return _GELUS[approximate](input) if approximate in _GELUS else NotImplemented
 
 
+@rule("leaky_relu", apart=anyhow)
+def leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Any:
+    s = stack(input)
+    return like(input, torch.where(s[:1] > 0, s, negative_slope * s))
+
+
 def _dropout(function):
-    """One mask for the value and its tangents."""
+    """One mask for the value and its derivatives."""
 
     def apply(input, p=0.5, training=True, inplace=False):
-        return dual(stack(input) * function(torch.ones_like(stack(input)[0]), p, training))
+        if p == 0 or (not training and 0 <= p <= 1):
+            return input
+        s = stack(input)
+        return like(input, s * function(torch.ones_like(s[0]), p, training))
 
     return apply
 
 
-for _name in ("dropout", "dropout1d", "dropout2d", "dropout3d"):
-    RULES[getattr(F, _name)] = _dropout(getattr(F, _name))
+for _function in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
+    rule(_function, apart=anyhow)(_dropout(_function))
 
 
 def _fused(x, groups, weight, bias, eps):
@@ -212,18 +232,16 @@ def _fused(x, groups, weight, bias, eps):
         torch.ones(s.shape[2], dtype=dtype, device=s.device) if weight is None else weight.to(dtype)
     )
     columns = [gamma] if bias is None else [gamma, bias.to(dtype)]
-    return dual(
-        normalise_stack(
-            s, pack(columns), None, Form(groups, False, bias is not None, eps, None), None
-        )
-    )
+    form = Form(groups, False, bias is not None, eps, None)
+    return like(x, normalise_stack(s, pack(columns), None, form, None))
 
 
-def _dual_affine(x, weight, bias):
-    return not is_dual(x) or is_dual(weight) or is_dual(bias)
+def _composed(x, weight, bias):
+    """Whether a norm is one of plain operations."""
+    return not is_dual(x) or x.order == 2 or is_dual(weight) or is_dual(bias)
 
 
-@rule("instance_norm")
+@rule("instance_norm", apart=by_parts)
 def instance_norm(
     input: Any,
     running_mean: Any = None,
@@ -237,7 +255,7 @@ def instance_norm(
     if (
         running_mean is not None
         or not use_input_stats
-        or _dual_affine(input, weight, bias)
+        or _composed(input, weight, bias)
         or stack(input).dim() < 4
     ):
         return norms.instance_norm(
@@ -246,7 +264,7 @@ def instance_norm(
     return _fused(input, 0, weight, bias, eps)
 
 
-@rule("group_norm")
+@rule("group_norm", apart=by_parts)
 def group_norm(
     input: Any,
     num_groups: int,
@@ -255,12 +273,12 @@ def group_norm(
     eps: float = 1e-5,
     cudnn_enabled: Any = None,
 ) -> Any:
-    if _dual_affine(input, weight, bias) or stack(input).dim() < 4:
+    if _composed(input, weight, bias) or stack(input).dim() < 4:
         return norms.group_norm(input, num_groups, weight, bias, eps)
     return _fused(input, num_groups, weight, bias, eps)
 
 
-@rule("layer_norm")
+@rule("layer_norm", apart=by_parts)
 def layer_norm(
     input: Any,
     normalized_shape: Any,
@@ -270,7 +288,7 @@ def layer_norm(
     cudnn_enable: Any = None,
 ) -> Any:
     norms.check_shape("layer_norm", input, normalized_shape)
-    if not is_dual(input):
+    if not is_dual(input) or input.order == 2:
         return norms.layer_norm(input, normalized_shape, weight, bias, eps)
 
     lead = input.shape[: input.dim() - len(normalized_shape)]
@@ -282,21 +300,47 @@ def layer_norm(
     return h if h.dtype == input.dtype else h.to(input.dtype)
 
 
-# Batch norm, rms norm, and the forms of torch.
-for _function, _composition in norms.COMPOSED.items():
-    RULES.setdefault(_function, _composition)
-RULES[torch.instance_norm] = norms._reordered(
-    instance_norm,
-    (
-        "input", "weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum",
-        "eps",
-    ),
+rule(torch.instance_norm, apart=by_parts)(
+    norms._reordered(
+        instance_norm,
+        (
+            "input", "weight", "bias", "running_mean", "running_var", "use_input_stats",
+            "momentum", "eps",
+        ),
+    )
 )
+rule(F.rms_norm, torch.rms_norm, apart=by_parts)(norms.rms_norm)
 
 
-def _own(x, coef, labels, form, backend):
+def _of_running_statistics(*args, training=False, **kwargs):
+    """Those of the batch mix samples."""
+    return not (args[5] if len(args) > 5 else training)
+
+
+for _function in (F.batch_norm, torch.batch_norm):
+    rule(_function, apart=_of_running_statistics)(norms.COMPOSED[_function])
+
+
+@rule(normalise, apart=by_parts)
+def own_norm(x: Any, coef: Tensor, labels: Tensor | None, form: Form, backend: str | None) -> Any:
     """Our normalisations' common door."""
-    return dual(normalise_stack(stack(x), coef, labels, form, backend))
+    s = stack(x)
+    if x.order == 2:
+        return _own_norm_by_parts(x, coef, labels, form)
+    return like(x, normalise_stack(s, coef, labels, form, backend))
 
 
-RULES[normalise] = _own
+def _own_norm_by_parts(x, coef, labels, form):
+    B, C = x.shape[:2]
+    u = x.to(coef.dtype).reshape(B, form.groups or C, -1)
+    columns = _columns(rows(coef, labels), C, form)
+    gamma, alpha, beta = (None if c is None else c[..., None] for c in columns)
+    h = norms._standardised(u, (2,), form.eps).reshape(B, C, -1)
+    if alpha is not None:
+        mean = u.mean(2, keepdim=True)
+        deviation = mean - mean.mean(1, keepdim=True)
+        variance = deviation.square().sum(1, keepdim=True) / max(C - 1, 1)
+        h = h + alpha * (deviation * torch.rsqrt(variance + form.eps))
+
+    y = gamma * h if beta is None else gamma * h + beta
+    return ACTIVATIONS[form.activation].function(y).to(x.dtype).reshape(tuple(x.shape))

@@ -7,39 +7,53 @@ import torch
 from fastscore import backend as backends
 from fastscore.dual import compositions_linalg
 from fastscore.dual.functions import matmul_stack
-from fastscore.dual.number import dual, is_dual, joined, stack
-from fastscore.dual.rules_math import add, mul, power
+from fastscore.dual.number import dual, joined, like, stack
+from fastscore.dual.rules_math import add, leibniz, mul, power
 from fastscore.dual.rules_shape import constant, t, transpose
-from fastscore.dual.stacks import both
+from fastscore.dual.stacks import both, is_dual
 from fastscore.dual.table import RULES, rule
 
 
-@rule("matmul", "__matmul__", "bmm", "mm", "mv", "dot")
+def _sample_by_sample(a, b):
+    ranks = [c.stack.dim() - 1 if is_dual(c) else c.dim() for c in (a, b)]
+    if is_dual(a) and is_dual(b):
+        return ranks[0] == ranks[1] > 2
+    if is_dual(a):
+        return 1 < ranks[0] >= ranks[1]
+    return 2 < ranks[1] >= ranks[0] > 1
+
+
+@rule("matmul", "__matmul__", "bmm", "mm", "mv", "dot", apart=_sample_by_sample)
 def matmul(a: Any, b: Any) -> Any:
     if is_dual(a) and is_dual(b):
         if a.dim() < 2 or b.dim() < 2:
             return NotImplemented
+        if a.order == 2:
+            return leibniz(torch.matmul, a, b)
         return dual(matmul_stack(*both(stack(a), stack(b))))
     if is_dual(a):
         if b.layout != torch.strided:
             return transpose(_sparse_times(b.t(), t(a)), 0, 1) if a.dim() == 2 else NotImplemented
-        return dual(stack(a) @ b) if a.dim() >= 2 and b.dim() <= a.dim() else NotImplemented
+        return like(a, stack(a) @ b) if a.dim() >= 2 and b.dim() <= a.dim() else NotImplemented
     if a.layout != torch.strided:
         return _sparse_times(a, b)
     if b.dim() < 2 or a.dim() > b.dim() or a.dim() < 2:
         return NotImplemented
 
-    return dual(a @ stack(b))
+    return like(b, a @ stack(b))
 
 
 def _sparse_times(a, b):
     """A sparse matrix (n, m) times vectors (m,) or matrices (m, k): all of the stack as columns."""
     s = stack(b).reshape(len(stack(b)), b.shape[0], -1)   # (1 + M, m, k)
     y = a @ s.movedim(0, 1).flatten(1)
-    return dual(y.unflatten(1, (len(s), -1)).movedim(1, 0).reshape(len(s), -1, *b.shape[1:]))
+    y = y.unflatten(1, (len(s), -1)).movedim(1, 0)
+    return like(b, y.reshape(len(s), -1, *b.shape[1:]))
 
 
-RULES[torch.Tensor.__rmatmul__] = lambda a, b: matmul(b, a)
+@rule(torch.Tensor.__rmatmul__, apart=lambda a, b: _sample_by_sample(b, a))
+def rmatmul(a: Any, b: Any) -> Any:
+    return matmul(b, a)
 
 
 @rule("baddbmm")

@@ -6,12 +6,24 @@ from typing import Any
 import torch
 
 from fastscore.dual.call import note_copy
-from fastscore.dual.number import dual, is_dual, stack, value
-from fastscore.dual.stacks import aligned, memory, separated, shape_of, shift
-from fastscore.dual.table import RULES, rule
+from fastscore.dual.number import like, stack, value
+from fastscore.dual.samples import (
+    alone,
+    along,
+    along_both,
+    along_these,
+    anyhow,
+    at_least,
+    by_parts,
+    indexed,
+    of_rank,
+    several,
+)
+from fastscore.dual.stacks import aligned, is_dual, memory, padded, separated, shape_of, shift
+from fastscore.dual.table import rule
 
 
-@rule("reshape")
+@rule("reshape", apart=anyhow)
 def reshape(x: Any, *shape: Any) -> Any:
     if shape and isinstance(shape[0], torch.dtype):   # of view: other bits
         return NotImplemented
@@ -19,10 +31,10 @@ def reshape(x: Any, *shape: Any) -> Any:
     if -1 in shape:
         known = -math.prod(shape)
         shape = tuple(x.numel() // max(known, 1) if n == -1 else n for n in shape)
-    return dual(stack(x).reshape(len(stack(x)), *shape))
+    return like(x, stack(x).reshape(len(stack(x)), *shape))
 
 
-@rule("view")
+@rule("view", apart=anyhow)
 def view(x: Any, *shape: Any) -> Any:
     y = reshape(x, *shape)
     if is_dual(y):
@@ -35,49 +47,52 @@ def told_apart(x: Any, y: Any) -> None:
         note_copy(stack(x), stack(y))   # the stack does not lie in memory as the value alone would
 
 
-@rule("reshape_as")
-def reshape_as(x: Any, other: Any) -> Any:
-    return reshape(x, tuple(other.shape))
-
-
-@rule("view_as")
-def view_as(x: Any, other: Any) -> Any:
-    return view(x, tuple(other.shape))
-
-
-@rule("expand")
+@rule("expand", apart=of_rank)
 def expand(x: Any, *shape: Any) -> Any:
     shape = shape_of(shape)
     s = aligned(stack(x), len(shape))
-    return dual(s.expand(len(s), *shape))
+    return like(x, s.expand(len(s), *shape))
 
 
-@rule("expand_as")
-def expand_as(x: Any, other: Any) -> Any:
-    return expand(x, tuple(other.shape))
+def _shaped_like(name, reshaped):
+    def apply(x, other):
+        shape = tuple(other.shape)
+        return reshaped(x, shape) if is_dual(x) else getattr(x, name)(shape)
+
+    return apply
 
 
-@rule("flatten")
+# The shape is a constant, whoever has it.
+rule("view_as", apart=by_parts)(_shaped_like("view", view))
+rule("reshape_as", apart=by_parts)(_shaped_like("reshape", reshape))
+rule("expand_as", apart=by_parts)(_shaped_like("expand", expand))
+
+
+@rule("flatten", apart=anyhow)
 def flatten(x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
     if x.dim() == 0:
-        return dual(stack(x)[:, None])
-    return dual(stack(x).flatten(shift(start_dim), shift(end_dim)))
+        return like(x, stack(x)[:, None])
+    return like(x, stack(x).flatten(shift(start_dim), shift(end_dim)))
 
 
-@rule("unflatten")
+@rule("unflatten", apart=anyhow)
 def unflatten(x: Any, dim: Any, sizes: Any) -> Any:
-    return dual(stack(x).unflatten(shift(dim), sizes))
+    return like(x, stack(x).unflatten(shift(dim), sizes))
 
 
-@rule("transpose", "swapaxes", "swapdims")
+@rule("transpose", "swapaxes", "swapdims", apart=along_both)
 def transpose(x: Any, dim0: int, dim1: int) -> Any:
-    return dual(stack(x).transpose(shift(dim0), shift(dim1)))
+    return like(x, stack(x).transpose(shift(dim0), shift(dim1)))
 
 
-@rule("permute")
+def _from_the_first(rank, *dims):
+    return shape_of(dims)[0] % rank == 0
+
+
+@rule("permute", apart=alone(_from_the_first))
 def permute(x: Any, *dims: Any) -> Any:
     dims = shape_of(dims)
-    return dual(stack(x).permute(0, *(1 + d % x.dim() for d in dims)))
+    return like(x, stack(x).permute(0, *(1 + d % x.dim() for d in dims)))
 
 
 @rule("t")
@@ -85,54 +100,57 @@ def t(x: Any) -> Any:
     return x if x.dim() < 2 else transpose(x, 0, 1)
 
 
-RULES[torch.Tensor.T.__get__] = lambda x: dual(stack(x).permute(0, *range(x.dim(), 0, -1)))
-RULES[torch.Tensor.mT.__get__] = RULES[torch.Tensor.mH.__get__] = lambda x: transpose(x, -1, -2)
+@rule(torch.Tensor.T.__get__)
+def all_transposed(x: Any) -> Any:
+    return like(x, stack(x).permute(0, *range(x.dim(), 0, -1)))
 
 
-@rule("movedim", "moveaxis")
+@rule(torch.Tensor.mT.__get__, torch.Tensor.mH.__get__, apart=at_least(3))
+def matrix_transposed(x: Any) -> Any:
+    return transpose(x, -1, -2)
+
+
+@rule("movedim", "moveaxis", apart=along_both)
 def movedim(x: Any, source: Any, destination: Any) -> Any:
     one = isinstance(source, int)
     source, destination = ((d,) if one else d for d in (source, destination))
-    return dual(
-        stack(x).movedim(
-            tuple(1 + d % x.dim() for d in source), tuple(1 + d % x.dim() for d in destination)
-        )
-    )
+    places = (tuple(1 + d % x.dim() for d in dims) for dims in (source, destination))
+    return like(x, stack(x).movedim(*places))
 
 
-@rule("unsqueeze")
+@rule("unsqueeze", apart=anyhow)
 def unsqueeze(x: Any, dim: Any) -> Any:
-    return dual(stack(x).unsqueeze(shift(dim)))
+    return like(x, stack(x).unsqueeze(shift(dim)))
 
 
-@rule("squeeze")
+@rule("squeeze", apart=anyhow)
 def squeeze(x: Any, dim: Any = None) -> Any:
     dims = range(x.dim()) if dim is None else dim
     dims = (dims,) if isinstance(dims, int) else dims
     keep = [
         n for d, n in enumerate(x.shape) if n != 1 or d not in {e % max(x.dim(), 1) for e in dims}
     ]
-    return dual(stack(x).reshape(len(stack(x)), *keep))
+    return like(x, stack(x).reshape(len(stack(x)), *keep))
 
 
-@rule("select")
+@rule("select", apart=along())
 def select(x: Any, dim: Any, index: Any) -> Any:
-    return dual(stack(x).select(shift(dim), index))
+    return like(x, stack(x).select(shift(dim), index))
 
 
-@rule("narrow")
+@rule("narrow", apart=along())
 def narrow(x: Any, dim: Any, start: Any, length: Any) -> Any:
-    return dual(stack(x).narrow(shift(dim), start, length))
+    return like(x, stack(x).narrow(shift(dim), start, length))
 
 
-@rule("chunk")
+@rule("chunk", apart=along(before=1, dim=0))
 def chunk(input: Any, chunks: Any, dim: Any = 0) -> Any:
-    return tuple(dual(s) for s in stack(input).chunk(chunks, shift(dim)))
+    return tuple(like(input, s) for s in stack(input).chunk(chunks, shift(dim)))
 
 
-@rule("split")
+@rule("split", apart=along(before=1, dim=0))
 def split(tensor: Any, split_size_or_sections: Any, dim: Any = 0) -> Any:
-    return tuple(dual(s) for s in stack(tensor).split(split_size_or_sections, shift(dim)))
+    return tuple(like(tensor, s) for s in stack(tensor).split(split_size_or_sections, shift(dim)))
 
 
 @rule("tensor_split")
@@ -142,85 +160,85 @@ def tensor_split(input: Any, indices_or_sections: Any, dim: Any = 0) -> Any:
     sections = (
         indices_or_sections if isinstance(indices_or_sections, int) else tuple(indices_or_sections)
     )
-    return tuple(dual(s) for s in stack(input).tensor_split(sections, shift(dim)))
+    return tuple(like(input, s) for s in stack(input).tensor_split(sections, shift(dim)))
 
 
-@rule("unbind")
+@rule("unbind", apart=along(dim=0))
 def unbind(x: Any, dim: Any = 0) -> Any:
-    return tuple(dual(s) for s in stack(x).unbind(shift(dim)))
+    return tuple(like(x, s) for s in stack(x).unbind(shift(dim)))
 
 
-@rule("repeat", "tile")
+@rule("repeat", "tile", apart=of_rank)
 def repeat(x: Any, *sizes: Any) -> Any:
     sizes = shape_of(sizes)
-    return dual(aligned(stack(x), len(sizes)).repeat(1, *(1,) * (x.dim() - len(sizes)), *sizes))
+    missing = x.dim() - len(sizes)
+    return like(x, aligned(stack(x), len(sizes)).repeat(1, *(1,) * missing, *sizes))
 
 
-@rule("repeat_interleave")
+@rule("repeat_interleave", apart=along(before=1))
 def repeat_interleave(x: Any, repeats: Any, dim: Any = None, **kwargs: Any) -> Any:
-    return dual(
-        (stack(x).flatten(1) if dim is None else stack(x)).repeat_interleave(
-            repeats, 1 if dim is None else shift(dim), **kwargs
-        )
-    )
+    s = stack(x)
+    if dim is None:
+        return like(x, s.flatten(1).repeat_interleave(repeats, 1, **kwargs))
+    return like(x, s.repeat_interleave(repeats, shift(dim), **kwargs))
 
 
-@rule("flip")
+@rule("flip", apart=along_these)
 def flip(x: Any, *dims: Any) -> Any:
-    return dual(stack(x).flip(tuple(1 + d % x.dim() for d in shape_of(dims))))
+    return like(x, stack(x).flip(tuple(1 + d % x.dim() for d in shape_of(dims))))
 
 
-@rule("roll")
+@rule("roll", apart=along(before=1))
 def roll(x: Any, shifts: Any, dims: Any = None) -> Any:
     if dims is None or dims in ((), []):
-        return reshape(dual(stack(x).flatten(1).roll(shifts, 1)), tuple(x.shape))
-    return dual(
-        stack(x).roll(shifts, shift(dims) if isinstance(dims, int) else tuple(map(shift, dims)))
-    )
+        return reshape(like(x, stack(x).flatten(1).roll(shifts, 1)), tuple(x.shape))
+    dims = shift(dims) if isinstance(dims, int) else tuple(map(shift, dims))
+    return like(x, stack(x).roll(shifts, dims))
 
 
-@rule("tril")
+@rule("tril", apart=at_least(3))
 def tril(x: Any, diagonal: int = 0) -> Any:
-    return dual(stack(x).tril(diagonal))
+    return like(x, stack(x).tril(diagonal))
 
 
-@rule("triu")
+@rule("triu", apart=at_least(3))
 def triu(x: Any, diagonal: int = 0) -> Any:
-    return dual(stack(x).triu(diagonal))
+    return like(x, stack(x).triu(diagonal))
 
 
-@rule("index_select")
+@rule("index_select", apart=along())
 def index_select(x: Any, dim: Any, index: Any) -> Any:
-    return dual(stack(x).index_select(shift(dim), index))
+    return like(x, stack(x).index_select(shift(dim), index))
 
 
-@rule("gather")
+@rule("gather", apart=along())
 def gather(x: Any, dim: Any, index: Any) -> Any:
-    return dual(stack(x).gather(shift(dim), index.expand(len(stack(x)), *index.shape)))
+    return like(x, stack(x).gather(shift(dim), index.expand(len(stack(x)), *index.shape)))
 
 
-@rule("__getitem__")
+@rule("__getitem__", apart=indexed)
 def getitem(x: Any, index: Any) -> Any:
     index = index if isinstance(index, tuple) else (index,)
     if separated(index):
         return NotImplemented   # the indexed dimensions would move in front of the stack's
-    return dual(stack(x)[(slice(None), *index)])
+    return like(x, stack(x)[(slice(None), *index)])
 
 
-@rule("contiguous")
+@rule("contiguous", apart=anyhow)
 def contiguous(x: Any, memory_format: Any = torch.contiguous_format) -> Any:
     return (
         x if x.is_contiguous(memory_format=memory_format) else clone(x, memory_format=memory_format)
     )
 
 
-@rule("clone")
+@rule("clone", apart=anyhow)
 def clone(x: Any, *, memory_format: Any = torch.preserve_format) -> Any:
     s = stack(x)
     if memory_format in (torch.contiguous_format, torch.preserve_format):
-        return dual(s.clone(memory_format=memory_format))
+        return like(x, s.clone(memory_format=memory_format))
     # Within each of the stack's values.
-    return dual(s.flatten(0, 1).clone(memory_format=memory_format).unflatten(0, s.shape[:2]))
+    s = s.flatten(0, 1).clone(memory_format=memory_format).unflatten(0, s.shape[:2])
+    return like(x, s)
 
 
 def _conversion(name):
@@ -233,39 +251,52 @@ def _conversion(name):
             return s
         if not (s.is_floating_point() or s.is_complex()):   # integers have no tangents
             return s[0]
-        return dual(s) if layout == torch.preserve_format else contiguous(dual(s), layout)
+        y = like(x, s)
+        return y if layout == torch.preserve_format else contiguous(y, layout)
 
     return apply
 
 
 for _name in ("to", "type", "type_as", "float", "double", "half", "bfloat16", "cuda", "cpu"):
-    rule(_name)(_conversion(_name))
+    rule(_name, apart=None if _name == "type_as" else anyhow)(_conversion(_name))
 
 
-@rule("neg", "negative", "__neg__")
+@rule("neg", "negative", "__neg__", apart=anyhow)
 def neg(x: Any) -> Any:
-    return dual(-stack(x))
+    return like(x, -stack(x))
 
 
-@rule("cat", "concat", "concatenate")
+@rule("cat", "concat", "concatenate", apart=several(new=0))
 def cat(tensors: Any, dim: Any = 0) -> Any:
     # Which cat skips, whatever the others' dimensions are.
     if any(a.shape == (0,) for a in tensors):
         tensors = [a for a in tensors if a.shape != (0,)] or tensors
         if not any(map(is_dual, tensors)):
             return torch.cat(tensors, dim)
-    return dual(torch.cat(alike(tensors), shift(dim)))
+    return _joined(torch.cat, tensors, dim)
 
 
-@rule("stack")
+@rule("stack", apart=several(new=1))
 def stack_of(tensors: Any, dim: Any = 0) -> Any:
-    return dual(torch.stack(alike(tensors), shift(dim)))
+    return _joined(torch.stack, tensors, dim)
 
 
-def alike(tensors: Any) -> Any:
-    """Stacks of all of them; constants have zero tangents."""
-    n = next(len(stack(a)) for a in tensors if is_dual(a))
-    return [stack(a) if is_dual(a) else constant(a, n) for a in tensors]
+def _joined(join, tensors, dim):
+    x = next(filter(is_dual, tensors))
+    return like(x, join(alike(x, tensors), shift(dim)))
+
+
+def alike(x: Any, tensors: Any) -> Any:
+    """Stacks of all of them, with as many coefficients as each other; x is one of the numbers."""
+    n = most(x, tensors)
+    return [padded(stack(a), n) if is_dual(a) else constant(a, n) for a in tensors]
+
+
+def most(x: Any, tensors: Any) -> int:
+    """The coefficients of the number that has most, x being one of them."""
+    if x.order == 1:
+        return len(x.stack)
+    return max(len(a.stack) for a in tensors if is_dual(a))
 
 
 def constant(a: Any, n: Any) -> Any:

@@ -1,9 +1,16 @@
-"""Stacks (1 + M, *): a value and its tangents along the first dimension."""
+"""Stacks (1 + M, *): a value and its tangents along the first dimension.
+
+(1 + 2M, *) with second derivatives.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def is_dual(a: Any) -> bool:
+    return hasattr(type(a), "stack")
 
 
 def same_memory(a: Any, b: Any) -> bool:
@@ -54,14 +61,9 @@ def beside(s: Tensor, c: Any) -> Any:
     return s.to(dtype), c.to(dtype)
 
 
-def parts(s: Tensor) -> Any:
-    """Value and tangents.
-
-    One split, whose gradient is one copy, where two slices' are written into zeros of the whole
-    size and added.
-    """
-    value, tangents = s.split_with_sizes((1, len(s) - 1))
-    return value.squeeze(0), tangents
+def padded(s: Tensor, n: int) -> Tensor:
+    """The stack with n coefficients, the last of them zero where there were fewer."""
+    return s if len(s) == n else torch.cat([s, s.new_zeros(n - len(s), *s.shape[1:])])
 
 
 def separated(index: Any, more: Any = 1) -> bool:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastscore.dual.samples import guarded
+
 
 def _getters(*names):
     return {getattr(torch.Tensor, name).__get__ for name in names if hasattr(torch.Tensor, name)}
@@ -31,6 +33,7 @@ METADATA |= {
 }
 METADATA |= {torch.is_floating_point, torch.is_complex, torch.numel}
 GRAPH = _getters("requires_grad", "grad_fn", "is_leaf")
+REQUIRES_GRAD: Any = torch.Tensor.requires_grad.__get__
 # Where a shell tells that it is sparse.
 _OF_DENSE = {
     torch.Tensor.layout.__get__: lambda x: torch.strided,
@@ -100,19 +103,31 @@ STORAGE = (
     "requires_grad_", "set_", "register_hook", "retain_grad", "as_strided", "untyped_storage",
     "data_ptr", "__deepcopy__", "__reduce_ex__", "resize_",
 )
+# What becomes of numbers with first derivatives, and of those with second ones, too.
 RULES: dict[Any, Any] = {}
+SECOND: dict[Any, Any] = {}
 HOLDERS = (torch.Tensor, torch, F, torch._C._nn, torch.special)
 
 
-def rule(*names: Any, table: Any = RULES) -> Any:
-    """Register a rule under every function of that name in torch, torch.Tensor and
-    torch.nn.functional."""
+def rule(*functions: Any, apart: Callable[..., bool] | None = None) -> Any:
+    """Register a rule under functions, or under all functions of a name in torch, torch.Tensor and
+    torch.nn.functional that have none.
+
+    apart: whether the samples stay apart, as second derivatives ask, from the same arguments.
+        Without it, the rule carries first ones alone.
+    """
 
     def register(function):
-        for name in names:
-            for holder in HOLDERS:
-                if hasattr(holder, name):
-                    table.setdefault(getattr(holder, name), function)
+        tables = [(RULES, function)]
+        if apart is not None:
+            tables.append((SECOND, guarded(function, apart)))
+
+        for table, carrier in tables:
+            for key in functions:
+                if isinstance(key, str):
+                    table |= dict.fromkeys(functions_named(key) - table.keys(), carrier)
+                else:
+                    table[key] = carrier
         return function
 
     return register

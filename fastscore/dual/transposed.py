@@ -24,10 +24,10 @@ from fastscore.dual import kept, saved
 from fastscore.dual.call import NoRule, constant_block, note_copy, of_its_call, of_several, settle
 from fastscore.dual.chains import saved_as_they_are
 from fastscore.dual.norms import NATIVE_NORMS
-from fastscore.dual.number import ComplexDual, Dual
+from fastscore.dual.number import ComplexDual, Dual, like
 from fastscore.dual.once import Draws
 from fastscore.dual.sharded import check_conversion, of_fsdp
-from fastscore.dual.stacks import shares_memory
+from fastscore.dual.stacks import is_dual, shares_memory
 from fastscore.dual.stock import right_derivatives
 from fastscore.dual.writes import write
 from fastscore.ops import checks
@@ -57,7 +57,7 @@ def _apply(cls, *args, **kwargs):
         # a checkpoint calls f once more.
         if isinstance(a, kept.Kept) and torch._C._current_graph_task_id() != -1:
             kept.take_up(a)
-        if _is_dual(a):
+        if is_dual(a):
             return _apply_to_numbers(cls, args, kwargs)
     plain = super(_SingleLevelFunction, cls).apply
     return saved.applied(cls, plain, args, kwargs) if saved.running else plain(*args, **kwargs)
@@ -67,12 +67,8 @@ def _apply(cls, *args, **kwargs):
 _ORDINARY = {torch.Tensor, torch.nn.Parameter, type(None), str, int, float, bool, tuple, list}
 
 
-def _is_dual(a):
-    return isinstance(a, torch.Tensor) and hasattr(type(a), "stack")
-
-
 def _value(a):
-    return a.stack[0] if _is_dual(a) else a
+    return a.stack[0] if is_dual(a) else a
 
 
 def _apply_to_numbers(cls, args, kwargs):
@@ -90,11 +86,11 @@ def _apply_to_numbers(cls, args, kwargs):
 
 def _carried_function(cls, plain, args, kwargs):
     if of_fsdp(cls):   # the identity, whose backward frees the weights
-        outputs = plain(*(a.stack if _is_dual(a) else a for a in args))
-        return tuple(a.like(o) for a, o in zip(filter(_is_dual, args), outputs, strict=True))
+        outputs = plain(*(a.stack if is_dual(a) else a for a in args))
+        return tuple(like(a, o) for a, o in zip(filter(is_dual, args), outputs, strict=True))
 
     check_conversion(cls)
-    if any(type(a) not in (Dual, ComplexDual) for a in args if _is_dual(a)):
+    if any(type(a) not in (Dual, ComplexDual) for a in args if is_dual(a)):
         raise NoRule(f"second_order: no rule carries the autograd.Function {cls.__name__}.")
     if constant_block():
         settle()
@@ -124,10 +120,10 @@ def transposed(
         raise NoRule(f"fastscore.jvp: {name} cannot be carried inside a transform of torch.func.")
 
     leaves, spec = tree_flatten((list(args), kwargs))
-    places = [i for i, a in enumerate(leaves) if _is_dual(a)]
+    places = [i for i, a in enumerate(leaves) if is_dual(a)]
     draws = Draws(leaves[places[0]].device)
     # Parameters that are not among the arguments are those of TorchScript.
-    tensors = [a.stack if _is_dual(a) else a for a in leaves if isinstance(a, torch.Tensor)]
+    tensors = [a.stack if is_dual(a) else a for a in leaves if isinstance(a, torch.Tensor)]
     wanted = any(t.requires_grad for t in tensors) or type(function).__name__.startswith("Script")
     wanted = wanted and torch.is_grad_enabled()
     keep = wanted or backends._dual_level()

@@ -10,8 +10,8 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastscore.dual.call import NoRule, running, settle
-from fastscore.dual.number import Dual
-from fastscore.dual.stacks import memory, same_memory
+from fastscore.dual.number import Dual, like
+from fastscore.dual.stacks import memory, padded, same_memory
 from fastscore.dual.table import STEPS
 
 
@@ -85,6 +85,4 @@ def new_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     value = func(args[0].stack[0], *args[1:], **kwargs)
     if not value.is_floating_point():
         return value
-    return args[0].like(
-        torch.cat([value[None], value.new_zeros(len(args[0].stack) - 1, *value.shape)])
-    )
+    return like(args[0], padded(value[None], args[0].room))

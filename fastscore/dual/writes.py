@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_flatten
 from fastscore.backend import linearized
 from fastscore.dual import carriers
 from fastscore.dual.call import NoRule, running, settle
-from fastscore.dual.number import ComplexDual, Dual
-from fastscore.dual.stacks import aligned, memory, separated
+from fastscore.dual.number import ComplexDual, Dual, like
+from fastscore.dual.stacks import aligned, memory, padded, separated
 from fastscore.dual.table import FILLS
 from fastscore.dual.values import on_values
 
@@ -145,7 +145,7 @@ def _written(out, result, name):
 
 
 def copy_of(x: Any) -> Any:
-    return x.like(x.stack.clone()) if isinstance(x, Dual) else x
+    return like(x, x.stack.clone()) if isinstance(x, Dual) else x
 
 
 def _check_alias(target):
@@ -179,13 +179,23 @@ def write(target: Any, result: Any) -> Any:
     if not isinstance(result, Dual):   # sign_, floor_: no function of the tangents
         return set_item(target, ..., result) or target
 
-    target.stack.copy_(result.stack)
+    target.stack.copy_(_with_room(result, target))
     return target
+
+
+def _with_room(source, target):
+    """The stack of what is written, with as many coefficients as the target's."""
+    if target.order == 1:
+        return source.stack
+    n = len(target.stack)
+    if len(source.stack) > n:
+        raise NoRule("second_order: a write of second derivatives into what has no room for them.")
+    return padded(source.stack, n)
 
 
 def in_place_of(target: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Let function(target, ...) take the place of its argument."""
-    if type(target) not in (Dual, ComplexDual) or not _alone(target):
+    if not isinstance(target, Dual) or not _alone(target):
         return write(target, function(copy_of(target), *args, **kwargs))
 
     result = function(target, *args, **kwargs)
@@ -245,13 +255,12 @@ def set_item(target: Any, index: Any, source: Any) -> Any:
     if separated(index, more=0):
         # The indexed dimensions would move in front of the stack's.
         tangents = len(target.stack) - 1
-        each = source.stack if isinstance(source, Dual) else [source] + [0] * tangents
+        each = _with_room(source, target) if isinstance(source, Dual) else [source] + [0] * tangents
         for m, part in enumerate(each):
             target.stack[m][index] = part
     elif isinstance(source, Dual):
-        target.stack[(slice(None), *index)] = _fitted(
-            source.stack, target.stack[:1][(slice(None), *index)].dim()
-        )
+        place = target.stack[:1][(slice(None), *index)]
+        target.stack[(slice(None), *index)] = _fitted(_with_room(source, target), place.dim())
     else:
         target.stack[(slice(0, 1), *index)] = source
         target.stack[(slice(1, None), *index)] = 0
