@@ -128,6 +128,53 @@ def test_second_derivatives_are_not_lost_where_there_is_no_room(point):
     assert agree(second_order(seen, *point, straight=False), twice(seen, *point))
 
 
+def permuted(out, x):
+    out[[2, 0, 1]] = x.sin()
+
+
+def apart(out, x):
+    out[:, [0, 1, 2], :, [0, 1, 2]] = x.sin()[:, 0, :, :3]
+
+
+def broadcast(out, x):
+    out[:] = x[:, 0].sin()
+
+
+MIXED = {
+    "permuted": permuted,
+    "indices apart": apart,
+    "broadcast": broadcast,
+    "copied": lambda out, x: out.copy_(x.sum(1)),
+}
+
+
+@pytest.mark.parametrize("write", MIXED.values(), ids=MIXED)
+def test_writes_that_mix_samples_have_no_rule(write):
+    """With as many samples as other dimensions have entries, every shape fits."""
+    x, v = torch.rand(3, 3, 3, 3, dtype=D), torch.rand(2, 3, 3, 3, 3, dtype=D)
+
+    def f(x):
+        out = torch.zeros_like(x)
+        write(out, x)
+        return (out * x).flatten(1).sum(1)
+
+    with pytest.raises(NoRule, match="keep the samples the first dimension"):
+        second_order(f, x, v)
+
+
+def test_writes_that_keep_samples_apart(point):
+    def f(x):
+        out = torch.zeros_like(x)
+        out[:, :, [0, 2], [1, 3]] = x.sin()[..., 0, :2]
+        out[..., 4] = x[..., 0].exp()
+        out[:, 0, 3:, :2] = 1.5
+        out[[1, 0], 1, 3] = torch.arange(10, dtype=D).view(2, 5)
+        out.flatten(1)[:, 7:9].copy_(x[:, 0, 0, :2].cos())
+        return (out * out * x).flatten(1).sum(1)
+
+    assert agree(second_order(f, *point), twice(f, *point))
+
+
 CARRIED = {
     "glu": lambda x: F.glu(x[..., :4], -1),
     "triangles": lambda x: (x[..., :4].tril().sin() @ x[..., :4].triu(1)).exp(),

@@ -7,7 +7,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from fastscore.backend import linearized
-from fastscore.dual import carriers
+from fastscore.dual import carriers, samples
 from fastscore.dual.call import NoRule, running, settle
 from fastscore.dual.number import ComplexDual, Dual, like
 from fastscore.dual.stacks import aligned, memory, padded, separated
@@ -252,6 +252,8 @@ def set_item(target: Any, index: Any, source: Any) -> Any:
     _check_alias(target)
     settle()
     index = index if isinstance(index, tuple) else (index,)
+    if target.order == 2 and isinstance(source, Dual):
+        _check_samples(target, index, source)
     if separated(index, more=0):
         # The indexed dimensions would move in front of the stack's.
         tangents = len(target.stack) - 1
@@ -264,6 +266,17 @@ def set_item(target: Any, index: Any, source: Any) -> Any:
     else:
         target.stack[(slice(0, 1), *index)] = source
         target.stack[(slice(1, None), *index)] = 0
+
+
+def _check_samples(target, index, source):
+    """Refuse what would write a sample's derivatives into another sample."""
+    place = target.stack[:1][(slice(None), *index)]
+    if (
+        not samples.indexed(target, index)
+        or separated(index)
+        or place.dim() != source.stack.dim()
+    ):
+        raise NoRule("second_order: a write that would not keep the samples the first dimension.")
 
 
 def _fitted(s, dims):
