@@ -102,14 +102,13 @@ def add(a: Any, b: Any, *, alpha: Any = 1) -> Any:
         return like(a, s + t if a.order == 1 else _sum(s, t))
 
     x, c = (a, b) if is_dual(a) else (b, a)
-    s = stack(x)
-    if isinstance(c, torch.Tensor):
-        s, c = beside(s, c)
-        s = aligned(s, c.dim())
-        shape = torch.broadcast_shapes(s.shape[1:], c.shape)
-        s = s.expand(len(s), *shape)
+    s, c = beside(stack(x), c)
+    if not isinstance(c, torch.Tensor):
+        return like(x, add_to_value(s, c))
 
-    return like(x, add_to_value(s, c))
+    value, rest = aligned(s, c.dim()).split_with_sizes((1, len(s) - 1))
+    value = value + c
+    return like(x, torch.cat([value, rest.expand(len(rest), *value.shape[1:])]))
 
 
 def _sum(s, t):

@@ -266,11 +266,15 @@ def neg(x: Any) -> Any:
     return like(x, -stack(x))
 
 
+def _skipped(a):
+    """By cat, whatever the others' dimensions are."""
+    return (a.stack.shape[1:] if is_dual(a) else a.shape) == (0,)
+
+
 @rule("cat", "concat", "concatenate", apart=several(new=0))
 def cat(tensors: Any, dim: Any = 0) -> Any:
-    # Which cat skips, whatever the others' dimensions are.
-    if any(a.shape == (0,) for a in tensors):
-        tensors = [a for a in tensors if a.shape != (0,)] or tensors
+    if any(map(_skipped, tensors)):
+        tensors = [a for a in tensors if not _skipped(a)] or tensors
         if not any(map(is_dual, tensors)):
             return torch.cat(tensors, dim)
     return _joined(torch.cat, tensors, dim)

@@ -25,18 +25,19 @@ def guarded(rule: Callable[..., Any], apart: Callable[..., bool]) -> Callable[..
 
         made = rule(*args, **kwargs)
         if made is not NotImplemented:
-            _check(made, _batch((*args, *kwargs.values())))
+            _check(made, _batch(args) or _batch(kwargs.values()))
         return made
 
     return apply
 
 
 def _batch(args):
+    """How many samples the first number among the arguments has."""
     for a in args:
         if is_dual(a):
             return a.stack.shape[1]
-        if isinstance(a, list | tuple) and a and isinstance(a[0], torch.Tensor):   # cat, stack
-            return _batch(a)
+        if type(a) in (list, tuple) and (found := _batch(a)):   # of cat and stack
+            return found
 
 
 def _check(made, batch):
@@ -44,8 +45,8 @@ def _check(made, batch):
         for m in made:
             _check(m, batch)
     elif is_dual(made):
-        sizes = made.stack.shape
-        if len(sizes) < 2 or sizes[1] != batch:
+        s = made.stack
+        if s.dim() < 2 or s.shape[1] != batch:
             raise NoRule("second_order: the samples would not stay the first dimension.")
 
 
@@ -116,9 +117,16 @@ def level(*args: Any, **kwargs: Any) -> bool:
 
     Numbers have as many dimensions as each other, constants no more.
     """
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-    ranks = {a.stack.dim() - 1 for a in tensors if is_dual(a)}
-    return len(ranks) == 1 and all(is_dual(a) or a.dim() <= max(ranks) for a in tensors)
+    rank = most = 0
+    for a in (*args, *kwargs.values()) if kwargs else args:
+        if is_dual(a):
+            own = a.stack.dim() - 1
+            if rank not in (0, own):
+                return False
+            rank = own
+        elif isinstance(a, torch.Tensor):
+            most = max(most, a.dim())
+    return 0 < rank >= most
 
 
 def several(new: int) -> Callable[..., bool]:
