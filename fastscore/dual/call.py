@@ -55,8 +55,8 @@ class Call(Turns):
     def __enter__(self) -> None:
         if kept.outside:
             kept.keep(kept.outside)
-        if hasattr(thread, "call"):
-            self.outer = thread.call
+        if calls:   # perhaps of this thread
+            self.outer = getattr(thread, "call", None)
         thread.call = self
         calls.append(self)
 

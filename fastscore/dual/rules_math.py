@@ -102,10 +102,11 @@ def add(a: Any, b: Any, *, alpha: Any = 1) -> Any:
         return like(a, s + t if a.order == 1 else _sum(s, t))
 
     x, c = (a, b) if is_dual(a) else (b, a)
-    s, c = beside(stack(x), c)
+    s = stack(x)
     if not isinstance(c, torch.Tensor):
         return like(x, add_to_value(s, c))
 
+    s, c = beside(s, c)
     value, rest = aligned(s, c.dim()).split_with_sizes((1, len(s) - 1))
     value = value + c
     return like(x, torch.cat([value, rest.expand(len(rest), *value.shape[1:])]))
