@@ -570,3 +570,58 @@ def test_what_cannot_be_followed_is_refused(forward, backward, why):
     exact = fastscore.jvp(torch.sin if forward is overwritten else torch.cos, x @ weight.detach(),
                           v @ weight.detach())
     torch.testing.assert_close((y, jv), exact)
+
+
+def normalised(ctx, x, running):
+    mean, deviation = x.mean(0), x.std(0)
+    running.mul_(0.9).add_(mean, alpha=0.1)
+    ctx.save_for_backward(x, mean, deviation)
+    return (x - mean) / deviation
+
+
+def gradient_of_normalised(ctx, g):
+    x, mean, deviation = ctx.saved_tensors
+    h, n = (x - mean) / deviation, len(x)
+    return (g - g.mean(0) - h * (g * h).sum(0) / (n - 1)) / deviation, None
+
+
+def test_what_a_forward_remembers_in_an_argument_is_remembered_once():
+    """A batch norm that saves its statistics, beside its composition."""
+    Normalised = function(normalised, gradient_of_normalised)
+    weight = torch.randn(4, 4).double().requires_grad_()
+    x, v = torch.randn(6, 4).double(), torch.randn(6, 4).double()
+    running = torch.zeros(4).double()
+
+    y, jv = jvp(lambda x: Normalised.apply(x @ weight, running).sin(), x, v)
+    h = (x @ weight).detach()
+    assert torch.equal(running, 0.1 * h.mean(0))
+
+    def composed(x):
+        h = x @ weight
+        return ((h - h.mean(0)) / h.std(0)).sin()
+
+    expected = jvp(composed, x, v)
+    torch.testing.assert_close((y, jv), expected)
+    torch.testing.assert_close(
+        gradient_of(jv.square(), weight), gradient_of(expected[1].square(), weight)
+    )
+
+
+class Elsewhere:
+    """Counts where nobody sees it."""
+
+    times = 0
+
+
+def unlike(ctx, x):
+    Elsewhere.times += 1
+    ctx.t = x * Elsewhere.times
+    return x.sin()
+
+
+def test_a_forward_that_does_something_else_each_time_is_refused():
+    Custom = function(unlike, lambda ctx, g: g * ctx.t)
+    weight = torch.randn(4, 4).double().requires_grad_()
+    x, v = torch.randn(6, 4).double(), torch.randn(6, 4).double()
+    with pytest.raises(NotImplementedError, match="another result when it is carried out again"):
+        jvp(lambda x: Custom.apply(x @ weight), x, v)

@@ -50,14 +50,16 @@ def applied(cls: Any, apply: Callable[..., Any], args: Any, kwargs: dict[str, An
 
     own = _registered(cls)[1:] if _of_operator(cls) else (cls.forward, cls.setup_context)
     once = Once(inputs[0].device, *own)
-    versions = [a._version for a in inputs]
+    versions = [a._version if isinstance(a, Tensor) else 0 for a in args]
     with once:
         outputs = apply(*args, **kwargs)
 
     nodes = (o.grad_fn for o in tree_flatten(outputs)[0] if isinstance(o, Tensor))
     node = next((n for n in nodes if isinstance(n, cls._backward_cls)), None)
     if node is not None:
-        written = [a._version for a in inputs] != versions
+        written = [
+            a for a, n in zip(args, versions) if isinstance(a, Tensor) and a._version != n
+        ]
         _connect(node, _Forward(cls, args, kwargs, inputs, outputs, node, once, written))
     return outputs
 
@@ -90,7 +92,7 @@ class _Forward:
 
     def of(self, t: Tensor, place: Any) -> Tensor:
         """What stood in this place, with its graph; t itself where it is a constant."""
-        if self.written:
+        if any(a is b for a in self.written for b in self.inputs):
             self._refuse("overwrites its argument")
         if self.found is None:
             try:
@@ -104,6 +106,8 @@ class _Forward:
             again = t
         if not again.requires_grad and self._moves(t, place):
             self._refuse("hides from autograd how")
+        if not _close(again, t):
+            self._refuse("has another result when it is carried out again")
         if again.requires_grad and forward_ad._current_level >= 0:
             self._refuse("has a forward mode of its own, which has used it already")
         return again
@@ -134,15 +138,19 @@ class _Forward:
     def _at(self, change):
         """The same of changed arguments."""
         cls, ctx = self.cls, self._context()
-        args = tuple(
-            change(a.view_as(a)) if any(a is i for i in self.inputs) else a for a in self.args
-        )
+        args = tuple(self._again(a, change) for a in self.args)
         with self.once:
             if _sets_up(cls):
                 cls.setup_context(ctx, args, cls.forward(*args, **self.kwargs))
             else:
                 cls.forward(ctx, *args, **self.kwargs)
         return _found(ctx)
+
+    def _again(self, a, change):
+        if any(a is i for i in self.inputs):
+            return change(a.view_as(a))
+        # What it remembers, as running statistics, has been updated already.
+        return a.clone() if any(a is w for w in self.written) else a
 
     def _context(self):
         ctx = FunctionCtx()
@@ -165,6 +173,12 @@ class _Forward:
             f"has computed and {why}; a second derivative would be wrong. Save arguments and "
             "results alone."
         )
+
+
+def _close(a, b):
+    """Up to the order of sums."""
+    rounding = torch.finfo(b.dtype).eps ** 0.5
+    return torch.allclose(a.detach(), b, rtol=rounding, atol=rounding, equal_nan=True)
 
 
 def _stepped(a):
