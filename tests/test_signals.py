@@ -184,7 +184,7 @@ def test_a_second_signal_ends_at_once(tmp_path, data):
             levels=2, batch_size=4, steps={STEPS}))
     """
     ended = children.run([sys.executable, "-c", program])
-    assert ended.returncode == -signal.SIGTERM and ended.stderr == "", ended
+    assert ended.returncode == -signal.SIGTERM and "Traceback" not in ended.stderr, ended
     list(fit(TrainConfig(out=tmp_path / "run", resume=True)))
     list(fit(config(data, tmp_path / "whole")))
     one, two = (state_of(tmp_path / name) for name in ("run", "whole"))

@@ -16,6 +16,7 @@ from fastscore import distributed, random, sampling
 from fastscore.cli import run_folder
 from fastscore.cli.conditions import Condition, conditioned
 from fastscore.cli.parts import Parts, digest_of_network
+from fastscore.cli.progress import Progress
 from fastscore.cli.sampler_options import SamplerOptions
 from fastscore.ops import checks
 
@@ -149,12 +150,29 @@ def draw(
     return Drawn(job.to_images(samples), job.to_images(path), job.shown)
 
 
-def draw_run(
-    folder: str | Path, n: int, *, done: Callable[[int], object] | None = None, **options: Any
-) -> Drawn:
-    """n samples of a run folder; done as in `draw`, options as in `prepare`."""
+def draw_shown(
+    name: str,
+    job: Job,
+    check: Callable[[], object] = lambda: None,
+    parts: Parts | None = None,
+) -> Drawn | None:
+    """`draw`, with its progress under this name; check is called after every state."""
+    total = len(own_batches(job)) * job.states
+    images = job.n / (job.batches * job.states)
+    first = distributed.environment()[0] == 0
+    with Progress(name, total, "level", images=images, shown=first) as progress:
+
+        def done(states):
+            progress.update(states)
+            check()
+
+        return draw(job, done=done, parts=parts)
+
+
+def draw_run(folder: str | Path, n: int, **options: Any) -> Drawn:
+    """n samples of a run folder; options as in `prepare`."""
     net, sigmas, shape, _ = run_folder.open_run(folder)
-    return draw(prepare(net, sigmas, shape, n, **options), done=done)
+    return draw(prepare(net, sigmas, shape, n, **options))
 
 
 def own_batches(job: Job) -> range:

@@ -2,6 +2,7 @@
 images and by the distance to the nearest training image."""
 
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,14 +47,16 @@ def evaluate(
     if n < 1:
         raise ValueError(f"evaluate: n must be at least 1; got {n}.")
 
-    config = run_folder.open_run(run).config
+    net, sigmas, shape, config = run_folder.open_run(run)
     data = datasets.load(config.data)
     if data[1] is None or config.held_out == 0:
         raise ValueError(
             "evaluate: the run must be of labelled data and keep images apart "
             "(train --held-out 300)."
         )
-    samples = draw.draw_run(run, n, seed=seed).samples
+    job = draw.prepare(net, sigmas, shape, n, seed=seed)
+    samples = draw.draw_shown("evaluate", job).samples
+    print("evaluate: training a classifier on the real images", file=sys.stderr, flush=True)
     parts = (splits.part(config, name, data) for name in ("training", "held_out"))
     result = report(samples, *(t for part in parts for t in part))
     _write(run, "report", result, markdown(result))

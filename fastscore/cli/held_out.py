@@ -1,6 +1,7 @@
 """The log-density of a run's held-out images, for `fastscore evaluate RUN --likelihood`."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from fastscore import datasets, likelihood, models, ops
 from fastscore.cli import run_folder, splits
+from fastscore.cli.progress import Progress
 
 BATCH = 100
 STEPS = 64
@@ -48,21 +50,26 @@ def report(
     dim = math.prod(shape)
     prior = fitted(train.flatten(1))
 
+    times = 1 if grey_levels is None else 2
+    batches = times * sum(-(-len(x) // BATCH) for x in sets.values())
+    progress = Progress("evaluate", batches, "batch", images=BATCH)
+
     def nats(x):
-        return density(net, sigmas, x, prior, seed)
+        return density(net, sigmas, x, prior, seed, progress.update)
 
     def bits(x):
         whole = likelihood.dequantize(x, grey_levels, seed=seed)
         return likelihood.bits_per_dim(nats(whole), dim, levels=grey_levels)
 
     result = {"sigma_min": sigma}
-    # First: images of other levels are refused before anything is computed.
-    if grey_levels is not None:
-        result["grey_levels"] = grey_levels
-        result["bits_per_dim"] = {name: summary(bits(x)) for name, x in sets.items()}
-    result["nats_per_dim"] = {
-        name: summary(nats(ops.perturb(x, sigma, seed=seed)) / dim) for name, x in sets.items()
-    }
+    with progress:
+        # First: images of other levels are refused before anything is computed.
+        if grey_levels is not None:
+            result["grey_levels"] = grey_levels
+            result["bits_per_dim"] = {name: summary(bits(x)) for name, x in sets.items()}
+        result["nats_per_dim"] = {
+            name: summary(nats(ops.perturb(x, sigma, seed=seed)) / dim) for name, x in sets.items()
+        }
     return result
 
 
@@ -74,9 +81,17 @@ def fitted(x: Tensor) -> models.Gaussian:
 
 @torch.no_grad()
 def density(
-    net: nn.Module, sigmas: Tensor, x: Tensor, prior: models.Gaussian, seed: int
+    net: nn.Module,
+    sigmas: Tensor,
+    x: Tensor,
+    prior: models.Gaussian,
+    seed: int,
+    done: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """log p_{σ_min}(x), (B,) on the CPU, batch by batch on the network's device."""
+    """log p_{σ_min}(x), (B,) on the CPU, batch by batch on the network's device.
+
+    done: called after each batch.
+    """
     device = next(net.parameters()).device
     options = {
         "sigma_min": float(sigmas[-1]),
@@ -94,6 +109,7 @@ def density(
     for start in range(0, len(x), BATCH):
         batch = x[start : start + BATCH].to(device)
         found.append(likelihood.log_density(net, batch, first_sample=start, **options).cpu())
+        done()
     return torch.cat(found)
 
 

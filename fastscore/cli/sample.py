@@ -148,8 +148,6 @@ def sample(options: _Merged[SampleOptions]) -> None:
     Started by torchrun, the processes share the batches, and one writes the samples that a single
     process would have drawn.
     """
-    from tqdm import tqdm
-
     job = prepare(options)
     rank, world_size = distributed.environment()
     if rank == 0 and job.batches < world_size:
@@ -162,19 +160,15 @@ def sample(options: _Merged[SampleOptions]) -> None:
     parts = None
     if job.batches > 1:
         parts = Parts(options.out.with_name(f"{options.out.name}.parts"), job.depends_on)
-    total = len(draw.own_batches(job)) * job.states
-    try:
-        with (
-            signals.stop_on_signals() as stop,
-            tqdm(total=total, unit="level", desc="sample", disable=rank > 0 or None) as bar,
-        ):
-            result = draw.draw(job, done=lambda n: stop.check() or bar.update(n), parts=parts)
-    except KeyboardInterrupt:
-        kept = ""
-        if parts is not None and parts.folder.exists():
-            kept = f"; {parts.folder} keeps the finished batches, the same command goes on"
-        print("interrupted" + kept, file=sys.stderr)
-        sys.exit(stop.status or 130)
+    with signals.stop_on_signals() as stop:
+        try:
+            result = draw.draw_shown("sample", job, stop.check, parts)
+        except KeyboardInterrupt:
+            kept = ""
+            if parts is not None and parts.folder.exists():
+                kept = f"; {parts.folder} keeps the finished batches, the same command goes on"
+            print("interrupted" + kept, file=sys.stderr)
+            sys.exit(stop.status or 130)
 
     # The others have sent theirs.
     if result is None:

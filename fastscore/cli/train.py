@@ -4,7 +4,6 @@ import contextlib
 import json
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from tyro.conf import arg
 from fastscore import distributed
 from fastscore.cli import draw, evaluate, metrics, pictures, run_folder, splits
 from fastscore.cli.fit import fit
+from fastscore.cli.progress import Progress
 from fastscore.cli.run_folder import TrainConfig
 from fastscore.training import files, signals
 
@@ -47,7 +47,7 @@ def _finish(config, out, stop):
         if config.task == "classifier":
             _report_classifier(out)
         else:
-            _draw_pictures(out, lambda states=0: stop.signal == seen or stop.check())
+            _draw_pictures(out, lambda: stop.signal == seen or stop.check())
     except signals.Stopped:
         print("\ninterrupted; the run is saved, its pictures are not all drawn")
 
@@ -65,17 +65,9 @@ def demo(out: Path = Path("demo"), steps: int | None = None) -> None:
 
 
 def _show_progress(updates, config, stop):
-    from tqdm import tqdm
-
-    start = time.perf_counter()
-    first = None
-    with tqdm(total=config.steps, unit="step", desc="train", disable=None) as bar:
+    with Progress("train", config.steps, "step", images=config.batch_size) as progress:
         for step, loss in updates:
-            first = step if first is None else first
-            bar.n = step + 1
-            rate = (step + 1 - first) * config.batch_size / (time.perf_counter() - start)
-            bar.set_postfix(loss=f"{loss:.3f}", images_per_s=f"{rate:.0f}", refresh=False)
-            bar.update(0)
+            progress.reach(step + 1, loss)
             if stop:
                 return
 
@@ -83,14 +75,14 @@ def _show_progress(updates, config, stop):
 def _draw_pictures(out, check):
     """Of a score network: the loss of each level, 64 samples and the path of the first eight.
 
-    check: called between states and pictures.
+    check: called between states and pictures, to leave the rest out.
     """
-    _, sigmas, _, config = run_folder.open_run(out)
+    net, sigmas, shape, config = run_folder.open_run(out)
     records = metrics.read(out)
     if records:
         pictures.save_loss_curve(out / "loss.png", records, sigmas.tolist(), config.loss)
     check()
-    drawn = draw.draw_run(out, 64, done=check)
+    drawn = draw.draw_shown("pictures", draw.prepare(net, sigmas, shape, 64), check)
     pictures.save_grid(out / "samples.png", drawn.samples)
     check()
     pictures.save_strip(out / "levels.png", drawn.path)
