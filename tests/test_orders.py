@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastscore.dual import jvp
 from fastscore.dual.call import NoRule
@@ -126,6 +127,28 @@ def test_second_derivatives_are_not_lost_where_there_is_no_room(point):
     with pytest.raises(NoRule, match="no room"):
         second_order(seen, *point)
     assert agree(second_order(seen, *point, straight=False), twice(seen, *point))
+
+
+@pytest.mark.parametrize("straight", [True, False])
+def test_a_checkpoint_finds_the_room_that_it_found(point, straight):
+    """Its part of f is called again in the backward pass, too late for another path."""
+    weight = torch.rand(5, 5, dtype=D, requires_grad=True)
+
+    def part(x):
+        return (x @ weight).mul_(x).sin().flatten(1).sum(1)
+
+    def f(x):
+        return checkpoint(part, x, use_reentrant=False)
+
+    def gradient(g):
+        _, first, second = second_order(g, *point, straight=straight)
+        return torch.autograd.grad((second + first.square()).sum(), weight)[0]
+
+    if straight:
+        with pytest.raises(NoRule, match="no room"):
+            second_order(f, *point)
+    else:
+        assert torch.allclose(gradient(f), gradient(part), rtol=1e-12)
 
 
 def permuted(out, x):

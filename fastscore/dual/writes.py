@@ -195,7 +195,7 @@ def _with_room(source, target):
 
 def in_place_of(target: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Let function(target, ...) take the place of its argument."""
-    if not isinstance(target, Dual) or not _alone(target):
+    if not isinstance(target, Dual) or not _alone(target) or _called_again(target):
         return write(target, function(copy_of(target), *args, **kwargs))
 
     result = function(target, *args, **kwargs)
@@ -207,6 +207,15 @@ def in_place_of(target: Any, function: Callable[..., Any], *args: Any, **kwargs:
     settle()
     target.stack = carriers.fitted(_own(result), target)   # the graph may have saved what was there
     return target
+
+
+def _called_again(x):
+    """Whether it lies in a checkpoint that would find no room for second derivatives, in the
+    backward pass, where nobody knows who else has its memory."""
+    return (
+        x.order == 2
+        and running().hooks != torch._C._autograd._top_saved_tensors_default_hooks(True)
+    )
 
 
 def _alone(x):
