@@ -212,6 +212,42 @@ CARRIED = {
 }
 
 
+def attention(q, k, v, mask, causal):
+    """In plain operations, which PyTorch differentiates twice."""
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("causal, masked", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("heads", [True, False])
+def test_attention_of_both_orders(point, heads, causal, masked):
+    x, v = point if heads else (t.flatten(-3, -2) for t in point)
+    mask = torch.tensor([True, False, True, True]) if masked and heads else None
+
+    def energy(by):
+        return lambda x: by(x.sin(), x, x.exp(), mask, causal).flatten(1).sum(1)
+
+    def fused(q, k, v, mask, causal):
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+
+    expected = twice(energy(attention), x, v)
+    assert agree(second_order(energy(fused), x, v), expected)
+    value, first = jvp(energy(fused), x, v)
+    assert agree((value[None], first), expected[:2])
+
+
+def test_attention_between_samples_has_no_rule():
+    def f(x):
+        return F.scaled_dot_product_attention(x, x, x).sum(1)
+
+    with pytest.raises(NoRule):
+        second_order(f, torch.rand(3, 3, dtype=D), torch.rand(1, 3, 3, dtype=D))
+
+
 @pytest.mark.parametrize("f", CARRIED.values(), ids=CARRIED)
 def test_rules_of_both_orders(point, f):
     def energy(x):

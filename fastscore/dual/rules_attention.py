@@ -6,10 +6,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastscore.dual.samples import by_parts
 from fastscore.dual.table import rule
 
 
-@rule("scaled_dot_product_attention")
+@rule("scaled_dot_product_attention", apart=by_parts)
 def attention(
     query: Any,
     key: Any,
