@@ -11,9 +11,10 @@ import children
 import numpy as np
 import pytest
 import torch
+from test_cli import run_here
 
 from fastscore.cli import fit as fitting
-from fastscore.cli import metrics, pictures, run_folder, train
+from fastscore.cli import held_out, metrics, pictures, progress, run_folder, train
 from fastscore.cli.fit import fit
 from fastscore.cli.run_folder import TrainConfig
 from fastscore.training import saves, signals
@@ -224,6 +225,57 @@ def test_a_loss_that_is_not_finite_saves_the_step_before(tmp_path, data, monkeyp
     with pytest.raises(FloatingPointError, match="the loss is nan at step 7"):
         list(fit(config(data, out)))
     assert saves.of_run(out)[0].step == 7
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_hide_no_message(tmp_path, data, monkeypatch):
+    out = tmp_path / "run"
+    objective = fitting.objective
+
+    def broken(config, net, *things):
+        if things[-1] == 7:
+            next(net.parameters()).data.fill_(float("inf"))
+        return objective(config, net, *things)
+
+    monkeypatch.setattr(fitting, "objective", broken)
+    with pytest.raises(FloatingPointError, match=r"at step 7; the weights are not finite"):
+        list(fit(config(data, out)))
+    assert [save.step for save in saves.of_run(out)] == [5]
+
+
+@pytest.mark.parametrize("which", signals.ENDING)
+def test_a_job_of_drawing_that_a_signal_ends_goes_on(tmp_path, data, monkeypatch, which):
+    list(fit(config(data, tmp_path / "run")))
+    job = ("sample", tmp_path / "run", "-n", "6", "--batch-size", "2", "--out")
+    assert run_here(*job, tmp_path / "whole.npz").returncode == 0
+    reach, reached = progress.Progress.reach, []
+
+    def signalled(self, done, loss=None):
+        reached.append(done)
+        if len(reached) == 5:
+            signal.raise_signal(which)
+        return reach(self, done, loss)
+
+    monkeypatch.setattr(progress.Progress, "reach", signalled)
+    ended = run_here(*job, tmp_path / "parts.npz")
+    assert ended.returncode == 128 + which and not (tmp_path / "parts.npz").exists()
+    assert "keeps the finished batches, the same command goes on" in ended.stderr
+    # Of the first batch, all of it; of the second, what was there is drawn again.
+    assert len(reached) == 5
+    assert run_here(*job, tmp_path / "parts.npz").returncode == 0
+    one, two = (np.load(tmp_path / name)["images"] for name in ("whole.npz", "parts.npz"))
+    assert (one == two).all()
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_ctrl_c_is_a_traceback_in_no_command(tmp_path, data, monkeypatch):
+    list(fit(config(data, tmp_path / "run", held_out=5)))
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(held_out, "density", interrupted)
+    ended = run_here("evaluate", tmp_path / "run", "-n", "4", "--likelihood")
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
 
 
 def test_other_threads_have_no_signals_to_heed():

@@ -206,7 +206,7 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     """
     data = saves.read_newest(folder, "weights.safetensors")
     if data is not None:
-        return checkpoint.loads(data, f"{folder}: weights.safetensors")
+        return checkpoint.loads(data, f"{folder}: weights.safetensors", sealed=False)
     if not is_saved(folder):
         raise ValueError(f"{folder} holds a run that has not been saved yet.")
     return checkpoint.load(Path(folder) / "weights.safetensors")
@@ -310,7 +310,9 @@ def save(
     """
     tensors = checkpoint.state_of(net, ema, optimizer, steps_done)
     tensors["state"] |= {f"metrics.{k}": v for k, v in sums.items()}
-    contents = {f"{name}.safetensors": checkpoint.dumps(t) for name, t in tensors.items()}
+    contents = {
+        f"{name}.safetensors": checkpoint.dumps(t, sealed=False) for name, t in tensors.items()
+    }
     # Noise, levels and each step's images are functions of these two.
     about = {"key": {"seed": seed, "step": steps_done}}
     made = saves.commit(out, steps_done, contents, last=last, about=about, logs=(metrics.FILE,))
@@ -340,10 +342,10 @@ def restore(
     Raises:
         ValueError: the run is damaged.
     """
-    found = saves.newest_intact(out)
+    found, contents = saves.newest_intact(out) or (None, {})
     if found is not None:
         tensors = {
-            name: checkpoint.loads(found.read(f"{name}.safetensors"), found.folder)
+            name: checkpoint.loads(contents.pop(f"{name}.safetensors"), found.folder, sealed=False)
             for name in _TENSORS
         }
     elif is_saved(out):

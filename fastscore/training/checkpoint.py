@@ -37,8 +37,10 @@ def load(path: str | Path) -> dict[str, torch.Tensor]:
     return loads(data, path)
 
 
-def dumps(tensors: dict[str, torch.Tensor]) -> bytes:
+def dumps(tensors: dict[str, torch.Tensor], *, sealed: bool = True) -> bytes:
     """The bytes of a file that holds {name: tensor}.
+
+    sealed: with their digest; False where a manifest has it.
 
     Raises:
         ValueError: a value is not finite.
@@ -50,7 +52,12 @@ def dumps(tensors: dict[str, torch.Tensor]) -> bytes:
             raise ValueError(f"checkpoint: {name} must be finite; it was not saved.")
 
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    return files.sealed(serialize(plain, {"sha256": files.BLANK}))
+    if not sealed:
+        return serialize(plain)
+    data = serialize(plain, {"sha256": files.BLANK})
+    # Before the next copy is made.
+    del plain
+    return files.sealed(data)
 
 
 def loads(data: bytes, path: str | Path, *, sealed: bool = True) -> dict[str, torch.Tensor]:
@@ -58,7 +65,7 @@ def loads(data: bytes, path: str | Path, *, sealed: bool = True) -> dict[str, to
 
     Args:
         path: where the bytes come from, for messages.
-        sealed: they must carry their digest.
+        sealed: compare them with the digest in them; False where they were compared with another.
 
     Raises:
         ValueError: they are not what `dumps` returned.

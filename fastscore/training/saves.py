@@ -75,6 +75,14 @@ class Save:
         _compare(path, data, expected)
         return data
 
+    def contents(self) -> dict[str, bytes]:
+        """The bytes of all of its files.
+
+        Raises:
+            ValueError: they are not those that were saved.
+        """
+        return {name: self.read(name) for name in self.manifest()["files"]}
+
     def damage(self) -> str | None:
         """What is wrong with it, logs apart; None where nothing is."""
         try:
@@ -112,28 +120,36 @@ def read_newest(folder: str | Path, name: str) -> bytes | None:
         raise ValueError(f"{str(error).rstrip('.')}; {way_out}.") from None
 
 
-def newest_intact(folder: str | Path) -> Save | None:
-    """The newest save that is as it was written, None where there is none at all.
+def newest_intact(folder: str | Path) -> tuple[Save, dict[str, bytes]] | None:
+    """The newest save of a run that is as it was written, and its contents; None without any save.
 
-    A warning tells of those that are not.
+    A warning tells of those that are not, older ones too.
 
     Raises:
         ValueError: none of them is.
     """
-    saves = of_run(folder)
-    damages = {save.step: save.damage() for save in saves}
-    intact = [save for save in saves if damages[save.step] is None]
-    found = " ".join(damage for damage in damages.values() if damage is not None)
-    if saves and not intact:
+    intact, damages = None, {}
+    for save in of_run(folder):
+        try:
+            # Of each file, the bytes that were checked are those that are used.
+            if intact is None:
+                intact = save, save.contents()
+            elif (damage := save.damage()) is not None:
+                damages[save.step] = damage
+        except ValueError as error:
+            damages[save.step] = str(error)
+
+    found = " ".join(damages.values())
+    if found and intact is None:
         raise ValueError(f"no save of the run in {folder} is intact: {found}")
     if found:
-        skipped = ", ".join(str(step) for step, damage in damages.items() if damage is not None)
+        skipped = ", ".join(map(str, damages))
         warnings.warn(
             f"the run in {folder} goes on from its save of step {intact[0].step}; that of step "
             f"{skipped} is not used: {found}",
             stacklevel=2,
         )
-    return intact[0] if intact else None
+    return intact
 
 
 def commit(
