@@ -676,3 +676,19 @@ def test_errors_are_those_of_double_backprop():
     with pytest.raises(NoRule, match="no rule carries prod"):
         second_order(lambda x: x.prod(1), x, v)
     assert "1 directions" in repr(Jet(torch.zeros(2, 3), 1))
+
+
+def test_only_a_missing_rule_is_remembered():
+    """An f that fails once, whatever it was, takes the fast way again afterwards."""
+    net, fails = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double(), [True]
+
+    def f(x):
+        if fails.pop() if fails else False:
+            raise OSError("a file is being written")
+        return net(x)
+
+    score = EnergyScore(f)
+    x, v = torch.randn(7, 4).double(), torch.randn(2, 7, 4).double()
+    pair = score.along(x, v)   # by two backward passes, once
+    assert not score._without_rule
+    torch.testing.assert_close(pair, score.along(x, v))

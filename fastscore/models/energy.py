@@ -208,10 +208,11 @@ class EnergyScore(nn.Module):
                 _, slope, curvature = second_order(
                     lambda x: self.f(x, *arguments), x, v, straight=not _writes_in_place(self.f)
                 )
-        except Exception:
+        except Exception as error:
             once.undo()
             products = self._along_by_jvp(x, v, arguments)   # an error of f's own comes again
-            self._without_rule.add(kind)
+            if isinstance(error, NoRule):   # anything else says nothing about the next call
+                self._without_rule.add(kind)
             return products
 
         wanted = self._leaf(x)[1] or (torch.is_grad_enabled() and v.requires_grad)
