@@ -97,7 +97,7 @@ PIPES = {
     "": (
         "BRA", "BRX", "CALL", "RET", "EXIT", "BSSY", "BSYNC", "BAR", "WARPSYNC", "NOP", "S2R",
         "S2UR", "CS2R", "LDCU", "LEPC", "MEMBAR", "ERRBAR", "CCTL", "DEPBAR", "NANOSLEEP", "YIELD",
-        "UCGABAR_ARV", "UCGABAR_WAIT", "ACQBULK", "PREEXIT", "BREAK", "BPT",
+        "CGAERRBAR", "ENDCOLLECTIVE", "ACQBULK", "PREEXIT", "BREAK", "BPT",
     ),
 }  # fmt: skip
 PIPE_OF = {name: pipe for pipe, names in PIPES.items() for name in names}

@@ -53,11 +53,12 @@ def noise_reduce_kernel(
     if not DOT:
         each = coefficient(sigma_ptr, sigma, sample, valid, SIGMA_KIND, dtype)
 
-    # What a thread loads at once is in its sample or out of it, as a whole, and so is its sum:
-    # one selection, where radii of zero would be a product for each pair of elements.
+    # What a thread loads at once is in its sample or out of it, as a whole, and so is its sum: one
+    # selection, where radii of zero would be a product for each pair of elements. What lies outside
+    # is not read, and is whatever the registers hold.
     N: tl.constexpr = 8 if pairs else 4
-    GROUPED: tl.constexpr = ALIGNED and STEPS == 1 and not (FULL or DOT or WIDE)
-    total, end = tl.zeros([ROWS, 4 * BLOCK], dtype), tl.zeros([ROWS, 1], tl.int32)
+    GROUPED: tl.constexpr = ALIGNED and not (FULL or DOT or WIDE)
+    total = tl.zeros([ROWS, 4 * BLOCK // N if GROUPED else 4 * BLOCK], dtype)
     for i in range(STEPS):
         begin = (split.to(tl.int64) * STEPS + i) * (4 * BLOCK)
         block = first + opened + (begin >> 2)
@@ -67,13 +68,16 @@ def noise_reduce_kernel(
                 block, 0, key_ptr, seed, step, stream, HAS_KEY, CROSSES, pairs, True, BLOCK
             )
         else:
-            end = tl.where(
-                valid, tl.maximum(tl.minimum(per_sample + entry - begin, 4 * BLOCK), 0), 0
-            ).to(tl.int32)
+            end = tl.minimum(per_sample + entry - begin, 4 * BLOCK).to(tl.int32)
+            if ROWS > 1:
+                end = tl.where(valid, end, 0)
             mask = lane < end
-            if not ALIGNED:
-                mask = mask & (lane >= entry - begin)
-            s = tl.load(s_ptr + (start + begin - entry) + lane, mask=mask, other=0.0).to(dtype)
+            if GROUPED:
+                s = tl.load(s_ptr + (start + begin) + lane, mask=mask).to(dtype)
+            else:
+                if not ALIGNED:
+                    mask = mask & (lane >= entry - begin)
+                s = tl.load(s_ptr + (start + begin - entry) + lane, mask=mask, other=0.0).to(dtype)
             radius, direction = polar_of_rows(
                 block, (end + 3) >> 2, key_ptr, seed, step, stream, HAS_KEY, CROSSES, pairs,
                 GROUPED, BLOCK,
@@ -83,11 +87,13 @@ def noise_reduce_kernel(
             total = tl.fma(s, z, total) if STEPS > 1 else s * z   # elsewhere s is 0
         else:
             t = tl.fma(tl.zeros_like(s) + each, s, z)
-            if not ALIGNED:
-                t = tl.where(mask, t, 0.0)
-            total = tl.fma(t, t, total) if STEPS > 1 else t * t
-    if GROUPED:
-        sums = by_thread(total, N)
-        total = tl.where(N * tl.arange(0, 4 * BLOCK // N)[None, :] < end, sums, 0.0)
+            if GROUPED:
+                inside = N * tl.arange(0, 4 * BLOCK // N)[None, :] < end
+                sums = tl.where(inside, by_thread(t * t, N), 0.0)
+                total = total + sums if STEPS > 1 else sums
+            else:
+                if not ALIGNED:
+                    t = tl.where(mask, t, 0.0)
+                total = tl.fma(t, t, total) if STEPS > 1 else t * t
     reduced = tl.sum(total, 1)[:, None]
     tl.store(partial_ptr + sample * splits + split, reduced if DOT else 0.5 * reduced, mask=valid)

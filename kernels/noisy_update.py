@@ -69,14 +69,16 @@ def noisy_update_kernel(
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     pairs: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth == 16
     if EACH:
-        # Of 32 bits, and an offset at a block's start. Beyond the end the coefficients are the
-        # last sample's: loads without a mask need no zeros for the lanes that are out.
+        # Of 32 bits, and an offset at a block's start: lanes are elements of the tensor, which
+        # takes fewer instructions than to add them to a program's first one. Beyond the end the
+        # coefficients are the last sample's: loads without a mask need no zeros there.
         begin = tl.program_id(0) * (4 * BLOCK)
-        lane = tl.arange(0, 4 * BLOCK)
-        mask = lane < n - begin
+        lane = begin + tl.arange(0, 4 * BLOCK)
+        mask = lane < n
         groups: tl.constexpr = BLOCK // 2 if pairs else BLOCK
         at = tl.minimum(begin + tl.arange(0, groups) * (4 * BLOCK // groups), n - 1)
         sample, known = sample_of(at.to(tl.uint32), magic, bits), None
+        begin = 0
     else:
         begin = program * (4 * BLOCK) - shift
         lane, mask = inside(n, program * (4 * BLOCK), shift, 4 * BLOCK)

@@ -40,7 +40,8 @@ TABLE: dict[str, dict[str, dict[str, int]]] = {
     "sm_90": {   # what differs there
         # Timed on an H100, langevin_step of 2^26 elements: 264.2 µs of 265.6 (float32), 133.6 of
         # 133.4 (bfloat16), per sample 273.8 of 276.6 and 161.3 of 187.0. A thread takes one 128-bit
-        # access of each tensor; registers leave every warp of an SM resident.
+        # access of each tensor; registers leave every warp of an SM resident. What a thread does
+        # once is more for each of its elements: docs/gpu.md.
         "noisy_update": {"BLOCK": 256, "num_warps": 8},
     },
 }

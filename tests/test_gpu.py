@@ -285,6 +285,18 @@ def test_partial_sums_are_summed_whatever_their_number(norm_backend, splits):
             assert torch.equal(alone, total.flatten()[-1:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "n", [65_536, 65_544, 70_832, 3072], ids=["whole", "a-block-more", "a-tile-more", "one-tile"]
+)
+def test_the_loss_of_samples_that_fill_their_tiles_or_not(gpu_backend, dtype, n):
+    """Of 65,536 elements and more Triton's programs take four tiles each."""
+    s = torch.randn(2, n, device=DEVICE).to(dtype)
+    e = torch.tensor([0.3, 0.7], device=DEVICE)
+    loss = fastscore.denoising_loss(s, e, seed=5)
+    assert torch.allclose(loss.cpu(), cpu(fastscore.denoising_loss, s, e, seed=5), rtol=1e-6)
+
+
 def test_sums_over_long_samples_take_two_launches(norm_backend, monkeypatch):
     if norm_backend != "triton":
         pytest.skip("a matter of Triton's launchers")

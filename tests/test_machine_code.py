@@ -41,7 +41,7 @@ def cuda_rows():
 
 
 def test_every_triton_kernel_compiles_for_every_dtype_and_target_without_spills(triton_rows):
-    noise = 4 + 3 + 4 * 3 + 1 + 3 * 4 + 2 * 3 * 4   # on every target; and on sm_90 more variants
+    noise = 4 + 3 + 4 * 4 + 1 + 3 * 4 + 2 * 3 * 4   # on every target; and on sm_90 more variants
     pixels, algebra, whole, stack, sums = 4 * 4, 2 * 3, 4, 4 * 4, 2
     assert (
         len(triton_rows)
@@ -155,23 +155,27 @@ def test_instructions_per_element_do_not_grow(triton_rows, request):
 
     Today Triton stands at 32.6 (float32) and 33.0 (bfloat16), CUDA C++ at 30.3 and 31.9.
 
-    With coefficients of each sample the goal is 34; Triton stands at 34.2 and 33.9 (16 or 32
-    elements a thread), Triton 3.6 at 34.6 and 34.0.
+    With coefficients of each sample the goal is 34; Triton stands at 33.9 and 33.7 (16 or 32
+    elements a thread), Triton 3.6 at 34.1 and 33.9. The loss is at its goal of 30 for whole tiles
+    of long samples alone (docs/gpu.md says why).
     """
     for name, row in triton_rows.items():
         if "noisy_update" in name:
             # On sm_90 a thread takes 4 elements (8 of a 16-bit type), not 16 (32): more
             # instructions for each, in less time (kernels/tiles.py).
-            limit = 39 if "fp64" in name else 34.6 if "each" in name else 33
-            limit += (18 if "fp64" in name else 10.5) * name.endswith("sm_90")
+            limit = 39 if "fp64" in name else 34.2 if "each" in name else 33
+            if name.endswith("sm_90"):
+                limit = 57 if "fp64" in name else 43.3
             assert row["per_element"] <= limit, (name, row)
             assert row["registers"] <= 32 or not name.endswith("sm_90") or "fp64" in name, (
                 name,
                 row,
             )
-        # Masks cost 1.5, the tree over a program's threads and the way to the first element 3.
+        # Masks cost 1.7, the tree over a program's threads and the way to the first element 3, of
+        # several tiles a part of that.
         if name.startswith("noise_reduce") and "fp64" not in name:
-            limit = {"long": 31, "full": 33, "masked": 33.5}[name.split()[1]]
+            limits = {"long": 31, "full": 33, "masked": 33.4, "masked-long": 31.5}
+            limit = limits[name.split()[1]]
             # Ptxas takes 156 there for the loop over four tiles.
             registers = 160 if name.endswith("sm_100") else 128
             assert row["per_element"] <= limit and row["registers"] <= registers, (name, row)
