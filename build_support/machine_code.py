@@ -80,12 +80,15 @@ def count(path, per_thread=None, steps=1):
 # floats to 16 bits) are the ALU's, I2F and F2F (the rest) the XU's, VIADD that half's
 # (tests/test_machine_code.py).
 PIPES = {
-    "fma": ("FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2", "HFMA2", "HMUL2", "HADD2"),
+    "fma": (
+        "FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2", "FHFMA", "FHADD", "HFMA2", "HMUL2",
+        "HADD2",
+    ),
     "imad": ("IMAD", "IDP", "VIADD"),
     "alu": (
-        "LOP3", "IADD3", "VIADDMNMX", "SHF", "ISETP", "FSETP", "HSETP2", "SEL", "FSEL",
-        "FMNMX", "HMNMX2", "IMNMX", "VIMNMX", "IABS", "SGXT", "PRMT", "LEA", "PLOP3", "MOV", "F2FP",
-        "I2FP", "P2R", "R2P", "R2UR", "VOTE",
+        "LOP3", "IADD3", "IADD", "VIADDMNMX", "SHF", "ISETP", "FSETP", "FSET", "HSETP2", "SEL",
+        "FSEL", "FMNMX", "FMNMX3", "HMNMX2", "IMNMX", "VIMNMX", "VIMNMX3", "IABS", "SGXT", "BMSK",
+        "PRMT", "LEA", "PLOP3", "MOV", "F2FP", "I2FP", "F2IP", "I2IP", "P2R", "R2P", "R2UR", "VOTE",
     ),
     "xu": ("MUFU", "I2F", "F2I", "F2F", "FRND", "POPC", "FLO", "BREV", "FCHK"),
     "lsu": (
@@ -97,7 +100,7 @@ PIPES = {
     "": (
         "BRA", "BRX", "CALL", "RET", "EXIT", "BSSY", "BSYNC", "BAR", "WARPSYNC", "NOP", "S2R",
         "S2UR", "CS2R", "LDCU", "LEPC", "MEMBAR", "ERRBAR", "CCTL", "DEPBAR", "NANOSLEEP", "YIELD",
-        "CGAERRBAR", "ENDCOLLECTIVE", "ACQBULK", "PREEXIT", "BREAK", "BPT",
+        "CGAERRBAR", "ENDCOLLECTIVE", "VOTEU", "ACQBULK", "PREEXIT", "BREAK", "BPT",
     ),
 }  # fmt: skip
 PIPE_OF = {name: pipe for pipe, names in PIPES.items() for name in names}
