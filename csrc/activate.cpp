@@ -62,18 +62,19 @@ FS_INLINE void second_order_gradient(const Column<T>& c, int64_t M) {
   vf d1, d2, d3;
   activate<vf>(kKind, c.s(0), nullptr, &d1, &d2, &d3);
   vf g0 = times_slope(kKind, d1, c.g(0));
+  // All is loaded before anything is stored: rows often lie a multiple of 4096 bytes apart, where a processor takes a load for one that
+  // has to wait for the store before it.
   for (int64_t m = 1; m <= M; ++m) {
     const vf u1 = c.s(m), g1 = c.g(m), g2 = c.g(M + m);
-    if (!c.p.straight) c.store(times_slope(kKind, d1, g2), M + m);
-    const vf straight = times_slope(kKind, d1, g1);
-    if (kKind == kRelu) {   // it does not bend
-      c.store(straight, m);
-      continue;
+    vf gu1 = times_slope(kKind, d1, g1);
+    if (kKind != kRelu) {   // which does not bend
+      vf third = d3 * u1 * u1;
+      if (!c.p.straight) third += d2 * c.s(M + m);
+      g0 += d2 * u1 * g1 + third * g2;
+      gu1 += 2.0f * d2 * u1 * g2;
     }
-    vf third = d3 * u1 * u1;
-    if (!c.p.straight) third += d2 * c.s(M + m);
-    g0 += d2 * u1 * g1 + third * g2;
-    c.store(straight + 2.0f * d2 * u1 * g2, m);
+    if (!c.p.straight) c.store(times_slope(kKind, d1, g2), M + m);
+    c.store(gu1, m);
   }
   c.store(g0, 0);
 }
@@ -173,8 +174,9 @@ void activate_jet(Tensor out, Tensor s, OptionalTensor g, int64_t directions, in
 
 }  // namespace
 
-void launch_dual(const ActivateArgs& p) {
-  launch(FS_PICK(activate_dual), p, (1 + p.directions) * p.n * (p.dtype == kFloat32 ? 4 : 2));
+void launch(const ActivateArgs& p, bool second) {
+  const int64_t rows = 1 + p.directions * (!second || (p.straight && p.g) ? 1 : 2);
+  launch(second ? FS_PICK(activate_jet) : FS_PICK(activate_dual), p, rows * p.n * (p.dtype == kFloat32 ? 4 : 2));
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastscore, m) {

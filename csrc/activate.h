@@ -19,6 +19,6 @@ struct ActivateArgs {
 
 FS_DECLARE(activate_dual, const ActivateArgs&, int64_t begin, int64_t end)
 FS_DECLARE(activate_jet, const ActivateArgs&, int64_t begin, int64_t end)
-void launch_dual(const ActivateArgs& p);   // the copy for this processor, on all threads
+void launch(const ActivateArgs& p, bool second);   // the copy of first or second order for this processor, on all threads
 
 }  // namespace fastscore

@@ -39,7 +39,7 @@ PyObject* noisy_update(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (has_z && !(has_x && args[5] == Py_None && look_float(z_object, z) && z.like(x))) return refused();
 
   UpdateArgs p{};
-  if (!has_z && !read_key(args[5], args[6], args[7], 0, args[8], p.key)) return refused();
+  if (!has_z && !read_open_key(args[5], args[6], args[7], 0, args[8], p.key)) return refused();
   const double least = kind == kLangevin || kind == kPerturb ? 0 : -HUGE_VAL;
   if (const Server* server = server_of(like); server && has_z) return refused();
   else if (server) return served_update(*server, args, kind == kLangevin, least, has_x ? &x : nullptr, has_d ? &d : nullptr, p.key);
@@ -74,6 +74,7 @@ PyObject* noisy_update(PyObject*, PyObject* const* args, Py_ssize_t count) {
   p.diffusion = diffusion.number;
   p.drift_each = drift.pointer();
   p.diffusion_each = diffusion.pointer();
+  if (!seeded(args[5], p.key)) return refused();
   without_python(p.n, [&] { launch(p); });
   if (args[9] != Py_None && !written(args[9])) return nullptr;
   Py_INCREF(result.o);
@@ -105,7 +106,7 @@ PyObject* noise_reduce(PyObject*, PyObject* const* args, Py_ssize_t count) {
     made = PyObject_Call(torch_.empty, shape.o, options.o);
   }
   const Ref result(made);
-  if (!result || !look_anywhere(result.o, out)) return refused();
+  if (!look_made(result.o, out) || !out.beside(s)) return refused();
   if (server) return served_reduce(*server, args, s, result.o, out, p.key);
 
   p.dtype = s.dtype;
@@ -140,7 +141,7 @@ PyObject* fill(PyObject*, PyObject* const* args, Py_ssize_t count) {
   FillArgs p{};
   p.kind = static_cast<FillKind>(PyLong_AsLong(args[0]));
   if (!count_of(args[1], n) || !integer(args[5], 0, 65535, substream)) return refused();
-  if (!read_key(args[2], args[3], args[4], substream, args[6], p.key)) return refused();
+  if (!read_open_key(args[2], args[3], args[4], substream, args[6], p.key)) return refused();
 
   // torch.empty reads sizes one by one in two thirds of the time that a tuple takes it.
   const bool sizes = PyTuple_Check(args[1]) && PyTuple_Size(args[1]) > 0;
@@ -153,7 +154,7 @@ PyObject* fill(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (args[8] != Py_None) PyDict_SetItem(options.o, torch_.device, args[8]);
   const Ref result(PyObject_Call(torch_.empty, shape.o, options.o));
   View out;
-  if (!result || !look_anywhere(result.o, out) || (p.kind == kWords) != (out.dtype == kInt64)) return refused();
+  if (!look_made(result.o, out) || (p.kind == kWords) != (out.dtype == kInt64) || !seeded(args[2], p.key)) return refused();
   if (const Server* server = server_of(out)) return served_fill(*server, p.kind, result.o, out, p.key);
 
   p.out = out.data();
@@ -161,6 +162,13 @@ PyObject* fill(PyObject*, PyObject* const* args, Py_ssize_t count) {
   without_python(n, [&] { launch(p, n); });
   Py_INCREF(result.o);
   return result.o;
+}
+
+// draw_seed(): an int from PyTorch's generator of the CPU.
+PyObject* draw_seed(PyObject*, PyObject* const*, Py_ssize_t count) {
+  int64_t seed;
+  if (count != 0 || !torch_.describe || !nothing_between() || !draw(seed)) return refused();
+  return PyLong_FromLongLong(seed);
 }
 
 // Of an image (B, C, *): whether it is contiguous as (B, C, S) or as (B, S, C), the two layouts that are read where they lie.
@@ -360,9 +368,8 @@ PyObject* open(PyObject*, PyObject* torch) {
   t.float32 = find(torch, {"float32"});
   t.int64 = find(torch, {"int64"});
   t.cpu = PyUnicode_InternFromString("cpu");
-  t.increment_version = find(torch, {"_C", "_increment_version"});
+  t.increment_version = Function(find(torch, {"_C", "_increment_version"}));
   t.is_neg = find(torch, {"Tensor", "is_neg"});
-  t.is_inference = find(torch, {"Tensor", "is_inference"});
   t.forward_ad = find(torch, {"autograd", "forward_ad"});
   t.level = PyUnicode_InternFromString("_current_level");
   t.requires_grad = PyUnicode_InternFromString("requires_grad");
@@ -370,12 +377,13 @@ PyObject* open(PyObject*, PyObject* torch) {
   t.new_empty = PyUnicode_InternFromString("new_empty");
   t.dtype = PyUnicode_InternFromString("dtype");
   t.device = PyUnicode_InternFromString("device");
-  t.modes = find(torch, {"_C", "_len_torch_dispatch_stack"});
-  t.function_modes = find(torch, {"_C", "_is_torch_function_mode_enabled"});
-  t.transforms = find(torch, {"_C", "_functorch", "maybe_current_level"});
-  t.tracing = find(torch, {"_C", "_get_tracing_state"});
-  t.profiling = find(torch, {"autograd", "_profiler_enabled"});
-  t.inference_mode = find(torch, {"is_inference_mode_enabled"});
+  t.modes = Function(find(torch, {"_C", "_len_torch_dispatch_stack"}));
+  t.function_modes = Function(find(torch, {"_C", "_is_torch_function_mode_enabled"}));
+  t.transforms = Function(find(torch, {"_C", "_functorch", "maybe_current_level"}));
+  t.tracing = Function(find(torch, {"_C", "_get_tracing_state"}));
+  t.profiling = Function(find(torch, {"autograd", "_profiler_enabled"}));
+  t.inference_mode = Function(find(torch, {"is_inference_mode_enabled"}));
+  t.version = PyUnicode_InternFromString("_version");
   if (PyErr_Occurred() || !api || api->major != 1) {
     PyErr_Clear();
     Py_RETURN_FALSE;
@@ -395,6 +403,7 @@ PyMethodDef methods[] = {{"open", open, METH_O, nullptr},
                          method("noisy_update", noisy_update),
                          method("noise_reduce", noise_reduce),
                          method("fill", fill),
+                         method("draw_seed", draw_seed),
                          method("normalise", normalise),
                          method("activate", door_activate),
                          method("signed_stack", door_signed_stack),

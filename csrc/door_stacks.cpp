@@ -1,6 +1,7 @@
 // The doors of dual numbers: stacks (1 + M, *) of a value and its M tangents, between the products of a network.
 #include "door_stacks.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -36,6 +37,15 @@ struct Parts {
   }
 };
 
+// A new stack (rows, *sizes) of the type of `like`.
+PyObject* new_stack(PyObject* like, int64_t rows, const int64_t* sizes, int32_t count) {
+  const Ref shape(PyTuple_New(1 + count));
+  if (!shape) return nullptr;
+  PyTuple_SetItem(shape.o, 0, PyLong_FromLongLong(rows));
+  for (int32_t d = 0; d < count; ++d) PyTuple_SetItem(shape.o, 1 + d, PyLong_FromLongLong(sizes[d]));
+  return PyObject_CallMethodObjArgs(like, torch_.new_empty, shape.o, nullptr);
+}
+
 template <class Args>
 void sizes(const View& stack, int64_t directions, Args& p) {
   p.dtype = stack.dtype;
@@ -46,23 +56,34 @@ void sizes(const View& stack, int64_t directions, Args& p) {
 
 }  // namespace
 
-// activate(s, g, activation, overwrite): y and its tangents; or, with g, the cotangents of s, in the memory of g if overwrite is True.
+// activate(s, g, directions, activation, overwrite): y and its derivatives; or, with g, the cotangents of s, in the memory of g if overwrite is
+// True. Of directions None the stack is a value and its tangents; of M it holds second derivatives, too, unless they are 0.
 PyObject* door_activate(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 4 || !torch_.describe || !nothing_between()) return refused();
+  if (count != 5 || !torch_.describe || !nothing_between()) return refused();
   View s, g, out;
-  int64_t activation;
+  int64_t directions = 0, activation;
   if (!look_float(args[0], s) || s.dtype == kFloat64 || s.t.ndim < 1 || !s.contiguous()) return refused();
+  const int64_t rows = s.t.shape[0], n = s.n / rows;
+  const bool second = args[2] != Py_None;
+  if ((second && !integer(args[2], 1, rows - 1, directions)) || !integer(args[3], kElu, kGeluTanh, activation)) return refused();
+  const bool straight = second && rows == 1 + directions, overwrite = args[4] == Py_True;
+  if (second && !straight && rows != 1 + 2 * directions) return refused();
+
+  View all = s;   // what y and its derivatives are like
+  std::vector<int64_t> shape(s.t.shape, s.t.shape + s.t.ndim);
+  if (straight) shape[0] += directions;
+  all.t.shape = shape.data();
   const bool backward = args[1] != Py_None;
-  if (backward && (!look_float(args[1], g) || !g.like(s) || !g.contiguous())) return refused();
-  if (!integer(args[2], kElu, kGeluTanh, activation)) return refused();
+  if (backward && (!look_float(args[1], g) || !g.like(all) || !g.contiguous())) return refused();
+  if (overwrite && (!backward || straight)) return refused();
 
-  const bool overwrite = backward && args[3] == Py_True;
-  const Ref result(destination(overwrite ? args[1] : Py_None, args[0], s, out));
-  if (!result || !out.contiguous()) return refused();
+  const bool longer = straight && !backward;
+  const Ref result(longer ? new_stack(args[0], shape[0], s.t.shape + 1, s.t.ndim - 1) : destination(overwrite ? args[1] : Py_None, args[0], s, out));
+  if (!result || (longer && !look_made(result.o, out)) || !out.contiguous()) return refused();
 
-  const int64_t n = s.n / s.t.shape[0];
-  const ActivateArgs p{out.data(), s.data(), backward ? g.data() : nullptr, s.dtype, n, s.t.shape[0] - 1, false, static_cast<int>(activation)};
-  without_python(s.n, [&] { launch_dual(p); });
+  const ActivateArgs p{out.data(), s.data(), backward ? g.data() : nullptr, s.dtype, n, second ? directions : rows - 1, straight,
+                       static_cast<int>(activation)};
+  without_python(s.n, [&] { launch(p, second); });
   if (overwrite && !written(args[1])) return nullptr;
   Py_INCREF(result.o);
   return result.o;
@@ -76,24 +97,21 @@ PyObject* door_signed_stack(PyObject*, PyObject* const* args, Py_ssize_t count) 
   if (!look_float(args[0], x) || x.t.ndim < 1 || !x.contiguous() || !integer(args[1], 1, 65536, p.projections)) return refused();
   if (!read_key(args[2], args[3], args[4], 0, args[5], p.key)) return refused();
 
-  const Ref shape(PyTuple_New(1 + x.t.ndim));
-  if (!shape) return refused();
-  PyTuple_SetItem(shape.o, 0, PyLong_FromLongLong(1 + p.projections));
-  for (int32_t d = 0; d < x.t.ndim; ++d) PyTuple_SetItem(shape.o, 1 + d, PyLong_FromLongLong(x.t.shape[d]));
-  const Ref result(PyObject_CallMethodObjArgs(args[0], torch_.new_empty, shape.o, nullptr));
-  if (!result || !look_float(result.o, out) || !out.contiguous()) return refused();
+  const Ref result(new_stack(args[0], 1 + p.projections, x.t.shape, x.t.ndim));
+  if (!look_made(result.o, out) || !out.contiguous()) return refused();
 
   // To the signs all of x is one sample.
   const int64_t bytes = x.n * size_of(x.dtype), rows[] = {p.projections, 1, x.n}, strides[] = {x.n, x.n, 1};
   const int64_t* each[kMaxTensors] = {strides, nullptr, nullptr};
-  std::vector<double> ones(p.projections, 1.0);
-  std::vector<float> narrow(p.projections, 1.0f);
   p.dtype = x.dtype;
   p.samples = 1;
   p.per_sample = x.n;
   p.gjs = out.data() + bytes;
   p.gjs_nest = nest_of(3, rows, each);
-  p.g_vjv = x.dtype == kFloat64 ? static_cast<const void*>(ones.data()) : narrow.data();
+  std::vector<double> ones(p.projections);   // memory for those of either compute type
+  if (x.dtype == kFloat64) std::fill_n(ones.data(), p.projections, 1.0);
+  else std::fill_n(reinterpret_cast<float*>(ones.data()), p.projections, 1.0f);
+  p.g_vjv = ones.data();
   without_python(out.n, [&] {
     std::memcpy(out.data(), x.data(), bytes);
     launch(p);
@@ -115,7 +133,7 @@ PyObject* door_project_stack(PyObject*, PyObject* const* args, Py_ssize_t count)
   const Ref samples(PyLong_FromLongLong(p.samples)), rows(PyLong_FromLongLong(directions));
   const auto made = [&](PyObject* first, PyObject* second) { return PyObject_CallMethodObjArgs(args[0], torch_.new_empty, first, second, nullptr); };
   const Ref vjv(made(rows.o, samples.o)), vs(made(rows.o, samples.o)), ss(made(samples.o, nullptr));
-  if (!vjv || !vs || !ss || !look(vjv.o, sums[0]) || !look(vs.o, sums[1]) || !look(ss.o, sums[2])) return refused();
+  if (!look_made(vjv.o, sums[0]) || !look_made(vs.o, sums[1]) || !look_made(ss.o, sums[2])) return refused();
 
   const Parts parts(stack);
   p.js = parts.tangents.data();
@@ -205,7 +223,7 @@ PyObject* door_normalise_stack(PyObject*, PyObject* const* args, Py_ssize_t coun
   if (keep && s.dtype != wide) return refused();   // they are of another type than s
   std::vector<double> unkept(keep ? 0 : 2 * s.t.shape[0] * p.batch * p.channels);
   const Ref kept(keep ? PyObject_CallMethod(args[0], "new_empty", "((LLLi))", (long long)s.t.shape[0], (long long)p.batch, (long long)p.channels, 2) : nullptr);
-  if (keep && (!kept || !look(kept.o, stats))) return refused();
+  if (keep && !look_made(kept.o, stats)) return refused();
   const Ref result(destination(Py_None, args[0], s, out));
   if (!result || !out.contiguous()) return refused();
 

@@ -67,11 +67,11 @@ __attribute__((noinline)) void update_groups(const UpdateArgs& p, const T* x, co
       if constexpr (kTerms & kDirection) __builtin_prefetch(reinterpret_cast<const char*>(d + i) + 4096 + line, 0, 2);
     }
 #pragma GCC unroll 4
-    for (int j = 0, at = 0; j < kChains; ++j) {
-      vf z[2];
+    for (int j = 0, at = 0; j < kChains; j += kBeside) {
+      vf z[2 * kBeside];
       chain_normals(words, j, z);
-#pragma GCC unroll 2
-      for (int k = 0; k < 2; ++k, at += kLanes) {
+#pragma GCC unroll 8
+      for (int k = 0; k < 2 * kBeside; ++k, at += kLanes) {
         vf y;   // in the order of update(), to the bit
         if constexpr (kTerms == kBoth) y = multiply_add(a, load_vector(d + i + at), load_vector(x + i + at));
         if constexpr (kTerms == kX) y = load_vector(x + i + at);

@@ -232,28 +232,69 @@ FS_INLINE void split_log(vu w, vf& f, vf& exponent) {
 #endif
 }
 
-// Normals of even and of odd number from pairs of words.
-FS_INLINE void box_muller(vu even, vu odd, vf& z_even, vf& z_odd) {
-  vf f, exponent;
-  split_log(even, f, exponent);
-  vf p = f * (-2.0f * kLog[7]) + -2.0f * kLog[6];
-#pragma GCC unroll 8
-  for (int k = 5; k >= 0; --k) p = p * f + -2.0f * kLog[k];
-  const vf square = exponent * (kMinus2Ln2 / 8388608) + f * (p * f - 2.0f);   // -2 ln u, relative error 1e-7 for every word
-  // A residual in [-pi/2, pi/2] and a sign, which goes to the radius.
-  const vf r = (vf)((vu)vector_sqrt(square) ^ ((odd + 0x40000000u) & 0x80000000u));
-  const vf t = to_float((vi)(odd << 1)) * kPi32, y = t * t;
-  const vf s = t + t * y * (((y * kSin[3] + kSin[2]) * y + kSin[1]) * y + kSin[0]);
-  const vf c = (((y * kCos[3] + kCos[2]) * y + kCos[1]) * y + kCos[0]) * y + 1.0f;
-  z_even = r * c;
-  z_odd = r * s;
+// Each operation of a normal waits for the one before it, so the normals of several chains are computed side by side: of as many as have
+// room in the registers.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int kBeside = 2;
+#else
+constexpr int kBeside = 4;
+#endif
+static_assert(kChains % kBeside == 0);
+
+template <int n, class F>
+FS_INLINE void each(F f) {
+#pragma GCC unroll 4
+  for (int j = 0; j < n; ++j) f(j);
 }
 
-// The normals of chain j, in order.
-FS_INLINE void chain_normals(const WordVectors& words, int j, vf z[2]) {
-  vf z_even, z_odd;
-  box_muller(words.even[j], words.odd[j], z_even, z_odd);
-  in_order(z_even, z_odd, z);
+// A constant in a register: with AVX2 the compiler would have each multiplication read it from memory, and the loads bind.
+FS_INLINE vf held(float c) {
+  vf v = vf{} + c;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
+// terms[0] + terms[1] x + terms[2] x^2 + terms[3] x^3.
+template <int n>
+FS_INLINE void cubic(const float (&terms)[4], const vf* x, vf* p) {
+  const vf third = held(terms[3]), second = held(terms[2]), first = held(terms[1]), constant = held(terms[0]);
+  each<n>([&](int j) FS_LAMBDA { p[j] = x[j] * third + second; });
+  each<n>([&](int j) FS_LAMBDA { p[j] = p[j] * x[j] + first; });
+  each<n>([&](int j) FS_LAMBDA { p[j] = p[j] * x[j] + constant; });
+}
+
+// Normals of even and of odd number from n vectors of pairs of words.
+template <int n>
+FS_INLINE void box_muller(const vu* even, const vu* odd, vf* z_even, vf* z_odd) {
+  vf f[n], exponent[n], p[n], r[n], t[n], y[n], s[n], c[n];
+  each<n>([&](int j) FS_LAMBDA { split_log(even[j], f[j], exponent[j]); });
+  each<n>([&](int j) FS_LAMBDA { p[j] = f[j] * (-2.0f * kLog[7]) + -2.0f * kLog[6]; });
+#pragma GCC unroll 8
+  for (int k = 5; k >= 0; --k) each<n>([&](int j) FS_LAMBDA { p[j] = p[j] * f[j] + -2.0f * kLog[k]; });
+  const vf per_exponent = held(kMinus2Ln2 / 8388608);
+  each<n>([&](int j) FS_LAMBDA {
+    const vf square = exponent[j] * per_exponent + f[j] * (p[j] * f[j] - 2.0f);   // -2 ln u, relative error 1e-7 for every word
+    // A residual in [-pi/2, pi/2] and a sign, which goes to the radius.
+    r[j] = (vf)((vu)vector_sqrt(square) ^ ((odd[j] + 0x40000000u) & 0x80000000u));
+  });
+  const vf pi = held(kPi32), one = held(1.0f);
+  each<n>([&](int j) FS_LAMBDA {
+    t[j] = to_float((vi)(odd[j] << 1)) * pi;
+    y[j] = t[j] * t[j];
+  });
+  cubic<n>(kSin, y, s);
+  cubic<n>(kCos, y, c);
+  each<n>([&](int j) FS_LAMBDA { z_even[j] = r[j] * (c[j] * y[j] + one); });
+  each<n>([&](int j) FS_LAMBDA { z_odd[j] = r[j] * (t[j] + t[j] * y[j] * s[j]); });
+}
+
+// The normals of the chains from `first` on that go side by side, in order.
+FS_INLINE void chain_normals(const WordVectors& words, int first, vf z[2 * kBeside]) {
+  vf z_even[kBeside], z_odd[kBeside];
+  box_muller<kBeside>(words.even + first, words.odd + first, z_even, z_odd);
+  each<kBeside>([&](int j) FS_LAMBDA { in_order(z_even[j], z_odd[j], z + 2 * j); });
 }
 
 template <class V>
@@ -310,11 +351,11 @@ __attribute__((noinline)) void fill_normal(float* out, uint64_t block, int64_t g
   fill_groups(out, block, groups, key, [&](float* o, WordVectors& words) FS_LAMBDA {
     ahead.pass();
 #pragma GCC unroll 4
-    for (int j = 0; j < kChains; ++j, o += 2 * kLanes) {
-      vf z[2];
+    for (int j = 0; j < kChains; j += kBeside) {
+      vf z[2 * kBeside];
       chain_normals(words, j, z);
-      store(o, z[0]);
-      store(o + kLanes, z[1]);
+#pragma GCC unroll 8
+      for (int k = 0; k < 2 * kBeside; ++k, o += kLanes) store(o, z[k]);
     }
   });
 }

@@ -1,6 +1,7 @@
 // What the doors (door.cpp, door_stacks.cpp) take from Python: plain tensors, numbers, noise keys and coefficients, or the news that they are not plain.
 #pragma once
 #include <Python.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <cmath>
 #include <cstring>
@@ -18,12 +19,31 @@ struct DLPackExchange {
   int (*describe)(void* object, DLTensor* out);
 };
 
+// A function of PyTorch of no argument or of one, entered in C where it says how.
+struct Function {
+  PyObject* object = nullptr;
+  PyCFunction entry = nullptr;
+  PyObject* self = nullptr;
+
+  Function() = default;
+  explicit Function(PyObject* o) : object(o) {
+    if (!o || !PyCFunction_Check(o)) return;
+    const int flags = PyCFunction_GetFlags(o);
+    if (flags != METH_NOARGS && flags != METH_O) return;
+    entry = PyCFunction_GetFunction(o);
+    self = PyCFunction_GetSelf(o);
+  }
+  PyObject* operator()(PyObject* argument = nullptr) const {
+    return entry ? entry(self, argument) : PyObject_CallFunctionObjArgs(object, argument, nullptr);
+  }
+};
+
 // What is asked of PyTorch, looked up once.
 struct Torch {
   int (*describe)(void*, DLTensor*);
-  PyObject *tensor, *parameter, *empty, *empty_like, *float32, *int64, *cpu, *increment_version, *is_neg, *is_inference;
-  PyObject *forward_ad, *level, *requires_grad, *new_empty, *sqrt, *dtype, *device;
-  PyObject *modes, *function_modes, *transforms, *tracing, *profiling, *inference_mode;
+  PyObject *tensor, *parameter, *empty, *empty_like, *float32, *int64, *cpu, *is_neg;
+  PyObject *forward_ad, *level, *requires_grad, *new_empty, *sqrt, *dtype, *device, *version;
+  Function increment_version, modes, function_modes, transforms, tracing, profiling, inference_mode;
 };
 inline Torch torch_{};   // of both
 
@@ -57,13 +77,13 @@ struct Ref {
 
 bool is_false(const Ref& answer) { return answer.o == Py_False; }
 
-bool says_false(PyObject* function) { return is_false(Ref(PyObject_CallFunctionObjArgs(function, nullptr))); }
+bool says_false(const Function& function) { return is_false(Ref(function())); }
 
-bool says_none(PyObject* function) { return Ref(PyObject_CallFunctionObjArgs(function, nullptr)).o == Py_None; }
+bool says_none(const Function& function) { return Ref(function()).o == Py_None; }
 
 // Whether PyTorch would do nothing with a call but run the kernel.
 bool nothing_between() {
-  const Ref modes(PyObject_CallFunctionObjArgs(torch_.modes, nullptr));
+  const Ref modes(torch_.modes());
   if (!modes || PyLong_AsLong(modes.o) != 0) return false;
   const Ref level(PyObject_GetAttr(torch_.forward_ad, torch_.level));
   if (!level || PyLong_AsLong(level.o) >= 0) return false;
@@ -157,19 +177,26 @@ bool look_float(PyObject* o, View& v) { return look(o, v) && v.dtype != kInt64; 
 
 bool look_float_anywhere(PyObject* o, View& v) { return look_anywhere(o, v) && v.dtype != kInt64; }
 
+// A tensor that PyTorch has just made, so that nothing about it is in doubt but whether it is of a device that is served.
+bool look_made(PyObject* o, View& v) {
+  if (!o || torch_.describe(o, &v.t) != 0 || !v.t.data || v.t.ndim > kMaxDims || !dtype_of(v.t, v.dtype)) return false;
+  if (v.t.device_type != kCpu && (v.t.device_type != kCuda || !server_of(v))) return false;
+  v.n = 1;
+  for (int32_t d = 0; d < v.t.ndim; ++d) v.n *= v.t.shape[d];
+  return v.n > 0;
+}
+
 // A tensor to write the result of x into, or a new one; null where out does not do.
 PyObject* destination(PyObject* out, PyObject* like, const View& x, View& v) {
   if (out == Py_None) {
     PyObject* made = PyObject_CallFunctionObjArgs(torch_.empty_like, like, nullptr);
-    if (made && torch_.describe(made, &v.t) == 0 && v.t.data && v.beside(x) && dtype_of(v.t, v.dtype)) {
-      v.n = x.n;
-      return made;
-    }
+    if (look_made(made, v) && v.beside(x)) return made;
     Py_XDECREF(made);
     return nullptr;
   }
   if (!look_anywhere(out, v) || !v.like(x) || !v.writable()) return nullptr;
-  if (!is_false(Ref(PyObject_CallFunctionObjArgs(torch_.is_inference, out, nullptr))) && says_false(torch_.inference_mode)) return nullptr;
+  // An inference tensor, which is written to in inference mode alone, has no version.
+  if (says_false(torch_.inference_mode) && !Ref(PyObject_GetAttr(out, torch_.version))) return nullptr;
   Py_INCREF(out);
   return out;
 }
@@ -177,7 +204,7 @@ PyObject* destination(PyObject* out, PyObject* like, const View& x, View& v) {
 // Autograd must see that a tensor has been written to.
 bool written(PyObject* out) {
   const Ref one(PyTuple_Pack(1, out));
-  return one && Ref(PyObject_CallFunctionObjArgs(torch_.increment_version, one.o, nullptr));
+  return one && Ref(torch_.increment_version(one.o));
 }
 
 bool integer(PyObject* o, int64_t least, int64_t most, int64_t& value) {
@@ -186,14 +213,47 @@ bool integer(PyObject* o, int64_t least, int64_t most, int64_t& value) {
   return !(value == -1 && PyErr_Occurred()) && least <= value && value <= most;
 }
 
-bool read_key(PyObject* seed, PyObject* step, PyObject* stream, int64_t substream, PyObject* offset, NoiseKey& key) {
-  int64_t word, first;
-  if (!PyLong_CheckExact(seed) || !PyLong_CheckExact(step)) return false;
-  if (!integer(stream, 1, 65535, word) || !integer(offset, 0, INT64_MAX, first)) return false;
-  const uint64_t s = PyLong_AsUnsignedLongLongMask(seed);
-  key = {static_cast<uint32_t>(s), static_cast<uint32_t>(s >> 32), static_cast<uint32_t>(PyLong_AsUnsignedLongLongMask(step)),
-         static_cast<uint32_t>(word | substream << 16), static_cast<uint64_t>(first)};
+// An int of 63 bits from PyTorch's generator of the CPU, as torch.randint(0, 2**63 - 1, ()) draws it.
+bool draw(int64_t& seed) {
+  int32_t dtype = aoti_torch_dtype_int64(), device = aoti_torch_device_type_cpu();
+  AtenTensorHandle drawn = nullptr;
+  void* p = nullptr;
+  PyThreadState* state = PyEval_SaveThread();   // another thread may have the generator for long
+  const bool done = !aoti_torch_cpu_randint_low(0, INT64_MAX, nullptr, 0, &dtype, nullptr, &device, 0, nullptr, &drawn) &&
+                    !aoti_torch_get_data_ptr(drawn, &p);
+  PyEval_RestoreThread(state);
+  if (done) seed = *static_cast<int64_t*>(p);
+  if (drawn) aoti_torch_delete_tensor_object(drawn);
+  return done;
+}
+
+void set_seed(NoiseKey& key, uint64_t seed) {
+  key.k0 = static_cast<uint32_t>(seed);
+  key.k1 = static_cast<uint32_t>(seed >> 32);
+}
+
+// The seed of a call that has none. It comes last: a call that is refused must not have drawn.
+bool seeded(PyObject* seed, NoiseKey& key) {
+  int64_t drawn;
+  if (seed != Py_None) return true;
+  if (!draw(drawn)) return false;
+  set_seed(key, drawn);
   return true;
+}
+
+// All of a key but a seed that is None.
+bool read_open_key(PyObject* seed, PyObject* step, PyObject* stream, int64_t substream, PyObject* offset, NoiseKey& key) {
+  int64_t word, first;
+  if (!(seed == Py_None || PyLong_CheckExact(seed)) || !PyLong_CheckExact(step)) return false;
+  if (!integer(stream, 1, 65535, word) || !integer(offset, 0, INT64_MAX, first)) return false;
+  key = {0, 0, static_cast<uint32_t>(PyLong_AsUnsignedLongLongMask(step)), static_cast<uint32_t>(word | substream << 16),
+         static_cast<uint64_t>(first)};
+  if (seed != Py_None) set_seed(key, PyLong_AsUnsignedLongLongMask(seed));
+  return true;
+}
+
+bool read_key(PyObject* seed, PyObject* step, PyObject* stream, int64_t substream, PyObject* offset, NoiseKey& key) {
+  return seed != Py_None && read_open_key(seed, step, stream, substream, offset, key);
 }
 
 // A coefficient: one number, or one for each sample in the compute type.

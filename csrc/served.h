@@ -87,7 +87,7 @@ bool launched(const F& f) {
 
 // x + a d + b z for noisy_update(); of a Langevin step `drift` is its step size and is a number.
 FS_APART PyObject* served_update(Server server, PyObject* const* args, bool langevin, double least, const View* x, const View* d,
-                                 const NoiseKey& key) {
+                                 NoiseKey key) {
   const View& like = x ? *x : *d;
   ServedCoefficient drift, diffusion;
   if (!read_served(args[3], like, least, drift)) return refused();
@@ -110,6 +110,7 @@ FS_APART PyObject* served_update(Server server, PyObject* const* args, bool lang
     for (const ServedCoefficient* c : {&drift, &diffusion})
       if (c->is_tensor() && out.overlaps(c->view)) return refused();
   }
+  if (!seeded(args[5], key)) return refused();
 
   if (server.launches) {
     const DLTensor *x_t = x ? &x->t : nullptr, *d_t = d ? &d->t : nullptr;

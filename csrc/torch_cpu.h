@@ -42,7 +42,9 @@ inline void advise_huge_pages(void* p, int64_t bytes) {
 // Whole tiles per thread, at least 16 of them: noise depends on the element alone, so the split never shows.
 template <class F>
 void for_tiles(int64_t n, int64_t tile, const F& f) {
-  torch::stable::parallel_for(0, (n + tile - 1) / tile, 16, [&](int64_t begin, int64_t end) {
+  const int64_t tiles = (n + tile - 1) / tile, least = 16;
+  if (tiles <= least) return f(0, n);   // of one thread PyTorch need not know
+  torch::stable::parallel_for(0, tiles, least, [&](int64_t begin, int64_t end) {
     f(begin * tile, end * tile < n ? end * tile : n);
   });
 }

@@ -37,7 +37,7 @@ def opened(allowed: bool) -> None:
     global door, _allowed
     try:
         module = importlib.import_module("fastscore._C")
-        found = module if module.normalise_stack and module.open(torch) else None
+        found = module if module.draw_seed and module.open(torch) else None
     except (ImportError, AttributeError):  # of an older build
         found = None
     with _lock:

@@ -157,6 +157,11 @@ def normal(
     >>> normal((2,), seed=0, stream=1024)
     tensor([-0.6864, -0.0049])
     """
+    if backend is None and not is_compiling() and (door := direct.automatic) is not None:
+        drawn = door.fill(NORMAL, shape, seed, step, stream, substream, offset, dtype, device)
+        if drawn is not None:
+            return drawn
+
     key = (seed, step, stream, substream, offset)
     return draw("normal", NORMAL, shape, *key, dtype, device, backend)
 
@@ -181,6 +186,9 @@ def rademacher(
 
 def draw_seed() -> int:
     """One 63-bit seed from torch's default generator, so that torch.manual_seed decides."""
+    if (door := direct.door) is not None and (seed := door.draw_seed()) is not None:
+        return seed
+
     # Never from a GPU, which would be waited for.
     return int(torch.randint(0, 2**63 - 1, (), device="cpu").item())
 
@@ -266,7 +274,6 @@ def draw(
     """What `normal` and its kin return, for the op in whose name it is drawn: errors speak of that
     one."""
     if backend is None and not is_compiling() and (door := direct.automatic) is not None:
-        seed = draw_seed() if seed is None else seed
         drawn = door.fill(kind, shape, seed, step, stream, substream, offset, dtype, device)
         if drawn is not None:
             return drawn

@@ -13,10 +13,10 @@ int main(int, char** arguments) {
   double radius_error = 0, uniform_error = 0, least = 1e9, most = 0;
   uint64_t misrounded = 0;
   for (uint64_t first = 0; first < count; first += kLanes) {
-    vu words;
+    vu words, none{};
     vf radius, sine;
     for (int i = 0; i < kLanes; ++i) words[i] = static_cast<uint32_t>(std::min(first + i, count - 1) * stride);
-    box_muller(words, vu{}, radius, sine);   // odd words of 0: the angle is 0
+    box_muller<1>(&words, &none, &radius, &sine);   // odd words of 0: the angle is 0
     for (int i = 0; i < kLanes; ++i) {
       const uint32_t w = words[i];
       const double r = radius[i], exact = std::sqrt(-2 * std::log((w + 0.5) * 0x1p-32));

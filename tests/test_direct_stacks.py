@@ -62,15 +62,37 @@ def same(found, wanted):
 def test_an_activation_and_its_gradient_have_the_same_bits(name, dtype, closed):
     s, g = randn(3, 5, 7, dtype=dtype), randn(3, 5, 7, dtype=dtype, seed=1)
     code = ACTIVATIONS[name].code
-    y = direct.door.activate(s, None, code, False)
+    y = direct.door.activate(s, None, None, code, False)
     assert same(y, closed(lambda: activate.activated(s, name, "cpp")))
     assert same(activate.activated(s, name, "cpp"), y)
 
     wanted = closed(lambda: activate.gradient(s, g, name, "cpp"))
-    assert same(direct.door.activate(s, g, code, False), wanted)
+    assert same(direct.door.activate(s, g, None, code, False), wanted)
     version = g._version
-    written = direct.door.activate(s, g, code, True)
+    written = direct.door.activate(s, g, None, code, True)
     assert written is g and g._version > version and same(written, wanted)
+
+
+@pytest.mark.parametrize("rows", [3, 5, 9], ids=["M=1", "M=2", "M=4"])
+@pytest.mark.parametrize("straight", [True, False], ids=["straight", "curved"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS.keys() - {None}))
+def test_a_jet_and_its_gradient_have_the_same_bits(name, dtype, straight, rows, closed):
+    directions = rows // 2
+    g = randn(rows, 5, 7, dtype=dtype, seed=1)
+    s = randn(1 + directions if straight else rows, 5, 7, dtype=dtype)
+    arguments, code = (directions, name, "cpp"), ACTIVATIONS[name].code
+    y = direct.door.activate(s, None, directions, code, False)
+    assert same(y, closed(lambda: activate._run_jet(s, *arguments)))
+    assert same(activate._run_jet(s, *arguments), y)
+
+    gs = direct.door.activate(s, g, directions, code, False)
+    assert same(gs, closed(lambda: activate._jet_gradient(s, g, *arguments)))
+    assert same(activate._jet_gradient(s, g, *arguments), gs)
+    if straight:   # the gradient of fewer rows does not fit into g's memory
+        assert direct.door.activate(s, g, directions, code, True) is None
+    else:
+        assert direct.door.activate(s, g, directions, code, True) is g and same(g, gs)
 
 
 @pytest.mark.parametrize("n", [1, 16384, 16385, 300_000])
@@ -227,9 +249,11 @@ def calls():
     s, sums = torch.ones(2, 4, 3), (torch.ones(1, 4), torch.ones(1, 4), torch.ones(4))
     code = ACTIVATIONS["silu"].code
     return {
-        "activate": ([s], [None, code, False]),
-        "activate-gradient": ([s, s.clone()], [code, False]),
-        "activate-in-place": ([s, s.clone()], [code, True]),
+        "activate": ([s], [None, None, code, False]),
+        "activate-gradient": ([s, s.clone()], [None, code, False]),
+        "activate-in-place": ([s, s.clone()], [None, code, True]),
+        "activate-second-order": ([torch.ones(3, 4, 3)], [None, 1, code, False]),
+        "activate-second-order-gradient": ([torch.ones(3, 4, 3)] * 2, [1, code, False]),
         "signed_stack": ([torch.ones(4, 3)], [1, *KEY]),
         "project_stack": ([s], list(KEY)),
         "spread_stack": ([s, *sums], list(KEY)),
@@ -251,7 +275,7 @@ def test_tensors_that_are_not_plain_are_refused(name, odd):
     assert run(name, tensors, rest) is not None
     fits = {
         "signed_stack": ("dtype", "shape", "dims"), "project_stack": ("dtype", "shape"),
-        "activate": ("shape", "dims"),
+        "activate": ("shape", "dims"), "activate-second-order": ("shape",),
     }
     for k in range(len(tensors)):
         if odd in fits.get(name, ()) or (odd == "none" and "activate-" in name and k):
@@ -269,8 +293,8 @@ def test_tensors_that_are_not_plain_are_refused(name, odd):
 @pytest.mark.parametrize("layout", sorted(LAYOUTS.keys() - {"contiguous"}))
 def test_other_layouts_go_the_checked_way(layout):
     t = LAYOUTS[layout](torch.ones(3, 4, 5, 6))
-    assert direct.door.activate(t, None, ACTIVATIONS["silu"].code, False) is None
-    assert direct.door.activate(t.contiguous(), t, ACTIVATIONS["silu"].code, False) is None
+    assert direct.door.activate(t, None, None, ACTIVATIONS["silu"].code, False) is None
+    assert direct.door.activate(t.contiguous(), t, None, ACTIVATIONS["silu"].code, False) is None
     assert direct.door.signed_stack(t, 1, *KEY) is None
 
 
@@ -278,7 +302,8 @@ def test_other_layouts_go_the_checked_way(layout):
     ("name", "at", "values"),
     [
         ("activate", 1, [torch.ones(2, 4, 4), torch.ones(2, 4, 3).double()]),
-        ("activate", 2, [0, 9, -1, True, None, "silu"]),
+        ("activate", 2, [0, -1, 2, 2**63, True, 1.0, "1"]),
+        ("activate", 3, [0, 9, -1, True, None, "silu"]),
         ("signed_stack", 1, [0, -1, 65537, True, 1.0, None]),
         ("signed_stack", 4, [0, 65536]),
         ("project_stack", 1, [True, 0.5, None, torch.tensor(1)]),

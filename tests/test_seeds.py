@@ -1,7 +1,10 @@
 """seed=None is one seed drawn from PyTorch's default generator, wherever a seed is taken."""
 
+import contextlib
+
 import pytest
 import torch
+from test_direct import Mode
 
 import fastscore
 from fastscore import datasets, guidance, likelihood, losses, models, random, sampling, schedules
@@ -85,6 +88,23 @@ CALLS = {
         list(sampling.mala(MIXTURE.log_prob, X, steps=3, step_size=0.1, **seed))[-1].x
     ),
 }
+
+
+@pytest.mark.parametrize("way", ["direct", "under a mode", "in inference mode"])
+def test_a_seed_is_the_next_number_of_the_default_generator(way):
+    around = {
+        "direct": contextlib.nullcontext,
+        "under a mode": Mode,
+        "in inference mode": torch.inference_mode,
+    }[way]
+    torch.manual_seed(7)
+    wanted = [int(torch.randint(0, 2**63 - 1, ()).item()) for _ in range(3)]
+    after = torch.get_rng_state()
+
+    torch.manual_seed(7)
+    with around():
+        assert [random.draw_seed() for _ in range(3)] == wanted
+    assert torch.equal(torch.get_rng_state(), after)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -37,7 +37,7 @@ def activated(s: Tensor, name: str, chosen: str) -> Tensor:
     if chosen == "reference" or (chosen == "cpp" and s.dtype == torch.float64):  # `_plain`
         return activate_dual_ref(s, name)
     if chosen == "cpp" and (door := direct.door) is not None:
-        y = door.activate(s, None, ACTIVATIONS[name].code, False)
+        y = door.activate(s, None, None, ACTIVATIONS[name].code, False)
         if y is not None:
             return y
     s = contiguous(s)
@@ -74,7 +74,7 @@ def gradient(s: Tensor, g: Tensor, name: str, chosen: str, overwrite: bool = Fal
     if _plain(s, chosen) or _backend._dual_level():  # the Function has no forward mode
         return _gradient_ref(name, s, g)
     if chosen == "cpp" and (door := direct.door) is not None:
-        gs = door.activate(s, g, ACTIVATIONS[name].code, overwrite)
+        gs = door.activate(s, g, None, ACTIVATIONS[name].code, overwrite)
         if gs is not None:
             return gs
     s, g = contiguous(s), contiguous(g)
@@ -174,12 +174,19 @@ class _ActivateJet(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody differentiates the gradient: plain PyTorch
             y = activate_jet_ref(s, ctx.directions, ctx.name)
             return *torch.autograd.grad(y, s, g, create_graph=True), None, None, None
-        s, g = contiguous(s), contiguous(g)
-        gs = torch.empty_like(s)
-        _backend.call(
-            ctx.backend, "activate_jet", gs, s, g, ctx.directions, ACTIVATIONS[ctx.name].code
-        )
-        return gs, None, None, None
+        return _jet_gradient(s, g, ctx.directions, ctx.name, ctx.backend), None, None, None
+
+
+def _jet_gradient(s, g, directions, name, backend):
+    code = ACTIVATIONS[name].code
+    if backend == "cpp" and (door := direct.door) is not None:
+        gs = door.activate(s, g, directions, code, False)
+        if gs is not None:
+            return gs
+    s, g = contiguous(s), contiguous(g)
+    gs = torch.empty_like(s)
+    _backend.call(backend, "activate_jet", gs, s, g, directions, code)
+    return gs
 
 
 @allow_in_graph
@@ -188,7 +195,12 @@ def _jet_function(s, directions, name, backend):
 
 
 def _run_jet(s, directions, name, backend):
+    code = ACTIVATIONS[name].code
+    if backend == "cpp" and (door := direct.door) is not None:
+        y = door.activate(s, None, directions, code, False)
+        if y is not None:
+            return y
     s = contiguous(s)
     out = s.new_empty(1 + 2 * directions, *s.shape[1:])
-    _backend.call(backend, "activate_jet", out, s, None, directions, ACTIVATIONS[name].code)
+    _backend.call(backend, "activate_jet", out, s, None, directions, code)
     return out

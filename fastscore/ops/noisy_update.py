@@ -56,7 +56,6 @@ def noisy_update(
     tensor([1.5000, 1.5000])
     """
     if backend is None and not is_compiling() and (door := direct.automatic) is not None:
-        seed = random.draw_seed() if seed is noise is None else seed
         y = door.noisy_update(
             UPDATE, x, direction, drift, diffusion, seed, step, stream, offset, out, noise
         )
@@ -120,7 +119,6 @@ def langevin_step(
     tensor([0.7500])
     """
     if backend is None and not is_compiling() and (door := direct.automatic) is not None:
-        seed = random.draw_seed() if seed is noise is None else seed
         e = step_size if step_lr is None else None
         if step_size is None and type(step_lr) is float:
             e = 2 * step_lr
@@ -181,7 +179,6 @@ def perturb(
     tensor([1.5000])
     """
     if backend is None and not is_compiling() and (door := direct.automatic) is not None:
-        seed = random.draw_seed() if seed is noise is None else seed
         stream = random.PERTURB
         y = door.noisy_update(PERTURB, x, None, 0.0, sigma, seed, step, stream, offset, out, noise)
         if y is not None:
