@@ -188,7 +188,6 @@ def draw_seed() -> int:
     """One 63-bit seed from torch's default generator, so that torch.manual_seed decides."""
     if (door := direct.door) is not None and (seed := door.draw_seed()) is not None:
         return seed
-
     # Never from a GPU, which would be waited for.
     return int(torch.randint(0, 2**63 - 1, (), device="cpu").item())
 
@@ -271,8 +270,7 @@ def draw(
     device: Device = None,
     backend: str | None = None,
 ) -> Tensor:
-    """What `normal` and its kin return, for the op in whose name it is drawn: errors speak of that
-    one."""
+    """What `normal` and its kin return, drawn in the name of an op: errors speak of that one."""
     if backend is None and not is_compiling() and (door := direct.automatic) is not None:
         drawn = door.fill(kind, shape, seed, step, stream, substream, offset, dtype, device)
         if drawn is not None:
@@ -352,21 +350,15 @@ def normal_like(
     return filled(NORMAL, tuple(x.shape), key, dtype or x.dtype, x.device, chosen)
 
 
-def _mulhilo(multiplier: int, c):
-    """High and low halves of multiplier c; int64 wraps, and the bits stay right."""
-    product = multiplier * c
-    return (product >> 32) & _M32, product & _M32
-
-
 def philox_ref(block: Tensor, step: int, stream: int, k0: int, k1: int) -> Tensor:
     """Philox4x32-10 in plain PyTorch: block int64 (n,) -> words int64 (n, 4). The truth for every
     kernel."""
     c0, c1 = block & _M32, (block >> 32) & _M32
     c2, c3 = torch.zeros_like(c0) + step, torch.zeros_like(c0) + stream
     for _ in range(10):
-        hi0, lo0 = _mulhilo(0xD2511F53, c0)
-        hi1, lo1 = _mulhilo(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # int64 wraps, and the bits stay right
+        high0, high1 = (p0 >> 32) & _M32, (p1 >> 32) & _M32
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1 & _M32, high0 ^ c3 ^ k1, p0 & _M32
         k0, k1 = (k0 + 0x9E3779B9) & _M32, (k1 + 0xBB67AE85) & _M32
     return torch.stack([c0, c1, c2, c3], -1)
 
