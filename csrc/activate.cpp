@@ -62,8 +62,6 @@ FS_INLINE void second_order_gradient(const Column<T>& c, int64_t M) {
   vf d1, d2, d3;
   activate<vf>(kKind, c.s(0), nullptr, &d1, &d2, &d3);
   vf g0 = times_slope(kKind, d1, c.g(0));
-  // All is loaded before anything is stored: rows often lie a multiple of 4096 bytes apart, where a processor takes a load for one that
-  // has to wait for the store before it.
   for (int64_t m = 1; m <= M; ++m) {
     const vf u1 = c.s(m), g1 = c.g(m), g2 = c.g(M + m);
     vf gu1 = times_slope(kKind, d1, g1);
