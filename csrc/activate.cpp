@@ -5,20 +5,24 @@
 namespace fastscore {
 namespace {
 
-// A vector of every row of the stacks: elements [i, i + n), n <= kLanes.
+// A vector of every row of the stacks: elements [i, i + n), n <= kLanes. By value: behind a reference to the arguments they were loaded
+// again after each store.
 template <class T>
 struct Column {
-  const ActivateArgs& p;
-  int64_t i, n;
+  const T *const stack, *const gradient;
+  T* const out;
+  const int64_t length, n;
+  const bool straight;
 
-  FS_INLINE vf load(const void* stack, int64_t row) const {
-    const T* at = static_cast<const T*>(stack) + row * p.n + i;
-    return n == kLanes ? load_vector(at) : load_some(at, n);
-  }
-  FS_INLINE vf s(int64_t row) const { return load(p.s, row); }
-  FS_INLINE vf g(int64_t row) const { return load(p.g, row); }
+  FS_INLINE Column(const ActivateArgs& p, int64_t i, int64_t count)
+      : stack(static_cast<const T*>(p.s) + i), gradient(p.g ? static_cast<const T*>(p.g) + i : nullptr),
+        out(static_cast<T*>(p.out) + i), length(p.n), n(count), straight(p.straight) {}
+
+  FS_INLINE vf load(const T* at) const { return n == kLanes ? load_vector(at) : load_some(at, n); }
+  FS_INLINE vf s(int64_t row) const { return load(stack + row * length); }
+  FS_INLINE vf g(int64_t row) const { return load(gradient + row * length); }
   FS_INLINE void store(vf v, int64_t row) const {
-    T* at = static_cast<T*>(p.out) + row * p.n + i;
+    T* at = out + row * length;
     if (n == kLanes) store_vector(v, at);
     else store_some(v, at, n);
   }
@@ -53,7 +57,7 @@ FS_INLINE void second_order(const Column<T>& c, int64_t M) {
   for (int64_t m = 1; m <= M; ++m) {
     const vf u1 = c.s(m), bend = kKind == kRelu ? vf{} : d2 * u1 * u1;
     c.store(times_slope(kKind, d1, u1), m);
-    c.store(c.p.straight ? bend : bend + times_slope(kKind, d1, c.s(M + m)), M + m);
+    c.store(c.straight ? bend : bend + times_slope(kKind, d1, c.s(M + m)), M + m);
   }
 }
 
@@ -67,11 +71,11 @@ FS_INLINE void second_order_gradient(const Column<T>& c, int64_t M) {
     vf gu1 = times_slope(kKind, d1, g1);
     if (kKind != kRelu) {   // which does not bend
       vf third = d3 * u1 * u1;
-      if (!c.p.straight) third += d2 * c.s(M + m);
+      if (!c.straight) third += d2 * c.s(M + m);
       g0 += d2 * u1 * g1 + third * g2;
       gu1 += 2.0f * d2 * u1 * g2;
     }
-    if (!c.p.straight) c.store(times_slope(kKind, d1, g2), M + m);
+    if (!c.straight) c.store(times_slope(kKind, d1, g2), M + m);
     c.store(gu1, m);
   }
   c.store(g0, 0);
@@ -80,7 +84,7 @@ FS_INLINE void second_order_gradient(const Column<T>& c, int64_t M) {
 template <class T, int kKind, int kOrder>
 void run(const ActivateArgs& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += kLanes) {
-    const Column<T> column{p, i, end - i < kLanes ? end - i : kLanes};
+    const Column<T> column(p, i, end - i < kLanes ? end - i : kLanes);
     if constexpr (kOrder == 1) p.g ? first_order_gradient<T, kKind>(column, p.directions) : first_order<T, kKind>(column, p.directions);
     else p.g ? second_order_gradient<T, kKind>(column, p.directions) : second_order<T, kKind>(column, p.directions);
   }
