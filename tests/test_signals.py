@@ -31,6 +31,14 @@ def often(monkeypatch):
     monkeypatch.setattr(fitting, "RECORD_EVERY", 4)
 
 
+@pytest.fixture(autouse=True)
+def hangups():
+    """Heeded, where the tests themselves run under nohup, too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "x.npz"
