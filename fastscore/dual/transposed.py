@@ -186,10 +186,11 @@ def _check_kept(name, inputs, outputs):
     """
     tensors = [*inputs, *(o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad)]
     ours = [id(inputs), id(outputs), id(tensors)]
-    for t in tensors:
-        known = list(map(id, (*inputs, *outputs, *tensors))).count(id(t))
-        if sys.getrefcount(t) > known + 2 and any(   # t, and the argument
-            id(holder) not in ours and not _of_graph(holder) for holder in gc.get_referrers(t)
+    known = list(map(id, (*inputs, *outputs, *tensors)))
+    for k in range(len(tensors)):   # by no name of its own, which Python may count or not
+        if sys.getrefcount(tensors[k]) > known.count(id(tensors[k])) + 1 and any(
+            id(holder) not in ours and not _of_graph(holder)
+            for holder in gc.get_referrers(tensors[k])
         ):
             raise NoRule(
                 f"fastscore.jvp: {name} keeps its argument or its result, and what is computed "
