@@ -95,11 +95,27 @@ def counted_where_written(function, counted):
     )
 
 
-class Halved:
+class Around:
+    """A file in all but its writes."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *what):
+        self.file.close()
+
+
+class Halved(Around):
     """A file whose writes are two operations: the kill between them leaves half."""
 
     def __init__(self, file, counted):
-        self.file = file
+        super().__init__(file)
         self.second = counted(self._write)
 
     def _write(self, data):
@@ -111,12 +127,3 @@ class Halved:
         self._write(data[:half])
         self.second(data[half:])
         return len(data)
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *what):
-        self.file.close()

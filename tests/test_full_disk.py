@@ -12,6 +12,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from killing import Around
 from test_cli import run_here
 from test_saves import Run, begun, going_on, lines
 
@@ -24,11 +25,11 @@ from fastscore.training import checkpoint, files, saves
 FULL = r"could not be written: no space left on device; .* are free\. What was saved before is"
 
 
-class Short:
+class Short(Around):
     """A file of a disk that has room for the first half of what is written."""
 
     def __init__(self, file, fail):
-        self.file = file
+        super().__init__(file)
         self.fail = fail
 
     def write(self, data):
@@ -38,15 +39,6 @@ class Short:
             self.file.flush()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return self.file.write(data)
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *what):
-        self.file.close()
 
 
 @contextlib.contextmanager

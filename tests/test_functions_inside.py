@@ -540,6 +540,14 @@ def hidden(ctx, x):
     return x.cos()
 
 
+def hidden_in_few(ctx, x):
+    """One element of 24, among constants."""
+    ctx.save_for_backward(x)
+    ctx.t = torch.ones_like(x)
+    ctx.t[0, 0] = 1 + x[0, 0].item() ** 2
+    return x.cos()
+
+
 def detached(ctx, x):
     ctx.save_for_backward(x.detach())
     return x.cos()
@@ -555,6 +563,11 @@ def overwritten(ctx, x):
     ("forward", "backward", "why"),
     [
         (hidden, lambda ctx, g: -g * ctx.saved_tensors[0], "hides from autograd how"),
+        (
+            hidden_in_few,
+            lambda ctx, g: -g * ctx.saved_tensors[0].sin() * ctx.t / ctx.t.detach(),
+            "hides from autograd how",
+        ),
         (detached, lambda ctx, g: -g * ctx.saved_tensors[0].sin(), "hides from autograd how"),
         (overwritten, lambda ctx, g: g * ctx.t, "overwrites its argument"),
     ],
