@@ -638,3 +638,31 @@ def test_a_forward_that_does_something_else_each_time_is_refused():
     x, v = torch.randn(6, 4).double(), torch.randn(6, 4).double()
     with pytest.raises(NotImplementedError, match="another result when it is carried out again"):
         jvp(lambda x: Custom.apply(x @ weight), x, v)
+
+
+def now_and_then(ctx, x):
+    """Saves what it has computed where x is negative on average, and draws."""
+    ctx.t = 2 * x if x.mean() < 0 else None
+    ctx.save_for_backward(x)
+    return 4 * x.square() + 0 * torch.rand(())
+
+
+def test_a_forward_that_takes_by_surprise_is_followed():
+    Custom = function(
+        now_and_then,
+        lambda ctx, g: 8 * ctx.saved_tensors[0] * g if ctx.t is None else 4 * ctx.t * g,
+    )
+    weight = torch.eye(4).double().requires_grad_()
+    v = torch.randn(6, 4).double()
+    x = torch.rand(6, 4).double()
+    for sign in (1, -1, -1, 1):
+        torch.manual_seed(0)
+        _, jv = jvp(lambda x: Custom.apply(x @ weight), sign * x, v)
+        after = torch.rand(())
+        torch.manual_seed(0)
+        torch.rand(())
+        assert torch.equal(after, torch.rand(()))
+        expected = jvp(lambda x: 4 * (x @ weight).square(), sign * x, v)[1]
+        torch.testing.assert_close(
+            gradient_of(jv.square(), weight), gradient_of(expected.square(), weight)
+        )

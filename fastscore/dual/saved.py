@@ -6,6 +6,7 @@ the forward's own operations say, which are carried out once more for it.
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,12 @@ from torch.utils._pytree import tree_flatten
 from fastscore.dual.once import Once
 
 running: list[Any] = []   # evaluations, of all threads, in which backwards will be differentiated
+# What no change of the arguments moved the first time, by Function and place: looked at once, for
+# it takes longer than the Function.
+_still: Any = weakref.WeakKeyDictionary()
+# Functions that saved arguments and results alone; another time they are taken by surprise, and
+# what they drew then would differ, which is refused.
+_plain: Any = weakref.WeakSet()
 _stock = torch._C._FunctionBase.saved_tensors.__get__
 _LIBRARY = torch._library.autograd.__name__
 _SUBSTITUTES = "_fastscore_saved"
@@ -49,20 +56,39 @@ def applied(cls: Any, apply: Callable[..., Any], args: Any, kwargs: dict[str, An
     ):
         return apply(*args, **kwargs)
 
-    own = _registered(cls)[1:] if _of_operator(cls) else (cls.forward, cls.setup_context)
-    once = Once(inputs[0].device, *own)
     versions = [a._version if isinstance(a, Tensor) else 0 for a in args]
-    with once:
+    once = None if cls in _plain else _once(cls, inputs)
+    with once or contextlib.nullcontext():
         outputs = apply(*args, **kwargs)
 
     nodes = (o.grad_fn for o in tree_flatten(outputs)[0] if isinstance(o, Tensor))
     node = next((n for n in nodes if isinstance(n, cls._backward_cls)), None)
-    if node is not None:
+    if node is None:
+        return outputs
+
+    attributes = dict(vars(node))
+    computed = [
+        (place, t) for place, t in _places(attributes, _stock(node)) if _computed(t, args)
+    ]
+    if computed:
+        _plain.discard(cls)
         written = [
             a for a, n in zip(args, versions) if isinstance(a, Tensor) and a._version != n
         ]
-        _connect(node, _Forward(cls, args, kwargs, inputs, outputs, node, once, written))
+        if once is None:
+            once = _once(cls, inputs)
+            with once:
+                pass   # what is drawn and remembered stays as it is now
+        forward = _Forward(cls, args, kwargs, inputs, outputs, node, once, written)
+        _connect(node, attributes, {place: forward.of(t, place) for place, t in computed})
+    else:
+        _plain.add(cls)
     return outputs
+
+
+def _once(cls, inputs):
+    own = _registered(cls)[1:] if _of_operator(cls) else (cls.forward, cls.setup_context)
+    return Once(inputs[0].device, *own)
 
 
 def _of_operator(cls):
@@ -105,8 +131,11 @@ class _Forward:
         again = self.found.get(place)
         if not isinstance(again, Tensor) or again.shape != t.shape:
             again = t
-        if not again.requires_grad and self._moves(t, place):
-            self._refuse("hides from autograd how")
+        still = _still.setdefault(self.cls, set())
+        if not again.requires_grad and place not in still:
+            if self._moves(t, place):
+                self._refuse("hides from autograd how")
+            still.add(place)
         if not _close(again, t):
             self._refuse("has another result when it is carried out again")
         if again.requires_grad and forward_ad._current_level >= 0:
@@ -210,13 +239,7 @@ def _places(attributes, saved):
         yield (None, k), t
 
 
-def _connect(node, forward):
-    attributes = dict(vars(node))
-    found = {
-        place: forward.of(t, place)
-        for place, t in _places(attributes, _stock(node))
-        if _computed(t, forward.args)
-    }
+def _connect(node, attributes, found):
     for name in {name for name, _ in found if name is not None}:
         leaves, spec = tree_flatten(attributes[name])
         leaves = [found.get((name, k), t) for k, t in enumerate(leaves)]

@@ -179,6 +179,18 @@ def check_nested(name: str, outputs: Any) -> None:
         )
 
 
+def _references_of_a_graph():
+    """How many references a tensor gains when a graph saves it, which depends on the version."""
+    t = torch.zeros(1, device="cpu", requires_grad=True)
+    before = sys.getrefcount(t)
+    with torch.enable_grad():
+        graph = t * t
+    return sys.getrefcount(t) - before if graph.requires_grad else 0
+
+
+_BY_GRAPHS = _references_of_a_graph()
+
+
 def _check_kept(name, inputs, outputs):
     """Whether something beside the graph keeps an input or an output.
 
@@ -188,7 +200,10 @@ def _check_kept(name, inputs, outputs):
     ours = [id(inputs), id(outputs), id(tensors)]
     known = list(map(id, (*inputs, *outputs, *tensors)))
     for k in range(len(tensors)):   # by no name of its own, which Python may count or not
-        if sys.getrefcount(tensors[k]) > known.count(id(tensors[k])) + 1 and any(
+        count = known.count(id(tensors[k])) + 1
+        if tensors[k]._use_count() > 1:   # a graph has saved it
+            count += _BY_GRAPHS
+        if sys.getrefcount(tensors[k]) > count and any(
             id(holder) not in ours and not _of_graph(holder)
             for holder in gc.get_referrers(tensors[k])
         ):
