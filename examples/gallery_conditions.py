@@ -6,6 +6,7 @@ import torch
 from fastscore import datasets
 from fastscore.cli import draw as drawing
 from fastscore.cli import evaluate, observations, pictures, run_folder, splits
+from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
 
 from gallery_digits import colour, trained
@@ -79,7 +80,7 @@ def draw(out, folder, quick):
 
 
 def trained_classifier(folder, quick):
-    config = run_folder.TrainConfig(
+    config = TrainConfig(
         task="classifier", out=folder, held_out=300, steps=40 if quick else 3000
     )
     if not run_folder.is_saved(folder):

@@ -4,6 +4,7 @@ import torch
 
 from fastscore import datasets
 from fastscore.cli import evaluate, pictures, run_folder
+from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
 
 from gallery_tables import drawn, samplers, table
@@ -13,7 +14,7 @@ SHOWN = 36   # samples of each panel
 
 def trained(folder, quick, **options):
     """A run of the digits in this folder, trained unless it is there; a `run_folder.TrainedRun`."""
-    config = run_folder.TrainConfig(
+    config = TrainConfig(
         out=folder, held_out=300, steps=40 if quick else 9000, **options
     )
     if not run_folder.is_saved(folder):

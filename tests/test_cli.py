@@ -14,9 +14,9 @@ import torch
 
 from fastscore import cli, datasets, sampling
 from fastscore.cli import draw, metrics, run_folder, sample, train
+from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
 from fastscore.cli.parts import Parts
-from fastscore.cli.run_folder import TrainConfig
 from fastscore.cli.sampler_options import SamplerOptions
 from fastscore.training import checkpoint
 

@@ -9,8 +9,8 @@ import torch
 
 from fastscore import cli, datasets, random
 from fastscore.cli import conditions, draw, evaluate, observations, run_folder, splits
+from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
-from fastscore.cli.run_folder import TrainConfig
 
 TINY = {"width": 32, "depth": 1, "levels": 4, "batch_size": 64, "held_out": 300}
 

@@ -16,8 +16,8 @@ from test_saves import Run, in_old_form
 from fastscore import training
 from fastscore.cli import fit as fitting
 from fastscore.cli import metrics, run_folder, splits
+from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
-from fastscore.cli.run_folder import TrainConfig
 from fastscore.training import checkpoint
 
 

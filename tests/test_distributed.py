@@ -10,8 +10,8 @@ import torch
 
 from fastscore import distributed, models, schedules
 from fastscore.cli import draw, observations, train
+from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
-from fastscore.cli.run_folder import TrainConfig
 from fastscore.cli.sampler_options import SAMPLERS
 
 SIGMAS = schedules.geometric(1.0, 0.1, 4)

@@ -18,8 +18,8 @@ from test_saves import Run, begun, going_on, lines
 
 from fastscore.cli import draw, pictures, run_folder, sample
 from fastscore.cli import fit as fitting
+from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
-from fastscore.cli.run_folder import TrainConfig
 from fastscore.training import checkpoint, files, saves
 
 FULL = r"could not be written: no space left on device; .* are free\. What was saved before is"

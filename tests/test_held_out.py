@@ -10,8 +10,8 @@ import torch
 
 from fastscore import cli, models, random, schedules
 from fastscore.cli import evaluate, held_out, run_folder
+from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
-from fastscore.cli.run_folder import TrainConfig
 
 
 class Truth(torch.nn.Module):

@@ -9,8 +9,8 @@ import pytest
 from test_cli import run_here
 
 from fastscore.cli import run_folder
+from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
-from fastscore.cli.run_folder import TrainConfig
 from fastscore.training import lock
 
 pytestmark = pytest.mark.processes

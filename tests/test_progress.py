@@ -9,8 +9,8 @@ import pytest
 from test_cli import run_here
 
 from fastscore.cli import progress, train
+from fastscore.cli.config import TrainConfig
 from fastscore.cli.progress import Progress, duration
-from fastscore.cli.run_folder import TrainConfig
 
 
 class Clock:

@@ -11,8 +11,8 @@ from PIL import Image
 
 from fastscore import cli, datasets
 from fastscore.cli import held_out, observations, run_folder, splits, train
+from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
-from fastscore.cli.run_folder import TrainConfig
 from fastscore.training import saves
 
 TINY = {"width": 16, "depth": 1, "levels": 3, "batch_size": 32}

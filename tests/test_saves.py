@@ -17,9 +17,9 @@ import torch
 from fastscore import averages
 from fastscore.cli import draw, metrics, run_folder, sample, splits
 from fastscore.cli import fit as fitting
+from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
 from fastscore.cli.parts import Parts
-from fastscore.cli.run_folder import TrainConfig
 from fastscore.training import checkpoint, files, saves
 
 torch.set_num_threads(1)

@@ -15,8 +15,8 @@ from test_cli import run_here
 
 from fastscore.cli import fit as fitting
 from fastscore.cli import held_out, metrics, pictures, progress, run_folder, train
+from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
-from fastscore.cli.run_folder import TrainConfig
 from fastscore.training import saves, signals
 
 pytestmark = pytest.mark.processes
@@ -180,7 +180,7 @@ def test_a_second_signal_ends_at_once(tmp_path, data):
     program = f"""if True:
         import os, signal
         from fastscore.cli import fit, train
-        from fastscore.cli.run_folder import TrainConfig
+        from fastscore.cli.config import TrainConfig
         fit.SAVE_EVERY = 5
         whole = fit.run_folder.save
         def save(*arguments, **options):

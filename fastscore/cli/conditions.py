@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastscore import guidance
 from fastscore.cli import run_folder
+from fastscore.cli.config import TrainConfig
 from fastscore.cli.observations import Observed, Request, observe, parse
 from fastscore.cli.parts import digest_of, digest_of_network
 from fastscore.guidance.hooks import check_noise
@@ -117,7 +118,7 @@ def conditioned(
     shape: tuple[int, int, int],
     requests: list[Request],
     *,
-    config: run_folder.TrainConfig | None = None,
+    config: TrainConfig | None = None,
     classifier: Callable | None = None,
     scale: float = 1.0,
     noise: float = 0.0,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastscore import datasets, losses, perturb, random, training
 from fastscore.cli import metrics, run_folder, splits
-from fastscore.cli.run_folder import TrainConfig
+from fastscore.cli.config import TrainConfig
 from fastscore.losses.noise_conditional import draw_labels
 from fastscore.training import files, lock
 

@@ -18,7 +18,7 @@ import torch
 
 from fastscore import datasets, guidance, images, random
 from fastscore.cli import splits
-from fastscore.cli.run_folder import TrainConfig
+from fastscore.cli.config import TrainConfig
 from fastscore.guidance.hooks import check_noise
 
 KINDS = {

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastscore import datasets
-from fastscore.cli.run_folder import CONFIG, TrainConfig
+from fastscore.cli.config import TrainConfig
+from fastscore.cli.run_folder import CONFIG
 from fastscore.training import checkpoint
 
 # training and held_out: 128 bits of each image and its label, uint8 (n, 16).

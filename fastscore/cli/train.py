@@ -11,9 +11,9 @@ from tyro.conf import arg
 
 from fastscore import distributed
 from fastscore.cli import draw, evaluate, metrics, pictures, run_folder, splits
+from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
 from fastscore.cli.progress import Progress
-from fastscore.cli.run_folder import TrainConfig
 from fastscore.training import files, signals
 
 

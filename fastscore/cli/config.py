@@ -1,0 +1,120 @@
+"""The options of `fastscore train`."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from fastscore import schedules
+from fastscore.losses.noise_conditional import METHODS
+from fastscore.losses.projections import DISTRIBUTIONS
+
+
+def _unless_given(default):
+    """An option that is None until `TrainConfig.given` is known.
+
+    One that equals the default may have been given.
+    """
+    return field(default=None, metadata={"default": default})
+
+
+@dataclass
+class TrainConfig:
+    """Train a noise-conditional score network, or a classifier of noisy images.
+
+    Options that are not given have their defaults; with resume, the values of the run. `given`
+    holds the names of those that are. They are checked when the config is made; with resume, once
+    those of the run are known.
+
+    Args:
+        task: score (unless given), or classifier (of noisy images; for sample --condition class=K).
+        data: digits (unless given), mnist, fashion, a folder of images, an .npz file with an array
+            named images, or an .npy file; what a file does not say is said behind its name, such
+            as faces:rgb or x.npz:channels-last:max=16.
+        out: run folder to create.
+        network: mlp (residual ScoreMLP; unless given) or ncsn (convolutional RefineNet).
+        loss: denoising (unless given), sliced, sliced-vr (variance reduced) or exact (the whole
+            trace: small images only).
+        projections: random directions per image, of the sliced losses; 1 unless given.
+        distribution: of the directions, rademacher (unless given), gaussian or sphere.
+        steps: number of updates; 9000 unless given.
+        batch_size: images per update; 256 unless given.
+        lr: Adam's learning rate, 2e-3 unless given; it rises over 100 steps and falls to zero along
+            a cosine.
+        levels: number of noise levels; 16 unless given.
+        sigma_max: largest noise, in units of the [0, 1] pixel range; 1 unless given.
+        sigma_min: smallest noise; 0.01 unless given.
+        width: width of the mlp, or ngf of the ncsn; 256 unless given.
+        depth: residual blocks of the mlp; 3 unless given.
+        ema_decay: decay of the averaged weights; 0.999 unless given.
+        held_out: images kept away from training, for evaluation; 0 unless given. The run remembers
+            which.
+        seed: of everything that is random; 0 unless given.
+        resume: go on with the run in `out`, with its options; steps may be others.
+    """
+
+    task: str | None = _unless_given("score")
+    data: str | None = _unless_given("digits")
+    out: Path = Path("runs/digits")
+    network: str | None = _unless_given("mlp")
+    loss: str | None = _unless_given("denoising")
+    projections: int | None = _unless_given(1)
+    distribution: str | None = _unless_given("rademacher")
+    steps: int | None = _unless_given(9000)
+    batch_size: int | None = _unless_given(256)
+    lr: float | None = _unless_given(2e-3)
+    levels: int | None = _unless_given(16)
+    sigma_max: float | None = _unless_given(1.0)
+    sigma_min: float | None = _unless_given(0.01)
+    width: int | None = _unless_given(256)
+    depth: int | None = _unless_given(3)
+    ema_decay: float | None = _unless_given(0.999)
+    held_out: int | None = _unless_given(0)
+    seed: int | None = _unless_given(0)
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        self.given: frozenset[str] = frozenset(
+            f.name for f in fields(self) if getattr(self, f.name) is not None
+        )
+        for f in fields(self):
+            if f.name not in self.given:
+                setattr(self, f.name, f.metadata["default"])
+        if not self.resume:
+            self.check()
+
+    def check(self) -> None:
+        """Raise ValueError unless the options are in range and fit each other."""
+        for name in ("steps", "batch_size", "levels", "width", "depth", "projections"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train: {name} must be at least 1; got {getattr(self, name)}.")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"train: lr must be positive and finite; got {self.lr}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"train: ema_decay must be in [0, 1); got {self.ema_decay}.")
+
+        choices = {
+            "task": ("score", "classifier"),
+            "network": ("mlp", "ncsn"),
+            "loss": METHODS,
+            "distribution": DISTRIBUTIONS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                listed = (
+                    f"one of {', '.join(allowed)}" if len(allowed) > 2 else " or ".join(allowed)
+                )
+                raise ValueError(f"train: {name} must be {listed}; got {getattr(self, name)!r}.")
+
+        sliced = self.loss.startswith("sliced")
+        if not sliced and (self.projections, self.distribution) != (1, "rademacher"):
+            raise ValueError(
+                "train: projections and distribution belong to the sliced losses; the loss is "
+                f"{self.loss}."
+            )
+        if self.task == "classifier":
+            for name, value in (("network", "mlp"), ("loss", "denoising")):
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f"train: {name} belongs to task score; a classifier is an mlp trained by "
+                        "cross-entropy."
+                    )
+        schedules.geometric(self.sigma_max, self.sigma_min, self.levels)
