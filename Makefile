@@ -49,8 +49,13 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/* build_suppor
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -q -e '.[test]'
 	touch $(STAMP)
 
+# Ops, losses and samplers; networks of the field and what a call costs the host, on one thread each; then the pages' tables.
+RESULTS := benchmarks/results
 bench: $(STAMP)
-	$(BIN)/python -m pytest -q benchmarks --results benchmarks/results/cpu.json
+	$(BIN)/python -m pytest -q benchmarks --ignore=benchmarks/bench_networks.py --ignore=benchmarks/bench_host.py --results $(RESULTS)/cpu.json
+	$(BIN)/python -m pytest -q benchmarks/bench_networks.py --threads 1 --results $(RESULTS)/networks.json
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q benchmarks/bench_host.py --threads 1 --results $(RESULTS)/host.json
+	$(BIN)/python docs/tables.py
 
 # On a machine with a GPU, its own Python and no network, in parts that go on where they ended: build in place, measure the
 # ceilings, test every GPU back end, measure, time other tiles, profile. Results in $$OUT, else gpu-results/.
