@@ -372,7 +372,7 @@ def algebra_kernels(arch):
 def whole_kernels():
     """The normalisation of a sample of 128 channels of 8 x 8 pixels (float64: 64) in one
     program, ELU, with everything optional."""
-    from fastscore.kernels import activation, normalise_algebra
+    from fastscore.kernels import activation, normalise_whole
 
     for dtype in DTYPES:
         compute = "fp64" if dtype == "fp64" else "fp32"
@@ -396,7 +396,7 @@ def whole_kernels():
         constants |= {"KIND": activation.ELU.value, "D": D, "PIXELS": 64}
         yield (
             f"whole {dtype}",
-            normalise_algebra.whole_kernel,
+            normalise_whole.whole_kernel,
             constants,
             types,
             ("x_ptr", "y_ptr", "S", "C"),

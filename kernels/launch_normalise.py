@@ -15,7 +15,8 @@ from fastscore.kernels.normalise import (
     merge_kernel,
     moments_kernel,
 )
-from fastscore.kernels.normalise_algebra import coefficients_kernel, cotangents_kernel, whole_kernel
+from fastscore.kernels.normalise_algebra import coefficients_kernel, cotangents_kernel
+from fastscore.kernels.normalise_whole import whole_kernel
 from fastscore.kernels.tiles import cache_bytes, tile
 
 
