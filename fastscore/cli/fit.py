@@ -1,6 +1,7 @@
 """The one loop that trains, in a run folder: a score network by any loss, or a classifier."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastscore import datasets, losses, perturb, random, training
+from fastscore import datasets, losses, perturb, training
 from fastscore.cli import metrics, run_folder, splits
 from fastscore.cli.config import TrainConfig
 from fastscore.losses.noise_conditional import draw_labels
 from fastscore.training import files, lock
 
-BATCHES = 1024   # the stream that picks each step's images
 SAVE_EVERY = 500   # steps: what a killed run may lose
 RECORD_EVERY = 100
 
@@ -40,29 +40,27 @@ def fit(config: TrainConfig) -> Iterator[tuple[int, float]]:
     if not config.resume:
         _refuse_another_run(out)
 
-    data = datasets.load(config.data)
-    images, labels = splits.part(config, "training", data)
-    if config.task == "classifier" and labels is None:
+    data = splits.source(config)
+    if config.task == "classifier" and data.labels is None:
         raise ValueError(f"train: a classifier needs labels; {config.data} has none.")
-    # Where there are none, numbers that no score network looks at.
-    labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
-    net, sigmas = run_folder.build(config, images.shape[1:], int(labels.max()) + 1)
+    training_part = data.subset(splits.split(config, data)[0])
+    classes = None if data.labels is None else int(training_part.labels.max()) + 1
+    net, sigmas = run_folder.build(config, data.shape, classes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    moved = (t.to(device) for t in (images, labels, net, sigmas))
-    return _updates(config, out, splits.record(config, *data), *moved)
+    moved = (t.to(device) for t in (training_part, net, sigmas))
+    return _updates(config, out, splits.record(config, data), *moved)
 
 
 def batches(
-    images: Tensor, labels: Tensor, config: TrainConfig, first_step: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each step's images and labels.
+    data: datasets.Source, config: TrainConfig, first_step: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Each step's images and labels, on the device.
 
     They are a function of the seed and the step: a resumed run sees what the whole one would.
     """
-    for step in range(first_step, config.steps):
-        w = random.words(config.batch_size, seed=config.seed, step=step, stream=BATCHES)
-        chosen = (w * len(images)) >> 32
-        yield images[chosen], labels[chosen]
+    options = {"seed": config.seed, "steps": config.steps, "first_step": first_step}
+    for _, images, labels in datasets.batches(data, config.batch_size, **options):
+        yield images.to(device), None if labels is None else labels.to(device)
 
 
 def _refuse_another_run(out):
@@ -83,7 +81,7 @@ def _updates(config, out, *things):
         yield from _updates_alone(config, out, *things)
 
 
-def _updates_alone(config, out, split, images, labels, net, sigmas):
+def _updates_alone(config, out, split, images, net, sigmas):
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
     ema = training.averaged(net, config.ema_decay)
     last, first, begun = None, 0, {}
@@ -94,11 +92,11 @@ def _updates_alone(config, out, split, images, labels, net, sigmas):
             f"train: {out} has done {first} steps already; steps must be at least that; "
             f"got {config.steps}."
         )
-    shape = images.shape[1:]
+    shape = images.shape
     # The config makes it a run, so it comes last.
     splits.keep(out, split)
     run_folder.write_config(out, config, shape)
-    key = {"seed": config.seed, "device": images.device}
+    key = {"seed": config.seed, "device": sigmas.device}
     level = None
 
     def loss(model, batch, step):
@@ -108,10 +106,10 @@ def _updates_alone(config, out, split, images, labels, net, sigmas):
         level = draw_labels(len(sigmas), config.batch_size, step=step, **key)
         return objective(config, model, sigmas, *batch, level, step)
 
-    data = batches(images, labels, config, first)
+    data = batches(images, config, first, sigmas.device)
     options = {"steps": config.steps, "optimizer": optimizer, "first_step": first, "ema": ema}
     loop = training.training_loop(net, data, loss, **options)
-    dim = shape.numel() if config.task == "score" else 1
+    dim = math.prod(shape) if config.task == "score" else 1
     sums = metrics.Metrics(len(sigmas), dim, **begun)
     done = first
 

@@ -1,0 +1,148 @@
+"""Samples that are read by their numbers, wherever they lie."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastscore.messages import shown
+
+
+class Source:
+    """N samples of one shape, read by their numbers.
+
+    What `read` returns is a function of the numbers alone: it does not depend on what was read
+    before, on the order, on threads or on the process.
+
+    Attributes:
+        shape: of a sample, (C, H, W) or (d,).
+        labels: int64 (N,), or None.
+        in_memory: whether the samples lie in memory, so that reading ahead gains nothing.
+    """
+
+    shape: tuple[int, ...]
+    labels: Tensor | None = None
+    in_memory: bool = False
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, indices: Tensor) -> Tensor:
+        """The samples of these numbers: int64 (B,) -> float32 (B, *shape).
+
+        Raises:
+            ValueError: a number is not in 0 .. N - 1; a sample cannot be read.
+        """
+        return self._read(self._checked(indices))
+
+    def _read(self, indices: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _checked(self, indices):
+        if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1:
+            raise ValueError(
+                f"read: indices must be an int64 tensor (B,); got {_outline(indices)}."
+            )
+        # On a GPU the device itself refuses: looking would wait for it.
+        if indices.device.type == "cpu" and len(indices):
+            low, high = map(int, indices.aminmax())
+            if low < 0 or high >= len(self):
+                wrong = low if low < 0 else high
+                raise ValueError(f"read: indices must lie in 0..{len(self) - 1}; got {wrong}.")
+        return indices
+
+    def stamps(self) -> list[str] | None:
+        """What tells that a sample's file has not been touched: its name, size and time.
+
+        One entry for each sample, or a single one of the file that holds them all; None where there
+        is no file.
+        """
+        return None
+
+    def subset(self, indices: Tensor) -> "Source":
+        """The samples of these numbers, in this order, as a source."""
+        return Subset(self, self._checked(indices))
+
+    def to(self, device: torch.device | str) -> "Source":
+        """The same source, its samples on the device if they lie in memory."""
+        return self
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} samples of shape {tuple(self.shape)})"
+
+
+class Tensors(Source):
+    """Samples that lie in memory: float32 (N, *)."""
+
+    in_memory = True
+
+    def __init__(self, samples: Tensor, labels: Tensor | None = None) -> None:
+        self.samples = samples
+        self.labels = labels
+        self.shape = tuple(samples.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def _read(self, indices):
+        return self.samples[indices]
+
+    def to(self, device: torch.device | str) -> Source:
+        return Tensors(self.samples.to(device), _to(self.labels, device))
+
+
+class Subset(Source):
+    """A part of a source, in an order of its own."""
+
+    def __init__(self, source: Source, indices: Tensor) -> None:
+        self.source = source
+        self.indices = indices
+        self.shape = source.shape
+        self.in_memory = source.in_memory
+        self.labels = None if source.labels is None else source.labels[indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def _read(self, indices):
+        return self.source.read(self.indices[indices])
+
+    def stamps(self) -> list[str] | None:
+        stamps = self.source.stamps()
+        return stamps if stamps is None or len(stamps) == 1 else [
+            stamps[i] for i in self.indices.tolist()
+        ]
+
+    def to(self, device: torch.device | str) -> Source:
+        if not self.in_memory:
+            return self
+        # Only what is used goes there.
+        return Tensors(self.source.read(self.indices), self.labels).to(device)
+
+
+def _to(labels, device):
+    return None if labels is None else labels.to(device)
+
+
+def _outline(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return shown(value)
+
+
+def labels_of(labels: np.ndarray, n: int, name: object) -> Tensor:
+    """Numbers of classes: whole, from 0, one for each sample; int64 (n,).
+
+    Raises:
+        ValueError: they are not.
+    """
+    whole = labels.dtype.kind in "biu" or (
+        labels.dtype.kind == "f" and bool((labels == labels.round()).all())
+    )
+    if labels.shape != (n,) or not whole or (n and labels.min() < 0):
+        raise ValueError(
+            f"{name}: labels must be {n} whole numbers from 0, one for each image; got "
+            f"{labels.dtype} {labels.shape}."
+        )
+    return torch.from_numpy(labels.astype(np.int64))
