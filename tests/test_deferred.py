@@ -189,6 +189,18 @@ NETWORKS = {
     "NCSNv2 of CAS": (lambda s: models.NCSNv2(1, 4, s, scale_by_sigma=False), IMAGES),
     "NCSNv2Deeper": (lambda s: models.NCSNv2Deeper(1, 4, s), IMAGES),
     "NCSNv2Deepest": (lambda s: models.NCSNv2Deepest(1, 4, s), IMAGES),
+    "NCSNpp": (
+        lambda s: models.NCSNpp(1, 4, sigmas=s, ch_mult=(1, 2), num_res_blocks=1),
+        IMAGES,
+    ),
+    "NCSNpp of levels": (
+        lambda s: models.NCSNpp(1, 4, sigmas=s, ch_mult=(1, 2), continuous=False),
+        IMAGES,
+    ),
+    "NCSNpp of VP": (
+        lambda s: models.NCSNpp(1, 4, sigmas=s, ch_mult=(1, 2), sde="vp", continuous=False),
+        IMAGES,
+    ),
     "average": (lambda s: training.averaged(models.NCSN(1, 4, s), 0.9), IMAGES),
     "part of another": (lambda s: nn.ModuleDict({"net": models.NCSN(1, 4, s)}), None),
     "Gaussian": (lambda s: models.Gaussian([0.0, 1.0], [[2.0, 0.5], [0.5, 1.0]]), X),

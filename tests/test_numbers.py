@@ -336,6 +336,14 @@ CALLS = {  # name in messages: (call, its arguments)
     "NCSNv2": (models.NCSNv2, {"channels": 1, "ngf": 4, "image_size": 8}),
     "NCSNv2Deeper": (models.NCSNv2Deeper, {"channels": 1, "ngf": 4, "image_size": 16}),
     "NCSNv2Deepest": (models.NCSNv2Deepest, {"channels": 1, "ngf": 4, "image_size": 16}),
+    "NCSNpp": (
+        lambda **o: models.NCSNpp(ch_mult=(1,), attention=(0,), sde="vp", continuous=False, **o),
+        {
+            "channels": 1, "nf": 4, "num_res_blocks": 1, "dropout": 0.1, "groups": 1,
+            "num_scales": 30, "beta_min": 0.1, "beta_max": 9.0, "fourier_scale": 16.0,
+            "image_size": 8,
+        },
+    ),
     "ScoreMLP": (models.ScoreMLP, {"dim": 3, "width": 4, "depth": 1, "context": 2}),
     "UNet": (
         lambda **o: models.UNet(multipliers=(1, 2), **o),

@@ -504,7 +504,7 @@ ONE = torch.ones(1)
         (
             changed(),
             {"arch": "unet"},
-            "arch must be one of ncsn, ncsnv2, ncsnv2deeper, ncsnv2deepest; got 'unet'",
+            "arch must be one of ncsn, ncsnv2, ncsnv2deeper, ncsnv2deepest, ncsnpp; got 'unet'",
         ),
         (changed(sigmas=torch.tensor([1.0, 2.0])), {}, "sigmas must be a descending ladder"),
     ],
@@ -732,10 +732,6 @@ UNSUPPORTED = {
         {"downblocks.0.weight": torch.ones(8, 3, 3, 3), "out.bias": torch.ones(3)},
         "unet of CAS",
     ),
-    "score-sde-weights": (
-        {"all_modules.0.W": torch.ones(1), "sigmas": torch.ones(3)},
-        "model of score_sde",
-    ),
 }
 
 
@@ -748,20 +744,6 @@ def test_unsupported_options_are_named(name):
         ) as error:
             load_official(source, sigmas=LADDER)
         assert "missing" not in str(error.value) and "\n" not in str(error.value)
-
-
-def test_checkpoints_of_score_sde_are_refused_with_a_way_out():
-    saved = {
-        "optimizer": {},
-        "model": {"module.all_modules.0.W": torch.ones(1)},
-        "ema": {"shadow_params": []},
-        "step": 3,
-    }
-    with pytest.raises(
-        ValueError,
-        match=r"score_sde's checkpoints are not supported; .* interop\.VeUNet makes a score",
-    ):
-        load_official(saved)
 
 
 # --- the command line

@@ -104,6 +104,16 @@ CASES = {  # name: (make, what it does)
         c.__name__: (lambda c=c: c(1, 4, SIGMAS), lambda t: t(X.repeat(1, 1, 2, 2), S))
         for c in (models.NCSNv2, models.NCSNv2Deeper, models.NCSNv2Deepest)
     },
+    "NCSNpp": (
+        lambda: models.NCSNpp(1, 4, sigmas=SIGMAS, ch_mult=(1, 2), num_res_blocks=1),
+        at_noise,
+    ),
+    "NCSNpp of VP": (
+        lambda: models.NCSNpp(
+            1, 4, sigmas=SIGMAS, ch_mult=(1,), attention=(), sde="vp", continuous=False
+        ),
+        at_noise,
+    ),
     "Gaussian": (lambda: models.Gaussian([0.0] * 16, 1.0), at_noise),
     "GaussianMixture": (
         lambda: models.GaussianMixture([1, 1], [[0.0], [1.0]], 1.0),

@@ -24,8 +24,8 @@ class CheckpointOptions:
     """What an official checkpoint leaves open.
 
     Args:
-        arch: of a checkpoint, ncsn, ncsnv2, ncsnv2deeper or ncsnv2deepest; unless given it follows
-            from the names in the file.
+        arch: of a checkpoint, ncsn, ncsnv2, ncsnv2deeper, ncsnv2deepest or ncsnpp; unless given it
+            follows from the names in the file.
         ema: take a checkpoint's averaged weights.
         sigma_max: largest noise, for checkpoints that store no ladder (NCSN, CAS).
         sigma_min: smallest noise, likewise.
@@ -36,6 +36,15 @@ class CheckpointOptions:
             swish.
         rescaled: likewise: its data were in [-1, 1].
         logit_transform: likewise: its data were logits.
+        sde: of score_sde's checkpoints, the process: ve, vp or subvp; unless given it is ve where
+            the network has Fourier features.
+        continuous: likewise, of vp: the process has continuous times.
+        fir: likewise, which the file of some does not tell.
+        skip_rescale: likewise.
+        centered: likewise: its data were in [-1, 1]; samples are in [0, 1] all the same.
+        scale_by_sigma: likewise, of ve.
+        beta_min: likewise, of vp and subvp.
+        beta_max: likewise.
         std: likewise, of CAS.
         target: likewise, of CAS: gaussian or dae.
     """
@@ -49,6 +58,14 @@ class CheckpointOptions:
     nonlinearity: str | None = None
     rescaled: bool | None = None
     logit_transform: bool | None = None
+    sde: str | None = None
+    continuous: bool | None = None
+    fir: bool | None = None
+    skip_rescale: bool | None = None
+    centered: bool | None = None
+    scale_by_sigma: bool | None = None
+    beta_min: float | None = None
+    beta_max: float | None = None
     std: bool | None = None
     target: str | None = None
 
@@ -78,7 +95,8 @@ _Merged = Annotated[_Options, arg(name="")]
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Draw samples of a trained run, or of an official NCSN, NCSNv2 or CAS checkpoint, as a grid.
+    """Draw samples of a trained run, or of an official checkpoint (NCSN, NCSNv2, CAS, score_sde),
+    as a grid.
 
     Started by torchrun, the processes share the batches, and one writes the samples that a single
     process would have drawn.
@@ -143,7 +161,8 @@ class SampleOptions:
 
 
 def sample(options: _Merged[SampleOptions]) -> None:
-    """Draw samples of a trained run, or of an official NCSN, NCSNv2 or CAS checkpoint, as a grid.
+    """Draw samples of a trained run, or of an official checkpoint (NCSN, NCSNv2, CAS, score_sde),
+    as a grid.
 
     Started by torchrun, the processes share the batches, and one writes the samples that a single
     process would have drawn.

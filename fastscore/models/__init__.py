@@ -3,6 +3,7 @@
 from fastscore.models.analytic import Gaussian, GaussianMixture
 from fastscore.models.energy import EnergyMLP, EnergyScore
 from fastscore.models.ncsn import NCSN
+from fastscore.models.ncsnpp import NCSNpp
 from fastscore.models.ncsnv2 import NCSNv2, NCSNv2Deeper, NCSNv2Deepest
 from fastscore.models.noise_classifier import NoiseClassifier
 from fastscore.models.official import load_official
@@ -15,6 +16,7 @@ __all__ = [
     "EnergyScore",
     "Gaussian",
     "GaussianMixture",
+    "NCSNpp",
     "NCSNv2",
     "NCSNv2Deeper",
     "NCSNv2Deepest",

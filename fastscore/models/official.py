@@ -1,5 +1,5 @@
-"""Read the checkpoints of ermongroup/ncsn, ermongroup/ncsnv2 and
-AdversarialConsistentScoreMatching (CAS)."""
+"""Read the checkpoints of ermongroup/ncsn, ermongroup/ncsnv2,
+AdversarialConsistentScoreMatching (CAS) and yang-song/score_sde_pytorch."""
 
 import inspect
 import warnings
@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
-import torch
 from torch import nn
 
+from fastscore.models import score_sde
+from fastscore.models.checkpoint_files import read
 from fastscore.models.ncsn import NCSN
 from fastscore.models.ncsnv2 import NCSNv2, NCSNv2Deeper, NCSNv2Deepest
 from fastscore.models.refinenet import ladder
+from fastscore.models.state_dicts import OP, filled, first, is_state_dict, outline, unwrapped
 
 ARCHITECTURES: dict[str, type[Any]] = {
     "ncsn": NCSN,
@@ -20,7 +22,6 @@ ARCHITECTURES: dict[str, type[Any]] = {
     "ncsnv2deeper": NCSNv2Deeper,
     "ncsnv2deepest": NCSNv2Deepest,
 }
-_OP = "load_official"
 # Options of all repositories that leave no trace in the file.
 _UNSEEN = ("nonlinearity", "rescaled", "logit_transform")
 _UNSEEN_CAS = ("std", "target")   # and of CAS
@@ -39,6 +40,7 @@ def load_official(
     |-------------------------------------------------------|--------------------------|
     | NCSN: [state_dict, optimizer]                         | it has only one kind     |
     | NCSNv2, CAS: [state_dict, optimizer, epoch, step, ema] | ema, or state_dict if not |
+    | score_sde: {optimizer, model, ema, step}               | ema, or model if not     |
     | a state_dict, or ema, by itself                       | as they are              |
 
     What DataParallel (`module.`) and torch.compile (`_orig_mod.`) add to names is dropped. Width,
@@ -47,13 +49,18 @@ def load_official(
     scale_by_sigma=False as f. CAS's option `--target dae` trains another function under the same
     names; nothing in the file tells, and it is not supported.
 
+    Of score_sde's networks (NCSN++, DDPM++, DDPM: see NCSNpp) the structure follows from names and
+    shapes, and with Fourier features also the process, VE. Without them give sde (ve, vp or subvp)
+    and, of vp, continuous; of VP and sub-VP, too, x, σ and the score are those of images in [0, 1].
+
     Args:
         source: a path, read with torch.load(weights_only=True), or what torch.load returned.
         ema: take the averaged weights, as the official samplers do.
-        arch: ncsn, ncsnv2, ncsnv2deeper or ncsnv2deepest; None follows the names in the file.
+        arch: ncsn, ncsnv2, ncsnv2deeper, ncsnv2deepest or ncsnpp; None follows the names in the
+            file.
         hyper_parameters: sigmas (wins over the file's), image_size (of `sample_shape`),
             scale_by_sigma, channels, ngf, nonlinearity, rescaled, logit_transform, std, target: of
-            the network.
+            the network; of score_sde's those of NCSNpp.
 
     Returns:
         The network, on the CPU and in evaluation mode; `net.sigmas` is its ladder. Of a rescaled or
@@ -64,7 +71,8 @@ def load_official(
         ValueError: the file is missing, not readable without unpickling code, or of another layout;
             it has no averaged weights; sigmas are missing or of another number; names or shapes do
             not fit; an option that is not supported, such as spec_norm, other normalisations,
-            NCSNdeeper, CAS's UNet, or networks of score_sde.
+            NCSNdeeper, CAS's UNet, or a progressive output of score_sde that is residual; of
+            score_sde, the process is not told.
         TypeError: an unknown hyper-parameter.
 
     >>> given = {"nonlinearity": "elu", "rescaled": False, "logit_transform": False}
@@ -72,29 +80,41 @@ def load_official(
     >>> load_official(saved, sigmas=torch.linspace(1, 0.01, 10), **given).begin_conv.weight.shape
     torch.Size([4, 3, 3, 3])
     """
-    if arch is not None and arch not in ARCHITECTURES:
-        raise ValueError(f"{_OP}: arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}.")
+    if arch is not None and arch not in (*ARCHITECTURES, score_sde.ARCH):
+        names = ", ".join((*ARCHITECTURES, score_sde.ARCH))
+        raise ValueError(f"{OP}: arch must be one of {names}; got {arch!r}.")
 
-    weights, sigmas = _weights(
-        _read(source) if isinstance(source, (str, PathLike)) else source, ema
-    )
+    container = read(source) if isinstance(source, (str, PathLike)) else source
+    given = {name: value for name, value in hyper_parameters.items() if value is not None}
+    of_score_sde = score_sde.recognises(container)
+    if arch is not None and of_score_sde != (arch == score_sde.ARCH):
+        found = "one" if of_score_sde else "none"
+        raise ValueError(
+            f"{OP}: arch {score_sde.ARCH} is that of score_sde's checkpoints alone; got {arch} "
+            f"and {found} of them."
+        )
+    if of_score_sde:
+        net, taken = score_sde.network(container, ema, given)
+        _warn_of_untold(taken)
+        return net
+
+    weights, sigmas = _weights(container, ema)
     unsupported = _unsupported(weights)
     if unsupported:
-        raise ValueError(f"{_OP}: unsupported option {unsupported}.")
+        raise ValueError(f"{OP}: unsupported option {unsupported}.")
 
     arch = arch or _architecture(weights)
     known = list(inspect.signature(ARCHITECTURES[arch]).parameters)
-    given = {name: value for name, value in hyper_parameters.items() if value is not None}
     if set(given) - set(known):
         unknown = ", ".join(sorted(set(given) - set(known)))
         raise TypeError(
-            f"{_OP}: the hyper-parameters of {arch} are {', '.join(known)}; got {unknown}."
+            f"{OP}: the hyper-parameters of {arch} are {', '.join(known)}; got {unknown}."
         )
 
     stores_ladder = sigmas is not None
     if stores_ladder and (given.get("std") or given.get("target", "gaussian") != "gaussian"):
         raise ValueError(
-            f"{_OP}: std and target are options of CAS; the checkpoint stores a ladder, so it is "
+            f"{OP}: std and target are options of CAS; the checkpoint stores a ladder, so it is "
             "NCSNv2's."
         )
 
@@ -103,39 +123,21 @@ def load_official(
         options["dilated"] = not _pooled(weights)
 
     options["sigmas"] = _ladder(options, sigmas, weights, arch)
-    # The initial values are thrown away, and so are their random numbers.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        net = ARCHITECTURES[arch](**options)
-
-    _check_fit(net, weights)
-    net.load_state_dict(
-        {**weights, **({"sigmas": net.sigmas} if "sigmas" in net.state_dict() else {})}
-    )
-    _warn_of_unseen([*_UNSEEN, *_UNSEEN_CAS * (arch != "ncsn" and not stores_ladder)], given, net)
-    return net.eval()
+    net = filled(ARCHITECTURES[arch], options, weights)
+    names = [*_UNSEEN, *_UNSEEN_CAS * (arch != "ncsn" and not stores_ladder)]
+    _warn_of_untold({name: getattr(net, name) for name in names if name not in given})
+    return net
 
 
-def _warn_of_unseen(names, given, net):
-    taken = [f"{name} ({getattr(net, name)})" for name in names if name not in given]
+def _warn_of_untold(taken):
     if taken:
+        values = ", ".join(f"{name} ({value})" for name, value in taken.items())
         warnings.warn(
-            f"{_OP}: the checkpoint does not tell {', '.join(taken)}: these values are taken, and "
+            f"{OP}: the checkpoint does not tell {values}: these values are taken, and "
             "if one of them was another in "
             "its config, the scores are wrong. Give them as arguments.",
             stacklevel=3,
         )
-
-
-def _read(path):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"{_OP}: {path} cannot be read: {error.strerror or error}.") from None
-    except Exception:  # foreign classes raise UnpicklingError, damaged files almost anything
-        raise ValueError(
-            f"{_OP}: {path} is damaged, or no checkpoint of tensors alone (weights_only=True "
-            "refuses it)."
-        ) from None
 
 
 def _weights(container, ema):
@@ -146,67 +148,24 @@ def _weights(container, ema):
         average = container[4] if len(container) > 4 else None
         if ema and average is None and len(container) > 2:
             raise ValueError(
-                f"{_OP}: the checkpoint has no averaged weights; pass ema=False to take the others."
+                f"{OP}: the checkpoint has no averaged weights; pass ema=False to take the others."
             )
         chosen = average if ema and average is not None else state
     else:
         state = chosen = container
-    if isinstance(container, Mapping) and {"model", "ema"} <= set(container):
+    if not (is_state_dict(state) and is_state_dict(chosen)):
         raise ValueError(
-            f"{_OP}: score_sde's checkpoints are not supported; diffusers has its NCSN++ networks "
-            "(google/ncsnpp-*), "
-            "which interop.VeUNet makes a score."
-        )
-    if not (_is_state_dict(state) and _is_state_dict(chosen)):
-        raise ValueError(
-            f"{_OP}: the checkpoint must be a list [state_dict, optimizer] or [state_dict, "
-            f"optimizer, epoch, step, ema], or a dict of tensors; got {_outline(container)}."
+            f"{OP}: the checkpoint must be a list [state_dict, optimizer] or [state_dict, "
+            f"optimizer, epoch, step, ema], or a dict of tensors; got {outline(container)}."
         )
 
-    state, chosen = (_unwrapped(each) for each in (state, chosen))
+    state, chosen = (unwrapped(each) for each in (state, chosen))
     sigmas = chosen.pop("sigmas", state.get("sigmas"))
     return chosen, sigmas
 
 
-def _unwrapped(state):
-    """{name: tensor} without what the wrappers around a network, or around its parts, add to the
-    names."""
-    found = {}
-    for name, t in state.items():
-        plain = ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
-        if plain in found:
-            raise ValueError(
-                f"{_OP}: the checkpoint must hold one network; it has {plain} twice, under "
-                "different prefixes."
-            )
-        found[plain] = t
-    return found
-
-
-def _is_state_dict(t):
-    return (
-        isinstance(t, Mapping)
-        and bool(t)
-        and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in t.items())
-    )
-
-
-def _outline(container):
-    if isinstance(container, (list, tuple)):
-        kinds = ", ".join(type(entry).__name__ for entry in container[:6]) or "nothing"
-        return f"a {type(container).__name__} of {kinds}"
-    if isinstance(container, Mapping):
-        return f"a dict with {', '.join(map(repr, list(container)[:3])) or 'nothing'}"
-    return f"a {type(container).__name__}"
-
-
 def _unsupported(weights):
     """What the names say of an option that no network here has, or None."""
-    if any(name.startswith("all_modules.") for name in weights):
-        return (
-            "model of score_sde: diffusers has its NCSN++ networks (google/ncsnpp-*), "
-            "which interop.VeUNet makes a score"
-        )
     if any(name.startswith("downblocks.") for name in weights):
         return "unet of CAS: its UNet is not supported, only its NCSNv2 networks are"
     if any(name.endswith(".weight_orig") for name in weights):
@@ -251,9 +210,9 @@ def _architecture(weights):
 def _inferred(weights):
     begin = weights.get("begin_conv.weight")
     if begin is None or begin.dim() != 4:
-        found = _first(list(weights))
+        found = first(list(weights))
         raise ValueError(
-            f"{_OP}: the checkpoint must have begin_conv.weight (ngf, channels, 3, 3); its "
+            f"{OP}: the checkpoint must have begin_conv.weight (ngf, channels, 3, 3); its "
             f"{len(weights)} names are {found}."
         )
     return {"ngf": begin.shape[0], "channels": begin.shape[1]}
@@ -268,41 +227,16 @@ def _ladder(options, sigmas, weights, arch):
             *ARCHITECTURES[arch].published
         )
         raise ValueError(
-            f"{_OP}: the checkpoint stores no ladder; pass sigmas, such as the published geometric "
+            f"{OP}: the checkpoint stores no ladder; pass sigmas, such as the published geometric "
             f"one, {published}."
         )
     if sigmas is None:
         return None
 
-    sigmas = ladder(_OP, sigmas)
+    sigmas = ladder(OP, sigmas)
     if levels and len(sigmas) != levels:
         raise ValueError(
-            f"{_OP}: sigmas must have the {levels} levels of the checkpoint; got {len(sigmas)}."
+            f"{OP}: sigmas must have the {levels} levels of the checkpoint; got {len(sigmas)}."
         )
 
     return sigmas
-
-
-def _check_fit(net, weights):
-    wanted, got = (
-        {name: tuple(t.shape) for name, t in each.items() if name != "sigmas"}
-        for each in (net.state_dict(), weights)
-    )
-    problems = {
-        "missing": [name for name in wanted if name not in got],
-        "unexpected": [name for name in got if name not in wanted],
-        "misshapen": [
-            f"{name} {got[name]} for {shape}"
-            for name, shape in wanted.items()
-            if got.get(name, shape) != shape
-        ],
-    }
-    found = [f"{len(names)} {kind} ({_first(names)})" for kind, names in problems.items() if names]
-    if found:
-        raise ValueError(
-            f"{_OP}: the checkpoint does not fit {type(net).__name__}: {'; '.join(found)}."
-        )
-
-
-def _first(names, n=3):
-    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
