@@ -217,7 +217,8 @@ def test_the_order_does_not_depend_on_workers_shares_or_where_samples_lie(tmp_pa
     for step, x in whole:
         assert torch.equal(x, images[order.chosen(N, 7, seed=3, step=step)])
 
-    shares = [datasets.batches(source, 7, **options, first=a, count=n) for a, n in ((0, 4), (4, 3))]
+    parts = ({"first_sample": 0, "count": 4}, {"first_sample": 4})
+    shares = [datasets.batches(source, 7, **options, **part) for part in parts]
     for (_, x), (_, a, _), (_, b, _) in zip(whole, *shares):
         assert torch.equal(x, torch.cat([a, b]))
 

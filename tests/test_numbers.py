@@ -424,6 +424,22 @@ CALLS = {  # name in messages: (call, its arguments)
         {"width": 0.1, "step": 3},
     ),
     "split": (datasets.split, {"n": 9, "held_out": 3, "seed": 0}),
+    "augment": (
+        lambda **o: datasets.augment(torch.ones(2, 1, 4, 4), **o),
+        {"crop": 2, "seed": 3, "step": 1, "first_sample": 2},
+    ),
+    "augment, shifted": (
+        lambda **o: datasets.augment(torch.ones(2, 1, 4, 4), **o),
+        {"shift": 1, "seed": 3},
+    ),
+    "batches": (
+        lambda **o: next(datasets.batches(datasets.open(torch.ones(5, 1)), **o), None),
+        {"batch_size": 4, "steps": 3, "seed": 3, "first_step": 1, "first_sample": 1, "count": 1},
+    ),
+    "open": (
+        lambda **o: datasets.open(torch.ones(5, 1), **o),
+        {"skip_corrupt": 1, "workers": 2},
+    ),
     "gather": (lambda **o: distributed.gather(torch.ones(2), **o), {"n": 2}),
     "share": (distributed.share, {"n": 10, "rank": 1, "world_size": 4}),
     "AnnealedLangevinScheduler": (

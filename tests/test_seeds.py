@@ -72,6 +72,10 @@ CALLS = {
     "adjoint_gap": lambda **seed: torch.tensor(
         adjoint_gap(guidance.Mask(torch.tensor([True, False, True])), (3,), **seed)
     ),
+    "batches": lambda **seed: (
+        next(datasets.batches(datasets.open(X), 9, steps=1, **seed))[1]
+    ),
+    "augment": lambda **seed: datasets.augment(X[:, None, None], shift=0, flip=True, **seed),
     "split": lambda **seed: datasets.split(20, 5, **seed)[1],
     "start_like": lambda **seed: sampling.start_like(X, 5, sigma=1.0, **seed),
     "initial": lambda **seed: sampling.initial((3, 2), law="gaussian", sigma=2.0, **seed),

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Annotated
+
+from tyro.constructors import PrimitiveConstructorSpec
 
 from fastscore import schedules
 from fastscore.losses.noise_conditional import METHODS
@@ -14,6 +17,16 @@ def _unless_given(default):
     One that equals the default may have been given.
     """
     return field(default=None, metadata={"default": default})
+
+
+# --flip, and None where it is not given.
+_FLAG = PrimitiveConstructorSpec(
+    nargs=0,
+    metavar="",
+    instance_from_str=lambda words: True,
+    is_instance=lambda value: value is None or isinstance(value, bool),
+    str_from_instance=lambda value: [],
+)
 
 
 @dataclass
@@ -47,6 +60,13 @@ class TrainConfig:
         ema_decay: decay of the averaged weights; 0.999 unless given.
         held_out: images kept away from training, for evaluation; 0 unless given. The run remembers
             which.
+        flip: mirror half of the training images, left and right.
+        shift: move training images by up to so many pixels, each way; the pixels of the edge are
+            repeated. 0 unless given.
+        grey_levels: spread each grey level of the training images evenly over its cell, for
+            likelihoods: 256 for 8-bit images. 0, unless given: not at all.
+        skip_corrupt: files of a folder that may be left out because they cannot be read; 0 unless
+            given.
         seed: of everything that is random; 0 unless given.
         resume: go on with the run in `out`, with its options; steps may be others.
     """
@@ -68,6 +88,10 @@ class TrainConfig:
     depth: int | None = _unless_given(3)
     ema_decay: float | None = _unless_given(0.999)
     held_out: int | None = _unless_given(0)
+    flip: Annotated[bool | None, _FLAG] = _unless_given(False)
+    shift: int | None = _unless_given(0)
+    grey_levels: int | None = _unless_given(0)
+    skip_corrupt: int | None = _unless_given(0)
     seed: int | None = _unless_given(0)
     resume: bool = False
 
@@ -86,6 +110,11 @@ class TrainConfig:
         for name in ("steps", "batch_size", "levels", "width", "depth", "projections"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train: {name} must be at least 1; got {getattr(self, name)}.")
+        for name in ("shift", "grey_levels", "skip_corrupt"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train: {name} must be at least 0; got {getattr(self, name)}.")
+        if self.grey_levels == 1:
+            raise ValueError("train: grey_levels must be 0 or at least 2; got 1.")
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"train: lr must be positive and finite; got {self.lr}.")
         if not 0 <= self.ema_decay < 1:

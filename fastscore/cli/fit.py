@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastscore import datasets, losses, perturb, training
+from fastscore import datasets, likelihood, losses, perturb, training
 from fastscore.cli import metrics, run_folder, splits
 from fastscore.cli.config import TrainConfig
 from fastscore.losses.noise_conditional import draw_labels
@@ -59,8 +59,20 @@ def batches(
     They are a function of the seed and the step: a resumed run sees what the whole one would.
     """
     options = {"seed": config.seed, "steps": config.steps, "first_step": first_step}
-    for _, images, labels in datasets.batches(data, config.batch_size, **options):
-        yield images.to(device), None if labels is None else labels.to(device)
+    for step, images, labels in datasets.batches(data, config.batch_size, **options):
+        images = _varied(images.to(device), config, step)
+        yield images, None if labels is None else labels.to(device)
+
+
+def _varied(images, config, step, first_sample=0):
+    """Training images as the options want them; first_sample: the number of the first in the batch
+    of all processes."""
+    key = {"seed": config.seed, "step": step, "first_sample": first_sample}
+    if config.flip or config.shift:
+        images = datasets.augment(images, flip=config.flip, shift=config.shift, **key)
+    if config.grey_levels:
+        images = likelihood.dequantize(images, config.grey_levels, **key)
+    return images
 
 
 def _refuse_another_run(out):

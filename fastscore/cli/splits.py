@@ -29,7 +29,7 @@ _BLOCK = 1 << 24   # bytes read together
 
 def source(config: TrainConfig) -> Source:
     """The data of a run, as they are now; held-out samples are among them."""
-    return datasets.open(config.data)
+    return datasets.open(config.data, skip_corrupt=config.skip_corrupt)
 
 
 def part(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastscore import images, memory
 from fastscore.datasets.arrays import Archive, Array, stored_npy
+from fastscore.datasets.augment import augment
 from fastscore.datasets.folder import Folder
 from fastscore.datasets.mapped import Mapped
 from fastscore.datasets.named import NAMED
@@ -22,7 +23,7 @@ from fastscore.messages import shown
 from fastscore.random import draw_seed
 from fastscore.scalars import integer
 
-__all__ = ["Source", "batches", "load", "open", "split"]
+__all__ = ["Source", "augment", "batches", "load", "open", "split"]
 
 # Samples are kept in memory if they take at most this share of what is free.
 _SHARE = 4
