@@ -15,7 +15,7 @@ import torch
 
 import fastscore
 from fastscore import cli
-from fastscore.cli import evaluate, recipe, sample, train
+from fastscore.cli import demo, evaluate, recipe, sample, train
 
 ROOT = pages.ROOT
 sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "benchmarks")]
@@ -98,7 +98,7 @@ def test_the_functionsof_the_pages_are_understood(page, words, monkeypatch):
         (train, "train"),
         (sample, "sample"),
         (evaluate, "evaluate"),
-        (train, "demo"),
+        (demo, "demo"),
         (recipe, "recipe"),
     )
     for module, name in functions:

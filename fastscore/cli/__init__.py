@@ -36,10 +36,10 @@ def main() -> None:
 def _app():
     import tyro
 
-    from fastscore.cli import evaluate, recipe, sample, train
+    from fastscore.cli import demo, evaluate, recipe, sample, train
 
     app = tyro.extras.SubcommandApp()
-    for command in (train.train, sample.sample, evaluate.evaluate, recipe.recipe, train.demo):
+    for command in (train.train, sample.sample, evaluate.evaluate, recipe.recipe, demo.demo):
         app.command(command)
     app.command(_doctor, name="doctor")
     return app

@@ -1,4 +1,4 @@
-"""The commands `fastscore train` and `fastscore demo`."""
+"""The command `fastscore train`."""
 
 import contextlib
 import json
@@ -50,18 +50,6 @@ def _finish(config, out, stop):
             _draw_pictures(out, lambda: stop.signal == seen or stop.check())
     except signals.Stopped:
         print("\ninterrupted; the run is saved, its pictures are not all drawn")
-
-
-def demo(out: Path = Path("demo"), steps: int | None = None) -> None:
-    """Train on the 8x8 digits, sample, and report.
-
-    Args:
-        out: run folder; a finished one is only evaluated again, an interrupted one goes on.
-        steps: number of updates; 9000 unless given, or those of the run that goes on.
-    """
-    resume = (out / run_folder.CONFIG).exists()
-    train(TrainConfig(data="digits", out=out, held_out=300, steps=steps, resume=resume))
-    evaluate.evaluate(out)
 
 
 def _show_progress(updates, config, stop):
