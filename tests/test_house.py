@@ -82,7 +82,7 @@ FLOORS = (
     "conversions distributed dual nn schedules",
     "ops",
     "random backend raw_ops direct averages modes precision",
-    "kernels compiling deferred memory messages scalars tensors",
+    "kernels compiling deferred memory messages regular scalars tensors",
 )
 
 

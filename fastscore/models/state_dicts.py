@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 OP = "load_official"
+_SHOWN = 80   # characters of a name in a message
 
 
 def is_state_dict(value: Any) -> bool:
@@ -37,12 +38,13 @@ def outline(container: Any) -> str:
         kinds = ", ".join(type(entry).__name__ for entry in container[:6]) or "nothing"
         return f"a {type(container).__name__} of {kinds}"
     if isinstance(container, Mapping):
-        return f"a dict with {', '.join(map(repr, list(container)[:3])) or 'nothing'}"
+        keys = [repr(key)[:_SHOWN] for key in list(container)[:3]]
+        return f"a dict with {', '.join(keys) or 'nothing'}"
     return f"a {type(container).__name__}"
 
 
 def first(names: Iterable[str], n: int = 3) -> str:
-    names = list(names)
+    names = [name[:_SHOWN] for name in names]
     return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
 
 
@@ -57,6 +59,10 @@ def filled(cls: type[nn.Module], options: dict[str, Any], weights: dict[str, Ten
     with torch.device("meta"):
         net = cls(**options)
     _check_fit(net, weights)
+    for name, t in weights.items():
+        if not t.is_floating_point() or not bool(t.isfinite().all()):
+            kind = "numbers that are not finite" if t.is_floating_point() else str(t.dtype)
+            raise ValueError(f"{OP}: weights must be finite and floats; {name} has {kind}.")
     net.to_empty(device="cpu")
     own = {"sigmas": net.sigmas} if "sigmas" in net.state_dict() else {}
     net.load_state_dict({**weights, **own})

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastscore import regular
 from fastscore.training import files
 
 
@@ -28,7 +29,7 @@ def load(path: str | Path) -> dict[str, torch.Tensor]:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"checkpoint: {path} does not exist.")
-    data = path.read_bytes()
+    data = _bytes(path)
     manifest = Path(f"{path}.json")
     # Of earlier versions.
     if manifest.exists() and files.is_sealed(data) is None:
@@ -79,16 +80,25 @@ def loads(data: bytes, path: str | Path, *, sealed: bool = True) -> dict[str, to
             stated = "is stated neither in it nor beside it"
         raise ValueError(f"checkpoint: {path} is damaged: its SHA-256 {stated}.")
     try:
+        regular.check_header(data)
         return deserialize(data)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint: {path} is damaged: {error}.") from None
 
 
+def _bytes(path):
+    try:
+        return regular.read(path)
+    except OSError as error:
+        raise ValueError(f"checkpoint: {path} cannot be read: {error.strerror}.") from None
+
+
 def _compare(path, data, manifest):
     """With the digest that earlier versions wrote beside the file."""
     try:
-        expected = json.loads(manifest.read_text())["sha256"]
-    except (ValueError, KeyError, TypeError):
+        expected = json.loads(_bytes(manifest))["sha256"]
+    # Of lists in lists without end, too.
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"checkpoint: {manifest} is damaged: it states no SHA-256.") from None
     if hashlib.sha256(data).hexdigest() != expected:
         raise ValueError(

@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from fastscore import regular
 from fastscore.training import files
 
 MANIFEST = "manifest.json"
@@ -41,7 +42,12 @@ class Save:
         data = _read(path)
         if files.is_sealed(data) is not True:
             raise ValueError(f"{path} is damaged: its SHA-256 is not the one that it states.")
-        found = json.loads(data)
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError):
+            found = None
+        if not _is_manifest(found):
+            raise ValueError(f"{path} is damaged: it is sealed, but no manifest.")
         if found["step"] != self.step:
             raise ValueError(f"{path} is that of step {found['step']}, not of this folder.")
         return found
@@ -198,6 +204,23 @@ def forget_after(save: Save, name: str) -> None:
         _flushed(path)
 
 
+def _is_manifest(found):
+    """Whether it has what `commit` writes, and names no file outside its folder."""
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+        return False
+    parts = [found.get("files"), found.get("logs")]
+    if not all(isinstance(part, dict) for part in parts):
+        return False
+    return all(
+        os.path.basename(name) == name != ""
+        and isinstance(entry, dict)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+        for part in parts
+        for name, entry in part.items()
+    )
+
+
 def _entry(data):
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
@@ -211,9 +234,11 @@ def _flushed(path):
 
 def _read(path):
     try:
-        return path.read_bytes()
+        return regular.read(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is damaged: it is missing.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _compare(path, data, expected):
