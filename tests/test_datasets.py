@@ -325,3 +325,17 @@ def test_a_changed_data_set_is_noticed_where_it_streams(tmp_path, monkeypatch, k
     lost = "1 of its 12" if "folder" in kind else "12 of its 12"
     with pytest.raises(ValueError, match=f"must still hold the images .*; {lost} are gone"):
         fit(TrainConfig(out=tmp_path / "run", resume=True))
+
+
+def test_samples_are_found_again_as_often_as_they_are_there():
+    """Against a dictionary of lists, on rows with many repetitions."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        kinds = rng.integers(0, 256, (rng.integers(1, 8), 16)).astype(np.uint8)
+        rows = kinds[rng.integers(0, len(kinds), rng.integers(0, 12))]
+        wanted = kinds[rng.integers(0, len(kinds), rng.integers(0, 12))]
+        places = {}
+        for i, row in reversed(list(enumerate(rows))):
+            places.setdefault(bytes(row), []).append(i)
+        expected = [places[r].pop() if places.get(r := bytes(row)) else -1 for row in wanted]
+        assert splits._places(rows, wanted).tolist() == expected

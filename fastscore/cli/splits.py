@@ -8,7 +8,6 @@ import hashlib
 import math
 import os
 import warnings
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -61,34 +60,48 @@ def split(config: TrainConfig, data: Source | Tensor) -> tuple[Tensor, Tensor]:
         return datasets.split(len(data), config.held_out, seed=0)
 
     record = checkpoint.load(path)
-    places = defaultdict(list)
-    for place, digest in reversed(list(enumerate(digests(data, record)))):
-        places[digest].append(place)
-
-    found = {name: _places(places, record[name]) for name in ("held_out", "training")}
-    lost = sum(place is None for part in found.values() for place in part)
+    wanted = [record[name].numpy() for name in ("held_out", "training")]
+    places = _places(digests(data, record), np.concatenate(wanted))
+    lost = int((places < 0).sum())
     if lost:
-        total = sum(map(len, found.values()))
         raise ValueError(
             f"{config.data} must still hold the images that the run in {config.out} began with; "
-            f"{lost} of its {total} are gone or changed."
+            f"{lost} of its {len(places)} are gone or changed."
         )
-    new = sum(map(len, places.values()))
+    new = len(data) - len(places)
     if new:
         warnings.warn(
             f"{config.data} has {new} images that the run in {config.out} did not begin with; "
             "they are neither trained on nor held out.",
             stacklevel=2,
         )
-    training, held_out = (
-        torch.tensor(found[name], dtype=torch.int64) for name in ("training", "held_out")
-    )
+    held_out, training = torch.from_numpy(places).tensor_split([len(wanted[0])])
     return training, held_out
 
 
-def _places(places, record):
-    """Where each recorded image stands, or None; one that was there twice is found twice."""
-    return [places[key].pop() if places.get(key) else None for key in _keys(record)]
+def _places(rows, wanted):
+    """Where each of the wanted rows (m, 16) stands among rows (n, 16), or -1: int64 (m,).
+
+    One that is wanted twice is found twice, if it is there twice. In arrays: a dict of a million
+    rows takes hundreds of megabytes.
+    """
+    n, m = len(rows), len(wanted)
+    first, last = np.ascontiguousarray(np.concatenate([rows, wanted])).view(np.uint64).T
+    # Equal rows side by side, those that are there before those that are wanted.
+    order = np.lexsort((last, first))
+    differs = (first[order][1:] != first[order][:-1]) | (last[order][1:] != last[order][:-1])
+    begins = np.concatenate([[0], 1 + np.flatnonzero(differs)])
+    sizes = np.diff(begins, append=n + m)
+    there = np.add.reduceat(order < n, begins) if n + m else begins
+
+    # The k-th that is wanted is the k-th that is there.
+    within = np.arange(n + m) - np.repeat(begins, sizes)
+    begin, count = np.repeat(begins, sizes), np.repeat(there, sizes)
+    k = within - count
+    found = np.full(n + m, -1)
+    has = (k >= 0) & (k < count)
+    found[order[has]] = order[begin[has] + k[has]]
+    return found[n:]
 
 
 def record(config: TrainConfig, data: Source) -> dict[str, Tensor] | None:
@@ -105,10 +118,10 @@ def record(config: TrainConfig, data: Source) -> dict[str, Tensor] | None:
 
     every = digests(data)
     parts = zip(("training", "held_out"), split(config, data))
-    rows = {name: _table([every[i] for i in part.tolist()]) for name, part in parts}
+    rows = {name: torch.from_numpy(every[part.numpy()]) for name, part in parts}
     stamps = _stamps(data)
     if stamps is not None:
-        rows |= {"stamps": _table(stamps), "digests": _table(every)}
+        rows |= {"stamps": torch.from_numpy(stamps), "digests": torch.from_numpy(every)}
     return rows
 
 
@@ -123,30 +136,28 @@ def keep(folder: Path, rows: dict[str, Tensor] | None) -> None:
         checkpoint.save(folder / FILE, rows)
 
 
-def _table(keys):
-    return torch.from_numpy(np.frombuffer(b"".join(keys), np.uint8).copy()).view(-1, 16)
-
-
-def _keys(table):
-    return [bytes(row) for row in table.numpy()]
-
-
-def digests(data: Source, record: dict[str, Tensor] | None = None) -> list[bytes]:
-    """128 bits of each sample, its shape and its label.
+def digests(data: Source, record: dict[str, Tensor] | None = None) -> np.ndarray:
+    """128 bits of each sample, its shape and its label: uint8 (n, 16).
 
     record: of the run; samples whose files have the names, sizes and times of then are not read
     again.
     """
-    stamps, known = _stamps(data), {}
+    found = np.zeros((len(data), 16), np.uint8)
+    unread = np.arange(len(data))
+    stamps = _stamps(data)
     if record is not None and stamps is not None and "stamps" in record:
-        known = dict(zip(_keys(record["stamps"]), _keys(record["digests"])))
+        places = _places(record["stamps"].numpy(), stamps)
+        before = record["digests"].numpy()
+        if len(stamps) < len(data):
+            # Of the one file.
+            unread = unread[:0] if places[0] == 0 and len(before) == len(data) else unread
+            found = before if not len(unread) else found
+        else:
+            found[places >= 0] = before[places[places >= 0]]
+            unread = np.flatnonzero(places < 0)
 
-    found = [known.get(stamp) for stamp in stamps or [None] * len(data)]
-    unread = torch.tensor([i for i, digest in enumerate(found) if digest is None])
-    size = 4 * math.prod(data.shape)
-    for rows in unread.long().split(max(1, _BLOCK // size)):
-        for i, digest in zip(rows.tolist(), _read_digests(data, rows)):
-            found[i] = digest
+    for rows in torch.from_numpy(unread).split(max(1, _BLOCK // (4 * math.prod(data.shape)))):
+        found[rows.numpy()] = _read_digests(data, rows)
     return found
 
 
@@ -157,21 +168,18 @@ def _read_digests(data, rows):
         ends = [str(label).encode() for label in data.labels[rows].tolist()]
 
     start = str(array.shape[1:]).encode()
-    return [_digest(start + image.tobytes() + end) for image, end in zip(array, ends)]
+    return _table([start + image.tobytes() + end for image, end in zip(array, ends)])
 
 
 def _stamps(data):
-    """128 bits for each sample that tell its file, size and time.
+    """128 bits that tell a file, its size and time: of each sample, or of the one that holds all.
 
     None where reading is no matter.
     """
     stamps = None if data.in_memory else data.stamps()
-    if stamps is None:
-        return None
-    if len(stamps) == 1:
-        stamps = [f"{i} {stamps[0]}" for i in range(len(data))]
-    return [_digest(os.fsencode(stamp)) for stamp in stamps]
+    return None if stamps is None else _table([os.fsencode(stamp) for stamp in stamps])
 
 
-def _digest(data):
-    return hashlib.blake2b(data, digest_size=16).digest()
+def _table(things):
+    digests = b"".join(hashlib.blake2b(thing, digest_size=16).digest() for thing in things)
+    return np.frombuffer(digests, np.uint8).reshape(-1, 16).copy()

@@ -44,8 +44,11 @@ class Stored(NamedTuple):
         with open(self.path, "rb", buffering=0) as file:
             if stamp_of(self.path, os.fstat(file.fileno())) != self.stamp:
                 raise ValueError(f"{self.path} was changed while it was read.")
-            for row, i in zip(out.reshape(len(indices), -1).view(np.uint8), indices.tolist()):
-                _read_into(file, memoryview(row), self.offset + i * size, self.path)
+            # Those that lie side by side are one read.
+            runs = np.split(np.arange(len(out)), np.flatnonzero(np.diff(indices) != 1) + 1)
+            for run in runs:
+                part = memoryview(out[run[0] : run[-1] + 1].reshape(-1).view(np.uint8))
+                _read_into(file, part, self.offset + int(indices[run[0]]) * size, self.path)
         return out
 
 
