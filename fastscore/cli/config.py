@@ -107,6 +107,14 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise ValueError unless the options are in range and fit each other."""
+        for name in ("data", "out"):
+            try:
+                str(getattr(self, name)).encode()
+            except UnicodeEncodeError:
+                found = str(getattr(self, name))
+                raise ValueError(
+                    f"train: {name} must be text that UTF-8 can hold; got {found!r}."
+                ) from None
         for name in ("steps", "batch_size", "levels", "width", "depth", "projections"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train: {name} must be at least 1; got {getattr(self, name)}.")

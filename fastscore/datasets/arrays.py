@@ -1,5 +1,6 @@
 """Arrays in .npy and .npz files, read row by row."""
 
+import io
 import math
 import os
 import struct
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from fastscore import images, memory
 from fastscore.datasets.source import Source
-from fastscore.images import rules
+from fastscore.images import headers, rules
+from fastscore.messages import shown
 
 _BLOCK = 1 << 24   # bytes looked at together
 
@@ -70,41 +72,10 @@ def stored_npy(path: Path) -> Stored:
     """The array of a .npy file; only its header is read.
 
     Raises:
-        ValueError: it is none, or its header declares another size than the file has.
+        ValueError: it is none, or its header declares more than the file has.
     """
-    found = images.check_regular(path)
-    with open(path, "rb") as file:
-        dtype, shape, fortran = _header(file, path, ".npy")
-        offset = file.tell()
-    stored = Stored(path, offset, dtype, shape, fortran, stamp_of(path, found))
-    if stored.nbytes > found.st_size - offset:
-        raise ValueError(
-            f"{path} is not a readable .npy file (its header declares {stored.nbytes} bytes; it "
-            f"holds {found.st_size - offset})."
-        )
-    return stored
-
-
-def _header(file, path, kind):
-    """(dtype, shape, Fortran order) of an array, and the file behind its header."""
-    try:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
-            version, np.lib.format.read_array_header_2_0
-        )
-        shape, fortran, dtype = read(file)
-    # Of bytes that somebody else chose.
-    except Exception as error:
-        raise ValueError(
-            f"{path} is not a readable {kind} file ({type(error).__name__})."
-        ) from None
-    if dtype.hasobject:
-        raise ValueError(
-            f"{path} is not a readable {kind} file of plain arrays (it holds objects)."
-        )
-    if any(n < 0 for n in shape):
-        raise ValueError(f"{path} is not a readable {kind} file (its shape is {shape}).")
-    return dtype, shape, fortran
+    header = headers.of_npy(path)
+    return Stored(path, header.offset, *header[1:], stamp_of(path, os.stat(path)))
 
 
 class Archive:
@@ -131,7 +102,7 @@ class Archive:
         """Refuse an archive without this array."""
         if name not in self.members:
             raise ValueError(
-                f"{self.path} must hold an array named {name}; got {sorted(self.members)}."
+                f"{self.path} must hold an array named {name}; got {shown(sorted(self.members))}."
             )
 
     def declared(self, name: str) -> Stored:
@@ -139,18 +110,16 @@ class Archive:
         member = self.members[name]
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(member) as file:
-                dtype, shape, fortran = _header(file, self.path, ".npz")
-                begun = file.tell()
-        except (*images.DAMAGE, NotImplementedError, RuntimeError) as error:
-            if str(error).startswith(str(self.path)):
-                raise
+                head = file.read(headers.LONGEST)
+        # Of bytes that somebody else chose.
+        except Exception as error:
             raise self._unreadable(type(error).__name__) from None
 
-        stored = Stored(self.path, 0, dtype, shape, fortran, self.stamp)
-        if stored.nbytes != member.file_size - begun:
-            raise self._unreadable(
-                f"{name} declares {stored.nbytes} bytes; it holds {member.file_size - begun}"
-            )
+        header = headers.parse(io.BytesIO(head), self.path, ".npz")
+        stored = Stored(self.path, 0, *header[1:], self.stamp)
+        held = member.file_size - header.offset
+        if stored.nbytes != held:
+            raise self._unreadable(f"{name} declares {stored.nbytes} bytes; it holds {held}")
         return stored
 
     def stored(self, name: str) -> Stored | None:
@@ -167,9 +136,8 @@ class Archive:
             begun = member.header_offset + 30 + sum(struct.unpack("<HH", head[26:]))
             self._check_sum(file, begun, member)
             file.seek(begun)
-            dtype, shape, fortran = _header(file, self.path, ".npz")
-            offset = file.tell()
-        return Stored(self.path, offset, dtype, shape, fortran, self.stamp)
+            header = headers.parse(file, self.path, ".npz")
+        return Stored(self.path, begun + header.offset, *header[1:], self.stamp)
 
     def _check_sum(self, file, begun, member):
         file.seek(begun)

@@ -2,7 +2,6 @@
 
 import gzip
 import os
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 
 from fastscore import images
 
+_LARGEST = 1 << 26   # bytes of a file of Fashion-MNIST: 60,000 images of 28 x 28 take 45 MiB
 FASHION = ("/usr/share/datasets/fashion-mnist", "/usr/local/share/datasets/fashion-mnist")
 
 
@@ -45,10 +45,14 @@ def _fashion():
 
 def _idx(path, header):
     try:
-        return torch.from_numpy(
-            np.frombuffer(gzip.open(path).read(), np.uint8, offset=header).copy()
-        )
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+        images.check_regular(path)
+        with gzip.open(path) as file:
+            found = file.read(_LARGEST + 1)
+        if len(found) > _LARGEST:
+            raise ValueError
+        return torch.from_numpy(np.frombuffer(found, np.uint8, offset=header).copy())
+    # Of bytes that somebody else may have chosen.
+    except Exception as error:
         raise ValueError(
             f"{path} is not a readable file of MNIST's format ({type(error).__name__})."
         ) from None

@@ -38,6 +38,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastscore import memory
+from fastscore.images import headers
 from fastscore.images.folders import check_alike as check_alike
 from fastscore.images.folders import pictures_of as pictures_of
 from fastscore.images.pictures import DAMAGE as DAMAGE
@@ -124,15 +126,12 @@ def from_array(array: np.ndarray, source: str | Path) -> np.ndarray:
 
 
 def load_array(path: Path) -> np.ndarray:
-    """The array of a .npy file."""
-    check_regular(path)
+    """The array of a .npy file, which its header must not declare larger than file and memory."""
+    memory.check(headers.of_npy(path).nbytes, f"{path}")
     try:
-        array = np.load(path, allow_pickle=False)
+        return np.load(path, allow_pickle=False)
     except DAMAGE as error:
         raise ValueError(f"{path} is not a readable .npy file ({type(error).__name__}).") from None
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path} is not a readable .npy file (an archive).")
-    return array
 
 
 def _decode(path, reading):
