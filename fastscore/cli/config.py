@@ -16,8 +16,25 @@ def _unless_given(default):
 
     One that equals the default may have been given.
     """
-    return field(default=None, metadata={"default": default})
+    return field(default=None, metadata={"default": default, "type": type(default)})
 
+
+def _of_network(kind):
+    """An option whose default is that of the network in `NETWORKS`, or follows from the data."""
+    return field(default=None, metadata={"default": None, "type": kind})
+
+
+# What each network has unless it is given; what is None follows from the training data, and is
+# known to a run that has begun. One that a network does not have is there for earlier versions.
+_IMAGES = {"steps": 9000, "batch_size": 256, "lr": 2e-3, "levels": 16}
+_IMAGES |= {"sigma_max": 1.0, "sigma_min": 0.01, "width": 256}
+_NO_UNET = {"multipliers": (), "blocks": 0, "attention": (), "patch": 0, "classes": 0}
+_NO_UNET |= {"data_mean": 0.5, "data_std": 0.5}
+_UNET = {"steps": 2000, "batch_size": 32, "lr": 3e-3, "levels": 50}
+_UNET |= {"sigma_max": None, "sigma_min": None, "width": 32}
+_UNET |= {"multipliers": (1, 2), "blocks": 1, "attention": (), "patch": 2}
+_UNET |= {"classes": None, "data_mean": None, "data_std": None}
+NETWORKS = {"mlp": _IMAGES | _NO_UNET, "ncsn": _IMAGES | _NO_UNET, "unet": _UNET}
 
 # --flip, and None where it is not given.
 _FLAG = PrimitiveConstructorSpec(
@@ -43,20 +60,35 @@ class TrainConfig:
             named images, or an .npy file; what a file does not say is said behind its name, such
             as faces:rgb or x.npz:channels-last:max=16.
         out: run folder to create.
-        network: mlp (residual ScoreMLP; unless given) or ncsn (convolutional RefineNet).
+        network: mlp (residual ScoreMLP; unless given), ncsn (convolutional RefineNet) or unet
+            (convolutional, and told the classes of the images where these have labels).
         loss: denoising (unless given), sliced, sliced-vr (variance reduced) or exact (the whole
             trace: small images only).
         projections: random directions per image, of the sliced losses; 1 unless given.
         distribution: of the directions, rademacher (unless given), gaussian or sphere.
-        steps: number of updates; 9000 unless given.
-        batch_size: images per update; 256 unless given.
-        lr: Adam's learning rate, 2e-3 unless given; it rises over 100 steps and falls to zero along
-            a cosine.
-        levels: number of noise levels; 16 unless given.
-        sigma_max: largest noise, in units of the [0, 1] pixel range; 1 unless given.
-        sigma_min: smallest noise; 0.01 unless given.
-        width: width of the mlp, or ngf of the ncsn; 256 unless given.
+        steps: number of updates; 9000 unless given, 2000 of a unet.
+        batch_size: images per update; 256 unless given, 32 of a unet.
+        lr: Adam's learning rate, 2e-3 unless given, 3e-3 of a unet; it rises over 100 steps and
+            falls to zero along a cosine.
+        levels: number of noise levels; 16 unless given, 50 of a unet.
+        sigma_max: largest noise, in units of the [0, 1] pixel range; 1 unless given, of a unet 8
+            times the standard deviation of the images.
+        sigma_min: smallest noise; 0.01 unless given, of a unet 1/25 of that standard deviation.
+        width: width of the mlp, ngf of the ncsn (256 unless given), or channels of the unet's
+            first level (32).
         depth: residual blocks of the mlp; 3 unless given.
+        multipliers: of the unet's width, by level; each level has half the side of the one before.
+            1 2 unless given.
+        blocks: residual blocks of a level of the unet; 1 unless given.
+        attention: levels of the unet, from 0, with self-attention; none unless given.
+        patch: side of the patches that the unet takes for one place; 2 unless given.
+        classes: how many the unet knows; those of the labels unless given, 0: none, and the labels
+            are not looked at.
+        label_drop: share of the images whose label is not told, so that the network knows the
+            images of all classes together, too; 0.1 unless given.
+        data_mean: of all values of the data, for the unet; that of the training images unless
+            given.
+        data_std: their standard deviation, likewise.
         ema_decay: decay of the averaged weights; 0.999 unless given.
         held_out: images kept away from training, for evaluation; 0 unless given. The run remembers
             which.
@@ -78,14 +110,22 @@ class TrainConfig:
     loss: str | None = _unless_given("denoising")
     projections: int | None = _unless_given(1)
     distribution: str | None = _unless_given("rademacher")
-    steps: int | None = _unless_given(9000)
-    batch_size: int | None = _unless_given(256)
-    lr: float | None = _unless_given(2e-3)
-    levels: int | None = _unless_given(16)
-    sigma_max: float | None = _unless_given(1.0)
-    sigma_min: float | None = _unless_given(0.01)
-    width: int | None = _unless_given(256)
+    steps: int | None = _of_network(int)
+    batch_size: int | None = _of_network(int)
+    lr: float | None = _of_network(float)
+    levels: int | None = _of_network(int)
+    sigma_max: float | None = _of_network(float)
+    sigma_min: float | None = _of_network(float)
+    width: int | None = _of_network(int)
     depth: int | None = _unless_given(3)
+    multipliers: tuple[int, ...] | None = _of_network(tuple)
+    blocks: int | None = _of_network(int)
+    attention: tuple[int, ...] | None = _of_network(tuple)
+    patch: int | None = _of_network(int)
+    classes: int | None = _of_network(int)
+    label_drop: float | None = _unless_given(0.1)
+    data_mean: float | None = _of_network(float)
+    data_std: float | None = _of_network(float)
     ema_decay: float | None = _unless_given(0.999)
     held_out: int | None = _unless_given(0)
     flip: Annotated[bool | None, _FLAG] = _unless_given(False)
@@ -102,6 +142,9 @@ class TrainConfig:
         for f in fields(self):
             if f.name not in self.given:
                 setattr(self, f.name, f.metadata["default"])
+        for name, value in NETWORKS.get(self.network, {}).items():
+            if name not in self.given:
+                setattr(self, name, value)
         if not self.resume:
             self.check()
 
@@ -130,7 +173,7 @@ class TrainConfig:
 
         choices = {
             "task": ("score", "classifier"),
-            "network": ("mlp", "ncsn"),
+            "network": tuple(NETWORKS),
             "loss": METHODS,
             "distribution": DISTRIBUTIONS,
         }
@@ -154,4 +197,26 @@ class TrainConfig:
                         f"train: {name} belongs to task score; a classifier is an mlp trained by "
                         "cross-entropy."
                     )
-        schedules.geometric(self.sigma_max, self.sigma_min, self.levels)
+        self._check_unet()
+        if None not in (self.sigma_max, self.sigma_min):
+            schedules.geometric(self.sigma_max, self.sigma_min, self.levels)
+
+    def _check_unet(self):
+        if self.network != "unet":
+            for name, value in (_NO_UNET | {"label_drop": 0.1}).items():
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f"train: {name} belongs to network unet; the network is {self.network}."
+                    )
+        elif self.depth != 3:
+            raise ValueError("train: depth belongs to network mlp; the network is unet.")
+        if self.classes is not None and self.classes < 0:
+            raise ValueError(f"train: classes must be at least 0; got {self.classes}.")
+        if not 0 <= self.label_drop <= 1:
+            raise ValueError(f"train: label_drop must be in [0, 1]; got {self.label_drop}.")
+        if self.classes == 0 and self.label_drop != 0.1:
+            raise ValueError("train: label_drop belongs to a run with classes; got classes 0.")
+
+
+# Of what is read from a run; `out` and `resume` are not.
+TYPES = {f.name: f.metadata.get("type") for f in fields(TrainConfig) if f.metadata}

@@ -5,7 +5,7 @@ kept for a job that goes on. So the samples of a job that was interrupted or spl
 that was not, bit for bit.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +27,10 @@ LONGEST = 128   # states of a path
 class Job(NamedTuple):
     """Samples to draw, checked by `prepare`.
 
-    score: called score(x, sigma). hook: called hook(first_sample), returns `project` of a batch.
-    states: how many a batch has. to_images: from what the score knows to [0, 1].
-    shown: what is written beside the samples. depends_on: what they depend on, by name.
+    score: called score(start, end), returns the score(x, sigma) of these samples of the job.
+    hook: called hook(first_sample), returns `project` of a batch. states: how many a batch has.
+    to_images: from what the score knows to [0, 1]. shown: what is written beside the samples.
+    depends_on: what they depend on, by name.
     """
 
     score: Callable
@@ -76,6 +77,8 @@ def prepare(
     first_sample: int = 0,
     batch_size: int = 500,
     condition: dict[str, Any] | None = None,
+    labels: int | Sequence[int] | Tensor | None = None,
+    weight: float = 1.0,
     **sampler: Any,
 ) -> Job:
     """The job of drawing n samples of a network, on its device.
@@ -83,6 +86,8 @@ def prepare(
     Args:
         net, sigmas, shape: of a run (`run_folder.open_run`) or a checkpoint.
         condition: arguments of `conditions.conditioned`, or None.
+        labels: of a network that knows classes: one for all samples or one for each, (n,); -1 for
+            none. weight: of classifier-free guidance; 0 is the class itself.
         sampler: fields of `SamplerOptions`.
 
     Raises:
@@ -91,19 +96,21 @@ def prepare(
     n = checks.integer("sample", "n", n, 1)
     batch_size = checks.integer("sample", "batch_size", batch_size, 1)
     options = SamplerOptions(**sampler)
-    arguments = options.arguments(sigmas)
+    arguments = options.arguments(sigmas, net)
     device = next(net.parameters()).device
     # One for the observation, the hook and all batches.
     seed = random.draw_seed() if seed is None else seed
 
-    under = Condition(net, lambda first: None, {}, {})
+    under = Condition(lambda start, end: net, lambda first: None, {}, {})
+    if labels is not None:
+        condition = {**(condition or {}), "labels": labels, "weight": weight}
     if condition is not None:
-        under = conditioned(net, shape, seed=seed, **condition)
+        under = conditioned(net, shape, n=n, seed=seed, **condition)
 
     # A run of no samples, which refuses what the sampler does before anything is kept.
     key = {"seed": seed, "first_sample": first_sample, "device": device}
     none = {"shape": (0, *shape), "project": under.hook(first_sample)}
-    sampling.states(under.score, **none, **key, **arguments)
+    sampling.states(under.score(0, 0), **none, **key, **arguments)
 
     depends_on = {
         **arguments,
@@ -191,7 +198,7 @@ def _batch(job, number, done, parts):
 
     first = job.first_sample + start
     run = sampling.states(
-        job.score,
+        job.score(start, end),
         shape=(end - start, *job.shape),
         project=job.hook(first),
         seed=job.seed,

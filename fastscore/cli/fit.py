@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastscore import datasets, likelihood, losses, perturb, training
-from fastscore.cli import metrics, run_folder, splits
+from fastscore.cli import metrics, networks, run_folder, splits
 from fastscore.cli.config import TrainConfig
 from fastscore.losses.noise_conditional import draw_labels
 from fastscore.training import files, lock
@@ -45,7 +45,9 @@ def fit(config: TrainConfig) -> Iterator[tuple[int, float]]:
         raise ValueError(f"train: a classifier needs labels; {config.data} has none.")
     training_part = data.subset(splits.split(config, data)[0])
     classes = None if data.labels is None else int(training_part.labels.max()) + 1
-    net, sigmas = run_folder.build(config, data.shape, classes)
+    if not config.resume:
+        config = networks.resolved(config, training_part)
+    net, sigmas = networks.build(config, data.shape, classes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     moved = (t.to(device) for t in (training_part, net, sigmas))
     return _updates(config, out, splits.record(config, data), *moved)
@@ -156,7 +158,7 @@ def objective(
     net: nn.Module,
     sigmas: Tensor,
     images: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     level: Tensor,
     step: int,
 ) -> Tensor:
@@ -166,7 +168,8 @@ def objective(
         return F.cross_entropy(net(noisy, sigmas[level]), labels, reduction="none")
     options = {"projections": config.projections, "distribution": config.distribution}
     options |= {"method": config.loss, "labels": level, "seed": config.seed, "step": step}
-    return losses.noise_conditional(net, images, sigmas, **options)
+    score = networks.with_labels(config, net, labels, step)
+    return losses.noise_conditional(score, images, sigmas, **options)
 
 
 def learning_rate(step: int, steps: int) -> float:

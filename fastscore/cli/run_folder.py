@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastscore import models, schedules
 from fastscore.cli import metrics
-from fastscore.cli.config import TrainConfig
+from fastscore.cli.config import TYPES, TrainConfig
+from fastscore.cli.networks import build
 from fastscore.training import checkpoint, files, saves
 
 CONFIG = "config.toml"
@@ -30,26 +30,6 @@ class TrainedRun(NamedTuple):
     sigmas: Tensor
     shape: tuple[int, int, int]
     config: TrainConfig
-
-
-def build(
-    config: TrainConfig, shape: tuple[int, int, int], num_classes: int | None = None
-) -> tuple[nn.Module, Tensor]:
-    """The network for images of `shape` (C, H, W), and its ladder.
-
-    num_classes: of a classifier.
-    """
-    sigmas = schedules.geometric(config.sigma_max, config.sigma_min, config.levels)
-    channels, height, width = shape
-    dim = channels * height * width
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        if config.task == "score" and config.network == "ncsn":
-            return models.NCSN(channels, config.width, sigmas, image_size=width), sigmas
-        options = {"width": config.width, "depth": config.depth, "sigmas": sigmas}
-        if config.task == "classifier":
-            return models.NoiseClassifier(dim, num_classes, **options), sigmas
-        return models.ScoreMLP(dim, **options), sigmas
 
 
 def open_run(folder: str | Path, task: str = "score") -> TrainedRun:
@@ -170,11 +150,13 @@ def _config_of(data, folder):
     if missing:
         raise ValueError(f"it does not say {', '.join(sorted(missing))}")
 
-    types = {name: type(value) for name, value in asdict(TrainConfig()).items()}
-    options = {k: v for k, v in values.items() if k in types}
-    for name in options.keys() - {"out"}:
-        if type(options[name]) not in (types[name], {float: int}.get(types[name])):
-            raise ValueError(f"{name} must be of type {types[name].__name__}")
+    options = {name: value for name, value in values.items() if name in TYPES}
+    for name, value in options.items():
+        kind = TYPES[name]
+        if kind is tuple and type(value) is list and all(type(n) is int for n in value):
+            options[name] = tuple(value)
+        elif type(value) not in (kind, {float: int}.get(kind)):
+            raise ValueError(f"{name} must be of type {kind.__name__}")
     # Wherever the folder has been moved to.
     options["out"] = str(folder)
     return TrainConfig(**options), tuple(values["shape"]), values.get("format", 1)

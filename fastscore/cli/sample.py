@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 
 from fastscore import distributed, models, schedules
 from fastscore.cli import draw, pictures, run_folder
-from fastscore.cli.conditions import ConditionOptions, open_conditions
+from fastscore.cli.conditions import ConditionOptions, of_all_classes, open_conditions
 from fastscore.cli.parts import Parts
 from fastscore.cli.sampler_options import SamplerOptions
 from fastscore.training import files, signals
@@ -199,18 +199,22 @@ def sample(options: _Merged[SampleOptions]) -> None:
         parts.remove()
     beside = f" (first the {', '.join(result.shown)})" if result.shown else ""
     print(f"{job.n} samples: {options.out}{beside}")
+    if "labels" in job.depends_on and not options.conditions.condition:
+        print(
+            f"all classes in order, guided with weight {options.conditions.weight:g}; "
+            "--condition class=none for samples of no class"
+        )
 
 
 def prepare(options: SampleOptions) -> draw.Job:
     """The job that the options stand for, with its networks on this process's device."""
-    under = None
-    if options.conditions.condition:
-        under = open_conditions(options.conditions, options.run)
     if options.of_checkpoint:
         net = options.checkpoint.open(options.run)
         sigmas, shape = net.sigmas, net.sample_shape
     else:
         net, sigmas, shape, _ = run_folder.open_run(options.run)
+    conditions = of_all_classes(options.conditions, net)
+    under = open_conditions(conditions, options.run) if conditions.condition else None
     return draw.prepare(
         net.to(_device()),
         sigmas,

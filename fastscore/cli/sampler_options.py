@@ -4,9 +4,9 @@ import inspect
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastscore import sampling
+from fastscore import models, sampling
 from fastscore.sampling.sample import default_law
 
 SAMPLERS = ("annealed_langevin", "consistent_annealed", "predictor_corrector", "probability_flow")
@@ -19,7 +19,8 @@ class SamplerOptions:
     Args:
         sampler: annealed_langevin, consistent_annealed (one network call per level),
             predictor_corrector or probability_flow.
-        steps_per_level: Langevin steps at each noise level, of annealed_langevin; 20 unless given.
+        steps_per_level: Langevin steps at each noise level, of annealed_langevin; 20 unless given,
+            and as many as make 200 network calls for a UNet, which has more levels.
         step_size: ε at the smallest level, of annealed_langevin (0.2 σ_L² unless given) and
             consistent_annealed.
         step_lr: the same in the official configurations' unit, ε/2.
@@ -68,11 +69,13 @@ class SamplerOptions:
         del options["sampler"]
         return {name: value for name, value in options.items() if value is not None}
 
-    def arguments(self, sigmas: Tensor) -> dict[str, Any]:
-        """The arguments of `sampling.states`, with the defaults of the command line."""
+    def arguments(self, sigmas: Tensor, net: nn.Module | None = None) -> dict[str, Any]:
+        """The arguments of `sampling.states`, with the defaults of the command line for a network.
+        """
         options = self.given()
         if self.sampler == "annealed_langevin":
-            options.setdefault("steps_per_level", 20)
+            steps = max(1, 200 // len(sigmas)) if isinstance(net, models.UNet) else 20
+            options.setdefault("steps_per_level", steps)
             if "step_lr" not in options:
                 options.setdefault("step_size", 0.2 * float(sigmas[-1]) ** 2)
         # By name, because it belongs to the job that goes on.

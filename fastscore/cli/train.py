@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 from tyro.conf import arg
 
 from fastscore import distributed
@@ -70,7 +71,9 @@ def _draw_pictures(out, check):
     if records:
         pictures.save_loss_curve(out / "loss.png", records, sigmas.tolist(), config.loss)
     check()
-    drawn = draw.draw_shown("pictures", draw.prepare(net, sigmas, shape, 64), check)
+    # Of a run that knows classes, each in turn.
+    labels = torch.arange(64) % config.classes if config.classes else None
+    drawn = draw.draw_shown("pictures", draw.prepare(net, sigmas, shape, 64, labels=labels), check)
     pictures.save_grid(out / "samples.png", drawn.samples)
     check()
     pictures.save_strip(out / "levels.png", drawn.path)
