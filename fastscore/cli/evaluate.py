@@ -3,20 +3,38 @@ images and by the distance to the nearest training image."""
 
 import json
 import sys
-import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
 from fastscore import datasets, random
-from fastscore.cli import draw, held_out, run_folder, splits
+from fastscore.cli import draw, held_out, readers, run_folder, splits
+from fastscore.cli.progress import Progress
+from fastscore.cli.readers import reader as reader
+from fastscore.cli.readers import seen as seen
 from fastscore.training import files
 
 SURE = 0.9
 _HELD_OUT = 1025   # the stream of the noise on held-out images
+
+
+class Real(NamedTuple):
+    """The images that a run trained on, those that it kept apart, and the labels of both."""
+
+    images: Tensor
+    labels: Tensor
+    held_out: Tensor
+    held_out_labels: Tensor
+
+
+class Drawn(NamedTuple):
+    """Samples (N, C, H, W), and the classes that they are to be of, int64 (N,), or None."""
+
+    samples: Tensor
+    asked: Tensor | None = None
 
 
 def evaluate(
@@ -56,9 +74,9 @@ def evaluate(
         )
     job = draw.prepare(net, sigmas, shape, n, seed=seed)
     samples = draw.draw_shown("evaluate", job).samples
-    print("evaluate: training a classifier on the real images", file=sys.stderr, flush=True)
     parts = (splits.part(config, name, data) for name in ("training", "held_out"))
-    result = report(samples, *(t for part in parts for t in part))
+    real = Real(*(t for part in parts for t in part))
+    result = compare({"samples": Drawn(samples)}, real, reader_shown("evaluate", real))
     _write(run, "report", result, markdown(result))
 
 
@@ -68,21 +86,14 @@ def _write(run, name, result, text):
     print(f"{text}report: {run / f'{name}.md'}")
 
 
-def reader(images: Tensor, labels: Tensor) -> Any:
-    """A classifier trained on real images, of scikit-learn: a second opinion."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.neural_network import MLPClassifier
-
-    with warnings.catch_warnings():
-        # Capped at 200 iterations, with which it is as good as any.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        classifier = MLPClassifier((256,), alpha=1e-3, max_iter=200, random_state=0)
-        return classifier.fit(images.flatten(1).cpu().numpy(), labels.numpy())
-
-
-def seen(classifier: Any, samples: Tensor) -> Tensor:
-    """The classes that the reader sees, int64 (N,)."""
-    return torch.from_numpy(classifier.predict(samples.clamp(0, 1).flatten(1).cpu().numpy()))
+def reader_shown(name: str, real: Real) -> Any:
+    """`reader` of the training images, with its progress under this name."""
+    print(f"{name}: training a classifier on the real images", file=sys.stderr, flush=True)
+    if not readers.convolutional(real.images):
+        return reader(real.images, real.labels)
+    images = readers.BATCH
+    with Progress(f"{name}: classifier", readers.STEPS, "step", images=images) as progress:
+        return reader(real.images, real.labels, progress.reach)
 
 
 def report(
@@ -102,46 +113,93 @@ def report(
     fraction of which the classifier is at least 90 % sure, the number of images per class, and the
     median nearest-training-image distance.
     """
-    classifier = reader(images, labels) if classifier is None else classifier
-    train = images.flatten(1).cpu()
-    held_out = held_out_images.flatten(1).cpu()
-    accuracy = float(classifier.score(held_out.numpy(), held_out_labels.numpy()))
+    real = Real(images, labels, held_out_images, held_out_labels)
+    return compare({"samples": Drawn(samples)}, real, classifier)
+
+
+def compare(drawn: dict[str, Drawn], real: Real, classifier: Any = None) -> dict[str, Any]:
+    """What `report` says, of several sets of samples by their names.
+
+    Of samples that are to be of given classes also the fraction that is recognised as such, in all
+    and of each class.
+    """
+    classifier = reader(real.images, real.labels) if classifier is None else classifier
+    train = real.images.flatten(1).cpu()
+    held_out = real.held_out.flatten(1).cpu()
+    accuracy = float(classifier.score(held_out.numpy(), real.held_out_labels.numpy()))
 
     result = {"classifier_accuracy_held_out": accuracy}
-    for name, x in (("samples", samples.clamp(0, 1).flatten(1).cpu()), ("held_out", held_out)):
-        p = torch.from_numpy(classifier.predict_proba(x.numpy()))
-        distance = torch.cdist(x, train).min(1).values
-        result[name] = {
-            "n": len(x),
-            "sure": float((p.max(1).values >= SURE).double().mean()),
-            "per_class": torch.bincount(p.argmax(1), minlength=p.shape[1]).tolist(),
-            "nearest_training_distance": {
-                "median": float(distance.median()),
-                "p05": float(distance.quantile(0.05)),
-                "min": float(distance.min()),
-            },
-        }
+    for name, (samples, asked) in drawn.items():
+        x = samples.clamp(0, 1).flatten(1).cpu()
+        result[name] = _figures(x, asked, train, classifier)
+    asked = None if all(asked is None for _, asked in drawn.values()) else real.held_out_labels
+    result["held_out"] = _figures(held_out, asked, train, classifier)
     return result
+
+
+def _figures(x, asked, train, classifier):
+    p = torch.from_numpy(classifier.predict_proba(x.numpy()))
+    guessed = p.argmax(1)
+    distance = torch.cdist(x, train).min(1).values
+    found = {"n": len(x)}
+    if asked is not None:
+        right = (guessed == asked).double()
+        found["recognised"] = float(right.mean())
+        found["recognised_per_class"] = [
+            float(right[asked == k].mean()) if (asked == k).any() else None
+            for k in range(p.shape[1])
+        ]
+    return found | {
+        "sure": float((p.max(1).values >= SURE).double().mean()),
+        "per_class": torch.bincount(guessed, minlength=p.shape[1]).tolist(),
+        "nearest_training_distance": {
+            "median": float(distance.median()),
+            "p05": float(distance.quantile(0.05)),
+            "min": float(distance.min()),
+        },
+    }
 
 
 def markdown(result: dict[str, Any]) -> str:
     """The report as a small table."""
-    cells = {
-        "number": lambda row: row["n"],
-        "classifier at least 90 % sure": lambda row: f"{100 * row['sure']:.1f} %",
-        "images per class": lambda row: ", ".join(map(str, row["per_class"])),
-    }
+    sets = {name: row for name, row in result.items() if isinstance(row, dict)}
+    cells = {"number": lambda row: row["n"]}
+    if any("recognised" in row for row in sets.values()):
+        cells["recognised as the class asked for"] = _recognised
+        cells["the same of each class, %"] = _recognised_of_each
+    cells["classifier at least 90 % sure"] = lambda row: f"{100 * row['sure']:.1f} %"
+    cells["images per class"] = lambda row: ", ".join(map(str, row["per_class"]))
     for label, name in (("median", "median"), ("5th percentile", "p05"), ("smallest", "min")):
         cells[f"nearest training image, {label}"] = (
             lambda row, name=name: f"{row['nearest_training_distance'][name]:.3f}"
         )
+
     rows = [
-        f"| {label} | {cell(result['samples'])} | {cell(result['held_out'])} |"
+        f"| {label} | {' | '.join(str(cell(row)) for row in sets.values())} |"
         for label, cell in cells.items()
     ]
-    table = "\n".join(["| | samples | held-out real images |", "|---|---|---|", *rows])
+    titles = [_title(name, result) for name in sets]
+    head = [f"| | {' | '.join(titles)} |", f"|{'---|' * (1 + len(sets))}"]
     accuracy = 100 * result["classifier_accuracy_held_out"]
+    table = "\n".join(head + rows)
     return f"Classifier: {accuracy:.1f} % right on held-out real images.\n\n{table}\n"
+
+
+def _recognised(row):
+    return f"{100 * row['recognised']:.1f} %" if "recognised" in row else "–"
+
+
+def _recognised_of_each(row):
+    if "recognised" not in row:
+        return "–"
+    shares = row["recognised_per_class"]
+    return ", ".join("–" if share is None else f"{100 * share:.0f}" for share in shares)
+
+
+def _title(name, result):
+    if name == "guided":
+        return f"guided, w = {result['weight']:g}"
+    return {"held_out": "held-out real images"}.get(name, name)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from fastscore.training import files
+
+_DPI = 110
 
 
 def grid(images: Tensor, columns: int | None = None, scale: int | None = None) -> np.ndarray:
@@ -55,7 +58,54 @@ def save_row(path: str | Path, panels: dict[str, Tensor], rows: int = 1) -> None
         axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_title(title, fontsize=9)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=_DPI, bbox_inches="tight")
+    files.write_atomic(path, buffer.getvalue())
+
+
+def save_labelled(
+    path: str | Path,
+    images: Tensor,
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str] | None = None,
+) -> None:
+    """Write a grid of images with a title, a label at each row and, where given, above each column.
+
+    The grid is at least 600 pixels wide, and each pixel of an image as large as any other.
+
+    Args:
+        images: (N, C, H, W), row by row; N is a multiple of the number of rows.
+    """
+    from matplotlib.figure import Figure
+
+    count = len(images) // len(rows)
+    h, w = images.shape[2:]
+    array = grid(images, count, scale=1)
+    scale = max(1, math.ceil(600 / array.shape[1]))
+    array = array.repeat(scale, 0).repeat(scale, 1)
+    height, width = array.shape[:2]
+
+    # In pixels: left, right, below, above.
+    margins = 60, 20, 20, 50 if columns is None else 75
+    whole = width + margins[0] + margins[1], height + margins[2] + margins[3]
+    figure = Figure(figsize=[side / _DPI for side in whole], dpi=_DPI)
+    place = margins[0] / whole[0], margins[2] / whole[1], width / whole[0], height / whole[1]
+    axes = figure.add_axes(place)
+    # As colours, which no map of greys rounds.
+    shown = np.broadcast_to(array, (height, width, 3))
+    axes.imshow(shown, interpolation="none", aspect="auto")
+
+    axes.set_yticks([(k + 0.5) * (h + 1) * scale for k in range(len(rows))], rows, fontsize=12)
+    axes.set_xticks([])
+    if columns is not None:
+        middles = [(k + 0.5) * (w + 1) * scale for k in range(count)]
+        axes.set_xticks(middles, columns, fontsize=10)
+        axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize=13, pad=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
     files.write_atomic(path, buffer.getvalue())
 
 
@@ -89,5 +139,5 @@ def save_loss_curve(
             axes.plot(*zip(*points), label=f"σ = {sigmas[level]:.3g}")
     axes.legend()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=_DPI, bbox_inches="tight")
     files.write_atomic(path, buffer.getvalue())
