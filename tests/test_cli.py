@@ -452,7 +452,7 @@ def test_a_long_path_is_thinned(trained):
         (("--lr", "nan"), "lr must be positive and finite"),
         (("--steps", "0"), "steps must be at least 1"),
         (("--ema-decay", "2"), r"ema_decay must be in [0, 1); got 2.0"),
-        (("--network", "cnn"), "network must be mlp or ncsn"),
+        (("--network", "cnn"), "network must be one of mlp, ncsn, unet"),
         (("--loss", "ssm"), "loss must be one of denoising, sliced, sliced-vr, exact"),
     ],
 )

@@ -158,19 +158,6 @@ class TrainConfig:
                 raise ValueError(
                     f"train: {name} must be text that UTF-8 can hold; got {found!r}."
                 ) from None
-        for name in ("steps", "batch_size", "levels", "width", "depth", "projections"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train: {name} must be at least 1; got {getattr(self, name)}.")
-        for name in ("shift", "grey_levels", "skip_corrupt"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"train: {name} must be at least 0; got {getattr(self, name)}.")
-        if self.grey_levels == 1:
-            raise ValueError("train: grey_levels must be 0 or at least 2; got 1.")
-        if not 0 < self.lr < float("inf"):
-            raise ValueError(f"train: lr must be positive and finite; got {self.lr}.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"train: ema_decay must be in [0, 1); got {self.ema_decay}.")
-
         choices = {
             "task": ("score", "classifier"),
             "network": tuple(NETWORKS),
@@ -183,6 +170,19 @@ class TrainConfig:
                     f"one of {', '.join(allowed)}" if len(allowed) > 2 else " or ".join(allowed)
                 )
                 raise ValueError(f"train: {name} must be {listed}; got {getattr(self, name)!r}.")
+
+        for name in ("steps", "batch_size", "levels", "width", "depth", "projections"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train: {name} must be at least 1; got {getattr(self, name)}.")
+        for name in ("shift", "grey_levels", "skip_corrupt"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train: {name} must be at least 0; got {getattr(self, name)}.")
+        if self.grey_levels == 1:
+            raise ValueError("train: grey_levels must be 0 or at least 2; got 1.")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"train: lr must be positive and finite; got {self.lr}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"train: ema_decay must be in [0, 1); got {self.ema_decay}.")
 
         sliced = self.loss.startswith("sliced")
         if not sliced and (self.projections, self.distribution) != (1, "rademacher"):
