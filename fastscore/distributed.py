@@ -22,12 +22,28 @@ __all__ = ["gather", "share"]
 _LONGEST_WAIT = timedelta(days=7)
 
 
+_alone = False
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within: this process draws by itself, whatever torchrun has started beside it."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def environment() -> tuple[int, int]:
     """(rank, world size) as torchrun sets them in RANK and WORLD_SIZE; (0, 1) without them.
 
     Raises:
         ValueError: one of them is missing, is no integer, or the rank is not below the world size.
     """
+    if _alone:
+        return 0, 1
     values = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     if values == (None, None):
         return 0, 1

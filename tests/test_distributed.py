@@ -153,5 +153,5 @@ def test_the_environment_and_shares_are_checked(monkeypatch):
         distributed.gather(torch.zeros(3, 1), 5)
     with pytest.raises(ValueError, match="the ranks meet at MASTER_ADDR and MASTER_PORT"):
         distributed.gather(torch.zeros(2, 1), 5)
-    with pytest.raises(ValueError, match="train: runs as one process; got WORLD_SIZE 2"):
+    with pytest.raises(ValueError, match="train: the processes meet at MASTER_ADDR and MASTER_PO"):
         train.train(TrainConfig())

@@ -228,7 +228,9 @@ def test_a_loss_that_is_not_finite_saves_the_step_before(tmp_path, data, monkeyp
     out = tmp_path / "run"
     objective = fitting.objective
     monkeypatch.setattr(
-        fitting, "objective", lambda *a: objective(*a) * (float("nan") if a[-1] == 7 else 1)
+        fitting,
+        "objective",
+        lambda *a, **o: objective(*a, **o) * (float("nan") if a[-1] == 7 else 1),
     )
     with pytest.raises(FloatingPointError, match="the loss is nan at step 7"):
         list(fit(config(data, out)))
@@ -239,10 +241,10 @@ def test_weights_that_are_not_finite_are_not_saved_and_hide_no_message(tmp_path,
     out = tmp_path / "run"
     objective = fitting.objective
 
-    def broken(config, net, *things):
+    def broken(config, net, *things, **options):
         if things[-1] == 7:
             next(net.parameters()).data.fill_(float("inf"))
-        return objective(config, net, *things)
+        return objective(config, net, *things, **options)
 
     monkeypatch.setattr(fitting, "objective", broken)
     with pytest.raises(FloatingPointError, match=r"at step 7; the weights are not finite"):

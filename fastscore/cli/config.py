@@ -67,7 +67,9 @@ class TrainConfig:
         projections: random directions per image, of the sliced losses; 1 unless given.
         distribution: of the directions, rademacher (unless given), gaussian or sphere.
         steps: number of updates; 9000 unless given, 2000 of a unet.
-        batch_size: images per update; 256 unless given, 32 of a unet.
+        batch_size: images per update, of all processes together; 256 unless given, 32 of a unet.
+        accumulate: parts of a process's share that go through the network one after another, to
+            save memory; 1 unless given.
         lr: Adam's learning rate, 2e-3 unless given, 3e-3 of a unet; it rises over 100 steps and
             falls to zero along a cosine.
         levels: number of noise levels; 16 unless given, 50 of a unet.
@@ -112,6 +114,7 @@ class TrainConfig:
     distribution: str | None = _unless_given("rademacher")
     steps: int | None = _of_network(int)
     batch_size: int | None = _of_network(int)
+    accumulate: int | None = _unless_given(1)
     lr: float | None = _of_network(float)
     levels: int | None = _of_network(int)
     sigma_max: float | None = _of_network(float)
@@ -171,7 +174,8 @@ class TrainConfig:
                 )
                 raise ValueError(f"train: {name} must be {listed}; got {getattr(self, name)!r}.")
 
-        for name in ("steps", "batch_size", "levels", "width", "depth", "projections"):
+        counts = ("steps", "batch_size", "accumulate", "levels", "width", "depth", "projections")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"train: {name} must be at least 1; got {getattr(self, name)}.")
         for name in ("shift", "grey_levels", "skip_corrupt"):

@@ -13,13 +13,14 @@ from fastscore import datasets, likelihood, losses, perturb, training
 from fastscore.cli import metrics, networks, run_folder, splits
 from fastscore.cli.config import TrainConfig
 from fastscore.losses.noise_conditional import draw_labels
-from fastscore.training import files, lock
+from fastscore.training import files, lock, ranks
+from fastscore.training.ranks import Ranks
 
 SAVE_EVERY = 500   # steps: what a killed run may lose
 RECORD_EVERY = 100
 
 
-def fit(config: TrainConfig) -> Iterator[tuple[int, float]]:
+def fit(config: TrainConfig, together: Ranks | None = None) -> Iterator[tuple[int, Tensor]]:
     """Yield (step, mean loss) after each update of what the config trains.
 
     The loss of a score network is that of `losses.noise_conditional`; of a classifier it is
@@ -29,16 +30,27 @@ def fit(config: TrainConfig) -> Iterator[tuple[int, float]]:
     The run is saved every 500 steps, at its end, and when the generator is closed; an exception in
     the middle of a step leaves the save before it.
 
+    Args:
+        together: the processes that share the work, each of which calls `fit`. The batch is cut
+            into equal parts, one after another, and everything random follows the number that a
+            sample has in the whole. The first process alone writes.
+
     Raises:
         ValueError: an option is out of range; the folder holds a run already (without resume) or
             none (with it), or one that cannot go on so; the data cannot be read, or have no labels
             for a classifier.
     """
+    together = together or Ranks()
     if config.resume:
         config = run_folder.resumed(config)
     out = Path(config.out)
-    if not config.resume:
+    if not config.resume and together.leads:
         _refuse_another_run(out)
+    if config.batch_size % (together.size * config.accumulate):
+        raise ValueError(
+            f"train: batch_size must be a multiple of processes x accumulate, {together.size} x "
+            f"{config.accumulate}; got {config.batch_size}."
+        )
 
     data = splits.source(config)
     if config.task == "classifier" and data.labels is None:
@@ -48,25 +60,35 @@ def fit(config: TrainConfig) -> Iterator[tuple[int, float]]:
     if not config.resume:
         config = networks.resolved(config, training_part)
     net, sigmas = networks.build(config, data.shape, classes)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    moved = (t.to(device) for t in (training_part, net, sigmas))
-    return _updates(config, out, splits.record(config, data), *moved)
+    moved = (t.to(together.device) for t in (training_part, net, sigmas))
+    return _updates(config, together, out, splits.record(config, data), *moved)
 
 
 def batches(
-    data: datasets.Source, config: TrainConfig, first_step: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Each step's images and labels, on the device.
+    data: datasets.Source,
+    config: TrainConfig,
+    first_step: int,
+    device: torch.device,
+    together: Ranks | None = None,
+) -> Iterator[tuple[Tensor, Tensor | None, int]]:
+    """The batches of this process, on the device: images, labels, and the number of the first in
+    the whole batch of its step.
 
-    They are a function of the seed and the step: a resumed run sees what the whole one would.
+    They are a function of the seed and the step: a resumed run sees what the whole one would. Each
+    step has `accumulate` of them.
     """
+    parts = (together or Ranks()).parts(config.batch_size, config.accumulate)
+    begin, count = parts[0][0], sum(count for _, count in parts)
     options = {"seed": config.seed, "steps": config.steps, "first_step": first_step}
+    options |= {"first_sample": begin, "count": count}
     for step, images, labels in datasets.batches(data, config.batch_size, **options):
-        images = _varied(images.to(device), config, step)
-        yield images, None if labels is None else labels.to(device)
+        for first, count in parts:
+            part = slice(first - begin, first - begin + count)
+            varied = _varied(images[part].to(device), config, step, first)
+            yield varied, None if labels is None else labels[part].to(device), first
 
 
-def _varied(images, config, step, first_sample=0):
+def _varied(images, config, step, first_sample):
     """Training images as the options want them; first_sample: the number of the first in the batch
     of all processes."""
     key = {"seed": config.seed, "step": step, "first_sample": first_sample}
@@ -80,74 +102,102 @@ def _varied(images, config, step, first_sample=0):
 def _refuse_another_run(out):
     # What a run that was killed before it had its config leaves is none.
     kept = [] if not out.exists() else list(out.iterdir())
-    left = {splits.FILE, lock.NAME}
+    left = {splits.FILE, lock.NAME, ranks.JOB}
     if [path for path in kept if path.name not in left and not files.is_temporary(path)]:
         raise ValueError(f"train: {out} exists already; choose another folder or pass --resume.")
 
 
-def _updates(config, out, *things):
+def _updates(config, together, out, *things):
+    with _writing(config, together, out):
+        yield from _updates_alone(config, together, out, *things)
+
+
+@contextlib.contextmanager
+def _writing(config, together, out):
+    """Within: nobody else writes the run. The other processes of this one wait until it is so."""
+    if not together.leads:
+        together.meet()
+        yield
+        return
     out.mkdir(parents=True, exist_ok=True)
     with lock.only_writer(out):
         if not config.resume:
             # Another process may have begun meanwhile.
             _refuse_another_run(out)
         files.sweep(out)
-        yield from _updates_alone(config, out, *things)
+        with ranks.claimed(out):
+            together.meet()
+            yield
 
 
-def _updates_alone(config, out, split, images, net, sigmas):
+def _updates_alone(config, together, out, split, images, net, sigmas):
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
     ema = training.averaged(net, config.ema_decay)
     last, first, begun = None, 0, {}
     if config.resume:
-        last, first, begun = run_folder.restore(out, net, ema, optimizer)
+        last, first, begun = run_folder.restore(out, net, ema, optimizer, together.leads)
+    together.check_same("the step that the run goes on from", first)
+    together.check_same("the number of images", len(images))
     if first > config.steps:
         raise ValueError(
             f"train: {out} has done {first} steps already; steps must be at least that; "
             f"got {config.steps}."
         )
     shape = images.shape
-    # The config makes it a run, so it comes last.
-    splits.keep(out, split)
-    run_folder.write_config(out, config, shape)
+    if together.leads:
+        # The config makes it a run, so it comes last.
+        splits.keep(out, split)
+        run_folder.write_config(out, config, shape)
     key = {"seed": config.seed, "device": sigmas.device}
-    level = None
+    levels = []
 
     def loss(model, batch, step):
-        nonlocal level
         for group in optimizer.param_groups:
             group["lr"] = config.lr * learning_rate(step, config.steps)
-        level = draw_labels(len(sigmas), config.batch_size, step=step, **key)
-        return objective(config, model, sigmas, *batch, level, step)
+        *batch, first = batch
+        level = draw_labels(len(sigmas), len(batch[0]), step=step, first_sample=first, **key)
+        levels.append(level)
+        return objective(config, model, sigmas, *batch, level, step, first_sample=first)
 
-    data = batches(images, config, first, sigmas.device)
+    policy = training.NonFinite()
+    data = batches(images, config, first, sigmas.device, together)
     options = {"steps": config.steps, "optimizer": optimizer, "first_step": first, "ema": ema}
-    loop = training.training_loop(net, data, loss, **options)
+    options |= {"accumulate": config.accumulate, "nonfinite": policy}
+    loop = training.training_loop(together.wrapped(net), data, loss, **options)
     dim = math.prod(shape) if config.task == "score" else 1
-    sums = metrics.Metrics(len(sigmas), dim, **begun)
+    sums = metrics.Metrics(len(sigmas), dim, together, **begun)
     done = first
 
     def save():
         nonlocal last
-        options = {"last": last, "seed": config.seed}
-        last = run_folder.save(out, net, ema, optimizer, done, sums.state(), **options)
+        # Of a step that the device has left out nothing is known until then.
+        policy.look()
+        state = sums.state()
+        if together.leads:
+            options = {"last": last, "seed": config.seed}
+            last = run_folder.save(out, net, ema, optimizer, done, state, **options)
 
     try:
         for state in loop:
             done = state.step + 1
-            sums.add(level, state.losses)
+            sums.add(levels, state.losses)
+            levels.clear()
             if done % RECORD_EVERY == 0 or done == config.steps:
-                metrics.add(out, sums.record(done))
+                record = sums.record(done)
+                if together.leads:
+                    metrics.add(out, record)
             if done % SAVE_EVERY == 0:
                 save()
-            yield state.step, float(state.losses.mean())
+            yield state.step, state.losses.mean()
     except GeneratorExit:
-        # Between two steps; in the middle of one, nothing fits together.
-        save()
+        # Between two steps; in the middle of one, nothing fits together. Nor does it where the
+        # other processes go on.
+        if together.size == 1 or together.ending:
+            save()
         raise
     except FloatingPointError:
         # Of the loss, before anything was updated. Weights that are not finite are refused.
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, FloatingPointError):
             save()
         raise
     save()
@@ -161,15 +211,21 @@ def objective(
     labels: Tensor | None,
     level: Tensor,
     step: int,
+    first_sample: int = 0,
 ) -> Tensor:
-    """The loss of each image at its noise level, (B,)."""
+    """The loss of each image at its noise level, (B,).
+
+    first_sample: number of the first image in the whole batch of the step.
+    """
+    key = {"seed": config.seed, "step": step}
     if config.task == "classifier":
-        noisy = perturb(images, sigmas[level], seed=config.seed, step=step)
+        offset = first_sample * images[:1].numel()
+        noisy = perturb(images, sigmas[level], offset=offset, **key)
         return F.cross_entropy(net(noisy, sigmas[level]), labels, reduction="none")
     options = {"projections": config.projections, "distribution": config.distribution}
-    options |= {"method": config.loss, "labels": level, "seed": config.seed, "step": step}
-    score = networks.with_labels(config, net, labels, step)
-    return losses.noise_conditional(score, images, sigmas, **options)
+    options |= {"method": config.loss, "labels": level, "first_sample": first_sample}
+    score = networks.with_labels(config, net, labels, step, first_sample)
+    return losses.noise_conditional(score, images, sigmas, **options, **key)
 
 
 def learning_rate(step: int, steps: int) -> float:

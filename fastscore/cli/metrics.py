@@ -3,6 +3,7 @@
 import json
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastscore.training import files, saves
+from fastscore.training.ranks import Ranks
 
 FILE = "metrics.jsonl"
 
@@ -17,7 +19,10 @@ FILE = "metrics.jsonl"
 class Metrics:
     """The mean loss at each noise level since the last record, divided by dim.
 
-    sums, counts, seconds: of a run that goes on.
+    Args:
+        together: the processes whose losses it is of; what each of them has is kept apart, so that
+            a run that goes on adds up in the same order.
+        sums, counts, seconds: of a run that goes on.
     """
 
     sums: Tensor
@@ -28,33 +33,61 @@ class Metrics:
         self,
         levels: int,
         dim: int,
+        together: Ranks | None = None,
         sums: Tensor | None = None,
         counts: Tensor | None = None,
         seconds: Tensor | None = None,
     ) -> None:
-        self.sums = torch.zeros(levels) if sums is None else sums.clone()
-        self.counts = torch.zeros(levels) if counts is None else counts.clone()
+        self.together = together or Ranks()
+        self.sums, self.counts = (
+            torch.zeros(levels) if t is None else self._own(t) for t in (sums, counts)
+        )
         self.dim = dim
+        self._waiting = []
         # Of the whole run, interruptions left out.
         self.begin = time.perf_counter() - (0 if seconds is None else float(seconds))
 
+    def _own(self, t):
+        """This process's part of what a save holds; the first has all of another number's."""
+        t = t[None] if t.dim() == 1 else t
+        if len(t) != self.together.size:
+            t = torch.stack([t.sum(0), *[torch.zeros_like(t[0])] * (self.together.size - 1)])
+        return t[self.together.rank].clone()
+
+    def _rows(self):
+        """(sums, counts) of each process."""
+        self._look()
+        return self.together.rows(self.sums), self.together.rows(self.counts)
+
     def state(self) -> dict[str, Tensor]:
         """What the next run needs to go on."""
+        sums, counts = self._rows()
+        if len(sums) == 1:
+            sums, counts = sums[0], counts[0]
         seconds = torch.tensor(time.perf_counter() - self.begin, dtype=torch.float64)
-        return {"sums": self.sums, "counts": self.counts, "seconds": seconds}
+        return {"sums": sums, "counts": counts, "seconds": seconds}
 
-    def add(self, level: Tensor, values: Tensor) -> None:
-        """Take in the losses of one step, and the level of each."""
-        level = level.cpu()
-        self.sums.index_add_(0, level, values.cpu() / self.dim)
-        self.counts += torch.bincount(level, minlength=len(self.counts))
+    def add(self, levels: Sequence[Tensor], values: Tensor) -> None:
+        """Take in the losses of one step, and the level of each, by batches."""
+        self._waiting.append((levels[0] if len(levels) == 1 else torch.cat(levels), values))
+        if not values.is_cuda:
+            self._look()
+
+    def _look(self):
+        """Add up what has come: at once on the CPU, else where the GPU is waited for anyway."""
+        for level, values in self._waiting:
+            level = level.cpu()
+            self.sums.index_add_(0, level, values.cpu().to(self.sums.dtype) / self.dim)
+            self.counts += torch.bincount(level, minlength=len(self.counts))
+        self._waiting.clear()
 
     def record(self, step: int) -> dict[str, Any]:
         """A line of metrics.jsonl; the next one begins."""
-        pairs = zip(self.sums.tolist(), self.counts.tolist())
+        sums, counts = (rows.sum(0) for rows in self._rows())
+        pairs = zip(sums.tolist(), counts.tolist())
         line = {
             "step": step,
-            "loss": float(self.sums.sum() / self.counts.sum()),
+            "loss": float(sums.sum() / counts.sum()),
             "levels": [total / count if count else None for total, count in pairs],
             "seconds": round(time.perf_counter() - self.begin, 2),
         }

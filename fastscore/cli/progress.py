@@ -4,8 +4,11 @@ import sys
 import time
 from types import TracebackType
 
+from torch import Tensor
+
 FIRST = 1.0   # seconds until the first line, or until the first step is done
 EVERY = 10.0   # seconds between two lines
+EVERY_IN_BAR = 0.2   # between two looks at the loss
 
 
 class Progress:
@@ -37,6 +40,7 @@ class Progress:
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, unit=unit, desc=name)
+            self._next = 0.0
 
     def __enter__(self) -> "Progress":
         return self
@@ -54,8 +58,8 @@ class Progress:
         """So many steps are done since."""
         self.reach(self.done + steps)
 
-    def reach(self, done: int, loss: float | None = None) -> None:
-        """So many steps are done in all; the last had this loss."""
+    def reach(self, done: int, loss: float | Tensor | None = None) -> None:
+        """So many steps are done in all; the last had this loss, which is read where it is told."""
         now = time.perf_counter()
         self.done = done
         if self._first is None:
@@ -69,11 +73,17 @@ class Progress:
             self._printed = done
 
     def _in_bar(self, loss, now):
+        self._bar.n = self.done
+        # Nobody reads faster, and reading a loss waits for the GPU.
+        if now < self._next and self.done < self.total:
+            self._bar.update(0)
+            return
+
+        self._next = now + EVERY_IN_BAR
         told = {} if loss is None else {"loss": f"{loss:.3f}"}
         rate = self._rate(now)
         if rate and self.images is not None:
             told["images_per_s"] = _short(rate * self.images)
-        self._bar.n = self.done
         if told:
             self._bar.set_postfix(told, refresh=False)
         self._bar.update(0)

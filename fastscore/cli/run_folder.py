@@ -60,6 +60,11 @@ def open_run(folder: str | Path, task: str = "score") -> TrainedRun:
     return TrainedRun(net.eval().requires_grad_(False), sigmas, shape, config)
 
 
+def holds_run(folder: str | Path) -> bool:
+    """Whether a run has begun in a folder."""
+    return (Path(folder) / CONFIG).exists()
+
+
 def is_saved(folder: str | Path) -> bool:
     """Whether a folder holds a run that has been saved."""
     return bool(saves.of_run(folder)) or (Path(folder) / "state.safetensors").exists()
@@ -86,7 +91,7 @@ def resumed(config: TrainConfig) -> TrainConfig:
         ValueError: there is no such run, or another option has a value that is not the run's.
     """
     out = Path(config.out)
-    if not (out / CONFIG).exists():
+    if not holds_run(out):
         raise ValueError(f"train: {out} holds no run to resume.")
 
     stored = read_config(out)[0]
@@ -202,11 +207,17 @@ class Restored(NamedTuple):
 
 
 def restore(
-    out: Path, net: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
+    out: Path,
+    net: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    writes: bool = True,
 ) -> Restored:
     """Load what `save` wrote, from the newest save that is intact.
 
     Records of steps that were done after it are dropped: they are done again.
+
+    writes: False for a process that leaves the folder to another.
 
     Raises:
         ValueError: the run is damaged.
@@ -220,7 +231,8 @@ def restore(
     elif is_saved(out):
         tensors = {name: checkpoint.load(out / f"{name}.safetensors") for name in _TENSORS}
     else:
-        metrics.forget_after(0, out)
+        if writes:
+            metrics.forget_after(0, out)
         return Restored(None, 0, {})
 
     try:
@@ -229,9 +241,9 @@ def restore(
         raise ValueError(
             f"{out} is damaged: its state is not that of the network in its {CONFIG}."
         ) from None
-    if found is None:
+    if writes and found is None:
         metrics.forget_after(steps_done, out)
-    else:
+    elif writes:
         metrics.forget_after_save(found)
     begun = {k[8:]: v for k, v in tensors["state"].items() if k.startswith("metrics.")}
     return Restored(found, steps_done, begun)

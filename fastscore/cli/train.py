@@ -1,6 +1,7 @@
 """The command `fastscore train`."""
 
 import contextlib
+import copy
 import json
 import signal
 import sys
@@ -15,30 +16,38 @@ from fastscore.cli import draw, evaluate, metrics, pictures, run_folder, splits
 from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
 from fastscore.cli.progress import Progress
-from fastscore.training import files, signals
+from fastscore.training import files, ranks, signals
 
 
 def train(config: Annotated[TrainConfig, arg(name="")]) -> None:
     """Train a noise-conditional score network, or a classifier of noisy images."""
-    world_size = distributed.environment()[1]
-    if world_size > 1:
-        raise ValueError(
-            f"train: runs as one process; got WORLD_SIZE {world_size} "
-            "(only `sample` is split over processes)."
-        )
-    if config.resume:
-        config = run_folder.resumed(config)
-    out = Path(config.out)
     with signals.stop_on_signals() as stop:
-        with contextlib.closing(fit(config)) as updates:
-            _show_progress(updates, config, stop)
-        if stop:
+        with ranks.joined() as together:
+            config = _going_on(config, together)
+            out = Path(config.out)
+            with contextlib.closing(_fitted(config, together)) as updates:
+                _show_progress(updates, config, stop, together)
+        if stop and together.leads:
             print("\ninterrupted; the run is saved, go on with --resume", flush=True)
         # Whoever presses Ctrl-C wants to see what there is; a scheduler waits for the end.
-        if not stop or stop.signal == signal.SIGINT:
-            _finish(config, out, stop)
+        if together.leads and (not stop or stop.signal == signal.SIGINT):
+            with distributed.alone():
+                _finish(config, out, stop)
     if stop:
         sys.exit(stop.status)
+
+
+def _going_on(config, together):
+    """The options of the run; torchrun starts the same command again where a process has died."""
+    again = together.leads and not config.resume and ranks.goes_on(Path(config.out))
+    if together.highest(again) and run_folder.holds_run(config.out):
+        config = copy.copy(config)
+        config.resume = True
+    return run_folder.resumed(config) if config.resume else config
+
+
+def _fitted(config, together):
+    return fit(config) if together.size == 1 else fit(config, together)
 
 
 def _finish(config, out, stop):
@@ -53,10 +62,12 @@ def _finish(config, out, stop):
         print("\ninterrupted; the run is saved, its pictures are not all drawn")
 
 
-def _show_progress(updates, config, stop):
-    with Progress("train", config.steps, "step", images=config.batch_size) as progress:
+def _show_progress(updates, config, stop, together):
+    told = {"images": config.batch_size, "shown": together.leads}
+    with Progress("train", config.steps, "step", **told) as progress:
         for step, loss in updates:
             progress.reach(step + 1, loss)
+            stop.signal = together.ends(stop.signal)
             if stop:
                 return
 

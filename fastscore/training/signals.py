@@ -1,6 +1,7 @@
 """Signals that end a job as a wish, which a loop reads between its steps."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -39,9 +40,11 @@ class Stop:
 def stop_on_signals() -> Iterator[Stop]:
     """Within: SIGINT, SIGTERM and SIGHUP set the flag that is yielded, and do nothing else.
 
-    A second one ends the process at once, as the system does it. Signals that the parent ignores
-    are heeded, for a script ignores SIGINT for what it starts in its background; only a SIGHUP that
-    is ignored stays so, which is what `nohup` is for. Outside the main thread nothing is changed.
+    A second one ends the process at once, as the system does it; under torchrun it does nothing,
+    for torchrun passes on what a terminal or a scheduler has sent to all already, and ends who is
+    not gone after 30 seconds. Signals that the parent ignores are heeded, for a script ignores
+    SIGINT for what it starts in its background; only a SIGHUP that is ignored stays so, which is
+    what `nohup` is for. Outside the main thread nothing is changed.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -51,8 +54,10 @@ def stop_on_signals() -> Iterator[Stop]:
     heeded = [s for s in ENDING if not (s == _HANGUP and signal.getsignal(s) == signal.SIG_IGN)]
 
     def handle(number, frame):
+        if stop:
+            return
         stop.signal = number
-        for other in heeded:
+        for other in [] if "TORCHELASTIC_RUN_ID" in os.environ else heeded:
             signal.signal(other, signal.SIG_DFL)
 
     before = {number: signal.signal(number, handle) for number in heeded}
