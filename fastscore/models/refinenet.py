@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastscore.deferred import KeepsBuffers
 from fastscore.messages import shown, shown_ladder
+from fastscore.models.layout import channels_last, laid_out_as
 from fastscore.nn import ConditionalInstanceNorm2dPlus, InstanceNorm2dPlus
 from fastscore.ops import checks
 from fastscore.scalars import SIZE, named
@@ -133,7 +134,8 @@ class RefineNet(KeepsBuffers):
 
     def network(self, x: Tensor, *labels: Tensor) -> Tensor:
         """f(x), or f(x, labels), like x."""
-        h = self.begin_conv(x if self.rescaled or self.logit_transform else 2 * x - 1)
+        centred = x if self.rescaled or self.logit_transform else 2 * x - 1
+        h = self.begin_conv(channels_last(centred))
         layers, below = [], []
         for name in self.stages:
             for block in getattr(self, name):
@@ -143,7 +145,7 @@ class RefineNet(KeepsBuffers):
             h = getattr(self, name)([layers.pop(), *below], *labels)
             below = [h]
 
-        return self.end_conv(self.normalizer(h, *labels))
+        return laid_out_as(self.end_conv(self.normalizer(h, *labels)), x)
 
     def from_images(self, x: torch.Tensor) -> torch.Tensor:
         """The network's data, from images in [0, 1]."""

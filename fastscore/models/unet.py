@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastscore.messages import shown
 from fastscore.models import conditions
+from fastscore.models.layout import channels_last, laid_out_as
 from fastscore.ops import checks, group_norm_modulate
 from fastscore.scalars import DEPTH, SIZE, named
 
@@ -188,10 +189,11 @@ class UNet(nn.Module):
     def _network(self, u: Tensor, e: Tensor) -> Tensor:
         sides = u.shape[2:]
         padding = [-side % self.multiple for side in sides]
+        padded = u
         if any(padding):
-            u = F.pad(u, [n for side in reversed(padding) for n in (0, side)])
+            padded = F.pad(u, [n for side in reversed(padding) for n in (0, side)])
 
-        h = self.first(_to_channels(u, self.patch))
+        h = self.first(channels_last(_to_channels(padded, self.patch)))
         skips = [h]
         for part in self.down:
             h = part(h, e) if isinstance(part, _Block) else part(h)
@@ -204,7 +206,7 @@ class UNet(nn.Module):
         h = _to_places(self.last(_activated(self.norm, h)), self.patch)
         if any(padding):
             h = h[(..., *(slice(side) for side in sides))]
-        return h
+        return laid_out_as(h, u)
 
     def _check(self, x, sigma):
         checks.check_float(_NAME, "x", x)
