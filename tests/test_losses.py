@@ -373,12 +373,14 @@ def test_gradients_over_a_ladder_equal_double_backprop(method):
     each = sigmas[labels].float().double()
     noisy, v = fastscore.perturb(x, each, seed=5), directions("t", x, 2, "gaussian", seed=5)
     z = random.normal(x.shape, seed=5, stream=random.PERTURB, dtype=torch.float64)
-    options = (
-        {} if method in ("denoising", "exact") else {"projections": 2, "distribution": "gaussian"}
-    )
+    sliced = {"projections": 2, "distribution": "gaussian"}
+    options = sliced if method.startswith("sliced") else {}
     loss = losses.noise_conditional(net, x, sigmas, method=method, labels=labels, seed=5, **options)
     expected = {
         "denoising": lambda f: 0.5 * (f(noisy) + z / each[:, None]).square().sum(1),
+        "denoising-vr": lambda f: sum(
+            0.25 * (f(x + w * each[:, None]) + w / each[:, None]).square().sum(1) for w in (z, -z)
+        ),
         "exact": lambda f: double_backprop_trace(f, noisy),
         "sliced": lambda f: double_backprop(f, noisy, v, False),
         "sliced-vr": lambda f: double_backprop(f, noisy, v, True),
@@ -572,7 +574,7 @@ X = torch.zeros(2, 3)
         (lambda: losses.exact(torch.sin, torch.tensor(1.0)), "got a 0-d tensor"),
         (
             lambda: losses.noise_conditional(linear, X, [1.0], method="ssm", seed=0),
-            "method must be one of denoising, sliced",
+            "method must be one of denoising, denoising-vr, sliced",
         ),
         (
             lambda: losses.noise_conditional(

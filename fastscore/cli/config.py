@@ -62,8 +62,8 @@ class TrainConfig:
         out: run folder to create.
         network: mlp (residual ScoreMLP; unless given), ncsn (convolutional RefineNet) or unet
             (convolutional, and told the classes of the images where these have labels).
-        loss: denoising (unless given), sliced, sliced-vr (variance reduced) or exact (the whole
-            trace: small images only).
+        loss: denoising (unless given), denoising-vr (at small σ of less variance, twice the cost),
+            sliced, sliced-vr (variance reduced) or exact (the whole trace: small images only).
         projections: random directions per image, of the sliced losses; 1 unless given.
         distribution: of the directions, rademacher (unless given), gaussian or sphere.
         steps: number of updates; 9000 unless given, 2000 of a unet.

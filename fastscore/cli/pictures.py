@@ -127,7 +127,7 @@ def save_loss_curve(
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     label = f"σ² × {loss} loss per dimension"
-    if loss == "denoising":
+    if loss.startswith("denoising"):
         label = "½‖σs + z‖² per dimension"
     axes = figure.add_subplot(xlabel="step", ylabel=label, title="loss per noise level")
 

@@ -13,7 +13,7 @@ from fastscore.ops import checks, perturb
 from fastscore.schedules.ladders import check_ladder
 from fastscore.tensors import fake
 
-METHODS = ("denoising", "sliced", "sliced-vr", "exact")
+METHODS = ("denoising", "denoising-vr", "sliced", "sliced-vr", "exact")
 
 
 def noise_conditional(
@@ -35,11 +35,13 @@ def noise_conditional(
         L_b = σ_b^power · ℓ(s(·, σ_b), x̃_b),    σ_b = sigmas[label_b],    x̃ = x + σ z
 
         ℓ = ½ ‖s(x̃, σ) + (x̃ - x)/σ²‖²                   method "denoising"
+        ℓ = its mean over z and -z (`denoising`, antithetic) "denoising-vr"
         ℓ = `sliced`, plain or variance reduced           "sliced", "sliced-vr"
         ℓ = `exact`, implicit                             "exact"
 
-    All methods have the same minimiser, the score of the noisy data; only "denoising" uses that x̃
-    is x with noise.
+    All methods have the same minimiser, the score of the noisy data; only the first two use that x̃
+    is x with noise. "denoising-vr" costs two calls and is for small σ, where the variance of the
+    other's gradient grows as 1/σ² (see `denoising`).
 
     Args:
         score: called score(x̃, sigma) with sigma (B,), or a `models.EnergyScore`. x: clean data,
@@ -88,8 +90,10 @@ def noise_conditional(
         raise ValueError(f"{op}: labels must be int64 ({x.shape[0]},) in 0..{len(sigmas) - 1}.")
 
     each = sigmas[labels]
-    if method == "denoising":
-        return _weighted(weighted(op, score, x, each, seed, step, offset), each, power - 2)
+    if method in ("denoising", "denoising-vr"):
+        antithetic = method == "denoising-vr"
+        loss = weighted(op, score, x, each, seed, step, offset, antithetic=antithetic)
+        return _weighted(loss, each, power - 2)
 
     key = {"seed": seed, "step": step, "offset": offset}
     noisy = perturb(x, each, **key)
