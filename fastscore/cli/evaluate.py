@@ -12,12 +12,15 @@ from tyro.conf import Positional, arg
 
 from fastscore import datasets, random
 from fastscore.cli import draw, held_out, readers, run_folder, splits
+from fastscore.cli.conditions import spread
 from fastscore.cli.progress import Progress
 from fastscore.cli.readers import reader as reader
 from fastscore.cli.readers import seen as seen
 from fastscore.training import files
 
 SURE = 0.9
+WEIGHT = 1.0   # of the guidance, unless given
+_BATCH = 100   # of samples of a UNet, whose layers then stay in the cache
 _HELD_OUT = 1025   # the stream of the noise on held-out images
 
 
@@ -41,6 +44,7 @@ def evaluate(
     run: Positional[Path],
     n: Annotated[int, arg(aliases=["-n"])] = 500,
     seed: int = 0,
+    weight: float | None = None,
     likelihood: bool = False,
     grey_levels: int | None = None,
 ) -> None:
@@ -50,37 +54,70 @@ def evaluate(
     Args:
         run: run folder, trained with held_out > 0; of a data set with labels, except with
             --likelihood.
-        n: number of samples, or of images whose density is computed.
+        n: number of samples, or of images whose density is computed; of a run that knows classes,
+            of guided samples, of conditional and of unconditional ones, the classes evenly.
         seed: of the sampler, or of noise and projections.
+        weight: of the guidance by a run that knows classes, to p(x) p(class | x)^(1 + weight); 1
+            unless given.
         likelihood: report the log-density of held-out and of training images.
         grey_levels: also their bits per dimension, dequantised: 17 for the digits, 256 for 8-bit
             images.
     """
     if likelihood:
+        if weight is not None:
+            raise ValueError("evaluate: weight belongs to samples, not to --likelihood.")
         result = held_out.report(run, n, seed=seed, grey_levels=grey_levels)
-        _write(run, "likelihood", result, held_out.markdown(result))
+        write(run, "likelihood", result, held_out.markdown(result))
         return
     if grey_levels is not None:
         raise ValueError("evaluate: grey_levels belongs to --likelihood.")
     if n < 1:
         raise ValueError(f"evaluate: n must be at least 1; got {n}.")
 
-    net, sigmas, shape, config = run_folder.open_run(run)
+    trained = run_folder.open_run(run)
+    config = trained.config
     data = datasets.load(config.data)
     if data[1] is None or config.held_out == 0:
         raise ValueError(
             "evaluate: the run must be of labelled data and keep images apart "
             "(train --held-out 300)."
         )
-    job = draw.prepare(net, sigmas, shape, n, seed=seed)
-    samples = draw.draw_shown("evaluate", job).samples
+    if weight is not None and not config.classes:
+        raise ValueError(f"evaluate: weight belongs to a run that knows classes; {run} does not.")
+
+    weight = WEIGHT if weight is None else weight
+    drawn = _drawn_sets(trained, n, seed, weight)
     parts = (splits.part(config, name, data) for name in ("training", "held_out"))
     real = Real(*(t for part in parts for t in part))
-    result = compare({"samples": Drawn(samples)}, real, reader_shown("evaluate", real))
-    _write(run, "report", result, markdown(result))
+    result = compare(drawn, real, reader_shown("evaluate", real))
+    if config.classes:
+        result["weight"] = weight
+    write(run, "report", result, markdown(result))
 
 
-def _write(run, name, result, text):
+def _drawn_sets(trained, n, seed, weight):
+    """Samples by name; of a network that knows classes with guidance, without, and of no class."""
+    net, sigmas, shape, config = trained
+    if not config.classes:
+        job = draw.prepare(net, sigmas, shape, n, seed=seed)
+        return {"samples": Drawn(draw.draw_shown("evaluate", job).samples)}
+
+    asked = spread(range(config.classes), n)
+    sets = {
+        "guided": {"labels": asked, "weight": weight},
+        "conditional": {"labels": asked, "weight": 0.0},
+        "unconditional": {},
+    }
+    drawn = {}
+    for name, options in sets.items():
+        job = draw.prepare(net, sigmas, shape, n, seed=seed, batch_size=_BATCH, **options)
+        samples = draw.draw_shown(f"evaluate: {name}", job).samples
+        drawn[name] = Drawn(samples, options.get("labels"))
+    return drawn
+
+
+def write(run: Path, name: str, result: dict[str, Any], text: str) -> None:
+    """Write a report into a run folder, as JSON and as a table, and print the table."""
     files.write_atomic(run / f"{name}.json", json.dumps(result, indent=2).encode())
     files.write_atomic(run / f"{name}.md", text.encode())
     print(f"{text}report: {run / f'{name}.md'}")

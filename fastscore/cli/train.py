@@ -5,6 +5,7 @@ import copy
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,15 @@ from fastscore.training import files, ranks, signals
 
 def train(config: Annotated[TrainConfig, arg(name="")]) -> None:
     """Train a noise-conditional score network, or a classifier of noisy images."""
+    run(config, _draw_pictures)
+
+
+def run(config: TrainConfig, draw_pictures: Callable[[Path, Callable], object]) -> None:
+    """Train, then show what has been learnt, after Ctrl-C, too.
+
+    draw_pictures: of a score network, called draw_pictures(out, check); check raises between states
+    and pictures where a signal leaves the rest out.
+    """
     with signals.stop_on_signals() as stop:
         with ranks.joined() as together:
             config = _going_on(config, together)
@@ -32,7 +42,7 @@ def train(config: Annotated[TrainConfig, arg(name="")]) -> None:
         # Whoever presses Ctrl-C wants to see what there is; a scheduler waits for the end.
         if together.leads and (not stop or stop.signal == signal.SIGINT):
             with distributed.alone():
-                _finish(config, out, stop)
+                _finish(config, out, stop, draw_pictures)
     if stop:
         sys.exit(stop.status)
 
@@ -50,14 +60,14 @@ def _fitted(config, together):
     return fit(config) if together.size == 1 else fit(config, together)
 
 
-def _finish(config, out, stop):
+def _finish(config, out, stop, draw_pictures):
     """Pictures or a report; a signal that comes now leaves the rest out."""
     seen = stop.signal
     try:
         if config.task == "classifier":
             _report_classifier(out)
         else:
-            _draw_pictures(out, lambda: stop.signal == seen or stop.check())
+            draw_pictures(out, lambda: stop.signal == seen or stop.check())
     except signals.Stopped:
         print("\ninterrupted; the run is saved, its pictures are not all drawn")
 

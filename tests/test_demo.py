@@ -1,0 +1,134 @@
+"""The demo: its run, its pictures, what it does when it is called again."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fastscore.cli import demo, metrics, progress, readers, run_folder, train
+from fastscore.datasets import named
+from fastscore.training import saves
+
+PICTURES = ("classes.png", "path.png", "loss.png")
+
+
+# Reading it takes two seconds.
+mnist = functools.cache(named.NAMED["mnist"])
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    options = {"width": 8, "multipliers": (1,), "levels": 3, "batch_size": 8, "steps": 4}
+    monkeypatch.setattr(demo, "OPTIONS", demo.OPTIONS | options)
+    monkeypatch.setattr(demo, "EACH", 2)
+    monkeypatch.setattr(demo, "SAMPLER", {"steps_per_level": 1})
+    monkeypatch.setattr(readers, "STEPS", 4)
+    monkeypatch.setitem(named.NAMED, "mnist", mnist)
+
+
+def test_the_demo_trains_draws_each_class_and_judges(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "FIRST", 0.0)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    out = tmp_path / "demo"
+    demo.demo(out)
+
+    _, _, shape, config = run_folder.open_run(out)
+    assert shape == (1, 28, 28) and config.classes == 10 and config.data == "mnist"
+    assert metrics.read(out)[-1]["step"] == 4
+    report = json.loads((out / "report.json").read_text())
+    guided = report["guided"]
+    assert guided["n"] == 20 and sum(guided["per_class"]) == 20 and report["weight"] == 1
+    assert guided["recognised"] == pytest.approx(np.mean(guided["recognised_per_class"]))
+    for name in PICTURES:
+        assert pixels(out / name).shape[1] >= 600
+    told = capsys.readouterr()
+    assert "recognised as the class asked for" in told.out
+    assert all(name in told.out for name in PICTURES)
+    for line in ("train: step 4 of 4", "digits: level 4 of 4", "demo: classifier: step 4 of 4"):
+        assert line in told.err
+
+    # Finished: nothing is trained, the same pictures are made again.
+    weights = run_folder.read_weights(out)
+    before = [(out / name).read_bytes() for name in PICTURES]
+    (out / "classes.png").unlink()
+    demo.demo(out)
+    after = run_folder.read_weights(out)
+    assert all(torch.equal(weights[name], after[name]) for name in weights)
+    assert [(out / name).read_bytes() for name in PICTURES] == before
+
+    # Further, where more steps are asked for.
+    demo.demo(out, steps=6)
+    assert saves.of_run(out)[0].step == 6
+
+
+def test_an_interrupted_demo_goes_on_where_it_was(tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    monkeypatch.setattr(demo, "show", lambda out, check: None)
+    demo.demo(whole)
+    fit = train.fit
+
+    def broken_off(*arguments):
+        updates = fit(*arguments)
+        for _ in range(2):
+            yield next(updates)
+        updates.close()
+
+    monkeypatch.setattr(train, "fit", broken_off)
+    demo.demo(parts)
+    assert saves.of_run(parts)[0].step == 2
+    monkeypatch.setattr(train, "fit", fit)
+    demo.demo(parts)
+    one, other = (run_folder.read_weights(out) for out in (whole, parts))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_folder_of_the_other_demo_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "QUICK", {"width": 8, "depth": 1, "steps": 2, "held_out": 300})
+    monkeypatch.setattr(demo.evaluate, "evaluate", lambda out: None)
+    demo.demo(tmp_path / "quick", quick=True)
+    assert run_folder.read_config(tmp_path / "quick")[0].data == "digits"
+    message = "quick must be a new folder or hold a run of mnist; it holds one of digits"
+    with pytest.raises(ValueError, match=message):
+        demo.demo(tmp_path / "quick")
+
+
+def test_the_quick_demo_is_the_run_that_it_always_was(tmp_path):
+    """9,000 steps of the perceptron that `train` has by default, 300 digits held out, seed 0."""
+    config = demo.TrainConfig(data="digits", out=tmp_path, **demo.QUICK)
+    plain = demo.TrainConfig(data="digits", out=tmp_path, held_out=300)
+    assert config == plain
+    found = config.network, config.width, config.depth, config.levels, config.steps
+    assert found == ("mlp", 256, 3, 16, 9000)
+
+
+def test_classes_stand_in_rows_and_levels_above_columns(tmp_path, monkeypatch):
+    """Samples drawn in turn are sorted; the path shows the first state and the last."""
+    saved = {}
+
+    def save(path, images, title, rows, columns=None):
+        saved[path.name] = images, list(rows), columns
+
+    monkeypatch.setattr(demo.pictures, "save_labelled", save)
+    asked = torch.arange(6) % 3
+    samples = asked.reshape(-1, 1, 1, 1).float()
+    demo.save_classes(tmp_path / "classes.png", samples, asked, ["a", "b", "c"])
+    assert saved["classes.png"][0].flatten().tolist() == [0, 0, 1, 1, 2, 2]
+
+    class Job:
+        states = 5
+        sampler = {"sigmas": torch.tensor([1.0, 0.5, 0.25, 0.125])}
+
+    states = torch.arange(10.0).reshape(5, 2, 1, 1, 1)
+    monkeypatch.setattr(demo, "_COLUMNS", 3)
+    demo.save_path(tmp_path / "path.png", states, Job, ["a", "b"])
+    images, rows, columns = saved["path.png"]
+    assert images.flatten().tolist() == [0, 4, 8, 1, 5, 9]
+    assert rows == ["a", "b"] and columns == ["σ = 1", "σ = 0.25", "at last"]
+
+
+def pixels(path):
+    from PIL import Image
+
+    return np.asarray(Image.open(path).convert("L"))
