@@ -3,6 +3,7 @@
 Each sample is read in a process of its own under a limit of memory; what it takes is printed.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -155,7 +156,9 @@ SAMPLES = {
     ),
     "declares an exbibyte.npy": write("x.npy", npy_header("|u1", (2**40, 1024, 1024)) + bytes(99)),
     "sizes that wrap.npy": write("x.npy", npy_header("<f8", (2**62, 4, 4)) + bytes(99)),
-    "a header of 3 GiB.npy": special("x.npy", lambda path: endless_header(path)),
+    "a header of 3 GiB.npy": special(
+        "x.npy", lambda path: endless(path, b"\x93NUMPY\2\0" + struct.pack("<I", 3 << 30))
+    ),
     "four GiB in four MiB.npz": write("x.npz", lambda _: bomb(4095, (4095, 1024, 1024))),
     "labels of four GiB.npz": write(
         "x.npz",
@@ -180,6 +183,13 @@ SAMPLES = {
     "four gigapixels.jpg": write("x/a.jpg", jpeg(65_500, 65_500)),
     "no end.png": write("x/a.png", png(4000, 1000, rows=bytes(4001 * 1000))[:-2000]),
     "another format.png": write("x/a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+    "fifo.csv": special("x.csv", fifo),
+    "an endless line.csv": special("x.csv", lambda path: endless(path, b"1")),
+    "half a million columns.csv": write("x.csv", b"1," * 500_000 + b"1\n"),
+    "columns of one name.csv": write("x.csv", b"a," * 60_000 + b"a\n"),
+    "a long name.csv": write("x.csv", b"a," + b"b" * 130_000 + b"\n1,2\n3,x\n"),
+    "five million rows.parquet": special("x.parquet", lambda path: rows(path)),
+    "pickle.parquet": write("x.parquet", pickled),
     "fashion that unfolds": special("fashion", lambda path: fashion(path)),
 }
 
@@ -190,10 +200,18 @@ def npy_bytes(array):
     return buffer.getvalue()
 
 
-def endless_header(path):
+def endless(path, begin):
     with open(path, "wb") as file:
-        file.write(b"\x93NUMPY\x02\x00" + struct.pack("<I", 3 << 30))
+        file.write(begin)
         file.truncate(3 << 30)
+
+
+def rows(path):
+    """40 MB of zeros in some kilobytes."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table({"a": np.zeros(5_000_000)}), path)
 
 
 def fashion(path):
@@ -241,6 +259,10 @@ def main(request):
         datasets.load(path)
     Image.fromarray(TINY[0]).save(request.parent / "tiny.png")
     images.read(request.parent / "tiny.png")
+
+    rows(request.parent / "tiny.parquet")
+    with contextlib.suppress(ValueError):
+        datasets.load(request.parent / "tiny.parquet")
 
     figures = {}
     for name, path in json.loads(request.read_text()).items():
@@ -290,7 +312,7 @@ def _readers(path):
     picture = path.endswith((".png", ".jpg"))
     data = str(Path(path).parent) if picture else path
     readers = [(datasets.load, data), (datasets.open, data)]
-    if not path.endswith(".npz"):
+    if picture or path.endswith(".npy"):
         readers += [(lambda p: observations.load_image(p, None), path)]
     return readers
 

@@ -57,8 +57,9 @@ class TrainConfig:
     Args:
         task: score (unless given), or classifier (of noisy images; for sample --condition class=K).
         data: digits (unless given), mnist, fashion, a folder of images, an .npz file with an array
-            named images, or an .npy file; what a file does not say is said behind its name, such
-            as faces:rgb or x.npz:channels-last:max=16.
+            named images, an .npy file, or a table (.csv, .parquet); what a file does not say is
+            said behind its name, such as faces:rgb, x.npz:channels-last:max=16 or
+            x.csv:label=species.
         out: run folder to create.
         network: mlp (residual ScoreMLP; unless given), ncsn (convolutional RefineNet) or unet
             (convolutional, and told the classes of the images where these have labels).

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
-from fastscore import datasets, random
+from fastscore import random
 from fastscore.cli import draw, held_out, readers, run_folder, splits
 from fastscore.cli.conditions import spread
 from fastscore.cli.progress import Progress
@@ -76,8 +76,13 @@ def evaluate(
 
     trained = run_folder.open_run(run)
     config = trained.config
-    data = datasets.load(config.data)
-    if data[1] is None or config.held_out == 0:
+    data = splits.source(config)
+    if data.units is not None:
+        raise ValueError(
+            f"evaluate: {run} is of a table, whose samples no reader of images judges; "
+            "--likelihood reports its log-density."
+        )
+    if data.labels is None or config.held_out == 0:
         raise ValueError(
             "evaluate: the run must be of labelled data and keep images apart "
             "(train --held-out 300)."

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastscore import datasets, likelihood, models, ops
+from fastscore import likelihood, models, ops
 from fastscore.cli import run_folder, splits
 from fastscore.cli.progress import Progress
 
@@ -26,6 +26,8 @@ def report(
     ladder for a network of fixed levels) and one Rademacher projection, from the prior
     N(μ, diag v + σ_max²) with the mean and variance of each training pixel.
 
+    Of a table it is the density in the table's units; the noise is that of standardised columns.
+
     With grey_levels also bits per dimension. They are those of dequantised images: far too many for
     a network that never saw such images and whose σ_min is below the width of a grey level.
 
@@ -41,13 +43,17 @@ def report(
     if n < 2:
         raise ValueError(f"evaluate: n must be at least 2 for a standard error; got {n}.")
 
-    data = datasets.load(config.data)
+    data = splits.source(config)
+    if data.units is not None and grey_levels is not None:
+        raise ValueError("evaluate: grey_levels belongs to images; the run is of a table.")
     train, _ = splits.part(config, "training", data)
     held_out, _ = splits.part(config, "held_out", data)
     net.to("cuda" if torch.cuda.is_available() else "cpu")
     sets = {"held_out": held_out[:n], "training": train[:n]}
     sigma = float(sigmas[-1])
     dim = math.prod(shape)
+    # Of a table in its own units: a column of deviation s is as much less dense.
+    scale = 0.0 if data.units is None else float(data.units.deviation.log().mean())
     prior = fitted(train.flatten(1))
 
     times = 1 if grey_levels is None else 2
@@ -68,7 +74,8 @@ def report(
             result["grey_levels"] = grey_levels
             result["bits_per_dim"] = {name: summary(bits(x)) for name, x in sets.items()}
         result["nats_per_dim"] = {
-            name: summary(nats(ops.perturb(x, sigma, seed=seed)) / dim) for name, x in sets.items()
+            name: summary(nats(ops.perturb(x, sigma, seed=seed)) / dim - scale)
+            for name, x in sets.items()
         }
     return result
 

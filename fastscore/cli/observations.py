@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastscore import datasets, guidance, images, random
+from fastscore import guidance, images, random
 from fastscore.cli import splits
 from fastscore.cli.config import TrainConfig
 from fastscore.guidance.hooks import check_noise
@@ -214,14 +214,15 @@ def load_image(
             raise ValueError(
                 f"condition: {name}:N must name an image by its number; got {source!r}."
             )
-        data = datasets.load(config.data)
-        every = splits.part(config, "held_out", data)[0] if name == "held-out" else data[0]
+        every = splits.source(config)
+        if name == "held-out":
+            every = every.subset(splits.split(config, every)[1])
         if int(number) >= len(every):
             remedy = " (train --held-out 300)" if name == "held-out" and not len(every) else ""
             raise ValueError(
                 f"condition: {source} is not there; the run has {len(every)} {name} images{remedy}."
             )
-        return every[int(number)], True
+        return every.read(torch.tensor([int(number)]))[0], True
     if not _is_file_name(source):
         raise ValueError(
             "condition: IMAGE must be held-out:N, data:N or a .png, .jpg or .npy file; "

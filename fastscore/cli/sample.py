@@ -12,7 +12,7 @@ import torch
 from tyro.conf import Positional, arg
 
 from fastscore import distributed, models, schedules
-from fastscore.cli import draw, pictures, run_folder
+from fastscore.cli import draw, pictures, rows, run_folder, splits
 from fastscore.cli.conditions import ConditionOptions, of_all_classes, open_conditions
 from fastscore.cli.parts import Parts
 from fastscore.cli.sampler_options import SamplerOptions
@@ -107,7 +107,8 @@ class SampleOptions:
         conditions: on the samples.
         checkpoint: what a checkpoint leaves open.
         n: number of samples.
-        out: a .png for a grid, or a .npz for the samples themselves (array `images`).
+        out: a .png for a grid, or a .npz for the samples themselves (array `images`); of a table a
+            .csv, or a .npz (arrays `table` and `columns`), in the table's units.
         seed: of the sampler.
         first_sample: global number of the first sample; splits of one run agree.
         batch_size: samples computed at a time; a job of several batches goes on where it was
@@ -131,8 +132,10 @@ class SampleOptions:
             raise ValueError(
                 f"sample: n and batch_size must be at least 1; got {self.n} and {self.batch_size}."
             )
-        if self.out.suffix not in (".png", ".npz"):
-            raise ValueError(f"sample: out must end in .png or .npz; got {self.out}.")
+        if self.out.suffix not in (".png", ".npz", ".csv"):
+            raise ValueError(
+                f"sample: out must end in .png or .npz, or in .csv for a table; got {self.out}."
+            )
         if self.path is not None and self.path.suffix != ".png":
             raise ValueError(f"sample: path must end in .png; got {self.path}.")
         for file in (self.out, self.path):
@@ -167,6 +170,8 @@ def sample(options: _Merged[SampleOptions]) -> None:
     Started by torchrun, the processes share the batches, and one writes the samples that a single
     process would have drawn.
     """
+    units = None if options.of_checkpoint else splits.units(options.run)
+    rows.check(options.out, options.path, units)
     job = prepare(options)
     rank, world_size = distributed.environment()
     if rank == 0 and job.batches < world_size:
@@ -192,7 +197,10 @@ def sample(options: _Merged[SampleOptions]) -> None:
     # The others have sent theirs.
     if result is None:
         return
-    write(options.out, result)
+    if units is None:
+        write(options.out, result)
+    else:
+        rows.write(options.out, result.samples, units)
     if options.path is not None:
         pictures.save_strip(options.path, result.path)
     if parts is not None:

@@ -5,6 +5,7 @@ its name, size and time of then counts as unchanged.
 """
 
 import hashlib
+import json
 import math
 import os
 import warnings
@@ -18,17 +19,37 @@ from fastscore import datasets
 from fastscore.cli.config import TrainConfig
 from fastscore.cli.run_folder import CONFIG
 from fastscore.datasets import Source
+from fastscore.datasets.tables import Units
 from fastscore.training import checkpoint
 
 # training and held_out: 128 bits of each image and its label, uint8 (n, 16). Where samples are read
-# as they are wanted also stamps and digests: of all of them, so that few are read again.
+# as they are wanted also stamps and digests: of all of them, so that few are read again. Of a table
+# also its columns (JSON in UTF-8), and their mean and deviation, float64 (d,).
 FILE = "split.safetensors"
 _BLOCK = 1 << 24   # bytes read together
 
 
 def source(config: TrainConfig) -> Source:
-    """The data of a run, as they are now; held-out samples are among them."""
-    return datasets.open(config.data, skip_corrupt=config.skip_corrupt)
+    """The data of a run, as they are now; held-out samples are among them.
+
+    A table is in the units of the run: standardised by the rows that it trains on, or trained on
+    when it began.
+    """
+    data = datasets.open(config.data, skip_corrupt=config.skip_corrupt)
+    if data.units is None:
+        return data
+    kept = units(config.out) if _is_kept(config) else None
+    return data.fitted(split(config, data)[0]) if kept is None else data.scaled(kept)
+
+
+def units(folder: str | Path) -> Units | None:
+    """The units of the table that a run is of; None where it is of images."""
+    path = Path(folder) / FILE
+    record = checkpoint.load(path) if path.exists() else {}
+    if "columns" not in record:
+        return None
+    columns = json.loads(bytes(record["columns"].numpy()))
+    return Units(tuple(columns), record["mean"], record["deviation"])
 
 
 def part(
@@ -119,6 +140,11 @@ def record(config: TrainConfig, data: Source) -> dict[str, Tensor] | None:
     every = digests(data)
     parts = zip(("training", "held_out"), split(config, data))
     rows = {name: torch.from_numpy(every[part.numpy()]) for name, part in parts}
+    if data.units is not None:
+        columns, mean, deviation = data.units
+        text = bytearray(json.dumps(columns).encode())
+        rows |= {"columns": torch.frombuffer(text, dtype=torch.uint8)}
+        rows |= {"mean": mean, "deviation": deviation}
     stamps = _stamps(data)
     if stamps is not None:
         rows |= {"stamps": torch.from_numpy(stamps), "digests": torch.from_numpy(every)}
@@ -162,7 +188,7 @@ def digests(data: Source, record: dict[str, Tensor] | None = None) -> np.ndarray
 
 
 def _read_digests(data, rows):
-    array = data.read(rows).cpu().contiguous().numpy()
+    array = data.raw(rows).cpu().contiguous().numpy()
     ends = [b""] * len(array)
     if data.labels is not None:
         ends = [str(label).encode() for label in data.labels[rows].tolist()]

@@ -13,7 +13,7 @@ import torch
 from tyro.conf import arg
 
 from fastscore import distributed
-from fastscore.cli import draw, evaluate, metrics, pictures, run_folder, splits
+from fastscore.cli import draw, evaluate, metrics, pictures, rows, run_folder, splits
 from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
 from fastscore.cli.progress import Progress
@@ -95,6 +95,11 @@ def _draw_pictures(out, check):
     # Of a run that knows classes, each in turn.
     labels = torch.arange(64) % config.classes if config.classes else None
     drawn = draw.draw_shown("pictures", draw.prepare(net, sigmas, shape, 64, labels=labels), check)
+    units = splits.units(out)
+    if units is not None:
+        rows.write(out / "samples.csv", drawn.samples, units)
+        print(f"run: {out}\nsamples: {out / 'samples.csv'}, {out / 'loss.png'}")
+        return
     pictures.save_grid(out / "samples.png", drawn.samples)
     check()
     pictures.save_strip(out / "levels.png", drawn.path)

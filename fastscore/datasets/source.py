@@ -18,11 +18,14 @@ class Source:
     Attributes:
         shape: of a sample, (C, H, W) or (d,).
         labels: int64 (N,), or None.
+        units: of a table, whose `to_units` takes samples (N, d) back to the units of its columns;
+            None for images, which are in [0, 1], and for tensors.
         in_memory: whether the samples lie in memory, so that reading ahead gains nothing.
     """
 
     shape: tuple[int, ...]
     labels: Tensor | None = None
+    units: Any = None
     in_memory: bool = False
 
     def __len__(self) -> int:
@@ -51,6 +54,10 @@ class Source:
                 wrong = low if low < 0 else high
                 raise ValueError(f"read: indices must lie in 0..{len(self) - 1}; got {wrong}.")
         return indices
+
+    def raw(self, indices: Tensor) -> Tensor:
+        """The samples of these numbers as they are stored: what tells one from another."""
+        return self.read(indices)
 
     def stamps(self) -> list[str] | None:
         """What tells that a sample's file has not been touched: its name, size and time.
@@ -100,6 +107,7 @@ class Subset(Source):
         self.indices = indices
         self.shape = source.shape
         self.in_memory = source.in_memory
+        self.units = source.units
         self.labels = None if source.labels is None else source.labels[indices]
 
     def __len__(self) -> int:
@@ -107,6 +115,9 @@ class Subset(Source):
 
     def _read(self, indices):
         return self.source.read(self.indices[indices])
+
+    def raw(self, indices: Tensor) -> Tensor:
+        return self.source.raw(self.indices[indices])
 
     def stamps(self) -> list[str] | None:
         stamps = self.source.stamps()
