@@ -94,9 +94,12 @@ def test_fit_varies_what_it_trains_on_and_nothing_else(tmp_path, monkeypatch):
     from fastscore.cli import fit as module
 
     seen, objective = [], module.objective
-    monkeypatch.setattr(
-        module, "objective", lambda *args: seen.append(args[3]) or objective(*args)
-    )
+
+    def recorded(*args, **options):
+        seen.append(args[3])
+        return objective(*args, **options)
+
+    monkeypatch.setattr(module, "objective", recorded)
     list(fit(config))
 
     images, _ = splits.part(config, "training")
