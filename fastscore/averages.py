@@ -15,7 +15,9 @@ from fastscore.tensors import home
 PREFIX = "average_"   # of the buffers that hold the float32 averages of narrower weights
 
 
-def averaged(model: torch.nn.Module, decay: float) -> AveragedModel:
+def averaged(
+    model: torch.nn.Module, decay: float, *, into: torch.nn.Module | None = None
+) -> AveragedModel:
     """A moving average of a model's weights.
 
     Decay min(decay, (1 + n)/(10 + n)) at update n, so early weights are soon forgotten.
@@ -26,9 +28,17 @@ def averaged(model: torch.nn.Module, decay: float) -> AveragedModel:
     float16 weights are averaged in float32 beside it (the change of one update is far below their
     last bit) and rounded after every update; `state_dict` holds both. Buffers are copied. The copy
     is of the network itself, without DistributedDataParallel around it.
+
+    Args:
+        into: the module that becomes the average, in the place of a copy. It is needed for a model
+            under `fully_shard`, which cannot be copied: a second one, sharded alike.
+
+    Raises:
+        ValueError: decay out of range, weights without a shape, a model that cannot be copied, or
+            `into` has other parameters.
     """
     check_weights("averaged", model)
-    return Averaged(model, number("averaged", "decay", decay, 0, below=1))
+    return Averaged(model, number("averaged", "decay", decay, 0, below=1), into)
 
 
 def check_weights(op: str, model: torch.nn.Module) -> None:
@@ -43,10 +53,12 @@ def check_weights(op: str, model: torch.nn.Module) -> None:
 class Averaged(AveragedModel):
     """What `averaged` returns."""
 
-    def __init__(self, model: torch.nn.Module, decay: float) -> None:
+    def __init__(
+        self, model: torch.nn.Module, decay: float, into: torch.nn.Module | None = None
+    ) -> None:
         super().__init__(torch.nn.Module())   # which would copy the model by copy.deepcopy alone
         self.n_averaged = self.n_averaged.new_zeros((), device=home())
-        self.module = copied(_inner(model))
+        self.module = copied(_inner(model)) if into is None else _taken(into, _inner(model))
         self.decay = decay
         for i, p in enumerate(self.module.parameters()):
             if _narrow(p):
@@ -59,6 +71,11 @@ class Averaged(AveragedModel):
         decay = self._decay(n) if n else 0.0
         groups = defaultdict(lambda: ([], []))
 
+        # One that was called without a backward pass since may hold whole weights for a while.
+        for module in self.module.modules():
+            if _is_sharded(module):
+                module.reshard()
+
         parameters = list(model.parameters())
         if len(parameters) != len(list(self.module.parameters())):
             raise ValueError(
@@ -67,7 +84,8 @@ class Averaged(AveragedModel):
             )
 
         for average, p in zip(self._averages(), parameters):
-            current = p.detach().to(average.device, average.dtype)
+            average = local(average)
+            current = local(p.detach()).to(average.device, average.dtype)
             if decay == 0 or not (average.dtype.is_floating_point or average.dtype.is_complex):
                 average.copy_(current)
             else:
@@ -141,6 +159,34 @@ class Averaged(AveragedModel):
         missing[:] = [name for name in missing if not name.startswith(prefix + PREFIX)]
 
 
+def local(t: torch.Tensor) -> torch.Tensor:
+    """Of a DTensor, the part that this process holds; any other tensor itself."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def _is_sharded(module):
+    """Whether it is under fully_shard, whose module would take long to import."""
+    return hasattr(module, "set_requires_gradient_sync")
+
+
+def _taken(into, model):
+    """`into` with the weights and buffers of the model."""
+    found, wanted = (
+        [(name, t.shape, t.dtype, local(t).shape) for name, t in m.named_parameters()]
+        for m in (into, model)
+    )
+    if found != wanted or into is model:
+        raise ValueError(
+            "averaged: into must be another module with the parameters of the model, sharded alike."
+        )
+    with torch.no_grad():
+        for ours, theirs in zip(into.parameters(), model.parameters()):
+            local(ours).copy_(local(theirs))
+        for ours, theirs in zip(into.buffers(), model.buffers()):
+            ours.copy_(theirs)
+    return into
+
+
 def _inner(model):
     return model.module if isinstance(model, DistributedDataParallel) else model
 
@@ -152,6 +198,11 @@ def _narrow(p):
 def copied(model: torch.nn.Module) -> torch.nn.Module:
     """A deep copy, also of a model that keeps results of earlier calls
     (torch.nn.utils.weight_norm does), as constants."""
+    if any(map(_is_sharded, model.modules())):
+        raise ValueError(
+            "averaged: a model under fully_shard cannot be copied; give a second one, sharded "
+            "alike: averaged(model, decay, into=second), and training_loop its ema."
+        )
     kept = [
         t
         for module in model.modules()

@@ -18,7 +18,7 @@ def run(number: int, action: Callable[..., Any], *arguments: Any, **options: Any
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastscore.cli.train", "torch.distributed", "pytest"])
+    context.set_forkserver_preload(["fastscore.cli.train", "torch.distributed.fsdp", "pytest"])
     processes = [
         context.Process(target=_rank, args=(rank, number, port, action, arguments, options))
         for rank in range(number)

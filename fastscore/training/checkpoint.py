@@ -113,12 +113,14 @@ def state_of(
     """The tensors of a training run by the file that they belong to; `restore` takes them.
 
     weights: the averages, as a state_dict of the network. state: everything else.
+
+    What is sharded over processes (fully_shard) is brought together, so that all of them must call.
     """
     weights = ema.module.state_dict()
     state = {f"net.{k}": v for k, v in net.state_dict().items()}
     state |= {f"ema.{k}": v for k, v in ema.state_dict().items() if not k.startswith("module.")}
     state |= optimizer_tensors(optimizer) | {"step": torch.tensor(step)}
-    return {"weights": weights, "state": state}
+    return {"weights": _whole(weights), "state": _whole(state)}
 
 
 def restore(
@@ -127,14 +129,37 @@ def restore(
     optimizer: torch.optim.Optimizer,
     tensors: dict[str, dict[str, torch.Tensor]],
 ) -> int:
-    """The inverse of `state_of`; returns the number of steps that are done."""
+    """The inverse of `state_of`; returns the number of steps that are done.
+
+    A save of any number of processes is spread over those that call.
+    """
     state = tensors["state"]
-    net.load_state_dict(_under("net.", state))
+    net.load_state_dict(_spread(_under("net.", state), net.state_dict()))
     averages = {f"module.{k}": v for k, v in tensors["weights"].items()}
     # Earlier versions kept the averages in both.
-    ema.load_state_dict(averages | _under("ema.", state))
+    ema.load_state_dict(_spread(averages | _under("ema.", state), ema.state_dict()))
     restore_optimizer(optimizer, state)
     return int(state["step"])
+
+
+def _whole(tensors):
+    # In one order on all processes, which what was loaded from a file has not.
+    whole = {k: t.full_tensor() for k, t in sorted(tensors.items()) if hasattr(t, "full_tensor")}
+    return {k: whole.get(k, t) for k, t in tensors.items()}
+
+
+def _spread(tensors, like):
+    """Each tensor over the processes as the one of its name in `like` is."""
+    return {k: _placed(t, like.get(k)) for k, t in tensors.items()}
+
+
+def _placed(t, like):
+    if not hasattr(like, "full_tensor") or t.shape != like.shape:
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    t = t.to(like.device, like.dtype)
+    return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _under(prefix, tensors):
@@ -155,9 +180,10 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
     """The inverse of `optimizer_tensors`."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[str, Any] = {}
     for name, t in tensors.items():
         if name.startswith("optimizer."):
             _, i, k = name.split(".")
-            state.setdefault(int(i), {})[k] = t
+            state.setdefault(int(i), {})[k] = _placed(t, parameters[int(i)])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastscore.averages import local
+
 
 class Update:
     """Gathers the gradient of the mean over all samples of all batches and processes.
@@ -51,7 +53,7 @@ class Update:
         self._value, self._count = None, 0
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if not self.is_mean:
-            value = self._scaled(value, count, [_local(g) for g in grads])
+            value = self._scaled(value, count, [local(g) for g in grads])
         return value, _norm(grads)
 
     def _scaled(self, value, count, grads):
@@ -78,7 +80,7 @@ def clip(model: nn.Module, largest: float, norm: Tensor) -> None:
     elif parameters:
         # As PyTorch does it.
         factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_([_local(p.grad) for p in parameters], factor)
+        torch._foreach_mul_([local(p.grad) for p in parameters], factor)
 
 
 def joined(losses: list[Tensor]) -> Tensor:
@@ -127,7 +129,3 @@ def _norm(grads):
 def _is_sharded(t):
     """Whether t is a DTensor, as fully_shard makes of parameters."""
     return hasattr(t, "full_tensor")
-
-
-def _local(t):
-    return t.to_local() if _is_sharded(t) else t

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from fastscore.averages import local
+
 LOOK_EVERY = 100   # steps, where every look waits for a GPU
 
 
@@ -153,7 +155,5 @@ def _tensor(thing):
         return torch.from_numpy(thing)
     if not isinstance(thing, torch.Tensor):
         return None
-    thing = thing.detach()
-    if hasattr(thing, "to_local"):
-        thing = thing.to_local()
+    thing = local(thing.detach())
     return thing if thing.is_floating_point() or thing.is_complex() else None
