@@ -58,9 +58,11 @@ bench: $(STAMP)
 	$(BIN)/python docs/tables.py
 
 # On a machine with a GPU, its own Python and no network, in parts that go on where they ended: build in place, measure the
-# ceilings, test every GPU back end, measure, time other tiles, profile. Results in $$OUT, else gpu-results/.
-gpu: gpu-build gpu-ceilings gpu-check gpu-bench-ops gpu-bench-losses gpu-bench-loops gpu-tune gpu-profile
+# ceilings, test every GPU back end, measure, train a network of CIFAR's size, time other tiles, profile. Results in $$OUT, else
+# gpu-results/. `make gpu-train DATA=images.npz` trains on images of one's own.
+gpu: gpu-build gpu-ceilings gpu-check gpu-bench-ops gpu-bench-losses gpu-bench-loops gpu-train gpu-tune gpu-profile
 
+gpu-%: export DATA := $(DATA)
 gpu-%:
 	$(PYTHON) build_support/on_gpu.py $*
 

@@ -38,7 +38,7 @@ BENCHMARKS = {
     "bench-loops": ("sampling",),
 }
 SECONDS = {"build": 180, "ceilings": 60, "check": 480, "bench-ops": 240, "bench-losses": 240}
-SECONDS |= {"bench-loops": 240, "tune": 240, "profile": 180}
+SECONDS |= {"bench-loops": 240, "tune": 240, "profile": 180, "train": 420}
 METRICS = (   # of ncu: share of the memory's and the arithmetic's peak, time, registers, occupancy
     "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed",
@@ -189,6 +189,16 @@ def tune() -> str:
     return run(command, SECONDS["tune"], RESULTS / "tune.log")
 
 
+def train() -> str:
+    """A score network of CIFAR's size, on the images named by $DATA, else on drawn ones."""
+    seconds = SECONDS["train"]
+    command = [sys.executable, "build_support/gpu_train.py", str(RESULTS), str(0.9 * seconds)]
+    log = RESULTS / "train.log"
+    outcome = run(command, seconds, log)
+    said = log.read_text().strip().splitlines()
+    return f"{outcome}: {said[-1] if said else 'nothing'}"
+
+
 def profile() -> str:
     """Each workload under ncu, or under PyTorch's profiler where that is not.
 
@@ -235,6 +245,7 @@ def profile() -> str:
 def main(parts: list[str]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     own = {"build": build, "ceilings": ceilings, "check": check, "tune": tune, "profile": profile}
+    own |= {"train": train}
     for part in parts:
         part, _, seconds = part.partition("=")
         SECONDS[part] = float(seconds or SECONDS[part.split("/")[0]])
@@ -260,4 +271,5 @@ if __name__ == "__main__":
             import emulate
 
             stack.enter_context(emulate.torch_cuda())
-        main(sys.argv[1:] or ["build", "ceilings", "check", *BENCHMARKS, "tune", "profile"])
+        every = ["build", "ceilings", "check", *BENCHMARKS, "train", "tune", "profile"]
+        main(sys.argv[1:] or every)

@@ -94,6 +94,61 @@ def test_a_part_runs_to_its_end(parts, part):
     assert text and '"error"' not in text and '"failed"' not in text
 
 
+def test_train_leaves_rates_a_loss_curve_and_a_grid(parts):
+    (line,) = parts("train")
+    assert line.startswith("train: done: {")
+    rows = [json.loads(row) for row in (parts.results / "train.jsonl").read_text().splitlines()]
+    timed, steps, (end,) = ([r for r in rows if k in r] for k in ("peak GiB", "step", "data"))
+    assert {row["form"] for row in timed} == {
+        f"{layout} {dtype}"
+        for layout in ("contiguous", "channels-last")
+        for dtype in ("float32", "bfloat16")
+    }
+    assert [row["step"] for row in steps] == [2, 4] and end["end"] == 4
+    assert all(row["loss"] > 0 and row["images/s"] > 0 for row in steps)
+    best = max(timed[:4], key=lambda row: row["images/s"])["form"]
+    assert end["form"] == best and end["data"] == "drawn" and end["parameters"] == 51_603
+
+    from PIL import Image
+
+    with Image.open(parts.results / "train.png") as picture:
+        assert picture.size == (20, 20) and picture.mode == "RGB"
+        assert len(picture.getcolors(1000)) > 100
+
+
+@pytest.mark.slow
+def test_train_takes_images_that_are_named(parts):
+    import numpy as np
+
+    images = np.random.default_rng(0).integers(0, 256, (20, 7, 9, 1), dtype=np.uint8)
+    np.savez(parts.results / "images.npz", images=images)
+    (line,) = parts("train", DATA=str(parts.results / "images.npz"))
+    end = json.loads((parts.results / "train.jsonl").read_text().splitlines()[-1])
+    assert line.startswith("train: done: {") and end["data"].endswith("images.npz")
+    (line,) = parts("train", DATA="nowhere.npz", OUT=str(parts.results / "other"))
+    assert "exit status 1: ValueError: data must be digits" in line
+
+
+@pytest.mark.slow
+def test_a_training_that_was_interrupted_goes_on(parts):
+    """Its file says that two steps were done and timed."""
+    parts("train")
+    file = parts.results / "train.jsonl"
+    lines = file.read_text().splitlines()
+    before = [json.loads(line) for line in lines]
+    import torch
+
+    state = torch.load(parts.results / "train-state.pt", weights_only=True)
+    assert state["step"] == 4
+    torch.save(state | {"step": 2}, parts.results / "train-state.pt")
+    file.write_text("".join(f"{line}\n" for line in lines[:5]))
+    parts("train")
+    after = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row.get("step") for row in after] == [row.get("step") for row in before]
+    assert after[:5] == before[:5] and after[-1]["end"] == 4
+    assert parts("train")[0].startswith("train: done: there already")
+
+
 @pytest.mark.slow
 def test_check_runs_no_test_twice_that_has_passed(parts):
     (first,) = parts("check", select="group_size and cuda and (4 or 300)")
