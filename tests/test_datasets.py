@@ -167,6 +167,38 @@ def test_columns_are_asked_for_where_they_are_not_the_usual_ones():
         datasets.open(data, columns=("colour", None))
 
 
+class Image_:
+    """What Hugging Face's `features` say of a column of pictures."""
+
+
+class ClassLabel:
+    pass
+
+
+Image_.__name__ = "Image"
+
+
+class Columns(Pairs):
+    """As Hugging Face's data sets: `features`, and a column by its name."""
+
+    features = {"id": None, "photo": Image_(), "species": ClassLabel()}
+
+    def __getitem__(self, i):
+        if i == "species":
+            return [k % 3 for k in range(N)]
+        return super().__getitem__(i)
+
+
+def test_columns_are_known_by_their_types():
+    data = Columns(lambda i: {"id": i, "photo": Image.fromarray(GREY[i]), "species": i % 3})
+    source = datasets.open(data)
+    # No picture is decoded for the labels.
+    assert data.reads < 4
+    assert source.labels.tolist() == [i % 3 for i in range(N)] and source.shape == (1, 8, 6)
+    expected = torch.from_numpy(GREY[4] / 255).float()
+    torch.testing.assert_close(source.read(torch.tensor([4]))[0, 0], expected, rtol=0, atol=1e-7)
+
+
 def test_vectors_are_taken_as_they_are():
     vectors = np.random.default_rng(0).standard_normal((N, 5))
     source = datasets.open(torch.utils.data.TensorDataset(torch.from_numpy(vectors)))

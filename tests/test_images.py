@@ -522,3 +522,45 @@ def test_a_run_of_two_channels_trains_to_its_end(tmp_path, monkeypatch):
         assert not end.code
     assert (tmp_path / "run" / "samples.png").exists()
     assert images.read(tmp_path / "run" / "samples.png").shape[0] == 1
+
+
+# Sizes
+
+
+def test_images_are_brought_to_one_size_by_their_middle(tmp_path):
+    middle, square = random_images(8, 8), random_images(8, 8)[::-1]
+    save(tmp_path / "a.png", np.pad(middle, ((0, 0), (6, 6))))
+    save(tmp_path / "b.png", np.ascontiguousarray(square))
+    save(tmp_path / "c.png", random_images(30, 9))
+    name = f"{tmp_path}:size=8"
+    for in_memory in (True, False):
+        source = datasets.open(name, in_memory=in_memory)
+        found = source.read(torch.arange(3))
+        assert source.shape == (1, 8, 8) and torch.equal(found, datasets.load(name)[0])
+    # What has the size, or a middle of it, is not changed.
+    torch.testing.assert_close(found[0, 0], torch.from_numpy(middle / np.float32(255)))
+    assert torch.equal(found[1, 0], torch.from_numpy(square / np.float32(255)))
+    assert float(found.min()) >= 0 and float(found.max()) <= 1
+    with pytest.raises(ValueError, match=r"must have one size; .*:size=32 or the like brings them"):
+        datasets.load(tmp_path)
+
+
+def test_scaling_is_a_mean_of_areas_where_images_are_smooth(tmp_path):
+    """A ramp of four times the size: each pixel is the mean of 16; at the edge Pillow's filter
+    leans inward."""
+    ramp = np.add.outer(np.arange(32), 2 * np.arange(48)) / 128
+    np.save(tmp_path / "x.npy", ramp[None].astype(np.float32))
+    expected = ramp.reshape(8, 4, 12, 4).mean((1, 3))
+    for source in (f"{tmp_path}/x.npy:size=8x12", f"{tmp_path}/x.npy:size=8x12:rgb"):
+        found = datasets.load(source)[0]
+        assert found.shape[2:] == (8, 12)
+        np.testing.assert_allclose(found[0, 0, 2:-2, 2:-2], expected[2:-2, 2:-2], atol=1e-5)
+        again = datasets.open(source, in_memory=False)
+        assert again.shape == tuple(found.shape[1:])
+        assert torch.equal(again.read(torch.tensor([0])), found)
+
+
+@pytest.mark.parametrize("size", ["0", "x", "3x", "-4", "8x0", "1e3", "10000"])
+def test_sizes_that_are_none_are_one_sentence(tmp_path, size):
+    with pytest.raises(ValueError, match="size=N or size=HxW must be sides in pixels"):
+        datasets.load(f"{tmp_path}:size={size}")

@@ -172,9 +172,9 @@ class Array(Source):
         shape, dtype = stored.shape, stored.dtype
         rules.check_set(shape, f"{dtype} {shape}", path)
         first = rules.is_first(shape, dtype, 3, self.reading, path)
-        channels, *sides = shape[1:] if first else (*shape[3:], 1)[:1] + shape[1:3]
+        image = shape[1:] if first else (*shape[3:], 1)[:1] + shape[1:3]
         self.stored = stored
-        self.shape = (rules.channels_of(channels, self.reading, path), *sides)
+        self.shape = rules.shape_of(image, self.reading, path)
         self.labels = labels
         self._check_white()
 
@@ -196,9 +196,7 @@ class Array(Source):
             return torch.empty((0, *self.shape))
         path = self.stored.path
         array = rules.channels_first(self.stored.rows(indices.numpy()), 3, self.reading, path)
-        array = rules.to_channels(
-            rules.unit(rules.Raw(array), self.reading, path), self.reading, path
-        )
+        array = rules.finished(rules.Raw(array), self.reading, path)
         # With the strides of the whole array's samples: kernels follow them, and so does rounding.
         return torch.from_numpy(array)
 

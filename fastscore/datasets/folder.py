@@ -14,6 +14,8 @@ from fastscore import images
 from fastscore.datasets.source import Source
 from fastscore.images import rules
 
+_TOGETHER = 32   # pictures decoded by one task
+
 
 class Folder(Source):
     """The pictures of a folder and its folders, in the order of their names.
@@ -41,30 +43,45 @@ class Folder(Source):
         if skip_corrupt:
             self._leave_out()
         self._first = self._raw(self.files[0]).array.shape
-        channels, *sides = self._first
-        self.shape = (rules.channels_of(channels, self.reading, self.files[0]), *sides)
-        self._sample(self.files[0])
+        self.shape = rules.shape_of(self._first, self.reading, self.files[0])
+        self._samples(self.files[:1])
 
     def __len__(self) -> int:
         return len(self.files)
 
     def _read(self, indices):
         out = np.empty((len(indices), *self.shape), np.float32)
+        files = [self.files[i] for i in indices.tolist()]
+        # A few pictures each: a task of one costs as much as a small picture.
+        size = max(1, min(_TOGETHER, -(-len(files) // self.workers)))
+        starts = range(0, len(files), size)
 
-        def put(k, file):
-            out[k] = self._sample(file)
+        def put(start):
+            part = slice(start, start + size)
+            out[part] = self._samples(files[part])
 
+        if len(starts) <= 1 or self.workers == 1:
+            for start in starts:
+                put(start)
+            return torch.from_numpy(out)
         with ThreadPoolExecutor(self.workers) as pool:
-            for _ in pool.map(put, range(len(out)), [self.files[i] for i in indices.tolist()]):
+            for _ in pool.map(put, starts):
                 pass
         return torch.from_numpy(out)
 
-    def _sample(self, file):
-        raw = self._raw(file)
+    def _samples(self, files):
+        raws = [self._raw(file) for file in files]
         first = self.files[0], self._first
-        images.check_alike(first, (file, raw.array.shape), self.reading, self.folder)
-        self._check_white(raw.array)
-        return rules.to_channels(rules.unit(raw, self.reading, file), self.reading, file)
+        for file, raw in zip(files, raws):
+            images.check_alike(first, (file, raw.array.shape), self.reading, self.folder)
+            self._check_white(raw.array)
+        # At once, where they are alike.
+        if self.reading.size is None and len({raw.array.dtype for raw in raws}) == 1 and all(
+            raw.alpha is None for raw in raws
+        ):
+            raw = rules.Raw(np.stack([raw.array for raw in raws]))
+            return rules.finished(raw, self.reading, files[0])
+        return [rules.finished(raw, self.reading, file) for file, raw in zip(files, raws)]
 
     def _raw(self, file):
         try:
@@ -78,7 +95,10 @@ class Folder(Source):
     def _check_white(self, array):
         """One look at all pictures of a depth, as far as it takes: a single one may be dark."""
         dtype = array.dtype
-        if dtype in self._bright or rules.tells_white(array.max(), dtype, self.reading):
+        if dtype in self._bright:
+            return
+        if rules.tells_white(array.max(), dtype, self.reading):
+            self._bright.add(dtype)
             return
         with self._lock:
             if dtype in self._bright:

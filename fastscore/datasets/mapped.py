@@ -35,7 +35,9 @@ class Mapped(Source):
             raise ValueError(f"open: {type(dataset).__name__} holds no samples.")
         item = dataset[0]
         if isinstance(item, dict):
-            self._keys = _columns(item) if columns is None else _known(columns, item)
+            if columns is None:
+                columns = _columns(item, getattr(dataset, "features", None))
+            self._keys = _known(columns, item)
         elif columns is not None:
             raise ValueError(f"open: columns are of items that are dicts; got {shown(item)}.")
         else:
@@ -111,14 +113,20 @@ class Mapped(Source):
         vars(self).update(state, _lock=threading.Lock())
 
 
-def _columns(item):
-    found = [name for name in _IMAGES if name in item]
+def _columns(item, features):
+    """The samples' column and the labels', by their types or by their names."""
+    kinds = dict(features.items()) if hasattr(features, "items") else {}
+    by_type = [
+        [name for name, kind in kinds.items() if type(kind).__name__ == wanted and name in item]
+        for wanted in ("Image", "ClassLabel")
+    ]
+    found = by_type[0] or [name for name in _IMAGES if name in item]
     if len(found) != 1:
         raise ValueError(
             f"open: the items have the columns {list(item)}; say which one holds the samples, and "
             'which one their labels or None: columns=("image", "label").'
         )
-    labels = [name for name in _LABELS if name in item]
+    labels = by_type[1] or [name for name in _LABELS if name in item]
     return found[0], labels[0] if len(labels) == 1 else None
 
 

@@ -29,6 +29,8 @@ What it does not say is asked for, and said behind the file's name, FILE:READING
 | channels-first, channels-last | of an array: (C, H, W) or (H, W, C) |
 | max=N | the number that means white |
 | on-white, on-black | what shows behind transparent pixels |
+| size=N, size=HxW | sides that images are brought to: their middle of this shape, as large as it |
+|  | goes, scaled by Pillow's bicubic filter and clamped to [0, 1] |
 
 Colour profiles are not applied. Colours are in the order R, G, B: nothing in an array tells B, G, R
 apart.
@@ -46,18 +48,18 @@ from fastscore.images.pictures import DAMAGE as DAMAGE
 from fastscore.images.pictures import PICTURES as PICTURES
 from fastscore.images.pictures import Damaged as Damaged
 from fastscore.images.pictures import check_regular as check_regular
-from fastscore.images.pictures import need as need
 from fastscore.images.pictures import opened as opened
 from fastscore.images.pictures import picture as picture
 from fastscore.images.readings import Reading as Reading
+from fastscore.images.readings import need as need
 from fastscore.images.readings import parse as parse
 from fastscore.images.rules import (
     Raw,
     channels_first,
     check_set,
     check_white,
+    finished,
     outline,
-    to_channels,
     unit,
 )
 
@@ -74,7 +76,7 @@ def read(source: str | Path, *, slack: float = 0.0) -> np.ndarray:
     path, reading = parse(source)
     raw = _decode(path, reading)
     check_white(raw.array.max(), raw.array.dtype, reading, path)
-    return to_channels(unit(raw, reading, path, slack), reading, path)
+    return finished(raw, reading, path, slack)
 
 
 def read_mask(source: str | Path) -> np.ndarray:
@@ -88,7 +90,7 @@ def read_mask(source: str | Path) -> np.ndarray:
     if raw.array.dtype.kind in "iu" and low >= 0 and high <= 1 and reading.white is None:
         reading = reading._replace(white=1.0)
     check_white(high, raw.array.dtype, reading, path)
-    return to_channels(unit(raw, reading, path), reading, path) >= 0.5
+    return finished(raw, reading, path) >= 0.5
 
 
 def read_folder(source: str | Path) -> np.ndarray:
@@ -101,7 +103,8 @@ def read_folder(source: str | Path) -> np.ndarray:
         check_alike((files[0], raws[0].array.shape), (file, raw.array.shape), reading, folder)
     # One look at all pictures of a depth: a single one may be dark.
     dtypes = {raw.array.dtype for raw in raws}
-    if len(dtypes) == 1 and reading.channels is None and all(raw.alpha is None for raw in raws):
+    alike = len(dtypes) == 1 and reading.size is None and reading.channels is None
+    if alike and all(raw.alpha is None for raw in raws):
         array = np.stack([raw.array for raw in raws])
         check_white(array.max(), array.dtype, reading, folder)
         return unit(Raw(array), reading, folder)
@@ -111,9 +114,7 @@ def read_folder(source: str | Path) -> np.ndarray:
             max(raw.array.max() for raw in raws if raw.array.dtype == dtype), dtype, reading, folder
         )
 
-    return np.stack(
-        [to_channels(unit(raw, reading, file), reading, file) for file, raw in zip(files, raws)]
-    )
+    return np.stack([finished(raw, reading, file) for file, raw in zip(files, raws)])
 
 
 def from_array(array: np.ndarray, source: str | Path) -> np.ndarray:
@@ -122,7 +123,7 @@ def from_array(array: np.ndarray, source: str | Path) -> np.ndarray:
     check_set(getattr(array, "shape", ()), outline(array), path)
     array = channels_first(array, 3, reading, path)
     check_white(array.max(), array.dtype, reading, path)
-    return to_channels(unit(Raw(array), reading, path), reading, path)
+    return finished(Raw(array), reading, path)
 
 
 def load_array(path: Path) -> np.ndarray:

@@ -64,6 +64,9 @@ def check_alike(
             f"{folder} holds grey images and images in colour ({file.name} has {shape[0]} "
             f"channels, {another.name} {found[0]}): say {folder}:grey or {folder}:rgb."
         )
-    if found[1:] != shape[1:]:
+    if found[1:] != shape[1:] and reading.size is None:
         sizes = f"{file.name} is {shape[1:]}, {another.name} {found[1:]}"
-        raise ValueError(f"all images must have one size; {sizes}.")
+        raise ValueError(
+            f"all images must have one size; {sizes} ({folder}:size=32 or the like brings them to "
+            "one)."
+        )

@@ -1,6 +1,5 @@
 """PNG and JPEG files: one picture as it is stored."""
 
-import importlib.util
 import os
 import stat
 import zipfile
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastscore import memory
-from fastscore.images.readings import Reading
+from fastscore.images.readings import Reading, need
 from fastscore.images.rules import Raw
 
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -29,12 +28,6 @@ class Damaged(ValueError):
 
 class _Refused(Exception):
     """A picture that can be read, but is not taken."""
-
-
-def need(module: str, package: str, what: str) -> None:
-    """Refuse unless the module can be imported."""
-    if importlib.util.find_spec(module) is None:
-        raise ValueError(f"{what} {package}, which is not installed: pip install {package}.")
 
 
 def check_regular(path: Path) -> os.stat_result:

@@ -1,6 +1,8 @@
 """The words behind a file's name."""
 
+import importlib.util
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +16,12 @@ _WORDS = {
 }
 
 
+def need(module: str, package: str, what: str) -> None:
+    """Refuse unless the module can be imported."""
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"{what} {package}, which is not installed: pip install {package}.")
+
+
 class Reading(NamedTuple):
     """What the words behind a file's name say; None where nothing is said."""
 
@@ -21,20 +29,26 @@ class Reading(NamedTuple):
     first: bool | None = None
     white: float | None = None
     background: float | None = None
+    size: tuple[int, int] | None = None
 
 
 def parse(source: str | Path) -> tuple[Path, Reading]:
     """The file, and how to read it.
 
     >>> parse("x.npz:channels-last:max=16")[1]
-    Reading(channels=None, first=False, white=16.0, background=None)
+    Reading(channels=None, first=False, white=16.0, background=None, size=None)
     """
     path, said = str(source), {}
     while True:
         rest, _, word = path.rpartition(":")
-        if not rest or not (word in _WORDS or word.startswith("max=")):
+        if not rest or not (word in _WORDS or word.startswith(("max=", "size="))):
             return Path(path), Reading(**said)
-        name, value = _WORDS[word] if word in _WORDS else ("white", _white(source, word))
+        if word in _WORDS:
+            name, value = _WORDS[word]
+        elif word.startswith("max="):
+            name, value = "white", _white(source, word)
+        else:
+            name, value = "size", _size(source, word)
         if name in said:
             raise ValueError(f"{source} says two things about one, {word} among them.")
         path, said[name] = rest, value
@@ -48,3 +62,11 @@ def _white(source, word):
     if not (white > 0 and math.isfinite(white)):
         raise ValueError(f"{source}: max=N must be a positive number; got {word!r}.")
     return white
+
+
+def _size(source, word):
+    found = re.fullmatch(r"size=(\d{1,4})(?:x(\d{1,4}))?", word, re.ASCII)
+    sides = () if found is None else (int(found[1]), int(found[2] or found[1]))
+    if not sides or 0 in sides:
+        raise ValueError(f"{source}: size=N or size=HxW must be sides in pixels; got {word!r}.")
+    return sides

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastscore.guidance.operators import LUMA
-from fastscore.images.readings import Reading
+from fastscore.images.readings import Reading, need
 
 
 class Raw(NamedTuple):
@@ -102,6 +102,36 @@ def unit(raw: Raw, reading: Reading, path: Path, slack: float = 0.0) -> np.ndarr
         array = array * raw.alpha + np.float32(reading.background) * (1 - raw.alpha)
 
     return array
+
+
+def finished(raw: Raw, reading: Reading, path: Path, slack: float = 0.0) -> np.ndarray:
+    """float32 (..., C, H, W) in [0, 1], of the channels and the size that are wanted."""
+    return resized(to_channels(unit(raw, reading, path, slack), reading, path), reading, path)
+
+
+def shape_of(shape: tuple[int, ...], reading: Reading, path: Path) -> tuple[int, int, int]:
+    """The shape that an image of `shape` (C, H, W) is finished with."""
+    sides = tuple(shape[1:]) if reading.size is None else reading.size
+    return (channels_of(shape[0], reading, path), *sides)
+
+
+def resized(array: np.ndarray, reading: Reading, path: Path) -> np.ndarray:
+    """The middle of each image, as large as it goes, at the size that is wanted."""
+    if reading.size in (None, array.shape[-2:]):
+        return array
+    need("PIL", "pillow", f"{path}: scaling images takes")
+    from PIL import Image
+
+    height, width = reading.size
+    rows, columns = array.shape[-2:]
+    scale = min(rows / height, columns / width)
+    top, left = (rows - height * scale) / 2, (columns - width * scale) / 2
+    box = (left, top, left + width * scale, top + height * scale)
+    planes = [
+        Image.fromarray(plane).resize((width, height), Image.Resampling.BICUBIC, box)
+        for plane in np.ascontiguousarray(array).reshape(-1, rows, columns)
+    ]
+    return np.stack(planes).reshape(*array.shape[:-2], height, width).clip(0, 1)
 
 
 def tells_white(top: int, dtype: np.dtype, reading: Reading) -> bool:
