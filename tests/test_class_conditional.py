@@ -163,7 +163,8 @@ def test_labels_are_dropped_by_the_noise_contract_for_every_split():
 def test_every_loss_is_that_of_the_network_told_the_labels(opened, loss):
     """Sample by sample, by a network of which nothing is conditional: label or -1 baked in."""
     options = {"projections": 2} if "sliced" in loss else {}
-    config = TrainConfig(network="unet", classes=10, label_drop=0.5, loss=loss, seed=3, **options)
+    told = {"classes": 10, "label_drop": 0.5, "weighting": "even"}
+    config = TrainConfig(network="unet", loss=loss, seed=3, **told, **options)
     x, labels = (t[:6] for t in datasets.load("digits"))
     x = x[..., :4, :4] if loss == "exact" else x
     level = torch.tensor([0, 1, 2, 3, 0, 1])

@@ -29,11 +29,11 @@ def _of_network(kind):
 _IMAGES = {"steps": 9000, "batch_size": 256, "lr": 2e-3, "levels": 16}
 _IMAGES |= {"sigma_max": 1.0, "sigma_min": 0.01, "width": 256}
 _NO_UNET = {"multipliers": (), "blocks": 0, "attention": (), "patch": 0, "classes": 0}
-_NO_UNET |= {"data_mean": 0.5, "data_std": 0.5}
+_NO_UNET |= {"data_mean": 0.5, "data_std": 0.5, "weighting": "even"}
 _UNET = {"steps": 2000, "batch_size": 32, "lr": 3e-3, "levels": 50}
 _UNET |= {"sigma_max": None, "sigma_min": None, "width": 32}
 _UNET |= {"multipliers": (1, 2), "blocks": 1, "attention": (), "patch": 2}
-_UNET |= {"classes": None, "data_mean": None, "data_std": None}
+_UNET |= {"classes": None, "data_mean": None, "data_std": None, "weighting": "edm"}
 NETWORKS = {"mlp": _IMAGES | _NO_UNET, "ncsn": _IMAGES | _NO_UNET, "unet": _UNET}
 
 # --flip, and None where it is not given.
@@ -92,6 +92,8 @@ class TrainConfig:
         data_mean: of all values of the data, for the unet; that of the training images unless
             given.
         data_std: their standard deviation, likewise.
+        weighting: of the noise levels: even, or for the unet edm (unless given), with levels below
+            data_std more often and the loss at each multiplied by 1 + (σ/data_std)².
         ema_decay: decay of the averaged weights; 0.999 unless given.
         held_out: images kept away from training, for evaluation; 0 unless given. The run remembers
             which.
@@ -130,6 +132,7 @@ class TrainConfig:
     label_drop: float | None = _unless_given(0.1)
     data_mean: float | None = _of_network(float)
     data_std: float | None = _of_network(float)
+    weighting: str | None = _of_network(str)
     ema_decay: float | None = _unless_given(0.999)
     held_out: int | None = _unless_given(0)
     flip: Annotated[bool | None, _FLAG] = _unless_given(False)
@@ -167,6 +170,7 @@ class TrainConfig:
             "network": tuple(NETWORKS),
             "loss": METHODS,
             "distribution": DISTRIBUTIONS,
+            "weighting": ("even", "edm"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

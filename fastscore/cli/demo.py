@@ -67,7 +67,8 @@ def show(out: Path, check: Callable[[], object]) -> None:
     net, sigmas, shape, config = run_folder.open_run(out)
     records = metrics.read(out)
     if records:
-        pictures.save_loss_curve(out / "loss.png", records, sigmas.tolist(), config.loss)
+        told = config.loss, config.weighting
+        pictures.save_loss_curve(out / "loss.png", records, sigmas.tolist(), *told)
     check()
 
     # Each class in turn, so that the first eight, whose path is shown, are of eight classes.

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastscore import datasets, likelihood, losses, perturb, training
-from fastscore.cli import metrics, networks, run_folder, splits
+from fastscore.cli import emphasis, metrics, networks, run_folder, splits
 from fastscore.cli.config import TrainConfig
-from fastscore.losses.noise_conditional import draw_labels
 from fastscore.training import files, lock, ranks
 from fastscore.training.ranks import Ranks
 
@@ -148,14 +147,13 @@ def _updates_alone(config, together, out, split, images, net, sigmas):
         # The config makes it a run, so it comes last.
         splits.keep(out, split)
         run_folder.write_config(out, config, shape)
-    key = {"seed": config.seed, "device": sigmas.device}
     levels = []
 
     def loss(model, batch, step):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * learning_rate(step, config.steps)
         *batch, first = batch
-        level = draw_labels(len(sigmas), len(batch[0]), step=step, first_sample=first, **key)
+        level = emphasis.draw_levels(config, sigmas, len(batch[0]), step=step, first_sample=first)
         levels.append(level)
         return objective(config, model, sigmas, *batch, level, step, first_sample=first)
 
@@ -225,7 +223,9 @@ def objective(
     options = {"projections": config.projections, "distribution": config.distribution}
     options |= {"method": config.loss, "labels": level, "first_sample": first_sample}
     score = networks.with_labels(config, net, labels, step, first_sample)
-    return losses.noise_conditional(score, images, sigmas, **options, **key)
+    values = losses.noise_conditional(score, images, sigmas, **options, **key)
+    weights = emphasis.weights(config, sigmas)
+    return values if weights is None else values * weights[level]
 
 
 def learning_rate(step: int, steps: int) -> float:

@@ -120,7 +120,11 @@ def save_strip(path: str | Path, strip: Tensor, columns: int = 20) -> None:
 
 
 def save_loss_curve(
-    path: str | Path, records: list[dict[str, Any]], sigmas: list[float], loss: str = "denoising"
+    path: str | Path,
+    records: list[dict[str, Any]],
+    sigmas: list[float],
+    loss: str = "denoising",
+    weighting: str = "even",
 ) -> None:
     """Write the loss per noise level over the steps, from the records of metrics.jsonl."""
     from matplotlib.figure import Figure
@@ -129,6 +133,8 @@ def save_loss_curve(
     label = f"σ² × {loss} loss per dimension"
     if loss.startswith("denoising"):
         label = "½‖σs + z‖² per dimension"
+    if weighting == "edm":
+        label = label.replace(" per", " (1 + σ²/d²) per")
     axes = figure.add_subplot(xlabel="step", ylabel=label, title="loss per noise level")
 
     n = len(sigmas)

@@ -25,7 +25,9 @@ class SamplerOptions:
             consistent_annealed.
         step_lr: the same in the official configurations' unit, ε/2.
         denoise: take the last, noise-free step.
-        temperature: scales the noise by its root; not of probability_flow.
+        temperature: scales the noise by its root; not of probability_flow. 1 unless given, and for
+            a UNet and annealed_langevin that which leaves the noise of each level as large as its
+            σ says.
         predictor: reverse_diffusion, ancestral, euler or none.
         corrector: langevin, annealed or none.
         corrector_steps: corrections at each level.
@@ -78,6 +80,8 @@ class SamplerOptions:
             options.setdefault("steps_per_level", steps)
             if "step_lr" not in options:
                 options.setdefault("step_size", 0.2 * float(sigmas[-1]) ** 2)
+                if isinstance(net, models.UNet) and "temperature" not in options:
+                    options["temperature"] = _exact_temperature(sigmas, options)
         # By name, because it belongs to the job that goes on.
         options.setdefault("initial_law", default_law(self.sampler, float(sigmas[0])))
         return {"sampler": self.sampler, "sigmas": sigmas, **options}
@@ -86,3 +90,21 @@ class SamplerOptions:
         """How many states a run on these levels has."""
         last = {"annealed_langevin": self.denoise, "probability_flow": self.denoise - 1}
         return len(sigmas) + last.get(self.sampler, 0)
+
+
+def _exact_temperature(sigmas, options):
+    """T of annealed Langevin dynamics at which a level ends with noise of variance σ_i².
+
+    Of a level's start, V = σ_{i-1}², and of the noise that comes in, its n steps leave
+
+        σ_i² = a²ⁿ σ_{i-1}² + (1 - a²ⁿ) T σ_i²/(1 - ε/4),    a = 1 - ε/2, ε in units of σ_L²
+
+    where the data are a point. With T = 1 the state has more noise than the network is told, 13 %
+    at four steps on 50 levels.
+    """
+    epsilon = options["step_size"] / float(sigmas[-1]) ** 2
+    kept = (1 - epsilon / 2) ** (2 * options["steps_per_level"])
+    ratio = float(sigmas[0] / sigmas[-1]) ** (2 / max(1, len(sigmas) - 1))
+    if not 0 < epsilon < 4:
+        return 1.0
+    return min(1.0, max(0.0, (1 - kept * ratio) * (1 - epsilon / 4) / (1 - kept)))

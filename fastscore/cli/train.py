@@ -90,7 +90,8 @@ def _draw_pictures(out, check):
     net, sigmas, shape, config = run_folder.open_run(out)
     records = metrics.read(out)
     if records:
-        pictures.save_loss_curve(out / "loss.png", records, sigmas.tolist(), config.loss)
+        told = config.loss, config.weighting
+        pictures.save_loss_curve(out / "loss.png", records, sigmas.tolist(), *told)
     check()
     # Of a run that knows classes, each in turn.
     labels = torch.arange(64) % config.classes if config.classes else None
