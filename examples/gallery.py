@@ -1,4 +1,4 @@
-"""Every sampler and every condition, on a mixture of two Gaussians and on the 8x8 digits.
+"""Every sampler and every condition, on a mixture of two Gaussians and on digits.
 
 The pictures and figures of docs/gallery.md.
 
@@ -14,8 +14,9 @@ import torch
 import gallery_conditions
 import gallery_digits
 import gallery_mixture
+import gallery_mnist
 
-PARTS = (gallery_mixture, gallery_digits, gallery_conditions)
+PARTS = (gallery_mixture, gallery_mnist, gallery_digits, gallery_conditions)
 
 
 def main(out, runs="runs/gallery", quick=False):
@@ -29,7 +30,7 @@ def main(out, runs="runs/gallery", quick=False):
         text += sections
     text.append(
         f"\nMade with torch {torch.__version__} on the CPU; "
-        "with the training, some six minutes of one core.\n"
+        "with the training, some twenty minutes of one core.\n"
     )
     (out / "gallery.md").write_text("\n".join(text))
     return rows

@@ -91,6 +91,8 @@ def test_the_gallery_shows_every_sampler_and_condition(tmp_path):
     pictures = re.findall(r"\]\((gallery/[a-z]+\.png)\)", page)
     assert {Path(p).stem for p in pictures} == {
         "mixture",
+        "mnist",
+        "path",
         "digits",
         "classes",
         "conditions",
@@ -104,6 +106,7 @@ def test_the_gallery_shows_every_sampler_and_condition(tmp_path):
     }
     samplers = {title.split(",")[0] for title in of["gallery_mixture"]}
     assert samplers == {*SAMPLERS, "predictor only", "the mixture itself"}
+    assert len(of["gallery_mnist"]) == 4
     assert len(of["gallery_digits"]) == 11 and len(of["gallery_conditions"]) == 9
     assert all(title in page for part in of.values() for title in part if title != "class")
     # langevin and mala start at the other mode, where nothing is near the first to have a spread.

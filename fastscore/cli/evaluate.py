@@ -91,7 +91,7 @@ def evaluate(
         raise ValueError(f"evaluate: weight belongs to a run that knows classes; {run} does not.")
 
     weight = WEIGHT if weight is None else weight
-    drawn = _drawn_sets(trained, n, seed, weight)
+    drawn = drawn_sets(trained, n, seed, weight)
     parts = (splits.part(config, name, data) for name in ("training", "held_out"))
     real = Real(*(t for part in parts for t in part))
     result = compare(drawn, real, reader_shown("evaluate", real))
@@ -100,7 +100,9 @@ def evaluate(
     write(run, "report", result, markdown(result))
 
 
-def _drawn_sets(trained, n, seed, weight):
+def drawn_sets(
+    trained: run_folder.TrainedRun, n: int, seed: int, weight: float
+) -> dict[str, Drawn]:
     """Samples by name; of a network that knows classes with guidance, without, and of no class."""
     net, sigmas, shape, config = trained
     if not config.classes:

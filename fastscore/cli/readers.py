@@ -19,7 +19,11 @@ _LR = 2e-3
 
 
 def reader(
-    images: Tensor, labels: Tensor, done: Callable[[int, float], object] = lambda step, loss: None
+    images: Tensor,
+    labels: Tensor,
+    done: Callable[[int, float], object] = lambda step, loss: None,
+    *,
+    steps: int | None = None,
 ) -> Any:
     """A classifier trained on real images, with scikit-learn's predict, predict_proba and score.
 
@@ -28,10 +32,11 @@ def reader(
 
     Args:
         images: (N, C, H, W) in [0, 1]. labels: int64 (N,).
-        done: called done(steps, loss) after each of the network's `STEPS` steps.
+        done: called done(step + 1, loss) after each step of the network.
+        steps: of the network; `STEPS` unless given.
     """
     if convolutional(images):
-        return _Convolutional(images, labels, done)
+        return _Convolutional(images, labels, done, STEPS if steps is None else steps)
 
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPClassifier
@@ -54,21 +59,21 @@ def seen(classifier: Any, samples: Tensor) -> Tensor:
 
 
 class _Convolutional:
-    def __init__(self, images, labels, done):
+    def __init__(self, images, labels, done, steps):
         images, labels = images.cpu(), labels.cpu()
         self.shape = images.shape[1:]
 
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
             self.net = _network(self.shape, int(labels.max()) + 1)
-            self._train(images, labels, done)
+            self._train(images, labels, done, steps)
         self.net.eval().requires_grad_(False)
 
-    def _train(self, images, labels, done):
+    def _train(self, images, labels, done, steps):
         optimizer = torch.optim.Adam(self.net.parameters(), lr=_LR, fused=True)
-        for step, rows in zip(range(STEPS), _orders(len(images))):
+        for step, rows in zip(range(steps), _orders(len(images))):
             for group in optimizer.param_groups:
-                group["lr"] = _LR * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+                group["lr"] = _LR * 0.5 * (1 + math.cos(math.pi * step / steps))
             batch = datasets.augment(images[rows], shift=2, seed=0, step=step)
             loss = F.cross_entropy(self.net(batch), labels[rows])
             optimizer.zero_grad()
