@@ -19,16 +19,17 @@ def opened(path: str | PathLike[str]) -> BinaryIO:
     """A regular file, open to be read.
 
     Raises:
-        OSError: it is something else, or cannot be opened.
+        ValueError: it is something else.
+        OSError: it cannot be opened.
     """
     descriptor = os.open(path, _FLAGS | getattr(os, "O_CLOEXEC", 0))
     try:
         # Of what is open, whatever the name stands for by now.
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
         if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "It is no regular file", path)
+            raise ValueError(f"{path} is no regular file.")
         return open(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -47,8 +48,8 @@ def read(path: str | PathLike[str], most: int | None = None) -> bytes:
         most: of its bytes; what the memory holds unless given.
 
     Raises:
-        ValueError: it is larger.
-        OSError: it is something else, or cannot be read.
+        ValueError: it is something else, or larger.
+        OSError: it cannot be read.
     """
     with opened(path) as file:
         found = size(file)

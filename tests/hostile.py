@@ -177,6 +177,12 @@ def samples(ran):
         "own-pipe": (".own", os.mkfifo),
         "own-device": (".own", lambda path: path.symlink_to("/dev/zero")),
         "own-manifest": (".own", manifested),
+        "run-config-of-lists": (".run", lambda path: run_of(path, b"a = " + b"[" * 10**5)),
+        "run-config-of-no-images": (".run", lambda path: run_of(path, CONFIG % b'"x"')),
+        "run-config-pipe": (".run", lambda path: run_of(path, None)),
+        "run-of-wide-layers": (".run", lambda path: run_of(path, CONFIG % b"[1, 8, 8]")),
+        "run-metrics-of-lists": (".metrics", lambda path: metrics_of(path, b"[" * 10**5)),
+        "run-metrics-pipe": (".metrics", lambda path: metrics_of(path, None)),
         "own-save-of-lists": (".save", lambda path: saved(path, b"[" * 10**6)),
         "own-save-of-elsewhere": (".save", lambda path: saved(path, OUTSIDE)),
     }   # fmt: skip
@@ -201,6 +207,38 @@ def saved(path, manifest):
         whole = b'{"sha256": "' + b"0" * 64 + b'", ' + manifest[1:]
     digest = hashlib.sha256(whole).hexdigest().encode()
     (folder / "manifest.json").write_bytes(whole.replace(b"0" * 64, digest))
+
+
+# 250 MB of weights in each of six layers.
+CONFIG = b"""
+shape = %s
+data = "digits"
+steps = 1
+width = 8000
+format = 2
+"""
+
+
+def run_of(path, config):
+    """A run folder with a sealed config, or a pipe in its place, and the weights of a point."""
+    from fastscore.training import checkpoint, files
+
+    path.mkdir()
+    if config is None:
+        os.mkfifo(path / "config.toml")
+    else:
+        head = f"# sha256 = {files.BLANK}\n".encode()
+        (path / "config.toml").write_bytes(files.sealed(head + config))
+    for name in ("weights", "state"):
+        checkpoint.save(path / f"{name}.safetensors", {"first.weight": torch.ones(1)})
+
+
+def metrics_of(path, lines):
+    path.mkdir()
+    if lines is None:
+        os.mkfifo(path / "metrics.jsonl")
+    else:
+        (path / "metrics.jsonl").write_bytes(lines)
 
 
 def sparse(path, size):
@@ -230,10 +268,16 @@ def peak():
 
 def attempt(path):
     """What reading it says."""
+    from fastscore.cli import metrics, run_folder
     from fastscore.models import load_official
     from fastscore.training import checkpoint, saves
 
-    readers = {".own": checkpoint.load, ".save": saves.newest_intact}
+    readers = {
+        ".own": checkpoint.load,
+        ".save": saves.newest_intact,
+        ".run": run_folder.open_run,
+        ".metrics": metrics.read,
+    }
     try:
         found = readers.get(path.suffix, load_official)(path)
     except ValueError as error:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastscore import regular
 from fastscore.training import files, saves
 from fastscore.training.ranks import Ranks
 
@@ -106,10 +107,10 @@ def read(out: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found = saves.of_run(out)
-    data = found[0].log(FILE) if found else path.read_bytes()
+    data = found[0].log(FILE) if found else regular.read(path)
     try:
         return [json.loads(line) for line in data.decode().splitlines()]
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} is damaged: it must hold a JSON object in each line.") from None
 
 
@@ -139,11 +140,11 @@ def forget_after(step: int, out: Path) -> None:
     if not (out / FILE).exists():
         return
     # A line that a killed process began has no end.
-    whole = (out / FILE).read_bytes().rpartition(b"\n")[0].decode(errors="replace")
+    whole = regular.read(out / FILE).rpartition(b"\n")[0].decode(errors="replace")
     try:
         records = [json.loads(line) for line in whole.splitlines()]
         kept = [record for record in records if record["step"] <= step]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(
             f"{out / FILE} is damaged: it must hold a JSON object in each line."
         ) from None

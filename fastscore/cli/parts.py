@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastscore import regular
 from fastscore.training import checkpoint, files
 
 JOB = "job.json"
@@ -73,8 +74,8 @@ class Parts:
     def _check(self):
         file = self.folder / JOB
         try:
-            found = json.loads(file.read_text()) if file.exists() else {}
-        except ValueError:
+            found = json.loads(regular.read(file)) if file.exists() else {}
+        except (ValueError, RecursionError):
             raise ValueError(
                 f"sample: {file} is damaged: it is no JSON; remove {self.folder} or write "
                 "elsewhere."

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastscore import regular
 from fastscore.cli import metrics
 from fastscore.cli.config import TYPES, TrainConfig
 from fastscore.cli.networks import build
@@ -51,13 +52,23 @@ def open_run(folder: str | Path, task: str = "score") -> TrainedRun:
     weights = read_weights(folder)
     try:
         num_classes = len(weights["last.bias"]) if task == "classifier" else None
-        net, sigmas = build(config, shape, num_classes)
+        # Nothing is allocated for a config that the weights are not of.
+        with torch.device("meta"):
+            net, sigmas = build(config, shape, num_classes)
+        _check_shapes(net, weights)
+        net.to_empty(device="cpu")
         net.load_state_dict(weights)
     except (RuntimeError, KeyError):
         raise ValueError(
             f"{folder} is damaged: its weights are not those of the network in its {CONFIG}."
         ) from None
     return TrainedRun(net.eval().requires_grad_(False), sigmas, shape, config)
+
+
+def _check_shapes(net, weights):
+    wanted, found = ({k: t.shape for k, t in each.items()} for each in (net.state_dict(), weights))
+    if wanted != found:
+        raise KeyError("shapes")
 
 
 def holds_run(folder: str | Path) -> bool:
@@ -131,12 +142,13 @@ def read_config(folder: str | Path) -> tuple[TrainConfig, tuple[int, int, int]]:
     if not path.exists():
         raise ValueError(f"{folder} is not a run folder: it has no {CONFIG}.")
 
-    data = path.read_bytes()
+    data = regular.read(path)
     if files.is_sealed(data) is False:
         raise ValueError(f"{path} is damaged: its SHA-256 is not the one that it states.")
     try:
         config, shape, version = _config_of(data, folder)
-    except (ValueError, KeyError, TypeError) as error:
+    # Lists in lists without end are a RecursionError.
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error.args[0]}.") from None
     # Earlier versions had none.
     if files.is_sealed(data) is None and (version >= _FORMAT or saves.of_run(folder)):
@@ -155,6 +167,9 @@ def _config_of(data, folder):
     if missing:
         raise ValueError(f"it does not say {', '.join(sorted(missing))}")
 
+    shape = values["shape"]
+    if type(shape) is not list or not all(type(n) is int and n > 0 for n in shape):
+        raise ValueError("shape must be a list of positive ints")
     options = {name: value for name, value in values.items() if name in TYPES}
     for name, value in options.items():
         kind = TYPES[name]
@@ -164,7 +179,7 @@ def _config_of(data, folder):
             raise ValueError(f"{name} must be of type {kind.__name__}")
     # Wherever the folder has been moved to.
     options["out"] = str(folder)
-    return TrainConfig(**options), tuple(values["shape"]), values.get("format", 1)
+    return TrainConfig(**options), tuple(shape), values.get("format", 1)
 
 
 def save(

@@ -45,24 +45,32 @@ def read(path: str | PathLike[str]) -> Any:
             plain values.
     """
     try:
-        with regular.opened(path) as file:
+        with _opened(path) as file:
             memory.check(regular.size(file), f"{OP}: {path}")
-            try:
-                return _read(file, fspath(path).endswith(".safetensors"))
-            except Refused as reason:
-                raise _damaged(path, f": {reason}.") from None
-            # Damaged files raise almost anything.
-            except Exception:
-                raise _damaged(path, " (weights_only=True refuses it).") from None
+            return _read(file, path)
     except OSError as error:
         raise ValueError(f"{OP}: {path} cannot be read: {error.strerror or error}.") from None
 
 
-def _damaged(path, reason):
-    return ValueError(f"{OP}: {path} is damaged, or no checkpoint of tensors alone{reason}")
+def _opened(path):
+    try:
+        return regular.opened(path)
+    except ValueError as error:
+        raise ValueError(f"{OP}: {error}") from None
 
 
-def _read(file, safe):
+def _read(file, path):
+    refused = f"{OP}: {path} is damaged, or no checkpoint of tensors alone"
+    try:
+        return _checked(file, fspath(path).endswith(".safetensors"))
+    except Refused as reason:
+        raise ValueError(f"{refused}: {reason}.") from None
+    # Damaged files raise almost anything.
+    except Exception:
+        raise ValueError(f"{refused} (weights_only=True refuses it).") from None
+
+
+def _checked(file, safe):
     if safe:
         from safetensors.torch import load
 

@@ -89,6 +89,8 @@ def loads(data: bytes, path: str | Path, *, sealed: bool = True) -> dict[str, to
 def _bytes(path):
     try:
         return regular.read(path)
+    except ValueError as error:
+        raise ValueError(f"checkpoint: {error}") from None
     except OSError as error:
         raise ValueError(f"checkpoint: {path} cannot be read: {error.strerror}.") from None
 
