@@ -114,9 +114,38 @@ def test_fit_varies_what_it_trains_on_and_nothing_else(tmp_path, monkeypatch):
         fit(TrainConfig(out=tmp_path / "run", resume=True, shift=1))
 
 
+def test_fit_crops_anywhere_and_elsewhere_the_middle_stands_for_the_image(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 7, 9)).astype(np.uint8)
+    np.save(tmp_path / "x.npy", pixels)
+    options = {"width": 8, "depth": 1, "levels": 2, "batch_size": 5, "steps": 3, "held_out": 4}
+    config = TrainConfig(**options, data=str(tmp_path / "x.npy"), out=tmp_path / "run", crop=4)
+
+    from fastscore.cli import fit as module
+
+    seen, objective = [], module.objective
+
+    def recorded(*args, **options):
+        seen.append(args[3])
+        return objective(*args, **options)
+
+    monkeypatch.setattr(module, "objective", recorded)
+    list(fit(config))
+
+    whole = datasets.load(tmp_path / "x.npy")[0]
+    training, apart = datasets.split(12, 4)
+    for step, x, _ in datasets.batches(datasets.open(whole[training]), 5, seed=0, steps=3):
+        assert torch.equal(seen[step], augment(x, crop=4, seed=0, step=step))
+    stored, shape = run_folder.read_config(tmp_path / "run")
+    assert shape == (1, 4, 4) and stored.crop == 4
+    assert torch.equal(splits.part(stored, "held_out")[0], whole[apart][:, :, 1:5, 2:6])
+    with pytest.raises(ValueError, match=r"images of at least 8 x 8 pixels; got \(1, 7, 9\)"):
+        fit(TrainConfig(data=str(tmp_path / "x.npy"), out=tmp_path / "other", crop=8))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"shift": 1, "crop": 3}, "train: give either shift or crop"),
         ({"shift": -1}, "train: shift must be at least 0; got -1"),
         ({"grey_levels": 1}, "train: grey_levels must be 0 or at least 2"),
         ({"skip_corrupt": -1}, "train: skip_corrupt must be at least 0"),

@@ -345,6 +345,34 @@ def test_a_run_that_streams_goes_on_bit_for_bit_and_reads_no_file_twice(tmp_path
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
 
 
+def test_the_thread_that_reads_ahead_ends_with_a_run_that_fails(tmp_path, monkeypatch):
+    """While its error, and with it every frame, is still at hand."""
+    streaming(monkeypatch)
+    name = KINDS["npy, uint8"](tmp_path)
+    run = fit(TrainConfig(**TINY, data=name, out=tmp_path / "run", steps=100))
+    next(run)
+
+    def fails(*args, **options):
+        raise ValueError("of the loss")
+
+    monkeypatch.setattr("fastscore.cli.fit.objective", fails)
+    with pytest.raises(ValueError, match="of the loss") as error:
+        next(run)
+    assert not [t for t in threading.enumerate() if t.name.startswith("fastscore")]
+    del error
+
+
+def test_a_file_that_changes_under_a_run_ends_it_in_one_sentence(tmp_path, monkeypatch):
+    streaming(monkeypatch)
+    name = KINDS["npy, uint8"](tmp_path)
+    run = fit(TrainConfig(**TINY, data=name, out=tmp_path / "run", steps=100))
+    next(run)
+    npy(tmp_path / "x.npy", GREY[:9])
+    with pytest.raises(ValueError, match=r"x\.npy was changed while it was read"):
+        for _ in run:
+            pass
+
+
 @pytest.mark.parametrize("kind", ["folder, grey", "npy, uint8"])
 def test_a_changed_data_set_is_noticed_where_it_streams(tmp_path, monkeypatch, kind):
     streaming(monkeypatch)

@@ -3,6 +3,7 @@
 Each sample is read in a process of its own under a limit of memory; what it takes is printed.
 """
 
+import collections
 import contextlib
 import io
 import json
@@ -206,12 +207,15 @@ def endless(path, begin):
         file.truncate(3 << 30)
 
 
-def rows(path):
-    """40 MB of zeros in some kilobytes."""
+def rows(path, n=5_000_000):
+    """Many numbers in some kilobytes: after the first two, zeros."""
     import pyarrow as pa
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pa.table({"a": np.zeros(5_000_000)}), path)
+    a = np.zeros(n)
+    a[:2] = 1, 2
+    table = {"a": a} if n > 99 else {"a": a, "k": [str(i % 2) for i in range(n)]}
+    pyarrow.parquet.write_table(pa.table(table), path)
 
 
 def fashion(path):
@@ -367,6 +371,67 @@ def test_a_folder_of_many_files_is_listed_in_seconds(tmp_path, n):
     print(f"{len(files)} files listed in {took:.2f} s of processor time")
     assert len(files) == n and files == sorted(files)
     assert took < 5 * n / 100_000
+
+
+# Small damage: read, or one sentence
+
+
+def intact(folder):
+    """A small file of every kind, by its name."""
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (3, 9, 8)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    np.save(folder / "x.npy", grey)
+    np.savez(folder / "x.npz", images=grey, labels=np.arange(3))
+    np.savez_compressed(folder / "z.npz", images=grey, labels=np.arange(3))
+    Image.fromarray(grey[0]).save(folder / "x.png", exif=exif)
+    Image.fromarray(grey.transpose(1, 2, 0)).save(folder / "y.png", transparency=(1, 2, 3))
+    Image.fromarray(grey[0]).save(folder / "x.jpg", exif=exif)
+    lines = [f"{a},{b},{i % 2}" for i, (a, b) in enumerate(rng.standard_normal((9, 2)))]
+    (folder / "x.csv").write_text("\n".join(["a,b,k", *lines]))
+    rows(folder / "x.parquet", 9)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def damaged(data, rng):
+    """Cut, or up to three bytes or bits changed."""
+    found = bytearray(data)
+    how = rng.integers(4)
+    if how == 0:
+        return bytes(found[: rng.integers(len(found))])
+    for _ in range(rng.integers(1, 4)):
+        i = rng.integers(len(found))
+        found[i] = (found[i] ^ (1 << rng.integers(8)), rng.integers(256), 255)[how - 1]
+    return bytes(found)
+
+
+@pytest.mark.parametrize("n", [30, pytest.param(2000, marks=pytest.mark.slow(3))])
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_read_or_one_sentence(tmp_path, n):
+    """By every reader, whole and as they are wanted; seed 0."""
+    (tmp_path / "intact").mkdir()
+    (tmp_path / "x").mkdir()
+    rng, counts = np.random.default_rng(0), collections.Counter()
+    for name, data in intact(tmp_path / "intact").items():
+        path = tmp_path / "x" / name
+        source = str(path.parent if path.suffix in (".png", ".jpg") else path)
+        source += ":label=k" * (path.suffix in (".csv", ".parquet"))
+        for _ in range(n):
+            path.write_bytes(damaged(data, rng))
+            for in_memory in (True, False):
+                try:
+                    found = datasets.open(source, in_memory=in_memory)
+                    assert found.read(torch.arange(len(found))).isfinite().all()
+                    counts["read"] += 1
+                except ValueError as error:
+                    message = str(error)
+                    assert "\n" not in message and message.endswith("."), (name, message)
+                    assert len(message) < 600, (name, message)
+                    counts["refused"] += 1
+        path.unlink()
+    print(dict(counts))
+    assert min(counts.values()) > n
 
 
 # Files that cannot be read, and may be left out

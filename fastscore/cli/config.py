@@ -100,6 +100,8 @@ class TrainConfig:
         flip: mirror half of the training images, left and right.
         shift: move training images by up to so many pixels, each way; the pixels of the edge are
             repeated. 0 unless given.
+        crop: train on parts of so many pixels a side, from anywhere in the images; elsewhere their
+            middle stands for them. 0, unless given: the whole images.
         grey_levels: spread each grey level of the training images evenly over its cell, for
             likelihoods: 256 for 8-bit images. 0, unless given: not at all.
         skip_corrupt: files of a folder that may be left out because they cannot be read; 0 unless
@@ -137,6 +139,7 @@ class TrainConfig:
     held_out: int | None = _unless_given(0)
     flip: Annotated[bool | None, _FLAG] = _unless_given(False)
     shift: int | None = _unless_given(0)
+    crop: int | None = _unless_given(0)
     grey_levels: int | None = _unless_given(0)
     skip_corrupt: int | None = _unless_given(0)
     seed: int | None = _unless_given(0)
@@ -183,9 +186,13 @@ class TrainConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"train: {name} must be at least 1; got {getattr(self, name)}.")
-        for name in ("shift", "grey_levels", "skip_corrupt"):
+        for name in ("shift", "crop", "grey_levels", "skip_corrupt"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train: {name} must be at least 0; got {getattr(self, name)}.")
+        if self.shift and self.crop:
+            raise ValueError(
+                f"train: give either shift or crop; got {self.shift} and {self.crop}."
+            )
         if self.grey_levels == 1:
             raise ValueError("train: grey_levels must be 0 or at least 2; got 1.")
         if not 0 < self.lr < float("inf"):

@@ -59,8 +59,8 @@ def fit(config: TrainConfig, together: Ranks | None = None) -> Iterator[tuple[in
     if not config.resume:
         config = networks.resolved(config, training_part)
     net, sigmas = networks.build(config, data.shape, classes)
-    moved = (t.to(together.device) for t in (training_part, net, sigmas))
-    return _updates(config, together, out, splits.record(config, data), *moved)
+    moved = (t.to(together.device) for t in (training_part.whole, net, sigmas))
+    return _updates(config, together, out, data.shape, splits.record(config, data), *moved)
 
 
 def batches(
@@ -91,8 +91,9 @@ def _varied(images, config, step, first_sample):
     """Training images as the options want them; first_sample: the number of the first in the batch
     of all processes."""
     key = {"seed": config.seed, "step": step, "first_sample": first_sample}
-    if config.flip or config.shift:
-        images = datasets.augment(images, flip=config.flip, shift=config.shift, **key)
+    if config.flip or config.shift or config.crop:
+        options = {"flip": config.flip, "shift": config.shift, "crop": config.crop or None}
+        images = datasets.augment(images, **options, **key)
     if config.grey_levels:
         images = likelihood.dequantize(images, config.grey_levels, **key)
     return images
@@ -129,7 +130,7 @@ def _writing(config, together, out):
             yield
 
 
-def _updates_alone(config, together, out, split, images, net, sigmas):
+def _updates_alone(config, together, out, shape, split, images, net, sigmas):
     optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
     ema = training.averaged(net, config.ema_decay)
     last, first, begun = None, 0, {}
@@ -142,7 +143,6 @@ def _updates_alone(config, together, out, split, images, net, sigmas):
             f"train: {out} has done {first} steps already; steps must be at least that; "
             f"got {config.steps}."
         )
-    shape = images.shape
     if together.leads:
         # The config makes it a run, so it comes last.
         splits.keep(out, split)
@@ -198,6 +198,9 @@ def _updates_alone(config, together, out, split, images, net, sigmas):
         with contextlib.suppress(ValueError, FloatingPointError):
             save()
         raise
+    finally:
+        # The thread that reads ahead ends here, whoever keeps a traceback.
+        data.close()
     save()
 
 

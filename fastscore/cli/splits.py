@@ -19,6 +19,7 @@ from fastscore import datasets
 from fastscore.cli.config import TrainConfig
 from fastscore.cli.run_folder import CONFIG
 from fastscore.datasets import Source
+from fastscore.datasets.augment import Cropped
 from fastscore.datasets.tables import Units
 from fastscore.training import checkpoint
 
@@ -36,6 +37,8 @@ def source(config: TrainConfig) -> Source:
     when it began.
     """
     data = datasets.open(config.data, skip_corrupt=config.skip_corrupt)
+    if config.crop:
+        return Cropped(data, config.crop)
     if data.units is None:
         return data
     kept = units(config.out) if _is_kept(config) else None

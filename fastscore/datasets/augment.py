@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastscore import random
+from fastscore.datasets.source import Source
 from fastscore.messages import shown
 from fastscore.ops import checks
 from fastscore.scalars import integer, offset
@@ -94,8 +95,38 @@ def _taken(x, rows, columns):
     return x.gather(3, columns[:, None, None, :].expand(b, c, x.shape[2], columns.shape[1]))
 
 
-def centre(x: Tensor, crop: int) -> Tensor:
-    """The middle of each image, (..., crop, crop): what `augment` crops when nothing is drawn."""
-    top = (x.shape[-2] - crop) // 2
-    left = (x.shape[-1] - crop) // 2
-    return x[..., top : top + crop, left : left + crop]
+class Cropped(Source):
+    """The middle of each image of a source, (C, crop, crop): what is seen where nothing is drawn.
+
+    Raises:
+        ValueError: the samples are no images, or smaller.
+    """
+
+    def __init__(self, source: Source, crop: int) -> None:
+        if len(source.shape) != 3 or crop > min(source.shape[1:]):
+            raise ValueError(
+                f"crop: samples must be images of at least {crop} x {crop} pixels; got "
+                f"{tuple(source.shape)}."
+            )
+        self.source = source
+        self.shape = (source.shape[0], crop, crop)
+        self.labels = source.labels
+        self.in_memory = source.in_memory
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def _read(self, indices):
+        x, crop = self.source.read(indices), self.shape[-1]
+        top, left = ((side - crop) // 2 for side in x.shape[2:])
+        return x[..., top : top + crop, left : left + crop].contiguous()
+
+    def raw(self, indices: Tensor) -> Tensor:
+        return self.source.raw(indices)
+
+    def stamps(self) -> list[str] | None:
+        return self.source.stamps()
+
+    @property
+    def whole(self) -> Source:
+        return self.source

@@ -84,7 +84,9 @@ def _check_whole(column, path, name):
 def _words(table, path, label):
     column = table.column(label)
     _check_whole(column, path, label)
-    words = [str(value) for value in column.to_pylist()]
+    # Bytes that are no text are found here.
+    with _readable(path):
+        words = [str(value) for value in column.to_pylist()]
     if not all(words):
         raise ValueError(f"{path}, column {label}: a label is missing; got {shown('')}.")
     return words

@@ -67,6 +67,11 @@ class Source:
         """
         return None
 
+    @property
+    def whole(self) -> "Source":
+        """The same samples before they are cropped."""
+        return self
+
     def subset(self, indices: Tensor) -> "Source":
         """The samples of these numbers, in this order, as a source."""
         return Subset(self, self._checked(indices))
@@ -124,6 +129,10 @@ class Subset(Source):
         return stamps if stamps is None or len(stamps) == 1 else [
             stamps[i] for i in self.indices.tolist()
         ]
+
+    @property
+    def whole(self) -> Source:
+        return Subset(self.source.whole, self.indices)
 
     def to(self, device: torch.device | str) -> Source:
         if not self.in_memory:
