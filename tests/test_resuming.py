@@ -96,9 +96,9 @@ def test_the_command_line_takes_every_option_and_fills_in_the_defaults(monkeypat
     for words in ([], ["--lr", "0.1", "--steps", "5", "--task", "classifier"]):
         monkeypatch.setattr(sys, "argv", ["fastscore", "train", *words])
         cli.main()
-    assert seen[0] == TrainConfig() and seen[0].given == {"out", "resume"}
+    assert seen[0] == TrainConfig() and seen[0].given == {"resume"}
     assert (seen[1].lr, seen[1].steps, seen[1].task, seen[1].width) == (0.1, 5, "classifier", 256)
-    assert seen[1].given == {"out", "resume", "lr", "steps", "task"}
+    assert seen[1].given == {"resume", "lr", "steps", "task"}
 
 
 def folder_of(path, numbers):

@@ -4,9 +4,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
+from tyro.conf import Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
 from fastscore import schedules
+from fastscore.cli import config_file
 from fastscore.losses.noise_conditional import METHODS
 from fastscore.losses.projections import DISTRIBUTIONS
 
@@ -17,6 +19,12 @@ def _unless_given(default):
     One that equals the default may have been given.
     """
     return field(default=None, metadata={"default": default, "type": type(default)})
+
+
+_OUT = Path("runs/digits")
+
+# What --resume may change: it does not change the weights of a step that is done.
+CHANGEABLE = {"steps", "skip", "keep", "held_out_every", "tensorboard"}
 
 
 def _of_network(kind):
@@ -107,12 +115,27 @@ class TrainConfig:
         skip_corrupt: files of a folder that may be left out because they cannot be read; 0 unless
             given.
         seed: of everything that is random; 0 unless given.
-        resume: go on with the run in `out`, with its options; steps may be others.
+        precision: float32 (unless given), or bfloat16: the network computes in it where PyTorch
+            finds that safe; weights, norms' statistics and losses stay float32.
+        channels_last: keep images and the weights of convolutions in that order, which some GPUs
+            and CPUs compute faster.
+        compile: the network by torch.compile; of the denoising loss only.
+        grad_clip: largest norm of the gradient; 0, unless given: it is not clipped.
+        skip: updates that may be skipped because their loss or gradient is not finite; 0 unless
+            given: the run stops at the first.
+        keep: saves that are kept, at least 2; 2 unless given. That of the least held-out loss is
+            kept beside them.
+        held_out_every: steps between two looks at the loss of the held-out images; 500 unless
+            given.
+        tensorboard: records and samples for TensorBoard in the run's folder, too.
+        resume: go on with the run in `out`, with its options; steps, skip, keep, held_out_every and
+            tensorboard may be others.
+        file: TOML file of options; those that are given beside it come first.
     """
 
     task: str | None = _unless_given("score")
     data: str | None = _unless_given("digits")
-    out: Path = Path("runs/digits")
+    out: Path | None = field(default=None, metadata={"default": _OUT, "type": Path})
     network: str | None = _unless_given("mlp")
     loss: str | None = _unless_given("denoising")
     projections: int | None = _unless_given(1)
@@ -143,14 +166,28 @@ class TrainConfig:
     grey_levels: int | None = _unless_given(0)
     skip_corrupt: int | None = _unless_given(0)
     seed: int | None = _unless_given(0)
+    precision: str | None = _unless_given("float32")
+    channels_last: Annotated[bool | None, _FLAG] = _unless_given(False)
+    compile: Annotated[bool | None, _FLAG] = _unless_given(False)
+    grad_clip: float | None = _unless_given(0.0)
+    skip: int | None = _unless_given(0)
+    keep: int | None = _unless_given(2)
+    held_out_every: int | None = _unless_given(500)
+    tensorboard: Annotated[bool | None, _FLAG] = _unless_given(False)
     resume: bool = False
+    file: Positional[Path | None] = None
 
     def __post_init__(self) -> None:
+        if self.file is not None:
+            for name, value in config_file.read(self.file, TYPES).items():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
+            self.file = None
         self.given: frozenset[str] = frozenset(
             f.name for f in fields(self) if getattr(self, f.name) is not None
         )
         for f in fields(self):
-            if f.name not in self.given:
+            if f.metadata and f.name not in self.given:
                 setattr(self, f.name, f.metadata["default"])
         for name, value in NETWORKS.get(self.network, {}).items():
             if name not in self.given:
@@ -174,6 +211,7 @@ class TrainConfig:
             "loss": METHODS,
             "distribution": DISTRIBUTIONS,
             "weighting": ("even", "edm"),
+            "precision": ("float32", "bfloat16"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -214,8 +252,25 @@ class TrainConfig:
                         "cross-entropy."
                     )
         self._check_unet()
+        self._check_engine()
         if None not in (self.sigma_max, self.sigma_min):
             schedules.geometric(self.sigma_max, self.sigma_min, self.levels)
+
+    def _check_engine(self):
+        if not 0 <= self.grad_clip < float("inf"):
+            raise ValueError(f"train: grad_clip must be 0 or positive; got {self.grad_clip}.")
+        for name, least in (("skip", 0), ("keep", 2), ("held_out_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"train: {name} must be at least {least}; got {getattr(self, name)}."
+                )
+        if self.compile and self.loss != "denoising":
+            raise ValueError(
+                f"train: compile belongs to the denoising loss; the derivatives of the loss "
+                f"{self.loss} run eagerly."
+            )
+        if self.channels_last and self.network == "mlp":
+            raise ValueError("train: channels_last belongs to networks of convolutions; got mlp.")
 
     def _check_unet(self):
         if self.network != "unet":
@@ -234,5 +289,5 @@ class TrainConfig:
             raise ValueError("train: label_drop belongs to a run with classes; got classes 0.")
 
 
-# Of what is read from a run; `out` and `resume` are not.
-TYPES = {f.name: f.metadata.get("type") for f in fields(TrainConfig) if f.metadata}
+# Of what a file may give; `resume` may not.
+TYPES = {f.name: f.metadata["type"] for f in fields(TrainConfig) if f.metadata}

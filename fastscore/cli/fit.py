@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastscore import datasets, likelihood, losses, perturb, training
-from fastscore.cli import emphasis, metrics, networks, run_folder, splits
+from fastscore.cli import board, emphasis, metrics, networks, run_folder, splits
+from fastscore.cli.board import Board
 from fastscore.cli.config import TrainConfig
+from fastscore.cli.validation import Validation
+from fastscore.datasets import order
 from fastscore.training import files, lock, ranks
 from fastscore.training.ranks import Ranks
 
@@ -54,13 +57,19 @@ def fit(config: TrainConfig, together: Ranks | None = None) -> Iterator[tuple[in
     data = splits.source(config)
     if config.task == "classifier" and data.labels is None:
         raise ValueError(f"train: a classifier needs labels; {config.data} has none.")
-    training_part = data.subset(splits.split(config, data)[0])
+    if config.tensorboard:
+        board.check()
+    training_part, held_out = (data.subset(part) for part in splits.split(config, data))
     classes = None if data.labels is None else int(training_part.labels.max()) + 1
     if not config.resume:
         config = networks.resolved(config, training_part)
     net, sigmas = networks.build(config, data.shape, classes)
-    moved = (t.to(together.device) for t in (training_part.whole, net, sigmas))
-    return _updates(config, together, out, data.shape, splits.record(config, data), *moved)
+    whole = training_part.whole
+    whole, net, sigmas = (t.to(together.device) for t in (whole, net, sigmas))
+    if config.channels_last:
+        net.to(memory_format=torch.channels_last)
+    things = (whole, held_out if config.held_out else None, net, sigmas)
+    return _updates(config, together, out, data.shape, splits.record(config, data), *things)
 
 
 def batches(
@@ -84,6 +93,8 @@ def batches(
         for first, count in parts:
             part = slice(first - begin, first - begin + count)
             varied = _varied(images[part].to(device), config, step, first)
+            if config.channels_last:
+                varied = varied.contiguous(memory_format=torch.channels_last)
             yield varied, None if labels is None else labels[part].to(device), first
 
 
@@ -130,78 +141,150 @@ def _writing(config, together, out):
             yield
 
 
-def _updates_alone(config, together, out, shape, split, images, net, sigmas):
-    optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
-    ema = training.averaged(net, config.ema_decay)
-    last, first, begun = None, 0, {}
-    if config.resume:
-        last, first, begun = run_folder.restore(out, net, ema, optimizer, together.leads)
-    together.check_same("the step that the run goes on from", first)
-    together.check_same("the number of images", len(images))
-    if first > config.steps:
+def _updates_alone(config, together, out, shape, split, data, held_out, net, sigmas):
+    run = Run(config, together, out, net, sigmas)
+    together.check_same("the step that the run goes on from", run.done)
+    together.check_same("the number of images", len(data))
+    if run.done > config.steps:
         raise ValueError(
-            f"train: {out} has done {first} steps already; steps must be at least that; "
+            f"train: {out} has done {run.done} steps already; steps must be at least that; "
             f"got {config.steps}."
         )
+    dim = math.prod(shape) if config.task == "score" else 1
+    sums = metrics.Metrics(len(sigmas), dim, together, **run.begun)
     if together.leads:
         # The config makes it a run, so it comes last.
         splits.keep(out, split)
         run_folder.write_config(out, config, shape)
+        if held_out is not None:
+            run.validation = Validation(objective, config, held_out, sigmas, dim)
+        if config.tensorboard:
+            run.board = Board(out, sigmas, shape, run.done)
+
     levels = []
 
     def loss(model, batch, step):
-        for group in optimizer.param_groups:
+        for group in run.optimizer.param_groups:
             group["lr"] = config.lr * learning_rate(step, config.steps)
         *batch, first = batch
         level = emphasis.draw_levels(config, sigmas, len(batch[0]), step=step, first_sample=first)
         levels.append(level)
         return objective(config, model, sigmas, *batch, level, step, first_sample=first)
 
-    policy = training.NonFinite()
-    data = batches(images, config, first, sigmas.device, together)
-    options = {"steps": config.steps, "optimizer": optimizer, "first_step": first, "ema": ema}
-    options |= {"accumulate": config.accumulate, "nonfinite": policy}
-    loop = training.training_loop(together.wrapped(net), data, loss, **options)
-    dim = math.prod(shape) if config.task == "score" else 1
-    sums = metrics.Metrics(len(sigmas), dim, together, **begun)
-    done = first
+    def describe(batch, step, i):
+        number = batch[-1] + i
+        which = {"seed": config.seed, "step": step, "first_sample": number}
+        (row,) = order.chosen(len(data), config.batch_size, count=1, **which).tolist()
+        key = {"step": step, "first_sample": number}
+        (level,) = emphasis.draw_levels(config, sigmas, 1, **key).tolist()
+        return f"training image {row} at noise level {level}, σ = {float(sigmas[level]):.3g}"
 
-    def save():
-        nonlocal last
-        # Of a step that the device has left out nothing is known until then.
-        policy.look()
-        state = sums.state()
-        if together.leads:
-            options = {"last": last, "seed": config.seed}
-            last = run_folder.save(out, net, ema, optimizer, done, state, **options)
-
+    run.policy.describe = describe
+    options = {"steps": config.steps, "optimizer": run.optimizer, "first_step": run.done}
+    options |= {"ema": run.ema, "accumulate": config.accumulate, "nonfinite": run.policy}
+    options |= {"grad_clip": config.grad_clip or None}
+    options |= {"autocast": torch.bfloat16 if config.precision == "bfloat16" else None}
+    called = together.wrapped(torch.compile(net) if config.compile else net)
+    parts = batches(data, config, run.done, sigmas.device, together)
     try:
-        for state in loop:
-            done = state.step + 1
-            sums.add(levels, state.losses)
+        for state in training.training_loop(called, parts, loss, **options):
+            # One that is skipped has no loss.
+            if state.step not in run.policy.skipped:
+                sums.add(levels, state.losses)
             levels.clear()
-            if done % RECORD_EVERY == 0 or done == config.steps:
-                record = sums.record(done)
-                if together.leads:
-                    metrics.add(out, record)
-            if done % SAVE_EVERY == 0:
-                save()
+            run.step(state.step + 1, sums)
             yield state.step, state.losses.mean()
     except GeneratorExit:
         # Between two steps; in the middle of one, nothing fits together. Nor does it where the
         # other processes go on.
         if together.size == 1 or together.ending:
-            save()
+            run.save(sums)
         raise
     except FloatingPointError:
         # Of the loss, before anything was updated. Weights that are not finite are refused.
         with contextlib.suppress(ValueError, FloatingPointError):
-            save()
+            run.save(sums)
         raise
     finally:
         # The thread that reads ahead ends here, whoever keeps a traceback.
-        data.close()
-    save()
+        parts.close()
+    run.save(sums)
+    run.close()
+
+
+class Run:
+    """What a run has done, and what is written of it.
+
+    Attributes:
+        done: steps. begun: what the metrics held when the run was saved.
+        validation, board: of the process that writes, where they are wanted.
+    """
+
+    validation: Validation | None = None
+    board: Board | None = None
+
+    def __init__(
+        self, config: TrainConfig, together: Ranks, out: Path, net: nn.Module, sigmas: Tensor
+    ) -> None:
+        self.config = config
+        self.together = together
+        self.out = out
+        self.net = net
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, fused=True)
+        self.ema = training.averaged(net, config.ema_decay)
+        self.policy = training.NonFinite(config.skip)
+        self.last, self.done, self.begun = None, 0, {}
+        if config.resume:
+            parts = (out, net, self.ema, self.optimizer, together.leads)
+            self.last, self.done, self.begun = run_folder.restore(*parts)
+        self.policy.skipped = self.begun.pop("skipped", torch.zeros(0)).int().tolist()
+        self.best = None if self.last is None else self.last.manifest().get("best")
+        self._loss = None   # of the held-out images, after this step
+
+    def step(self, done: int, sums: metrics.Metrics) -> None:
+        """So many steps are done: write what is to be written after this one."""
+        self.done = done
+        self._loss = None
+        ends = done == self.config.steps
+        looks = self.config.held_out > 0 and (done % self.config.held_out_every == 0 or ends)
+        if looks or ends or done % RECORD_EVERY == 0:
+            self._record(sums, looks)
+        if done % SAVE_EVERY == 0:
+            self.save(sums)
+
+    def _record(self, sums, looks):
+        record = sums.record(self.done)
+        if self.policy.skipped:
+            record["skipped"] = len(self.policy.skipped)
+        if looks and self.validation is not None:
+            record |= self.validation.record(self.ema.module)
+            self._loss = record["held_out"]
+        if self.together.leads:
+            metrics.add(self.out, record)
+        if self.board is not None:
+            self.board.add(record)
+
+    def save(self, sums: metrics.Metrics) -> None:
+        """Save it as it is between two steps."""
+        # Of a step that the device has left out nothing is known until then.
+        self.policy.look()
+        state = sums.state()
+        state["skipped"] = torch.tensor(self.policy.skipped, dtype=torch.int64)
+        if not self.together.leads:
+            return
+        if self._loss is not None and (self.best is None or self._loss < self.best["loss"]):
+            self.best = {"step": self.done, "loss": self._loss}
+        options = {"last": self.last, "seed": self.config.seed}
+        options |= {"keep": self.config.keep, "best": self.best}
+        parts = (self.net, self.ema, self.optimizer, self.done, state)
+        self.last = run_folder.save(self.out, *parts, **options)
+        if self.board is not None and self.config.task == "score":
+            self.board.show(self.ema.module, self.done)
+
+    def close(self) -> None:
+        """Once all steps are done."""
+        if self.board is not None:
+            self.board.close()
 
 
 def objective(

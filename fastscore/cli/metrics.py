@@ -115,8 +115,19 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 
 def add(out: Path, record: dict[str, Any]) -> None:
-    """Append a line."""
-    files.append(out / FILE, f"{json.dumps(record)}\n".encode())
+    """Append a line.
+
+    Raises:
+        FloatingPointError: a value is not finite; nothing is written.
+    """
+    try:
+        line = json.dumps(record, allow_nan=False)
+    except ValueError:
+        raise FloatingPointError(
+            f"train: the record of step {record['step']} must be finite, but the losses that it "
+            "sums up, or those of the held-out images, are not."
+        ) from None
+    files.append(out / FILE, f"{line}\n".encode())
 
 
 def forget_after_save(save: saves.Save) -> None:

@@ -1,6 +1,6 @@
 """A run folder.
 
-It holds config.toml, metrics.jsonl, split.safetensors (which images are held out) and the last two
+It holds config.toml, metrics.jsonl, split.safetensors (which images are held out) and the last
 saves, each a folder step-N of weights.safetensors (averaged), state.safetensors (to resume) and
 manifest.json. Folders of earlier versions, which have the weights and the state beside the config,
 are read, and get the new form as they go on.
@@ -8,14 +8,14 @@ are read, and get the new form as they go on.
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastscore import regular
-from fastscore.cli import metrics
-from fastscore.cli.config import TYPES, TrainConfig
+from fastscore.cli import config_file, metrics
+from fastscore.cli.config import CHANGEABLE, TYPES, TrainConfig
 from fastscore.cli.networks import build
 from fastscore.training import checkpoint, files, saves
 
@@ -35,6 +35,8 @@ class TrainedRun(NamedTuple):
 
 def open_run(folder: str | Path, task: str = "score") -> TrainedRun:
     """The network of a run folder, frozen and in evaluation mode, and what belongs to it.
+
+    folder: of the run, for its newest save, or of one of its saves.
 
     Raises:
         ValueError: it is no run folder, its weights are damaged, or the run is of the other task.
@@ -82,11 +84,15 @@ def is_saved(folder: str | Path) -> bool:
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
-    """The averaged weights of the newest save.
+    """The averaged weights of the newest save, or of the one whose folder it is.
 
     Raises:
         ValueError: they are damaged, or nothing has been saved yet.
     """
+    save = saves.at(folder)
+    if save is not None:
+        data = save.read("weights.safetensors")
+        return checkpoint.loads(data, f"{folder}: weights.safetensors", sealed=False)
     data = saves.read_newest(folder, "weights.safetensors")
     if data is not None:
         return checkpoint.loads(data, f"{folder}: weights.safetensors", sealed=False)
@@ -106,7 +112,7 @@ def resumed(config: TrainConfig) -> TrainConfig:
         raise ValueError(f"train: {out} holds no run to resume.")
 
     stored = read_config(out)[0]
-    for name in sorted(config.given - {"out", "resume", "steps"}):
+    for name in sorted(config.given - CHANGEABLE - {"out", "resume"}):
         value, of_run = getattr(config, name), getattr(stored, name)
         if value != of_run:
             raise ValueError(
@@ -114,8 +120,8 @@ def resumed(config: TrainConfig) -> TrainConfig:
                 f"got {value}."
             )
 
-    steps = config.steps if "steps" in config.given else stored.steps
-    whole = replace(stored, out=config.out, steps=steps, resume=True)
+    changed = {name: getattr(config, name) for name in CHANGEABLE & config.given}
+    whole = replace(stored, **changed, out=config.out, resume=True)
     whole.check()
     return whole
 
@@ -125,19 +131,21 @@ def write_config(out: Path, config: TrainConfig, shape: tuple[int, int, int]) ->
     import tomli_w
 
     options = asdict(config)
-    del options["resume"]
+    del options["resume"], options["file"]
     options |= {"out": str(config.out), "shape": list(shape), "format": _FORMAT}
     text = f"# sha256 = {files.BLANK}\n{tomli_w.dumps(options)}"
     files.write_atomic(out / CONFIG, files.sealed(text.encode()))
 
 
 def read_config(folder: str | Path) -> tuple[TrainConfig, tuple[int, int, int]]:
-    """(options, sample shape (C, H, W)) of a run folder.
+    """(options, sample shape (C, H, W)) of a run folder, or of that of a save.
 
     Raises:
         ValueError: it is no run folder, or its config is not what was written.
     """
     folder = Path(folder)
+    if saves.at(folder) is not None:
+        folder = folder.parent
     path = folder / CONFIG
     if not path.exists():
         raise ValueError(f"{folder} is not a run folder: it has no {CONFIG}.")
@@ -157,12 +165,7 @@ def read_config(folder: str | Path) -> tuple[TrainConfig, tuple[int, int, int]]:
 
 
 def _config_of(data, folder):
-    try:
-        import tomllib
-    except ImportError:
-        import tomli as tomllib
-
-    values = tomllib.loads(data.decode())
+    values = config_file.parsed(data)
     missing = {"shape", "data", "steps", "width"} - values.keys()
     if missing:
         raise ValueError(f"it does not say {', '.join(sorted(missing))}")
@@ -171,12 +174,7 @@ def _config_of(data, folder):
     if type(shape) is not list or not all(type(n) is int and n > 0 for n in shape):
         raise ValueError("shape must be a list of positive ints")
     options = {name: value for name, value in values.items() if name in TYPES}
-    for name, value in options.items():
-        kind = TYPES[name]
-        if kind is tuple and type(value) is list and all(type(n) is int for n in value):
-            options[name] = tuple(value)
-        elif type(value) not in (kind, {float: int}.get(kind)):
-            raise ValueError(f"{name} must be of type {kind.__name__}")
+    options = config_file.of_types(options, TYPES)
     # Wherever the folder has been moved to.
     options["out"] = str(folder)
     return TrainConfig(**options), tuple(shape), values.get("format", 1)
@@ -192,19 +190,34 @@ def save(
     *,
     last: saves.Save | None = None,
     seed: int = 0,
+    keep: int = 2,
+    best: dict[str, Any] | None = None,
 ) -> saves.Save:
     """Save the averaged weights, and everything that `restore` reads, as one.
 
-    sums: what the metrics hold since the last record. last: the intact save before it.
+    Args:
+        sums: what the metrics hold since the last record.
+        last: the intact save before it. keep: how many are kept.
+        best: step and loss of the save of the least held-out loss, which is kept beside them.
     """
     tensors = checkpoint.state_of(net, ema, optimizer, steps_done)
     tensors["state"] |= {f"metrics.{k}": v for k, v in sums.items()}
-    contents = {
-        f"{name}.safetensors": checkpoint.dumps(t, sealed=False) for name, t in tensors.items()
-    }
+    contents = {}
+    for name, t in tensors.items():
+        try:
+            contents[f"{name}.safetensors"] = checkpoint.dumps(t, sealed=False)
+        except ValueError as error:
+            what = {"weights": "the averages", "state": "the state"}[name]
+            raise ValueError(
+                f"train: {what} after {steps_done} steps cannot be saved: {error}"
+            ) from None
     # Noise, levels and each step's images are functions of these two.
     about = {"key": {"seed": seed, "step": steps_done}}
-    made = saves.commit(out, steps_done, contents, last=last, about=about, logs=(metrics.FILE,))
+    options = {"last": last, "keep": keep, "logs": (metrics.FILE,)}
+    if best is not None:
+        about["best"] = best
+        options["best"] = best["step"]
+    made = saves.commit(out, steps_done, contents, about=about, **options)
 
     # Of an earlier version, and older than this save.
     for name in _TENSORS:

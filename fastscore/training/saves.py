@@ -3,8 +3,9 @@
     run/step-000000500/manifest.json, weights.safetensors, state.safetensors
 
 A save is committed by one rename. The one before it is there until then, and after it, for the day
-when the newest is damaged; older ones are removed. Files that only grow, such as a log, stay where
-they are: a save knows the part of them that belongs to it.
+when the newest is damaged; older ones are removed, but for as many as are wanted and the best one.
+Files that only grow, such as a log, stay where they are: a save knows the part of them that belongs
+to it.
 """
 
 import hashlib
@@ -99,6 +100,13 @@ class Save:
         return None
 
 
+def at(folder: str | Path) -> Save | None:
+    """The save whose folder it is; None where it is none."""
+    folder = Path(folder)
+    found = _NAME.fullmatch(folder.name) and (folder / MANIFEST).exists()
+    return Save(folder) if found else None
+
+
 def of_run(folder: str | Path) -> list[Save]:
     """The saves of a run, the newest first."""
     folder = Path(folder)
@@ -164,23 +172,31 @@ def commit(
     contents: dict[str, bytes],
     *,
     last: Save | None = None,
+    keep: int = 2,
+    best: int | None = None,
     about: dict[str, Any] | None = None,
     logs: tuple[str, ...] = (),
 ) -> Save:
-    """Save a run: afterwards, this save and `last` are there, and no other.
+    """Save a run: afterwards, this save, `last` and those before it are there, `keep` in all.
 
     Args:
         contents: the bytes of each file.
         last: the intact save before it, which is kept; itself where it is of the same step.
+        keep: at least 2.
+        best: the step of a save that is kept beside them.
         about: whatever else the manifest is to say.
         logs: names of files beside the save that only grow; what is in them belongs to the save.
     """
     folder = Path(folder)
     if last is not None and last.step == step:
         return last
-    for other in of_run(folder):
-        if last is not None and other.step != last.step:
-            files.remove_folder(other.folder)
+    if last is not None:
+        before = of_run(folder)
+        older = [save.step for save in before if save.step <= last.step]
+        kept = {best, *older[: keep - 1]}
+        for other in before:
+            if other.step not in kept:
+                files.remove_folder(other.folder)
 
     manifest = {
         "sha256": files.BLANK,
