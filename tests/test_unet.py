@@ -1,15 +1,19 @@
 """UNet: its score at the start, its conditions, its derivatives, in one to three dimensions."""
 
 import itertools
+import math
 import warnings
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastscore
 from fastscore import losses
-from fastscore.models.unet import UNet, _to_channels, _to_places
+from fastscore.models import unet
+from fastscore.models.unet import UNet, _to_channels, _to_places, _Upsample
 
 SIDES = {1: (13,), 2: (7, 10), 3: (3, 5, 4)}
 OPTIONS = {"multipliers": (1, 2), "blocks": 1}
@@ -70,6 +74,31 @@ def test_sides_of_any_length_and_samples_alone(dim, patch):
     for b in range(3):
         torch.testing.assert_close(net(x[b : b + 1], sigma[b : b + 1]), s[b : b + 1])
     torch.testing.assert_close(net(x[:1], 0.1), s[:1])
+
+
+@pytest.mark.parametrize("dim", SIDES)
+def test_upsampled_convolutions_are_those_of_the_doubled_image(dim, monkeypatch):
+    """Values and gradients, of either path; float64."""
+    net, x = net_of(dim), batch(dim)
+    part = next(p for p in net.up if isinstance(p, _Upsample))
+    h = torch.rand(2, part.conv.in_channels, *SIDES[dim], dtype=torch.float64, requires_grad=True)
+    inputs = h, part.conv.weight, part.conv.bias
+    doubled = part.conv(F.interpolate(h, scale_factor=2, mode="nearest"))
+    g = torch.rand_like(doubled)
+    expected = [doubled, *torch.autograd.grad(doubled, inputs, g)]
+    score = net(x, 0.5)
+
+    for many in (1, 2**60):
+        monkeypatch.setattr(unet, "_MANY", many)
+        taken = part(h)
+        found = [taken, *torch.autograd.grad(taken, inputs, g)]
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(net(x, 0.5), score, rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(unet, "_MANY", 1)
+    with FlopCounterMode(display=False) as counter:
+        part(h)
+    spared = 2 * len(h) * part.conv.weight.numel() * math.prod(2 * n for n in SIDES[dim])
+    assert counter.get_total_flops() * 3**dim == spared * 2**dim
 
 
 def test_labels_and_contexts_are_told_apart_and_dropped():
