@@ -9,36 +9,64 @@ namespace {
 
 static_assert(kLanes <= kPadding);
 
-// Pixels whose vectors stay in the first-level cache between two passes.
-constexpr int64_t kRowChunk = 4096, kLastChunk = 128;
+// Pixels of a channel whose vectors stay in the first-level cache between two passes.
+constexpr int64_t kRowChunk = 4096;
+
+// Calls f(channel, s0, s1) for all pixels of the vectors of channels in [begin, end): by rows, a channel as a whole; channels last, a
+// piece of memory with all its channels after another, for a cache line holds several vectors of channels, and a page all of them.
+// The passes add up over the pixels in order, either way: what they have so far lies in tables between two pieces.
+template <class S, class F>
+FS_INLINE void for_pieces(const S& sample, int64_t begin, int64_t end, F f) {
+  const int64_t piece = sample.piece();
+  for (int64_t s0 = 0; s0 < sample.pixels; s0 += piece) {
+    const int64_t s1 = s0 + piece < sample.pixels ? s0 + piece : sample.pixels;
+    for (int64_t c = begin; c < end; c += S::kChannelStep) f(c, s0, s1);
+  }
+}
 
 // Mean and biased variance over pixels: two passes over each chunk, chunks merged (Chan et al. 1979), so a large mean costs nothing.
+// lost: what rounding has taken from each mean so far (Kahan).
 template <class T, bool kLast, class A>
-void moments(const Sample<T, kLast>& sample, const T* x, int64_t begin, int64_t end, A* mean, A* variance) {
+void moments(const Sample<T, kLast>& sample, const T* x, int64_t begin, int64_t end, A* mean, A* variance, A* lost) {
   using S = Sample<T, kLast>;
   using V = typename S::V;
-  const int64_t chunk = kLast ? kLastChunk : kRowChunk;
-  for (int64_t c = begin; c < end; c += S::kChannelStep) {
-    V m = V{}, lost = V{}, m2 = V{};   // lost: what rounding has taken from m so far (Kahan)
-    for (int64_t s0 = 0; s0 < sample.pixels; s0 += chunk) {
-      const int64_t s1 = s0 + chunk < sample.pixels ? s0 + chunk : sample.pixels;
-      const A n = static_cast<A>(s1 - s0);
-      V sum = V{}, square = V{}, rest = V{};
-      sample.walk(c, s0, s1, [&](auto whole, int64_t at, int lanes) FS_LAMBDA { sum += S::load(whole, x, at, lanes); });
-      const V near = S::total(sum) / n;   // as good as a sum of large numbers is
-      sample.walk(c, s0, s1, [&](auto whole, int64_t at, int lanes) FS_LAMBDA {
-        const V d = S::valid(whole, S::load(whole, x, at, lanes) - near, lanes);
-        square += d * d;
-        rest += d;
-      });
-      const V correction = S::total(rest) / n, delta = ((near - m) + correction) + lost;
-      const V step = delta * (n / static_cast<A>(s1)) - lost, moved = m + step;
-      lost = (moved - m) - step;
-      m = moved;
-      m2 += (S::total(square) - correction * correction * n) + delta * delta * (n * static_cast<A>(s0) / static_cast<A>(s1));
+  // kColumns vectors of channels side by side: each waits for its own sum.
+  const auto chunk = [&](auto columns, int64_t c0, int64_t s0, int64_t s1) FS_LAMBDA {
+    constexpr int kColumns = decltype(columns)::value;
+    const A n = static_cast<A>(s1 - s0);
+    V sum[kColumns] = {}, near[kColumns], square[kColumns] = {}, rest[kColumns] = {};
+    sample.template walk<kColumns>(c0, s0, s1, [&](auto whole, int k, int64_t at, int lanes) FS_LAMBDA { sum[k] += S::load(whole, x, at, lanes); });
+    for (int k = 0; k < kColumns; ++k) near[k] = S::total(sum[k]) / n;   // as good as a sum of large numbers is
+    sample.template walk<kColumns>(c0, s0, s1, [&](auto whole, int k, int64_t at, int lanes) FS_LAMBDA {
+      const V d = S::valid(whole, S::load(whole, x, at, lanes) - near[k], lanes);
+      square[k] += d * d;
+      rest[k] += d;
+    });
+    for (int k = 0; k < kColumns; ++k) {
+      const int64_t c = c0 + k * S::kChannelStep;
+      const V m = S::so_far(mean, c, s0), owed = S::so_far(lost, c, s0), m2 = S::so_far(variance, c, s0);
+      const V correction = S::total(rest[k]) / n, delta = ((near[k] - m) + correction) + owed;
+      const V step = delta * (n / static_cast<A>(s1)) - owed, moved = m + step;
+      const V spread = m2 + ((S::total(square[k]) - correction * correction * n) + delta * delta * (n * static_cast<A>(s0) / static_cast<A>(s1)));
+      S::put((moved - m) - step, lost, c);
+      S::put(moved, mean, c);
+      S::put(s1 == sample.pixels ? spread / static_cast<A>(sample.pixels) : spread, variance, c);
     }
-    S::put(m, mean, c);
-    S::put(m2 / static_cast<A>(sample.pixels), variance, c);
+  };
+  constexpr std::integral_constant<int, 1> one;
+  constexpr std::integral_constant<int, 2> two;
+  if constexpr (kLast) {
+    const int64_t piece = sample.piece();
+    for (int64_t s0 = 0; s0 < sample.pixels; s0 += piece) {
+      const int64_t s1 = s0 + piece < sample.pixels ? s0 + piece : sample.pixels;
+      int64_t c = begin;
+      for (; c + 2 * S::L <= end; c += 2 * S::L) chunk(two, c, s0, s1);
+      for (; c < end; c += S::L) chunk(one, c, s0, s1);
+    }
+  } else {
+    for (int64_t c = begin; c < end; ++c)
+      for (int64_t s0 = 0; s0 < sample.pixels; s0 += kRowChunk)
+        chunk(one, c, s0, s0 + kRowChunk < sample.pixels ? s0 + kRowChunk : sample.pixels);
   }
 }
 
@@ -67,21 +95,23 @@ struct Norm {
     using V = typename S::V;
     const S s{p.channels, p.pixels};
     const T* x = static_cast<const T*>(sample(p.x));
-    moments<T, kLast, A>(s, x, begin, end, algebra.at(kMean), algebra.at(kVariance));
+    moments<T, kLast, A>(s, x, begin, end, algebra.at(kMean), algebra.at(kVariance), algebra.at(kWork));
     const A* mean = algebra.at(kMean);
     for (int64_t m = 0; m < p.tangents; ++m) {
       const T* t = static_cast<const T*>(sample(p.t, m));
-      for (int64_t c = begin; c < end; c += S::kChannelStep) {
+      A *tau_table = algebra.at(kTau, m), *xi_table = algebra.at(kXi, m);
+      for_pieces(s, begin, end, [&](int64_t c, int64_t s0, int64_t s1) FS_LAMBDA {
         const V centre = S::coefficient(mean, c);
-        V tau = V{}, xi = V{};
-        s.walk(c, 0, p.pixels, [&](auto whole, int64_t at, int n) FS_LAMBDA {
+        V tau = S::so_far(tau_table, c, s0), xi = S::so_far(xi_table, c, s0);
+        s.walk(c, s0, s1, [&](auto whole, int64_t at, int n) FS_LAMBDA {
           const V d = S::load(whole, t, at, n);
           tau += d;
           xi += d * (S::load(whole, x, at, n) - centre);
         });
-        S::put(S::total(tau) / static_cast<A>(p.pixels), algebra.at(kTau, m), c);
-        S::put(S::total(xi) / static_cast<A>(p.pixels), algebra.at(kXi, m), c);
-      }
+        const A count = s1 == p.pixels ? static_cast<A>(p.pixels) : A(1);
+        S::put(S::total(tau) / count, tau_table, c);
+        S::put(S::total(xi) / count, xi_table, c);
+      });
     }
   }
 
@@ -102,24 +132,24 @@ struct Norm {
     using V = typename S::V;
     const S s{p.channels, p.pixels};
     const void* x = sample(p.x);
-    for (int64_t c = begin; c < end; c += S::kChannelStep) {
+    if ((p.tangents == 0 || !p.ty) && !p.y) return;
+    for_pieces(s, begin, end, [&](int64_t c, int64_t s0, int64_t s1) FS_LAMBDA {
       const V centre = S::coefficient(algebra.at(kMean), c), scale = S::coefficient(algebra.at(kScale), c);
       const V shift = S::coefficient(algebra.at(kShift), c);
       if (p.tangents == 0 || !p.ty) {
-        if (!p.y) return;
         void* y = sample(p.y);
-        s.walk(c, 0, p.pixels, [&](auto whole, int64_t at, int n) FS_LAMBDA {
+        s.walk(c, s0, s1, [&](auto whole, int64_t at, int n) FS_LAMBDA {
           V out;
           activate<V>(kind(), scale * (S::load(whole, x, at, n) - centre) + shift, &out, nullptr, nullptr);
           S::store(whole, out, y, at, n);
         });
-        continue;
+        return;
       }
       for (int64_t m = 0; m < p.tangents; ++m) {
         const V P = S::coefficient(algebra.at(kP, m), c), Q = S::coefficient(algebra.at(kQ, m), c);
         const void* t = sample(p.t, m);
         void *ty = sample(p.ty, m), *y = m == 0 && p.y ? sample(p.y) : nullptr;
-        s.walk(c, 0, p.pixels, [&](auto whole, int64_t at, int n) FS_LAMBDA {
+        s.walk(c, s0, s1, [&](auto whole, int64_t at, int n) FS_LAMBDA {
           const V d = S::load(whole, x, at, n) - centre;
           V out, slope;
           activate<V>(kind(), scale * d + shift, &out, &slope, nullptr);
@@ -127,7 +157,7 @@ struct Norm {
           S::store(whole, times_slope(kind(), slope, scale * S::load(whole, t, at, n) + (P * d + Q)), ty, at, n);
         });
       }
-    }
+    });
   }
 
   // ---- backward
@@ -145,14 +175,14 @@ struct Norm {
 
   // Without tangents gu = f' gy. With them gu = f' gy + f'' Σ u̇ gty and ĝ = f' gty: f(whole, at, n, d = x - mean, gu, slope, curvature).
   template <bool kLast, class F>
-  FS_INLINE void with_gu(const Sample<T, kLast>& s, int64_t c, F f) const {
+  FS_INLINE void with_gu(const Sample<T, kLast>& s, int64_t c, int64_t s0, int64_t s1, F f) const {
     using S = Sample<T, kLast>;
     using V = typename S::V;
     const V centre = S::coefficient(algebra.at(kMean), c), scale = S::coefficient(algebra.at(kScale), c);
     const V shift = S::coefficient(algebra.at(kShift), c);
     const void *x = sample(p.x), *gy = p.gy ? sample(p.gy) : nullptr;
     if (p.tangents == 0) {
-      s.walk(c, 0, p.pixels, [&](auto whole, int64_t at, int n) FS_LAMBDA {
+      s.walk(c, s0, s1, [&](auto whole, int64_t at, int n) FS_LAMBDA {
         const V d = S::load(whole, x, at, n) - centre;
         V slope;
         activate<V>(kind(), scale * d + shift, nullptr, &slope, nullptr);
@@ -160,7 +190,7 @@ struct Norm {
       });
       return;
     }
-    s.walk(c, 0, p.pixels, [&](auto whole, int64_t at, int n) FS_LAMBDA {
+    s.walk(c, s0, s1, [&](auto whole, int64_t at, int n) FS_LAMBDA {
       const V d = S::load(whole, x, at, n) - centre;
       V slope, curvature, bend = V{};
       activate<V>(kind(), scale * d + shift, nullptr, &slope, &curvature);
@@ -180,16 +210,16 @@ struct Norm {
     using S = Sample<T, kLast>;
     using V = typename S::V;
     const S s{p.channels, p.pixels};
-    for (int64_t c = begin; c < end; c += S::kChannelStep) {
-      V sum = V{}, sum_x = V{};
+    for_pieces(s, begin, end, [&](int64_t c, int64_t s0, int64_t s1) FS_LAMBDA {
+      V sum = S::so_far(algebra.at(kSumG), c, s0), sum_x = S::so_far(algebra.at(kSumGx), c, s0);
       if (p.tangents == 0) {
-        with_gu<kLast>(s, c, [&](auto, int64_t, int, V d, V gu, V) FS_LAMBDA { sum += gu, sum_x += gu * d; });
+        with_gu<kLast>(s, c, s0, s1, [&](auto, int64_t, int, V d, V gu, V) FS_LAMBDA { sum += gu, sum_x += gu * d; });
       } else {
         const int64_t M = p.tangents;
         for (int64_t m = 0; m < M; ++m) {
           const void *t = sample(p.t, m), *gty = sample(p.gty, m);
-          V g = V{}, gx = V{}, gt = V{};
-          with_gu<kLast>(s, c, [&](auto whole, int64_t at, int n, V d, V gu, V slope) FS_LAMBDA {
+          V g = S::so_far(algebra.at(kG, m), c, s0), gx = S::so_far(algebra.at(kGx, m), c, s0), gt = S::so_far(algebra.at(kGt, m), c, s0);
+          with_gu<kLast>(s, c, s0, s1, [&](auto whole, int64_t at, int n, V d, V gu, V slope) FS_LAMBDA {
             if (m == 0) sum += gu, sum_x += gu * d;
             const V hat = S::valid(whole, times_slope(kind(), slope, S::load(whole, gty, at, n)), n);
             g += hat;
@@ -203,7 +233,7 @@ struct Norm {
       }
       S::put(S::total(sum), algebra.at(kSumG), c);
       S::put(S::total(sum_x), algebra.at(kSumGx), c);
-    }
+    });
   }
 
   template <bool kLast>
@@ -212,10 +242,10 @@ struct Norm {
     using V = typename S::V;
     const S s{p.channels, p.pixels};
     void* gx = sample(p.gx);
-    for (int64_t c = begin; c < end; c += S::kChannelStep) {
+    for_pieces(s, begin, end, [&](int64_t c, int64_t s0, int64_t s1) FS_LAMBDA {
       const V c4 = S::coefficient(algebra.at(kC4), c), c5 = S::coefficient(algebra.at(kC5), c);
       const V scale = S::coefficient(algebra.at(kScale), c);
-      with_gu<kLast>(s, c, [&](auto whole, int64_t at, int n, V d, V gu, V slope) FS_LAMBDA {
+      with_gu<kLast>(s, c, s0, s1, [&](auto whole, int64_t at, int n, V d, V gu, V slope) FS_LAMBDA {
         V out = scale * gu + (c4 * d + c5);
         for (int64_t m = 0; m < p.tangents; ++m) {
           const V t = S::load(whole, sample(p.t, m), at, n), hat = times_slope(kind(), slope, S::load(whole, sample(p.gty, m), at, n));
@@ -225,7 +255,7 @@ struct Norm {
         }
         S::store(whole, out, gx, at, n);
       });
-    }
+    });
   }
 
   template <bool kLast>

@@ -42,6 +42,29 @@ struct Sample {
   static constexpr int kChannelStep = kLast ? L : 1;
   int64_t channels, pixels;
 
+  // Pixels that are taken together: all of a row; channels last so many that they stay in the first-level cache with all their channels.
+  int64_t piece() const {
+    if (!kLast) return pixels;
+    const int64_t fitting = 4096 / channels;
+    return fitting < 16 ? 16 : fitting < 128 ? fitting : 128;
+  }
+
+  // f(whole, k, offset in the sample, valid lanes) over pixels [s0, s1) of kColumns vectors of channels from c on, the k-th of them.
+  template <int kColumns, class F>
+  FS_INLINE void walk(int64_t c, int64_t s0, int64_t s1, F f) const {
+    if constexpr (kColumns == 1) {
+      walk(c, s0, s1, [&](auto whole, int64_t at, int n) FS_LAMBDA { f(whole, 0, at, n); });
+    } else {
+      static_assert(kLast);  
+      if (c + kColumns * L <= channels) {
+        for (int64_t s = s0; s < s1; ++s)
+          for (int k = 0; k < kColumns; ++k) f(std::true_type{}, k, s * channels + c + k * L, L);
+      } else {
+        for (int k = 0; k < kColumns; ++k)
+          walk(c + k * L, s0, s1, [&](auto whole, int64_t at, int n) FS_LAMBDA { f(whole, k, at, n); });
+      }
+    }
+  }
   // f(whole, offset in the sample, valid lanes) over pixels [s0, s1) of the channels from c on.
   template <class F>
   FS_INLINE void walk(int64_t c, int64_t s0, int64_t s1, F f) const {
@@ -84,6 +107,8 @@ struct Sample {
     if constexpr (kLast) { V v; __builtin_memcpy(&v, table + c, sizeof(V)); return v; }
     else return V{} + table[c];
   }
+  // What the pixels before s0 have left there.
+  FS_INLINE static V so_far(const A* table, int64_t c, int64_t s0) { return s0 ? coefficient(table, c) : V{}; }
   FS_INLINE static V total(V sum) {
     if constexpr (kLast) return sum;
     else return V{} + sum_lanes(sum);
