@@ -1,5 +1,6 @@
 """Checkpoints that were made to harm: each is one sentence, soon, and nothing of it is executed."""
 
+import collections
 import io
 import json
 import subprocess
@@ -78,11 +79,14 @@ def test_files_of_tensors_are_read_as_they_are(tmp_path, new):
         "parameter": torch.nn.Parameter(torch.ones(2)),
         "size": torch.Size([2, 3]),
         "device": torch.device("cpu"),
+        "schedule": {"milestones": collections.Counter([3, 5, 5]), "seen": {1, 2}},
+        "dtype": torch.bfloat16,
         "plain": (1, -5, 2**40, 1.5, None, True, "é", b"bytes", {3: [()]}),
     }
     torch.save(several, file, _use_new_zipfile_serialization=new)
     found = read(file)
-    assert found["plain"] == several["plain"] and found["size"] == several["size"]
+    for name in ("plain", "size", "device", "schedule", "dtype"):
+        assert found[name] == several[name]
     for name in ("transposed", "empty", "number", "half", "whole", "parameter"):
         assert torch.equal(found[name], several[name])
     assert all(map(torch.equal, found["shared"], several["shared"]))

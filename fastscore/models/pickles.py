@@ -20,9 +20,15 @@ _SIZES = {
     "BoolStorage": 1,
 }   # fmt: skip
 
+_DTYPES = (
+    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
+)   # fmt: skip
+
 _REBUILD = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
 _PARAMETER = "torch._utils._rebuild_parameter"
 _DICTIONARY = "collections.OrderedDict"
+# Of the state of learning rate schedules; called with a dictionary or a list of plain values.
+_COLLECTIONS = ("collections.Counter", "builtins.set")
 # Called with plain values.
 _PLAIN = ("torch.Size", "torch.device", "_codecs.encode")
 # Instead of numpy's numbers, which torch.load is given stand-ins for.
@@ -172,8 +178,8 @@ def _is_plain(value):
 
 def _named(name):
     module, _, last = name.rpartition(".")
-    known = (*_REBUILD, _PARAMETER, _DICTIONARY, *_PLAIN, *NUMPY)
-    if name in known or (module == "torch" and last in _SIZES):
+    known = (*_REBUILD, _PARAMETER, _DICTIONARY, *_COLLECTIONS, *_PLAIN, *NUMPY)
+    if name in known or (module == "torch" and last in (*_SIZES, *_DTYPES)):
         return _Global(name)
     raise Refused(f"it names {name[:80]}, of which no tensor is made")
 
@@ -190,6 +196,10 @@ def _called(function, arguments):
         return _Built("tensor")
     if name == _DICTIONARY and not arguments:
         return _Built(_DICTIONARY)
+    if name in _COLLECTIONS and len(arguments) == 1:
+        (items,) = arguments
+        if _is_built(items, "dict") or (type(items) is list and all(map(_is_plain, items))):
+            return _Built(name)
     if name in _PLAIN and all(map(_is_plain, _flat(arguments))):
         return _Built(name)
     if name in NUMPY:
