@@ -15,7 +15,7 @@ from fastscore.scalars import DEPTH, SIZE, named
 
 _NAME = "NCSNpp"
 _SMALLEST = 1e-30  # sigma; 1/σ is finite in float32
-CHOICES = {
+CHOICES: dict[str, tuple[str, ...]] = {
     "nonlinearity": tuple(ACTIVATIONS),
     "resblock_type": ("biggan", "ddpm"),
     "progressive": ("none", "output_skip"),
@@ -79,8 +79,20 @@ class NCSNpp(layers.Exact):
     torch.Size([2, 3, 8, 8])
     """
 
+    channels: int
+    nf: int
+    levels: int
+    attention: frozenset[int]
+    num_res_blocks: int
+    process: Process
+    scale_by_sigma: bool
+    conditional: bool
+    skip_rescale: bool
     sigmas: Tensor
     sample_shape: tuple[int, int, int]
+    pyramid_down: layers.Resample
+    pyramid_up: layers.Resample
+    all_modules: nn.ModuleList
 
     def __init__(
         self,
@@ -159,9 +171,7 @@ class NCSNpp(layers.Exact):
                 fir=bool(fir),
                 combine=progressive_combine,
                 scale=checks.number(_NAME, "fourier_scale", fourier_scale, above=0),
-                groups=None if groups is None else checks.integer(
-                    _NAME, "groups", groups, 1, limit=SIZE
-                ),
+                groups=_groups(groups),
                 dropout=checks.number(_NAME, "dropout", dropout, 0, 1),
             )
         )
@@ -334,6 +344,10 @@ class NCSNpp(layers.Exact):
         if not isinstance(sigma, Tensor):
             sigma = checks.as_tensor(sigma, x)
         return sigma.reshape(-1)
+
+
+def _groups(groups):
+    return None if groups is None else checks.integer(_NAME, "groups", groups, 1, limit=SIZE)
 
 
 def _column(t):

@@ -59,6 +59,17 @@ class Residual(nn.Module):
     biggan: project x by a 1×1 convolution (where channels or sides change), else by a `Nin`.
     """
 
+    GroupNorm_0: nn.GroupNorm
+    Conv_0: nn.Conv2d
+    Dense_0: nn.Linear
+    GroupNorm_1: nn.GroupNorm
+    Dropout_0: nn.Dropout
+    Conv_1: nn.Conv2d
+    Conv_2: nn.Conv2d
+    NIN_0: "Nin"
+    shortcut: str | None
+    resample: nn.Module | None
+
     def __init__(
         self,
         channels: int,
@@ -111,6 +122,12 @@ class Attention(nn.Module):
     """x + W₃ (self-attention over all places with one head), the sum divided by √2 where asked
     for."""
 
+    GroupNorm_0: nn.GroupNorm
+    NIN_0: "Nin"
+    NIN_1: "Nin"
+    NIN_2: "Nin"
+    NIN_3: "Nin"
+
     def __init__(self, channels: int, groups: int | None, rescale: bool) -> None:
         super().__init__()
         self.rescale = rescale
@@ -132,6 +149,9 @@ class Attention(nn.Module):
 
 class Nin(nn.Module):
     """A linear map of the channels, W (in, out) and b (out,)."""
+
+    W: nn.Parameter
+    b: nn.Parameter
 
     def __init__(self, channels: int, out: int, scale: float) -> None:
         super().__init__()
@@ -175,6 +195,8 @@ class ConvResample(nn.Module):
     """Twice or half the sides by a 3×3 convolution, of DDPM; called with the embedding, which it
     does not use."""
 
+    Conv_0: nn.Conv2d
+
     def __init__(self, channels: int, out: int, up: bool) -> None:
         super().__init__()
         self.up = up
@@ -189,6 +211,7 @@ class ConvResample(nn.Module):
 class FirDown(KeepsBuffers):
     """Half the sides by the FIR filter and a 3×3 convolution in one."""
 
+    Conv2d_0: nn.Conv2d
     kernel: Tensor
 
     def __init__(self, channels: int, out: int) -> None:
@@ -204,6 +227,8 @@ class FirDown(KeepsBuffers):
 
 class Combine(nn.Module):
     """y and a 1×1 convolution of x, added or side by side."""
+
+    Conv_0: nn.Conv2d
 
     def __init__(self, channels: int, out: int, method: str) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ _REBUILD = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
 _PARAMETER = "torch._utils._rebuild_parameter"
 _DICTIONARY = "collections.OrderedDict"
 # Of the state of learning rate schedules; called with a dictionary or a list of plain values.
-_COLLECTIONS = ("collections.Counter", "builtins.set")
+_COLLECTIONS = ("collections.Counter", "builtins.set", "__builtin__.set")
 # Called with plain values.
 _PLAIN = ("torch.Size", "torch.device", "_codecs.encode")
 # Instead of numpy's numbers, which torch.load is given stand-ins for.
@@ -41,6 +41,8 @@ class Refused(Exception):
 
 class Storage:
     """Bytes that a pickle says to be elsewhere in its file."""
+
+    bytes: int
 
     def __init__(self, key: str, width: int, count: int) -> None:
         self.key = key

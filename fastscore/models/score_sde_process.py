@@ -31,6 +31,12 @@ class Process:
         t = 2 L/(β_min + √(β_min² + 2 (β_max - β_min) L))
     """
 
+    continuous: bool
+    centered: bool
+    num_scales: int
+    beta_min: float
+    beta_max: float
+
     def __init__(
         self,
         sde: str,
