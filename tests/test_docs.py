@@ -91,8 +91,11 @@ OURS = [*of("fastscore"), *(entry for entry in of("torchrun") if "fastscore" in 
 
 
 @pytest.mark.parametrize(("page", "words"), OURS, ids=[" ".join(words) for _, words in OURS])
-def test_the_functionsof_the_pages_are_understood(page, words, monkeypatch):
+def test_the_functionsof_the_pages_are_understood(page, words, monkeypatch, tmp_path):
     words = words[words.index("fastscore") :]
+    # A file of options that they speak of.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text("steps = 100\n")
     called = []
     functions = (
         (train, "train"),

@@ -9,6 +9,7 @@ import time
 
 import children
 import numpy as np
+import pages
 import pytest
 import ranked
 import torch
@@ -359,6 +360,15 @@ def stopped(data, out):
             for step, _ in updates:
                 if together.ends(15 if step == 25 else 0):
                     return
+
+
+def page():
+    pages.run(pages.ROOT / "docs/tutorials/several_processes.md", quick=True)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_the_programs_of_the_tutorial_run_on_two_processes():
+    assert ranked.run(2, page) == [0, 0]
 
 
 def test_a_batch_that_has_no_equal_parts_is_refused(data, tmp_path):

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from fastscore import regular
+
+_MOST = 1 << 20   # bytes
 # What the config.toml of a run says beside its options.
 _OF_A_RUN = ("shape", "format")
 
@@ -18,7 +21,7 @@ def read(path: Path, types: dict[str, type]) -> dict[str, Any]:
             another type.
     """
     try:
-        values = parsed(path.read_bytes())
+        values = parsed(regular.read(path, _MOST))
     except OSError as error:
         raise ValueError(f"train: {path} cannot be read: {error.strerror.lower()}.") from None
     except ValueError as error:
