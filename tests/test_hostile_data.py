@@ -406,7 +406,7 @@ def damaged(data, rng):
     return bytes(found)
 
 
-@pytest.mark.parametrize("n", [30, pytest.param(2000, marks=pytest.mark.slow(3))])
+@pytest.mark.parametrize("n", [30, pytest.param(500, marks=pytest.mark.slow(1))])
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_files_are_read_or_one_sentence(tmp_path, n):
     """By every reader, whole and as they are wanted; seed 0."""

@@ -69,7 +69,9 @@ def fit(config: TrainConfig, together: Ranks | None = None) -> Iterator[tuple[in
     if config.channels_last:
         net.to(memory_format=torch.channels_last)
     things = (whole, held_out if config.held_out else None, net, sigmas)
-    return _updates(config, together, out, data.shape, splits.record(config, data), *things)
+    # Of all images, which are read for it; the other processes need none.
+    record = splits.record(config, data) if together.leads else None
+    return _updates(config, together, out, data.shape, record, *things)
 
 
 def batches(
