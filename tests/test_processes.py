@@ -141,7 +141,8 @@ def test_torchrun_trains_and_samples(tmp_path, data, undisturbed):
     words = ["--data", data, "--out", out, "--width", "16", "--depth", "1", "--levels", "3"]
     words += ["--batch-size", "16", "--steps", "60"]
     done = children.run([*TORCHRUN, "-m", "fastscore", "train", *words], check=True)
-    assert done.stdout.startswith(f"run: {out}\npictures: ") and done.stdout.count("\n") == 2
+    # The plan, once, and where things are.
+    assert f"\nrun: {out}\npictures: " in done.stdout and done.stdout.count("\n") == 4
     assert done.stderr.count("train: step 60 of 60") == 1
     names = {"config.toml", "metrics.jsonl", "split.safetensors", "step-000000060"}
     pictures = {"levels.png", "loss.png", "samples.png"}
@@ -303,8 +304,8 @@ def test_what_one_rank_fails_at_ends_all_and_leaves_the_save_before(
     told = [out.with_suffix(f".{k}").read_text().splitlines() for k in (0, 1)]
     assert told[rank][-1].endswith("no" if error else "No space left on device")
     assert told[1 - rank][-1].startswith(f"train: rank {1 - rank} has lost another process")
-    # The first one's progress, and nothing of the second but this.
-    assert len(told[0]) == 2 and len(told[1]) == 1
+    # The first one's progress, if it came to a second, and nothing of the second but this.
+    assert len(told[0]) <= 2 and len(told[1]) == 1
     assert saves.of_run(out)[0].step == 20
     assert ranked.run(2, trained, data, out, resume=True) == [0, 0]
     assert same(out, undisturbed)

@@ -107,7 +107,7 @@ def in_old_form(out, run, step):
 def found(run, out, acknowledged):
     """What is wrong with a folder whose process was killed: "" where nothing is."""
     if not (out / "config.toml").exists():
-        fitting._refuse_another_run(out)
+        fitting.refuse_another_run(out)
         return "lost" if acknowledged else ""
     run.be(255)
     try:

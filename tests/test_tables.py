@@ -217,6 +217,7 @@ def test_samples_are_written_in_the_units_of_the_table(tmp_path, monkeypatch, ca
     path = table(tmp_path / "x.csv", header="a,b,c,k", words=[i % 2 for i in range(20)])
     out = tmp_path / "run"
     options = ["--steps", 3, "--width", 8, "--levels", 3, "--batch-size", 8, "--held-out", 5]
+    options += ["--sigma-max", 1, "--sigma-min", 0.01]
     assert not run(monkeypatch, "train", "--data", f"{path}:label=k", "--out", out, *options)
     shown = (out / "samples.csv").read_text().splitlines()
     assert shown[0] == "a,b,c" and len(shown) == 65 and not (out / "samples.png").exists()

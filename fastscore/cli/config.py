@@ -32,17 +32,20 @@ def _of_network(kind):
     return field(default=None, metadata={"default": None, "type": kind})
 
 
-# What each network has unless it is given; what is None follows from the training data, and is
-# known to a run that has begun. One that a network does not have is there for earlier versions.
-_IMAGES = {"steps": 9000, "batch_size": 256, "lr": 2e-3, "levels": 16}
-_IMAGES |= {"sigma_max": 1.0, "sigma_min": 0.01, "width": 256}
+# What each network has unless it is given, or the training data call for something else
+# (networks.resolved); what is None is known to a run that has begun. What a network does not have
+# is there for runs of earlier versions.
 _NO_UNET = {"multipliers": (), "blocks": 0, "attention": (), "patch": 0, "classes": 0}
 _NO_UNET |= {"data_mean": 0.5, "data_std": 0.5, "weighting": "even"}
-_UNET = {"steps": 2000, "batch_size": 32, "lr": 3e-3, "levels": 50}
-_UNET |= {"sigma_max": None, "sigma_min": None, "width": 32}
+_MLP = {"steps": 9000, "batch_size": 256, "lr": 2e-3, "levels": 16, "width": 256}
+_MLP |= {"sigma_max": 1.0, "sigma_min": 0.01, **_NO_UNET}
+_NCSN = _MLP | {"batch_size": 64, "lr": 1e-3, "width": 32}
+_UNET = {"steps": 2000, "batch_size": 32, "lr": 3e-3, "levels": 50, "width": 32}
+_UNET |= {"sigma_max": None, "sigma_min": None}
 _UNET |= {"multipliers": (1, 2), "blocks": 1, "attention": (), "patch": 2}
 _UNET |= {"classes": None, "data_mean": None, "data_std": None, "weighting": "edm"}
-NETWORKS = {"mlp": _IMAGES | _NO_UNET, "ncsn": _IMAGES | _NO_UNET, "unet": _UNET}
+NETWORKS = {"mlp": _MLP, "ncsn": _NCSN, "unet": _UNET}
+LEVELS = 10**6
 
 # --flip, and None where it is not given.
 _FLAG = PrimitiveConstructorSpec(
@@ -69,8 +72,9 @@ class TrainConfig:
             said behind its name, such as faces:rgb, x.npz:channels-last:max=16 or
             x.csv:label=species.
         out: run folder to create.
-        network: mlp (residual ScoreMLP; unless given), ncsn (convolutional RefineNet) or unet
-            (convolutional, and told the classes of the images where these have labels).
+        network: mlp (residual ScoreMLP), ncsn (convolutional RefineNet) or unet (convolutional, and
+            told the classes of the images where these have labels); unless given unet for images
+            with a side of 16 or more, and mlp for others and where depth is given.
         loss: denoising (unless given), denoising-vr (at small σ of less variance, twice the cost),
             sliced, sliced-vr (variance reduced) or exact (the whole trace: small images only).
         projections: random directions per image, of the sliced losses; 1 unless given.
@@ -85,14 +89,15 @@ class TrainConfig:
         sigma_max: largest noise, in units of the [0, 1] pixel range; 1 unless given, of a unet 8
             times the standard deviation of the images.
         sigma_min: smallest noise; 0.01 unless given, of a unet 1/25 of that standard deviation.
-        width: width of the mlp, ngf of the ncsn (256 unless given), or channels of the unet's
-            first level (32).
+        width: width of the mlp (unless given 256, or more where the samples have more values), ngf
+            of the ncsn (32), or channels of the unet's first level (32, or 64 with a GPU).
         depth: residual blocks of the mlp; 3 unless given.
         multipliers: of the unet's width, by level; each level has half the side of the one before.
-            1 2 unless given.
+            Unless given 1 2, and one more 2 whenever the side doubles from 40 on.
         blocks: residual blocks of a level of the unet; 1 unless given.
         attention: levels of the unet, from 0, with self-attention; none unless given.
-        patch: side of the patches that the unet takes for one place; 2 unless given.
+        patch: side of the patches that the unet takes for one place; unless given 2, and 1 with a
+            GPU.
         classes: how many the unet knows; those of the labels unless given, 0: none, and the labels
             are not looked at.
         label_drop: share of the images whose label is not told, so that the network knows the
@@ -136,11 +141,12 @@ class TrainConfig:
     task: str | None = _unless_given("score")
     data: str | None = _unless_given("digits")
     out: Path | None = field(default=None, metadata={"default": _OUT, "type": Path})
-    network: str | None = _unless_given("mlp")
+    network: str | None = _of_network(str)
     loss: str | None = _unless_given("denoising")
     projections: int | None = _unless_given(1)
     distribution: str | None = _unless_given("rademacher")
     steps: int | None = _of_network(int)
+    budget: float | None = _unless_given(0.0)
     batch_size: int | None = _of_network(int)
     accumulate: int | None = _unless_given(1)
     lr: float | None = _of_network(float)
@@ -189,6 +195,10 @@ class TrainConfig:
         for f in fields(self):
             if f.metadata and f.name not in self.given:
                 setattr(self, f.name, f.metadata["default"])
+        if self.network is None and (
+            self.data == "digits" or self.task == "classifier" or "depth" in self.given
+        ):
+            self.network = "mlp"
         for name, value in NETWORKS.get(self.network, {}).items():
             if name not in self.given:
                 setattr(self, name, value)
@@ -214,7 +224,8 @@ class TrainConfig:
             "precision": ("float32", "bfloat16"),
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
+            # None: what follows from data that are not known yet.
+            if getattr(self, name) not in (None, *allowed):
                 listed = (
                     f"one of {', '.join(allowed)}" if len(allowed) > 2 else " or ".join(allowed)
                 )
@@ -222,8 +233,11 @@ class TrainConfig:
 
         counts = ("steps", "batch_size", "accumulate", "levels", "width", "depth", "projections")
         for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"train: {name} must be at least 1; got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"train: {name} must be at least 1; got {value}.")
+        if self.levels is not None and self.levels > LEVELS:
+            raise ValueError(f"train: levels must be at most {LEVELS}; got {self.levels}.")
         for name in ("shift", "crop", "grey_levels", "skip_corrupt"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train: {name} must be at least 0; got {getattr(self, name)}.")
@@ -233,8 +247,10 @@ class TrainConfig:
             )
         if self.grey_levels == 1:
             raise ValueError("train: grey_levels must be 0 or at least 2; got 1.")
-        if not 0 < self.lr < float("inf"):
+        if self.lr is not None and not 0 < self.lr < float("inf"):
             raise ValueError(f"train: lr must be positive and finite; got {self.lr}.")
+        if not 0 <= self.budget < float("inf"):
+            raise ValueError(f"train: budget must be positive and finite; got {self.budget}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"train: ema_decay must be in [0, 1); got {self.ema_decay}.")
 
@@ -253,7 +269,7 @@ class TrainConfig:
                     )
         self._check_unet()
         self._check_engine()
-        if None not in (self.sigma_max, self.sigma_min):
+        if None not in (self.sigma_max, self.sigma_min, self.levels):
             schedules.geometric(self.sigma_max, self.sigma_min, self.levels)
 
     def _check_engine(self):
@@ -273,13 +289,13 @@ class TrainConfig:
             raise ValueError("train: channels_last belongs to networks of convolutions; got mlp.")
 
     def _check_unet(self):
-        if self.network != "unet":
+        if self.network in ("mlp", "ncsn"):
             for name, value in (_NO_UNET | {"label_drop": 0.1}).items():
                 if getattr(self, name) != value:
                     raise ValueError(
                         f"train: {name} belongs to network unet; the network is {self.network}."
                     )
-        elif self.depth != 3:
+        elif self.network == "unet" and self.depth != 3:
             raise ValueError("train: depth belongs to network mlp; the network is unet.")
         if self.classes is not None and self.classes < 0:
             raise ValueError(f"train: classes must be at least 0; got {self.classes}.")

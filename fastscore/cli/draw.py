@@ -5,6 +5,7 @@ kept for a job that goes on. So the samples of a job that was interrupted or spl
 that was not, bit for bit.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastscore import distributed, random, sampling
+from fastscore import distributed, memory, random, sampling
 from fastscore.cli import run_folder
 from fastscore.cli.conditions import Condition, conditioned
 from fastscore.cli.parts import Parts, digest_of_network
@@ -95,6 +96,8 @@ def prepare(
     """
     n = checks.integer("sample", "n", n, 1)
     batch_size = checks.integer("sample", "batch_size", batch_size, 1)
+    # Batches, all of them together, and as images.
+    memory.check(12 * n * math.prod(shape), f"sample: {n} samples", "; lower n")
     options = SamplerOptions(**sampler)
     arguments = options.arguments(sigmas, net)
     device = next(net.parameters()).device

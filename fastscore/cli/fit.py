@@ -47,13 +47,7 @@ def fit(config: TrainConfig, together: Ranks | None = None) -> Iterator[tuple[in
         config = run_folder.resumed(config)
     out = Path(config.out)
     if not config.resume and together.leads:
-        _refuse_another_run(out)
-    if config.batch_size % (together.size * config.accumulate):
-        raise ValueError(
-            f"train: batch_size must be a multiple of processes x accumulate, {together.size} x "
-            f"{config.accumulate}; got {config.batch_size}."
-        )
-
+        refuse_another_run(out)
     data = splits.source(config)
     if config.task == "classifier" and data.labels is None:
         raise ValueError(f"train: a classifier needs labels; {config.data} has none.")
@@ -63,6 +57,11 @@ def fit(config: TrainConfig, together: Ranks | None = None) -> Iterator[tuple[in
     classes = None if data.labels is None else int(training_part.labels.max()) + 1
     if not config.resume:
         config = networks.resolved(config, training_part)
+    if config.batch_size % (together.size * config.accumulate):
+        raise ValueError(
+            f"train: batch_size must be a multiple of processes x accumulate, {together.size} x "
+            f"{config.accumulate}; got {config.batch_size}."
+        )
     net, sigmas = networks.build(config, data.shape, classes)
     whole = training_part.whole
     whole, net, sigmas = (t.to(together.device) for t in (whole, net, sigmas))
@@ -112,7 +111,8 @@ def _varied(images, config, step, first_sample):
     return images
 
 
-def _refuse_another_run(out):
+def refuse_another_run(out: Path) -> None:
+    """Raise ValueError if the folder holds anything."""
     # What a run that was killed before it had its config leaves is none.
     kept = [] if not out.exists() else list(out.iterdir())
     left = {splits.FILE, lock.NAME, ranks.JOB}
@@ -136,7 +136,7 @@ def _writing(config, together, out):
     with lock.only_writer(out):
         if not config.resume:
             # Another process may have begun meanwhile.
-            _refuse_another_run(out)
+            refuse_another_run(out)
         files.sweep(out)
         with ranks.claimed(out):
             together.meet()

@@ -1,6 +1,5 @@
 """The networks of `fastscore train`: what they take from the data, and what they are told."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,18 +19,86 @@ def resolved(config: TrainConfig, data: Source) -> TrainConfig:
     """The options of a new run with everything that follows from its training data.
 
     Raises:
-        ValueError: labels that are asked for are not there, or more than are asked for.
+        ValueError: labels that are asked for are not there, or more than are asked for; the network
+            does not fit the data.
     """
-    if config.task != "score" or config.network != "unet":
-        return config
-    values: dict[str, Any] = {"classes": _classes(config, data)}
+    values = {name: getattr(config, name) for name in config.given}
+    network = values.setdefault("network", config.network or network_for(data.shape))
+    if config.task == "score":
+        found = {"mlp": _of_mlp, "ncsn": _of_ncsn, "unet": _of_unet}[network](config, data)
+        values = found | values
+    config = TrainConfig(**values)
+    if network == "unet" and not config.attention:
+        _check_sight(config, max(data.shape[1:]))
+    return config
+
+
+def network_for(shape: tuple[int, ...]) -> str:
+    """The network for samples of this shape, unless it is given."""
+    return "unet" if len(shape) == 3 and max(shape[1:]) >= 16 else "mlp"
+
+
+def _of_mlp(config, data):
+    dim = math.prod(data.shape)
+    # What is narrower than the data cannot be the noise in all their directions.
+    values: dict[str, Any] = {"width": max(256, -(-dim // 64) * 64)}
+    if len(data.shape) == 3:
+        return values
+    x = data.read(_places(len(data), 2000))
+    std = _moments(data)[1]
+    # Technique 1 of NCSNv2, and four levels for one of NCSN's (γ = 100^(1/9)): with these the
+    # variance that annealed Langevin dynamics gives a Gaussian is 7 % too large, and not 38 %.
+    widest, narrowest = schedules.max_pairwise_distance(x), 0.01 * std
+    levels = 1 + math.ceil(math.log(widest / narrowest) * 36 / math.log(100))
+    values |= {"sigma_max": _rounded(widest), "sigma_min": _rounded(narrowest)}
+    return values | {"levels": max(16, levels)}
+
+
+def _of_ncsn(config, data):
+    return {}
+
+
+def _of_unet(config, data):
+    _check_images(config, data.shape)
     mean, std = _moments(data)
-    values |= {"data_mean": mean, "data_std": std}
-    # In units of the data, and to four digits, which read well in a config.
-    for name, share in (("sigma_max", 8), ("sigma_min", 0.04)):
-        values[name] = float(f"{share * std:.4g}")
-    kept = {name: getattr(config, name) for name in values if getattr(config, name) is not None}
-    return dataclasses.replace(config, **values | kept)
+    side = max(data.shape[1:])
+    levels = 2 + max(0, math.floor(math.log2(side / 40)) + 1)
+    values = {
+        "classes": _classes(config, data),
+        "data_mean": mean,
+        "data_std": std,
+        # They cover what takes an image apart and what nobody sees (docs/command_line.md).
+        "sigma_max": _rounded(8 * std),
+        "sigma_min": _rounded(std / 25),
+        "multipliers": (1, *[2] * (levels - 1)),
+        "patch": 2 if side <= 128 else 4,
+    }
+    if torch.cuda.is_available():
+        values |= {"width": 64, "blocks": 2, "patch": values["patch"] // 2}
+        values |= {"batch_size": 128, "lr": 1e-3}
+    return values
+
+
+def sight(multipliers: tuple[int, ...], blocks: int, patch: int) -> int:
+    """How many pixels a side of what one pixel of a UNet without attention sees, by its
+    convolutions."""
+    radius = 2 * patch   # the first and the last
+    for level in range(len(multipliers)):
+        scale = patch * 2**level
+        radius += 2 * scale * (2 * blocks + 1)
+        if level < len(multipliers) - 1:
+            radius += 2 * scale   # on the way down and up
+    return 2 * (radius + 4 * scale) + 1
+
+
+def _check_sight(config, side):
+    seen = sight(config.multipliers, config.blocks, config.patch)
+    if seen < side:
+        raise ValueError(
+            f"train: a pixel of this unet sees {seen} pixels a side, fewer than the {side} of an "
+            "image, so that it cannot know what noise as large as an image hides; give more "
+            "multipliers, blocks, a larger patch, or attention."
+        )
 
 
 def _classes(config, data):
@@ -52,12 +119,22 @@ def _classes(config, data):
 
 def _moments(data):
     """Mean and standard deviation of all values, of many samples from some spread over all."""
-    n = min(len(data), _LOOKED_AT)
-    x = data.read(torch.arange(n) * len(data) // n).double()
+    x = data.read(_places(len(data), _LOOKED_AT)).double()
     std = float(x.std(correction=0))
     if not std > 0:
         raise ValueError("train: the data must differ; all their values are the same.")
-    return float(f"{float(x.mean()):.6g}"), float(f"{std:.6g}")
+    return _rounded(float(x.mean()), 6), _rounded(std, 6)
+
+
+def _places(n, most):
+    """Of so many of n samples, spread over all."""
+    count = min(n, most)
+    return torch.arange(count) * n // count
+
+
+def _rounded(value, digits=4):
+    """To what reads well in a config."""
+    return float(f"{value:.{digits}g}")
 
 
 def build(
@@ -70,20 +147,29 @@ def build(
     sigmas = schedules.geometric(config.sigma_max, config.sigma_min, config.levels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        if config.task == "classifier":
-            return models.NoiseClassifier(math.prod(shape), num_classes, **_mlp(config, sigmas)), (
-                sigmas
-            )
-        if config.network == "mlp":
-            return models.ScoreMLP(math.prod(shape), **_mlp(config, sigmas)), sigmas
-        if len(shape) != 3:
-            raise ValueError(
-                f"train: network {config.network} is for images; samples of shape "
-                f"{tuple(shape)} need --network mlp."
-            )
-        if config.network == "ncsn":
-            return models.NCSN(shape[0], config.width, sigmas, image_size=shape[2]), sigmas
-        return _unet(config, shape[0]), sigmas
+        return network(config, shape, sigmas, num_classes), sigmas
+
+
+def network(
+    config: TrainConfig, shape: tuple[int, ...], sigmas: Tensor, num_classes: int | None = None
+) -> nn.Module:
+    """The network of `build`, on the default device and from torch's generator."""
+    if config.task == "classifier":
+        return models.NoiseClassifier(math.prod(shape), num_classes, **_mlp(config, sigmas))
+    if config.network == "mlp":
+        return models.ScoreMLP(math.prod(shape), **_mlp(config, sigmas))
+    _check_images(config, shape)
+    if config.network == "ncsn":
+        return models.NCSN(shape[0], config.width, sigmas, image_size=shape[2])
+    return _unet(config, shape[0])
+
+
+def _check_images(config, shape):
+    if len(shape) != 3:
+        raise ValueError(
+            f"train: network {config.network} is for images; samples of shape {tuple(shape)} need "
+            "--network mlp."
+        )
 
 
 def _mlp(config, sigmas):

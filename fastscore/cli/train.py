@@ -13,9 +13,9 @@ import torch
 from tyro.conf import arg
 
 from fastscore import distributed
-from fastscore.cli import draw, evaluate, metrics, pictures, rows, run_folder, splits
+from fastscore.cli import draw, evaluate, metrics, pictures, plan, rows, run_folder, splits
 from fastscore.cli.config import TrainConfig
-from fastscore.cli.fit import fit
+from fastscore.cli.fit import fit, refuse_another_run
 from fastscore.cli.progress import Progress
 from fastscore.training import files, ranks, signals
 
@@ -33,7 +33,7 @@ def run(config: TrainConfig, draw_pictures: Callable[[Path, Callable], object]) 
     """
     with signals.stop_on_signals() as stop:
         with ranks.joined() as together:
-            config = _going_on(config, together)
+            config = _planned(_going_on(config, together), together)
             out = Path(config.out)
             with contextlib.closing(_fitted(config, together)) as updates:
                 _show_progress(updates, config, stop, together)
@@ -54,6 +54,19 @@ def _going_on(config, together):
         config = copy.copy(config)
         config.resume = True
     return run_folder.resumed(config) if config.resume else config
+
+
+def _planned(config, together):
+    """The options of a run, those of a new one with what follows from data and budget, which is
+    printed."""
+    if config.resume:
+        return config
+    if together.leads:
+        refuse_another_run(Path(config.out))
+    made = plan.made(config, together)
+    if together.leads:
+        print(made, flush=True)
+    return made.config
 
 
 def _fitted(config, together):
