@@ -88,6 +88,7 @@ def in_float64(data, out, accumulates, options, together=None):
             for dtype, steps in ((torch.float64, 100), (torch.float32, 1)):
                 folder = out / f"{accumulate}-{dtype}"
                 own = {"data": data, "out": folder, "steps": steps, "accumulate": accumulate}
+                own |= {"depth": None} if "network" in options else {}
                 list(fit(TrainConfig(**{**SMALL, **options, **own}), together))
             if together is None or together.leads:
                 torch.save([p.grad for p in nets[-1].parameters()], out / f"{accumulate}.pt")
@@ -103,8 +104,15 @@ def in_float64_together(*arguments):
 )
 @pytest.mark.parametrize(
     "options",
-    [{}, {"loss": "sliced", "projections": 2}, {"task": "classifier"}],
-    ids=["denoising", "sliced", "classifier"],
+    [
+        {},
+        {"loss": "sliced", "projections": 2},
+        {"task": "classifier"},
+        pytest.param(
+            {"network": "unet", "width": 8, "label_drop": 0.5}, marks=pytest.mark.slow(minutes=1)
+        ),
+    ],
+    ids=["denoising", "sliced", "classifier", "unet-slow"],
 )
 def test_a_run_is_the_same_on_any_number_of_processes_and_in_any_parts(
     tmp_path, data, number, options
@@ -377,6 +385,34 @@ def test_a_batch_that_has_no_equal_parts_is_refused(data, tmp_path):
     with pytest.raises(ValueError, match=r"batch_size must be a multiple of .* 1 x 3; got 16"):
         fit(config)
     assert not (tmp_path / "run").exists()
+
+
+def refused(data, out, told):
+    """A second torchrun that meets the first in its folder."""
+    try:
+        trained(data, out, resume=True)
+    except (ValueError, OSError) as error:
+        told.with_suffix(f".{os.environ['RANK']}").write_text(str(error))
+        sys.exit(2)
+
+
+def test_a_folder_that_is_written_is_refused_to_all_processes_of_another(tmp_path, data):
+    out = tmp_path / "run"
+    updates = fit(TrainConfig(**{**SMALL, "depth": 1}, data=data, out=out))
+    next(updates)
+    assert ranked.run(2, refused, data, out, tmp_path / "told") == [2, 2]
+    assert "is being written by another process" in (tmp_path / "told.0").read_text()
+    assert "rank 1 has lost another process" in (tmp_path / "told.1").read_text()
+    updates.close()
+    assert ranked.run(2, trained, data, out, resume=True) == [0, 0]
+
+
+def all_dropped(data, out):
+    trained(data, out, network="unet", width=8, depth=None, label_drop=1.0, steps=3, accumulate=2)
+
+
+def test_labels_that_are_dropped_in_all_of_a_part_leave_no_gradient_out(tmp_path, data):
+    assert ranked.run(2, all_dropped, data, tmp_path / "run") == [0, 0]
 
 
 def test_environment_is_that_of_one_process_within_alone(monkeypatch):

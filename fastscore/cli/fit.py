@@ -138,9 +138,9 @@ def _writing(config, together, out):
             # Another process may have begun meanwhile.
             refuse_another_run(out)
         files.sweep(out)
-        with ranks.claimed(out):
-            together.meet()
-            yield
+        ranks.claim(out)
+        together.meet()
+        yield
 
 
 def _updates_alone(config, together, out, shape, split, data, held_out, net, sigmas):

@@ -118,12 +118,12 @@ def add(out: Path, record: dict[str, Any]) -> None:
     """Append a line.
 
     Raises:
-        FloatingPointError: a value is not finite; nothing is written.
+        ValueError: a value is not finite; nothing is written.
     """
     try:
         line = json.dumps(record, allow_nan=False)
     except ValueError:
-        raise FloatingPointError(
+        raise ValueError(
             f"train: the record of step {record['step']} must be finite, but the losses that it "
             "sums up, or those of the held-out images, are not."
         ) from None

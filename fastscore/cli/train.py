@@ -37,12 +37,17 @@ def run(config: TrainConfig, draw_pictures: Callable[[Path, Callable], object]) 
             out = Path(config.out)
             with contextlib.closing(_fitted(config, together)) as updates:
                 _show_progress(updates, config, stop, together)
+            # Also of a signal after the last step: all end in the same way.
+            stop.signal = together.ends(stop.signal)
         if stop and together.leads:
             print("\ninterrupted; the run is saved, go on with --resume", flush=True)
         # Whoever presses Ctrl-C wants to see what there is; a scheduler waits for the end.
         if together.leads and (not stop or stop.signal == signal.SIGINT):
             with distributed.alone():
                 _finish(config, out, stop, draw_pictures)
+        # Nothing is left that a restart would have to do.
+        if together.leads and not stop:
+            ranks.release(out)
     if stop:
         sys.exit(stop.status)
 

@@ -171,18 +171,15 @@ def _job():
     return f"{name} {socket.gethostname()} {os.getppid()}" if alone else name
 
 
-@contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Within: a folder is written by this torchrun, which may restart its processes.
-
-    What says so is removed when the block ends well.
-    """
+def claim(folder: Path) -> None:
+    """Write into a folder that this torchrun, which may restart its processes, writes it."""
     name = _job()
-    if name is None:
-        yield
-        return
-    files.write_atomic(folder / JOB, name.encode())
-    yield
+    if name is not None:
+        files.write_atomic(folder / JOB, name.encode())
+
+
+def release(folder: Path) -> None:
+    """Take back what `claim` has written: a restart is to refuse the folder."""
     (folder / JOB).unlink(missing_ok=True)
 
 
