@@ -41,7 +41,21 @@ def palette(array):
     return image
 
 
-def png(array, depth, colour, transparent=None):
+def filtered(row, above, kind, size):
+    """A line of a PNG by its filter: section 9.2 of its specification, byte by byte."""
+    out = bytearray([kind])
+    for i, byte in enumerate(row):
+        a = row[i - size] if i >= size else 0
+        b = above[i]
+        c = above[i - size] if i >= size else 0
+        nearest = min((abs(b - c), 0, a), (abs(a - c), 1, b), (abs(a + b - 2 * c), 2, c))[2]
+        out.append((byte - (0, a, b, (a + b) // 2, nearest)[kind]) % 256)
+    return bytes(out)
+
+
+def png(
+    array, depth, colour, transparent=None, *, filters=(0,), interlaced=0, lines=None, exif=b""
+):
     """A PNG of any depth, by hand: Pillow writes few of them."""
     import struct
     import zlib
@@ -59,8 +73,12 @@ def png(array, depth, colour, transparent=None):
         rows = [np.packbits(row).tobytes() for row in bits]
     else:
         rows = [row.astype(f">u{depth // 8}").tobytes() for row in array]
-    data = zlib.compress(b"".join(b"\0" + row for row in rows))
-    header = struct.pack(">IIBBBBB", w, h, depth, colour, 0, 0, 0)
+    size = max(1, len(rows[0]) // w)
+    above = [bytes(len(rows[0])), *rows]
+    kinds = [filters[i % len(filters)] for i in range(h)]
+    found = [filtered(*line, size) for line in zip(rows, above, kinds)]
+    data = zlib.compress(b"".join(found[:lines]))
+    header = struct.pack(">IIBBBBB", w, h, depth, colour, 0, 0, interlaced)
     middle = (
         b""
         if transparent is None
@@ -70,6 +88,7 @@ def png(array, depth, colour, transparent=None):
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
         + middle
+        + (chunk(b"eXIf", exif) if exif else b"")
         + chunk(b"IDAT", data)
         + chunk(b"IEND", b"")
     )
@@ -80,6 +99,9 @@ def written(path, content):
     return path
 
 
+# 16 bits for each of three, and of four: values that 8 bits do not hold.
+DEEP4 = np.random.default_rng(0).integers(0, 65536, (7, 9, 4))
+DEEP = DEEP4[..., :3]
 ODD = np.arange(6).reshape(2, 3) * 13107   # 0 to 65535, no multiple of 256
 BITS = np.array([[0, 1, 1], [1, 0, 1]])
 PICTURES = {
@@ -195,13 +217,17 @@ def test_grey_beside_colours_is_asked_for(tmp_path):
 
 
 REFUSED = {
-    "sixteen-bit-colour": (
-        lambda p: written(p, png(np.zeros((2, 3, 3), int), 16, 2)),
-        "16 bits for each colour, of which Pillow reads 8",
+    "interlaced-sixteen-bit-colour": (
+        lambda p: written(p, png(DEEP, 16, 2, interlaced=1)),
+        "is interlaced and has 16 bits for each colour; store it plain",
     ),
-    "sixteen-bit-grey-and-alpha": (
-        lambda p: written(p, png(np.zeros((2, 3, 2), int), 16, 4)),
-        "16 bits for each colour",
+    "damaged-sixteen-bit-colour": (
+        lambda p: written(p, png(DEEP, 16, 2).replace(b"IDAT", b"IDAT\1", 1)),
+        r"is not a readable PNG or JPEG image \(",
+    ),
+    "short-sixteen-bit-colour": (
+        lambda p: written(p, png(DEEP, 16, 2, lines=-1)),
+        r"is not a readable PNG or JPEG image \(",
     ),
     "frames": (
         lambda p: Image.fromarray(GREY).save(
@@ -265,6 +291,51 @@ def test_pictures_in_a_folder_that_are_not_read_are_named(tmp_path):
     save(tmp_path / "a.png", GREY), save(tmp_path / "b.webp", GREY)
     with pytest.raises(ValueError, match=r"holds images that are not read, such as b\.webp"):
         datasets.load(tmp_path)
+
+
+@pytest.mark.parametrize("filters", [(0,), (1,), (2,), (3,), (4,), (4, 3, 2, 1, 0), (0, 4, 4, 3)])
+def test_sixteen_bits_of_every_channel_are_read(tmp_path, filters):
+    """By every filter of the format, and each beside the others."""
+    deep = torch.from_numpy(DEEP / 65535).float().permute(2, 0, 1)
+    written(tmp_path / "x.png", png(DEEP, 16, 2, filters=filters))
+    torch.testing.assert_close(datasets.load(tmp_path)[0][0], deep, rtol=0, atol=1e-7)
+
+    # With alpha: opaque, and not.
+    full = DEEP4.copy()
+    full[..., 3] = 65535
+    for array, colour in ((full, 6), (full[..., [0, 3]], 4)):
+        written(tmp_path / "x.png", png(array, 16, colour, filters=filters))
+        expected = deep if colour == 6 else deep[:1]
+        torch.testing.assert_close(datasets.load(tmp_path)[0][0], expected, rtol=0, atol=1e-7)
+    written(tmp_path / "x.png", png(DEEP4, 16, 6, filters=filters))
+    with pytest.raises(ValueError, match=r"x\.png has transparent pixels"):
+        datasets.load(tmp_path)
+    alpha = torch.from_numpy(DEEP4[..., 3] / 65535).float()
+    found = datasets.load(f"{tmp_path}:on-white")[0][0]
+    torch.testing.assert_close(found, deep * alpha + 1 - alpha, rtol=0, atol=3e-7)
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_asked_for(tmp_path):
+    colour = [int(v) for v in DEEP[3, 4]]
+    written(tmp_path / "x.png", png(DEEP, 16, 2, colour))
+    white, black = (datasets.load(f"{tmp_path}:on-{name}")[0][0] for name in ("white", "black"))
+    shown = torch.zeros(3, 7, 9)
+    shown[:, 3, 4] = 1
+    torch.testing.assert_close(white - black, shown)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_of_sixteen_bits_are_as_upright_as_those_of_eight(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    block = exif.tobytes()[6:]
+    (tmp_path / "8").mkdir(), (tmp_path / "16").mkdir()
+    grey = random_images(5, 8, 3)
+    written(tmp_path / "8" / "x.png", png(grey, 8, 2, exif=block))
+    written(tmp_path / "16" / "x.png", png(grey.astype(int) * 257, 16, 2, exif=block))
+    eight, sixteen = (datasets.load(tmp_path / depth)[0] for depth in ("8", "16"))
+    assert eight.shape[2:] == ((8, 5) if orientation > 4 else (5, 8))
+    torch.testing.assert_close(sixteen, eight, rtol=0, atol=1e-7)
 
 
 # Arrays

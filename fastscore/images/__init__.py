@@ -7,11 +7,11 @@ What a file says is taken by rule:
 | in the file | becomes |
 | --- | --- |
 | PNG, JPEG: grey of 1, 2, 4, 8, 16 bits (1, L, I;16, I) | one channel |
-| RGB of 8 bits | three channels |
+| RGB of 8 or 16 bits | three channels |
 | a palette (P) | three channels: its colours |
 | alpha (LA, RGBA), a transparent colour | dropped where all pixels are opaque; or asked for |
 | an EXIF orientation | an upright image |
-| CMYK, 16-bit colour, several frames, every other mode | refused |
+| CMYK, interlaced 16-bit colour, several frames, every other mode | refused |
 | arrays: bool | 0 and 1 |
 | uint8, uint16 | divided by 255, 65535; below an eighth of it asked for |
 | floats | as they are; they must lie in [0, 1] |

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastscore import memory
+from fastscore.images import deep
 from fastscore.images.readings import Reading, need
 from fastscore.images.rules import Raw
 
@@ -20,6 +21,8 @@ DAMAGE = (OSError, EOFError, ValueError, SyntaxError, zlib.error, zipfile.BadZip
 LARGEST = 178_956_970
 # Below these pixels nobody asks for the memory that is free.
 _SMALL = 1 << 22
+_BESIDES = 1 << 26   # bytes of a file beside its pixels: profiles and the like
+_ORIENTATION = 0x0112   # of EXIF
 
 
 class Damaged(ValueError):
@@ -58,14 +61,17 @@ def picture(path: Path, reading: Reading) -> Raw:
 
     def decoded():
         with open(path, "rb") as file:
-            head = file.read(25)
+            head = file.read(26)
             file.seek(0)
             try:
                 image = Image.open(file, formats=("PNG", "JPEG"))
             except Image.DecompressionBombError:
                 raise Damaged(_too_large(path)) from None
-            # Bits of a sample.
-            return _decoded(image, head[24] if image.format == "PNG" else 8, path)
+            # Bits of a sample, and what its channels are.
+            depth, colour = head[24:26] if image.format == "PNG" else (8, None)
+            if depth == 16 and colour in deep.CHANNELS:
+                return _deep(image, file, path)
+            return _decoded(image, depth, path)
 
     return _checked(decoded, path, reading)
 
@@ -103,11 +109,38 @@ def _checked(decoded, path, reading):
 def _decoded(image, depth, path):
     from PIL import ImageOps
 
+    # As it is decoded, and as float32.
+    _check_size(image, 5, path)
+    image = ImageOps.exif_transpose(image) if image.getexif() else image
+    return _pixels(image, depth, path)
+
+
+def _deep(image, file, path):
+    """Pixels and alpha of a PNG of 16 bits for each of several channels, as `_pixels` has them."""
+    width, height = image.size
+    # As it is stored, unpacked and put together, and as float32.
+    _check_size(image, 12, path)
+    if os.fstat(file.fileno()).st_size > 8 * width * height + _BESIDES:
+        raise Damaged(f"{path} is much larger than the pixels that it declares.")
+    if image.info.get("interlace"):
+        raise _Refused(f"{path} is interlaced and has 16 bits for each colour; store it plain.")
+
+    file.seek(0)
+    samples = deep.read(file.read(), image.getexif().get(_ORIENTATION, 1))
+    if samples.shape[2] == 3:
+        transparent = image.info.get("transparency")
+        hidden = (samples == transparent).all(-1) if transparent is not None else None
+        return samples, None if hidden is None else np.where(hidden, 0, 255)
+    colours = samples[..., 0] if samples.shape[2] == 2 else samples[..., :3]
+    return colours, samples[..., -1] / 257
+
+
+def _check_size(image, each, path):
+    """Refuse pictures of too many pixels, or of more than the memory holds: `each` byte a value."""
     width, height = image.size
     if width * height > LARGEST:
         raise Damaged(_too_large(path))
-    # As it is decoded, and as float32.
-    needed = width * height * len(image.getbands()) * 5
+    needed = width * height * len(image.getbands()) * each
     if width * height > _SMALL and needed > memory.available():
         raise Damaged(
             f"{path} declares {width} x {height} pixels, more than the memory that is free."
@@ -116,9 +149,6 @@ def _decoded(image, depth, path):
     if image.format == "PNG" and getattr(image, "n_frames", 1) > 1:
         raise _Refused(f"{path} holds {image.n_frames} frames; store one picture in a file.")
 
-    image = ImageOps.exif_transpose(image) if image.getexif() else image
-    return _pixels(image, depth, path)
-
 
 def _too_large(path):
     return f"{path} declares more than {LARGEST} pixels, which are not decoded."
@@ -126,12 +156,6 @@ def _too_large(path):
 
 def _pixels(image, depth, path):
     """(H, W) or (H, W, 3), bool, uint8 or uint16, and alpha (H, W) in 0..255 or None."""
-    if depth == 16 and image.mode not in ("I;16", "I;16B", "I"):
-        raise _Refused(
-            f"{path} has 16 bits for each colour, of which Pillow reads 8; store 8 bits, or an "
-            "array (.npy, .npz)."
-        )
-
     transparent = image.info.get("transparency")
     if image.mode == "P":
         image = image.convert("RGB" if transparent is None else "RGBA")
