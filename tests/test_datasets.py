@@ -110,6 +110,31 @@ def test_sources_can_be_pickled(tmp_path, kind):
     assert torch.equal(again.read(torch.arange(N)), source.read(torch.arange(N)))
 
 
+def test_folders_are_classes_where_it_is_said(tmp_path):
+    for i, image in enumerate(GREY):
+        kind = tmp_path / "x" / ["cat", "dog", "ape"][i % 3] / "deep"
+        kind.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(kind / f"{i:03d}.png")
+    plain = datasets.load(tmp_path / "x")
+    assert plain[1] is None
+    images, labels = datasets.load(f"{tmp_path}/x:by-folder")
+    assert torch.equal(images, plain[0]) and labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    for in_memory in (True, False):
+        source = datasets.open(f"{tmp_path}/x:by-folder", in_memory=in_memory)
+        assert torch.equal(source.labels, labels) and source.classes == ("ape", "cat", "dog")
+        assert torch.equal(source.read(torch.arange(N)), images)
+        part = source.subset(torch.tensor([9, 1]))
+        assert part.labels.tolist() == [2, 0] and part.classes == source.classes
+
+    Image.fromarray(GREY[0]).save(tmp_path / "x" / "z.png")
+    with pytest.raises(ValueError, match=r"z\.png lies in no folder, which would be its class"):
+        datasets.open(f"{tmp_path}/x:by-folder")
+    array = KINDS["npy, uint8"](tmp_path) + ":by-folder"
+    for in_memory in (True, False):
+        with pytest.raises(ValueError, match=r"is no folder, whose folders are classes"):
+            datasets.open(array, in_memory=in_memory)
+
+
 # Other libraries' data sets
 
 

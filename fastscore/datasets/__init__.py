@@ -14,7 +14,7 @@ from torch import Tensor
 from fastscore import images, memory
 from fastscore.datasets.arrays import Archive, Array, stored_npy
 from fastscore.datasets.augment import augment
-from fastscore.datasets.folder import Folder
+from fastscore.datasets.folder import Folder, by_folder
 from fastscore.datasets.mapped import Mapped
 from fastscore.datasets.named import NAMED
 from fastscore.datasets.order import batches
@@ -55,9 +55,10 @@ def load(source: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
         table = open_table(source)
         return table.samples, table.labels
 
-    path, _ = images.parse(source)
+    path, reading = images.parse(source)
     if path.is_dir():
-        return torch.from_numpy(images.read_folder(source)), None
+        values = torch.from_numpy(images.read_folder(source))
+        return values, by_folder(images.pictures_of(path), path)[0] if reading.by_folder else None
     if path.suffix == ".npz" and path.exists():
         return _loaded_npz(source, Archive(path))
     if path.suffix == ".npy" and path.exists():
@@ -148,7 +149,7 @@ def _opened(source, in_memory, skip_corrupt, workers):
         folder = Folder(source, skip_corrupt=skip_corrupt, workers=workers)
         if not _kept(in_memory, 4 * len(folder) * int(np.prod(folder.shape))):
             return folder
-        return Tensors(folder.read(torch.arange(len(folder))))
+        return Tensors(folder.read(torch.arange(len(folder))), folder.labels, folder.classes)
     if path.suffix == ".npz" and path.exists():
         return _opened_npz(source, path, in_memory)
     if path.suffix == ".npy" and path.exists():

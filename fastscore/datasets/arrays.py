@@ -169,6 +169,7 @@ class Array(Source):
         self, stored: Stored, source: str | os.PathLike[str], labels: Tensor | None = None
     ) -> None:
         path, self.reading = images.parse(source)
+        images.check_single(path, self.reading)
         shape, dtype = stored.shape, stored.dtype
         rules.check_set(shape, f"{dtype} {shape}", path)
         first = rules.is_first(shape, dtype, 3, self.reading, path)

@@ -111,6 +111,7 @@ class Cropped(Source):
         self.source = source
         self.shape = (source.shape[0], crop, crop)
         self.labels = source.labels
+        self.classes = source.classes
         self.in_memory = source.in_memory
 
     def __len__(self) -> int:

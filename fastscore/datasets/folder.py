@@ -5,16 +5,34 @@ import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastscore import images
 from fastscore.datasets.source import Source
 from fastscore.images import rules
 
 _TOGETHER = 32   # pictures decoded by one task
+
+def by_folder(files: list[Path], folder: Path) -> tuple[Tensor, tuple[str, ...]]:
+    """Numbers of classes, int64 (N,), and their names: the folders that the files lie in.
+
+    Raises:
+        ValueError: a file lies in none.
+    """
+    names = []
+    for file in files:
+        name, *rest = file.relative_to(folder).parts
+        if not rest:
+            raise ValueError(f"{folder}: {name} lies in no folder, which would be its class.")
+        names.append(name)
+    known = sorted(set(names))
+    number = {name: k for k, name in enumerate(known)}
+    return torch.tensor([number[name] for name in names]), tuple(known)
 
 
 class Folder(Source):
@@ -42,6 +60,8 @@ class Folder(Source):
 
         if skip_corrupt:
             self._leave_out()
+        if self.reading.by_folder:
+            self.labels, self.classes = by_folder(self.files, self.folder)
         self._first = self._raw(self.files[0]).array.shape
         self.shape = rules.shape_of(self._first, self.reading, self.files[0])
         self._samples(self.files[:1])

@@ -18,6 +18,7 @@ class Source:
     Attributes:
         shape: of a sample, (C, H, W) or (d,).
         labels: int64 (N,), or None.
+        classes: the names of the labels' classes; None where they are numbers, or there are none.
         units: of a table, whose `to_units` takes samples (N, d) back to the units of its columns;
             None for images, which are in [0, 1], and for tensors.
         in_memory: whether the samples lie in memory, so that reading ahead gains nothing.
@@ -26,6 +27,7 @@ class Source:
     shape: tuple[int, ...]
     labels: Tensor | None = None
     units: Any = None
+    classes: tuple[str, ...] | None = None
     in_memory: bool = False
 
     def __len__(self) -> int:
@@ -89,9 +91,15 @@ class Tensors(Source):
 
     in_memory = True
 
-    def __init__(self, samples: Tensor, labels: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        samples: Tensor,
+        labels: Tensor | None = None,
+        classes: tuple[str, ...] | None = None,
+    ) -> None:
         self.samples = samples
         self.labels = labels
+        self.classes = classes
         self.shape = tuple(samples.shape[1:])
 
     def __len__(self) -> int:
@@ -101,7 +109,7 @@ class Tensors(Source):
         return self.samples[indices]
 
     def to(self, device: torch.device | str) -> Source:
-        return Tensors(self.samples.to(device), _to(self.labels, device))
+        return Tensors(self.samples.to(device), _to(self.labels, device), self.classes)
 
 
 class Subset(Source):
@@ -113,6 +121,7 @@ class Subset(Source):
         self.shape = source.shape
         self.in_memory = source.in_memory
         self.units = source.units
+        self.classes = source.classes
         self.labels = None if source.labels is None else source.labels[indices]
 
     def __len__(self) -> int:
@@ -138,7 +147,7 @@ class Subset(Source):
         if not self.in_memory:
             return self
         # Only what is used goes there.
-        return Tensors(self.source.read(self.indices), self.labels).to(device)
+        return Tensors(self.source.read(self.indices), self.labels, self.classes).to(device)
 
 
 def _to(labels, device):

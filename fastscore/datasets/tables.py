@@ -51,7 +51,6 @@ class Table(Source):
 
     Attributes:
         units: of the columns; `to_units` is the way back.
-        classes: the names of the labels' classes; None where they are numbers, or there are none.
     """
 
     in_memory = True

@@ -31,6 +31,7 @@ What it does not say is asked for, and said behind the file's name, FILE:READING
 | on-white, on-black | what shows behind transparent pixels |
 | size=N, size=HxW | sides that images are brought to: their middle of this shape, as large as it |
 |  | goes, scaled by Pillow's bicubic filter and clamped to [0, 1] |
+| by-folder | of a data set: the folder that holds a picture is its class |
 
 Colour profiles are not applied. Colours are in the order R, G, B: nothing in an array tells B, G, R
 apart.
@@ -120,6 +121,7 @@ def read_folder(source: str | Path) -> np.ndarray:
 def from_array(array: np.ndarray, source: str | Path) -> np.ndarray:
     """A set of images, float32 (N, C, H, W), from the array that the file `source` holds."""
     path, reading = parse(source)
+    check_single(path, reading)
     check_set(getattr(array, "shape", ()), outline(array), path)
     array = channels_first(array, 3, reading, path)
     check_white(array.max(), array.dtype, reading, path)
@@ -137,6 +139,7 @@ def load_array(path: Path) -> np.ndarray:
 
 def _decode(path, reading):
     """One image as it is stored."""
+    check_single(path, reading)
     suffix = path.suffix.lower()
     if suffix not in (*PICTURES, ".npy"):
         raise ValueError(f"{path} must be a {', '.join(PICTURES)} or .npy file.")
@@ -145,3 +148,9 @@ def _decode(path, reading):
     if suffix == ".npy":
         return Raw(channels_first(load_array(path), 2, reading, path))
     return picture(path, reading)
+
+
+def check_single(path: Path, reading: Reading) -> None:
+    """Refuse by-folder for what is no folder."""
+    if reading.by_folder:
+        raise ValueError(f"{path} is no folder, whose folders are classes (by-folder).")

@@ -13,6 +13,7 @@ _WORDS = {
     "channels-last": ("first", False),
     "on-white": ("background", 1.0),
     "on-black": ("background", 0.0),
+    "by-folder": ("by_folder", True),
 }
 
 
@@ -30,13 +31,14 @@ class Reading(NamedTuple):
     white: float | None = None
     background: float | None = None
     size: tuple[int, int] | None = None
+    by_folder: bool | None = None
 
 
 def parse(source: str | Path) -> tuple[Path, Reading]:
     """The file, and how to read it.
 
     >>> parse("x.npz:channels-last:max=16")[1]
-    Reading(channels=None, first=False, white=16.0, background=None, size=None)
+    Reading(channels=None, first=False, white=16.0, background=None, size=None, by_folder=None)
     """
     path, said = str(source), {}
     while True:
