@@ -205,6 +205,9 @@ struct Norm {
     });
   }
 
+  // Without tangents the sums leave gu in the place of gx, where that rounds nothing: its slope costs more than the memory.
+  static constexpr bool kKeepsGu = __is_same(T, A) && kKind != kIdentity;
+
   template <bool kLast>
   void cotangent_sums() const {
     using S = Sample<T, kLast>;
@@ -213,7 +216,11 @@ struct Norm {
     for_pieces(s, begin, end, [&](int64_t c, int64_t s0, int64_t s1) FS_LAMBDA {
       V sum = S::so_far(algebra.at(kSumG), c, s0), sum_x = S::so_far(algebra.at(kSumGx), c, s0);
       if (p.tangents == 0) {
-        with_gu<kLast>(s, c, s0, s1, [&](auto, int64_t, int, V d, V gu, V) FS_LAMBDA { sum += gu, sum_x += gu * d; });
+        void* gx = sample(p.gx);
+        with_gu<kLast>(s, c, s0, s1, [&](auto whole, int64_t at, int n, V d, V gu, V) FS_LAMBDA {
+          sum += gu, sum_x += gu * d;
+          if (kKeepsGu) S::store(whole, gu, gx, at, n);
+        });
       } else {
         const int64_t M = p.tangents;
         for (int64_t m = 0; m < M; ++m) {
@@ -245,6 +252,15 @@ struct Norm {
     for_pieces(s, begin, end, [&](int64_t c, int64_t s0, int64_t s1) FS_LAMBDA {
       const V c4 = S::coefficient(algebra.at(kC4), c), c5 = S::coefficient(algebra.at(kC5), c);
       const V scale = S::coefficient(algebra.at(kScale), c);
+      if (kKeepsGu && p.tangents == 0) {
+        const V centre = S::coefficient(algebra.at(kMean), c);
+        const void* x = sample(p.x);
+        s.walk(c, s0, s1, [&](auto whole, int64_t at, int n) FS_LAMBDA {
+          const V d = S::load(whole, x, at, n) - centre;
+          S::store(whole, scale * S::load(whole, gx, at, n) + (c4 * d + c5), gx, at, n);
+        });
+        return;
+      }
       with_gu<kLast>(s, c, s0, s1, [&](auto whole, int64_t at, int n, V d, V gu, V slope) FS_LAMBDA {
         V out = scale * gu + (c4 * d + c5);
         for (int64_t m = 0; m < p.tangents; ++m) {

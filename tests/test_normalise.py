@@ -20,6 +20,8 @@ from fastscore.ops.normalise_core import (
     _gradient_ref,
     _scatter_by_product,
     normalise_ref,
+    run_backward,
+    run_forward,
 )
 from fastscore.ops.normalise_functions import _normalise
 
@@ -81,6 +83,7 @@ def layouts(x):
 SHAPES = [
     pytest.param((3, 6, 5, 7), id="tails"),
     pytest.param((2, 48, 4, 8), id="whole-vectors"),
+    pytest.param((2, 42, 9, 13), id="several-pieces-and-two-vectors-side-by-side"),
     pytest.param((1, 6, 70, 71), id="one-sample-in-phases"),
     pytest.param((2, 6, 1, 1), id="one-pixel"),
     pytest.param((5, 6, 3), id="one-dimension"),
@@ -215,6 +218,51 @@ def test_dual_op_and_its_gradient_equal_the_reference(backend, groups, alpha, be
             ("x", "t", "coef", "tcoef"), got, _gradient_ref(x, t, coef, tcoef, None, gy, gty, form)
         ):
             assert torch.allclose(a, b, atol=1e-10), (name, float((a - b).abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", [None, "silu", "relu"], ids=str)
+def test_gradients_of_several_pieces_of_memory_equal_the_reference(activation, dtype):
+    """Pixels in several pieces, vectors of channels side by side and a rest of them, either order
+    of memory; one thread's samples and one sample on all threads."""
+    if backends.why_not("cpp", "cpu") is not None:
+        pytest.skip("the pieces are those of the compiled kernels")
+    for shape, M in (((2, 42, 9, 13), 0), ((2, 42, 9, 13), 2), ((1, 42, 30, 31), 0)):
+        x, coef, form, draw = problem((6, False, True, activation), shape)
+        gy = draw(*shape)
+        t, gty = (draw(M, *shape), draw(M, *shape)) if M else (None, None)
+        tcoef = draw(M, *coef.shape) if M else None
+        given = (x, t, gy, gty)
+        rounded = [None if a is None else a.to(dtype) for a in given]
+        wide = [None if a is None else a.double() for a in rounded]
+        none = torch.zeros(0, *shape, dtype=torch.float64)
+        zero = torch.zeros(0, *coef.shape, dtype=torch.float64)
+        expected = _gradient_ref(
+            wide[0],
+            none if t is None else wide[1],
+            coef,
+            zero if t is None else tcoef,
+            None,
+            wide[2],
+            none if t is None else wide[3],
+            form,
+        )
+        expected = expected if M else (expected[0], expected[2])
+        eps = torch.finfo(dtype).eps
+        half = coef.float() if dtype != torch.float64 else coef
+        halves = None if tcoef is None else tcoef.to(half.dtype)
+        for last in (False, True):
+            arranged = [
+                a if a is None or not last else a.movedim(-3, -1).contiguous().movedim(-1, -3)
+                for a in rounded
+            ]
+            x1, t1, gy1, gty1 = arranged
+            stats = run_forward(x1, t1, half, halves, None, form, "cpp", True)[-1]
+            got = run_backward(x1, t1, stats, half, halves, None, gy1, gty1, form, "cpp")
+            for a, b in zip(got, expected, strict=True):
+                # A rounding of the result, and some of float32 in each of its terms.
+                bound = 2 * eps + 64 * (1.2e-7 if dtype != torch.float64 else 2.3e-16)
+                assert (a.double() - b).abs().max() <= bound * b.abs().max(), (shape, M, last)
 
 
 def test_public_dual_ops_are_forward_mode_of_their_ops(backend):
