@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fastscore import datasets, random
-from fastscore.cli import run_folder, splits
+from fastscore.cli import held_out, run_folder, splits
 from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
 from fastscore.datasets import order
@@ -410,6 +410,15 @@ def test_a_changed_data_set_is_noticed_where_it_streams(tmp_path, monkeypatch, k
     lost = "1 of its 12" if "folder" in kind else "12 of its 12"
     with pytest.raises(ValueError, match=f"must still hold the images .*; {lost} are gone"):
         fit(TrainConfig(out=tmp_path / "run", resume=True))
+
+
+def test_the_prior_of_densities_is_that_of_all_pixels(monkeypatch):
+    monkeypatch.setattr(held_out, "_BLOCK", 5)
+    x = torch.rand(17, 2, 3, generator=torch.Generator().manual_seed(0)) + 100
+    found = held_out.fitted(datasets.open(x))
+    x = x.flatten(1).double()
+    torch.testing.assert_close(found.means[0], x.mean(0), rtol=1e-14, atol=0)
+    torch.testing.assert_close(found.variances[0], x.var(0), rtol=1e-10, atol=0)
 
 
 def test_samples_are_found_again_as_often_as_they_are_there():

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from fastscore import likelihood, models, ops
 from fastscore.cli import run_folder, splits
 from fastscore.cli.progress import Progress
+from fastscore.datasets import Source
 
 BATCH = 100
 STEPS = 64
+_BLOCK = 4096   # samples read together
 
 
 def report(
@@ -46,15 +48,15 @@ def report(
     data = splits.source(config)
     if data.units is not None and grey_levels is not None:
         raise ValueError("evaluate: grey_levels belongs to images; the run is of a table.")
-    train, _ = splits.part(config, "training", data)
-    held_out, _ = splits.part(config, "held_out", data)
+    train, held_out = (data.subset(rows) for rows in splits.split(config, data))
     net.to("cuda" if torch.cuda.is_available() else "cpu")
-    sets = {"held_out": held_out[:n], "training": train[:n]}
+    parts = {"held_out": held_out, "training": train}
+    sets = {name: part.read(torch.arange(min(n, len(part)))) for name, part in parts.items()}
     sigma = float(sigmas[-1])
     dim = math.prod(shape)
     # Of a table in its own units: a column of deviation s is as much less dense.
     scale = 0.0 if data.units is None else float(data.units.deviation.log().mean())
-    prior = fitted(train.flatten(1))
+    prior = fitted(train)
 
     times = 1 if grey_levels is None else 2
     batches = times * sum(-(-len(x) // BATCH) for x in sets.values())
@@ -80,10 +82,19 @@ def report(
     return result
 
 
-def fitted(x: Tensor) -> models.Gaussian:
+def fitted(data: Source) -> models.Gaussian:
     """The Gaussian with the mean and variance of each pixel, which is never below 10⁻⁶."""
-    x = x.double()
-    return models.Gaussian(x.mean(0), x.var(0).clamp_min(1e-6))
+    shift, total, squares = None, 0.0, 0.0
+    for rows in torch.arange(len(data)).split(_BLOCK):
+        x = data.read(rows).flatten(1).cpu().double()
+        # About a mean, so that squares do not cancel.
+        shift = x.mean(0) if shift is None else shift
+        total = total + (x - shift).sum(0)
+        squares = squares + (x - shift).square().sum(0)
+
+    n = len(data)
+    variance = (squares - total.square() / n) / (n - 1)
+    return models.Gaussian(shift + total / n, variance.clamp_min(1e-6))
 
 
 @torch.no_grad()
