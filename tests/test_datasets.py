@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastscore import datasets, random
+from fastscore import datasets, memory, random
 from fastscore.cli import held_out, run_folder, splits
 from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
@@ -433,3 +433,29 @@ def test_samples_are_found_again_as_often_as_they_are_there():
             places.setdefault(bytes(row), []).append(i)
         expected = [places[r].pop() if places.get(r := bytes(row)) else -1 for row in wanted]
         assert splits._places(rows, wanted).tolist() == expected
+
+
+# Memory that is free
+
+
+def test_free_memory_is_the_least_of_machine_group_and_limits(tmp_path, monkeypatch):
+    """What the system keeps of files is free: a run that streams fills it up to the bound."""
+    machine = memory.available()
+    assert 2**26 < machine < 2**50
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
+    files = {"memory.max": "900", "memory.current": "800"}
+    files["memory.stat"] = "anon 100\nactive_file 300\ninactive_file 400\n"
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+    assert memory.available() == 900 - 800 + 700
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available() > 2**26
+
+    (tmp_path / "memory").mkdir()
+    files = {"limit_in_bytes": "500", "usage_in_bytes": "450"}
+    files["stat"] = "active_file 20\ninactive_file 30\n"
+    for name, text in files.items():
+        (tmp_path / "memory" / f"memory.{name}").write_text(text)
+    assert memory.available() == 100
+    with pytest.raises(ValueError, match=r"x takes 1\.0 GiB, more than the memory that is free"):
+        memory.check(2**30, "x")

@@ -55,12 +55,12 @@ class Stored(NamedTuple):
 
 
 def _read_into(file, buffer, start, path):
+    file.seek(start)
     while buffer:
-        done = os.preadv(file.fileno(), [buffer], start)
+        done = file.readinto(buffer)
         if not done:
             raise ValueError(f"{path} was cut while it was read.")
         buffer = buffer[done:]
-        start += done
 
 
 def stamp_of(path: Path, found: os.stat_result) -> str:
