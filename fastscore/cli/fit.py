@@ -278,6 +278,7 @@ class Run:
             self.best = {"step": self.done, "loss": self._loss}
         options = {"last": self.last, "seed": self.config.seed}
         options |= {"keep": self.config.keep, "best": self.best}
+        options |= {"processes": self.together.size}
         parts = (self.net, self.ema, self.optimizer, self.done, state)
         self.last = run_folder.save(self.out, *parts, **options)
         if self.board is not None and self.config.task == "score":

@@ -18,6 +18,7 @@ from fastscore.cli import config_file, metrics
 from fastscore.cli.config import CHANGEABLE, TYPES, TrainConfig
 from fastscore.cli.networks import build
 from fastscore.training import checkpoint, files, saves
+from fastscore.training.gradients import device_of
 
 CONFIG = "config.toml"
 _FORMAT = 2   # of config.toml; from 2 on it carries its digest
@@ -192,6 +193,7 @@ def save(
     seed: int = 0,
     keep: int = 2,
     best: dict[str, Any] | None = None,
+    processes: int = 1,
 ) -> saves.Save:
     """Save the averaged weights, and everything that `restore` reads, as one.
 
@@ -199,6 +201,7 @@ def save(
         sums: what the metrics hold since the last record.
         last: the intact save before it. keep: how many are kept.
         best: step and loss of the save of the least held-out loss, which is kept beside them.
+        processes: how many trained it.
     """
     tensors = checkpoint.state_of(net, ema, optimizer, steps_done)
     tensors["state"] |= {f"metrics.{k}": v for k, v in sums.items()}
@@ -213,6 +216,9 @@ def save(
             ) from None
     # Noise, levels and each step's images are functions of these two.
     about = {"key": {"seed": seed, "step": steps_done}}
+    # What the order of sums depends on, and so the last bits.
+    about["made_by"] = {"processes": processes, "threads": torch.get_num_threads()}
+    about["made_by"] |= {"torch": torch.__version__, "device": device_of(net).type}
     options = {"last": last, "keep": keep, "logs": (metrics.FILE,)}
     if best is not None:
         about["best"] = best

@@ -178,7 +178,8 @@ def _loop(model, loader, loss, steps, options):
             with update.batch(number):
                 with _autocast(options.autocast, model):
                     found = _losses(loss, model, batch, step)
-                update.backward(found)
+                # Their sum has more digits than bfloat16 has.
+                update.backward(found.float() if found.dtype == torch.bfloat16 else found)
             losses.append(found.detach())
 
         value, norm = update.finish()
