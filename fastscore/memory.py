@@ -9,7 +9,7 @@ _GROUPS = Path("/sys/fs/cgroup")
 
 def available() -> int:
     """Bytes that this process may still take: of the machine, its control group and its limits."""
-    return max(0, min(_of_machine(), *_of_group(), *_of_limits()))
+    return max(0, min([_of_machine(), *_of_group(), *_of_limits()]))
 
 
 def _of_machine() -> int:
