@@ -9,9 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastscore import cli, datasets, memory, models
-from fastscore.cli import draw, networks, plan, run_folder, splits, train
+from fastscore.cli import draw, networks, pictures, plan, run_folder, splits, train
 from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
 from fastscore.models import unet
@@ -266,6 +267,17 @@ def test_samples_that_do_not_fit_are_refused(tmp_path):
     assert error.count("\n") == 1 and not (tmp_path / "x.npz").exists()
     with pytest.raises(ValueError, match="more than the memory"):
         draw.draw_run(tmp_path / "run", 10**12)
+
+
+def test_the_loss_of_a_short_run_is_seen(tmp_path):
+    """The colour of the first level, in the middle of the picture and not in the legend alone."""
+    record = {"step": 50, "loss": 1.0, "levels": [1.0, 2.0, 3.0, 4.0]}
+    pictures.save_loss_curve(tmp_path / "loss.png", [record], [1.0, 0.5, 0.2, 0.1])
+    with Image.open(tmp_path / "loss.png") as picture:
+        middle = np.asarray(picture.convert("RGB"))
+    width = middle.shape[1]
+    middle = middle[:, int(0.45 * width) : int(0.6 * width)].astype(int)
+    assert (np.abs(middle - [31, 119, 180]).max(-1) < 20).any()
 
 
 # Vectors

@@ -142,7 +142,9 @@ def save_loss_curve(
         recorded = [(record["step"], record["levels"][level]) for record in records]
         points = [(step, value) for step, value in recorded if value is not None]
         if points:
-            axes.plot(*zip(*points), label=f"σ = {sigmas[level]:.3g}")
+            # A line through one point is none, as after a run of fewer than 100 steps.
+            marker = "o" if len(points) == 1 else None
+            axes.plot(*zip(*points), marker=marker, label=f"σ = {sigmas[level]:.3g}")
     axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, bbox_inches="tight")
