@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastscore import guidance
-from fastscore.cli import run_folder
+from fastscore.cli import contexts, run_folder
 from fastscore.cli.config import TrainConfig
 from fastscore.cli.observations import Observed, Request, observe, parse
 from fastscore.cli.parts import digest_of, digest_of_network
@@ -34,8 +34,11 @@ class ConditionOptions:
             classes.
         scale: of the class likelihood of a classifier; 1 is Bayes' rule, more gives clearer and
             less diverse samples.
-        weight: of the guidance by a run that knows classes, to p(x) p(class | x)^(1 + weight): 0 is
-            the class itself, more gives clearer and less diverse samples.
+        context: of a run that knows contexts, v1,v2,... or an .npy file, (C,) or one for each
+            sample, (n, C).
+        weight: of the guidance by a run that knows classes or contexts, to p(x) p(class | x)^(1 +
+            weight): 0 is the class itself, more gives clearer and less diverse samples; 1 unless
+            given, and 0 for contexts.
         observation_noise: standard deviation of the noise on the observed image.
         guidance: how an observed image leads the samples, replace (inpaint only), flat, denoiser or
             moments.
@@ -44,7 +47,8 @@ class ConditionOptions:
     condition: tuple[str, ...] = ()
     classifier: Path | None = None
     scale: float = 1.0
-    weight: float = 1.0
+    context: str | None = None
+    weight: float | None = None
     observation_noise: float = 0.0
     guidance: str = "moments"
 
@@ -52,7 +56,7 @@ class ConditionOptions:
         requests = self.requests()
         if not requests:
             # A weight alone is of all classes.
-            named = _DEFAULTS.items() - {("weight", _DEFAULTS["weight"])}
+            named = [item for item in _DEFAULTS.items() if item[0] != "weight"]
             if any(getattr(self, name) != default for name, default in named):
                 raise ValueError(
                     "sample: classifier, scale, observation-noise and guidance belong to a "
@@ -64,6 +68,8 @@ class ConditionOptions:
 
         kinds = {"a class" if request.kind == "class" else "an image" for request in requests}
         for name, kind in _BELONGS_TO.items():
+            if name == "weight" and self.context is not None:
+                continue
             if kind not in kinds and getattr(self, name) != _DEFAULTS[name]:
                 got = " and ".join(kinds)
                 raise ValueError(f"condition: {name} belongs to {kind}; got only {got}.")
@@ -111,10 +117,10 @@ def of_all_classes(options: ConditionOptions, net: torch.nn.Module) -> Condition
     """
     if getattr(net, "num_classes", None):
         return options if options.condition else replace(options, condition=("class=all",))
-    if options.weight != _DEFAULTS["weight"] and not options.condition:
+    if options.weight is not None and not options.condition and options.context is None:
         raise ValueError(
             "sample: weight is of a run that knows classes (train --network unet on images with "
-            "labels); this one knows none."
+            "labels) or is told a context; this one knows none."
         )
     return options
 
@@ -138,6 +144,7 @@ def open_conditions(options: ConditionOptions, run: Path) -> dict[str, Any]:
         "classifier": classifier,
         "scale": options.scale,
         "weight": options.weight,
+        "context": None if options.context is None else contexts.parse(options.context),
         "noise": options.observation_noise,
         "guide": options.guidance,
     }
@@ -153,7 +160,8 @@ def conditioned(
     classifier: Callable | None = None,
     scale: float = 1.0,
     labels: int | Sequence[int] | Tensor | None = None,
-    weight: float = 1.0,
+    context: Tensor | None = None,
+    weight: float | None = None,
     noise: float = 0.0,
     guide: str = "moments",
     seed: int = 0,
@@ -168,7 +176,9 @@ def conditioned(
             know.
         scale: of the class likelihood.
         labels: in place of a request for classes: one for all samples or one for each, (n,).
-        weight: of classifier-free guidance, for classes that the network knows.
+        context: for a network that knows contexts, (C,) for all samples or (n, C).
+        weight: of classifier-free guidance, for what the network knows; unless given 1 for classes
+            and 0 for contexts.
         noise: σ_y of the observation.
         guide: of the image, replace (`guidance.inpainting`), or a method of
             `guidance.linear_inverse`.
@@ -206,13 +216,19 @@ def conditioned(
     if isinstance(classifier, torch.nn.Module) and labels is not None:
         classifier = classifier.to(device)
         depends_on["classifier"] = digest_of_network(classifier)
-    elif labels is not None:
-        depends_on |= {"labels": digest_of(labels), "weight": weight}
+    context = None if context is None else _context(context, n, net).to(device)
+    if weight is None:
+        weight = 0.0 if labels is None else 1.0
+    guided = {"labels": None if classifier is not None else labels, "context": context}
+    guided = {name: t for name, t in guided.items() if t is not None}
+    if guided:
+        depends_on |= {name: digest_of(t) for name, t in guided.items()} | {"weight": weight}
 
     def score(start, end):
         score = net
-        if labels is not None and classifier is None:
-            score = guidance.classifier_free(net, labels[start:end], weight=weight)
+        own = {name.removesuffix("s"): t[start:end] for name, t in guided.items()}
+        if own:
+            score = guidance.classifier_free(net, **own, weight=weight)
         # The image first: a class is a likelihood on top of what the image leaves open.
         if observed is not None and guide != "replace":
             operator, y = observed.operator, observed.y
@@ -295,6 +311,24 @@ def _labels(labels, n, known):
         worst = int(labels.min() if labels.min() < -1 else labels.max())
         raise ValueError(f"condition: labels must be in -1..{known - 1}; got {worst}.")
     return labels.to(torch.int64)
+
+
+def _context(context, n, net):
+    """(n, C)."""
+    length = getattr(net, "context_size", None)
+    if length is None:
+        raise ValueError(
+            "condition: context needs a run that knows contexts (train on an .npz with an array "
+            "named context)."
+        )
+    if context.dim() not in (1, 2) or context.shape[-1] != length or (
+        context.dim() == 2 and len(context) != n
+    ):
+        raise ValueError(
+            f"condition: context must be ({length},) or ({n}, {length}); "
+            f"got {tuple(context.shape)}."
+        )
+    return context.expand(n, length)
 
 
 def _hook(observed: Observed | None, noise, guide, seed, first_sample):

@@ -37,11 +37,12 @@ def _of_network(kind):
 # is there for runs of earlier versions.
 _NO_UNET = {"multipliers": (), "blocks": 0, "attention": (), "patch": 0, "classes": 0}
 _NO_UNET |= {"data_mean": 0.5, "data_std": 0.5, "weighting": "even"}
+_CONTEXT = {"context": 0}
 _MLP = {"steps": 9000, "batch_size": 256, "lr": 2e-3, "levels": 16, "width": 256}
-_MLP |= {"sigma_max": 1.0, "sigma_min": 0.01, **_NO_UNET}
+_MLP |= {"sigma_max": 1.0, "sigma_min": 0.01, **_NO_UNET, **_CONTEXT}
 _NCSN = _MLP | {"batch_size": 64, "lr": 1e-3, "width": 32}
 _UNET = {"steps": 2000, "batch_size": 32, "lr": 3e-3, "levels": 50, "width": 32}
-_UNET |= {"sigma_max": None, "sigma_min": None}
+_UNET |= {"sigma_max": None, "sigma_min": None, **_CONTEXT}
 _UNET |= {"multipliers": (1, 2), "blocks": 1, "attention": (), "patch": 2}
 _UNET |= {"classes": None, "data_mean": None, "data_std": None, "weighting": "edm"}
 NETWORKS = {"mlp": _MLP, "ncsn": _NCSN, "unet": _UNET}
@@ -100,8 +101,10 @@ class TrainConfig:
             GPU.
         classes: how many the unet knows; those of the labels unless given, 0: none, and the labels
             are not looked at.
-        label_drop: share of the images whose label is not told, so that the network knows the
-            images of all classes together, too; 0.1 unless given.
+        context: length of the vectors that an mlp or a unet is told, in an .npz the array context
+            (N, length) beside images; that of the array unless given, 0: it is not looked at.
+        label_drop: share of the images whose label or context is not told, so that the network
+            knows all images together, too; 0.1 unless given.
         data_mean: of all values of the data, for the unet; that of the training images unless
             given.
         data_std: their standard deviation, likewise.
@@ -160,6 +163,7 @@ class TrainConfig:
     attention: tuple[int, ...] | None = _of_network(tuple)
     patch: int | None = _of_network(int)
     classes: int | None = _of_network(int)
+    context: int | None = _of_network(int)
     label_drop: float | None = _unless_given(0.1)
     data_mean: float | None = _of_network(float)
     data_std: float | None = _of_network(float)
@@ -261,7 +265,8 @@ class TrainConfig:
                 f"{self.loss}."
             )
         if self.task == "classifier":
-            for name, value in (("network", "mlp"), ("loss", "denoising")):
+            defaults = {"network": "mlp", "loss": "denoising", "context": 0, "label_drop": 0.1}
+            for name, value in defaults.items():
                 if getattr(self, name) != value:
                     raise ValueError(
                         f"train: {name} belongs to task score; a classifier is an mlp trained by "
@@ -290,19 +295,19 @@ class TrainConfig:
 
     def _check_unet(self):
         if self.network in ("mlp", "ncsn"):
-            for name, value in (_NO_UNET | {"label_drop": 0.1}).items():
+            for name, value in _NO_UNET.items():
                 if getattr(self, name) != value:
                     raise ValueError(
                         f"train: {name} belongs to network unet; the network is {self.network}."
                     )
         elif self.network == "unet" and self.depth != 3:
             raise ValueError("train: depth belongs to network mlp; the network is unet.")
-        if self.classes is not None and self.classes < 0:
-            raise ValueError(f"train: classes must be at least 0; got {self.classes}.")
+        for name in ("classes", "context"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"train: {name} must be at least 0; got {value}.")
         if not 0 <= self.label_drop <= 1:
             raise ValueError(f"train: label_drop must be in [0, 1]; got {self.label_drop}.")
-        if self.classes == 0 and self.label_drop != 0.1:
-            raise ValueError("train: label_drop belongs to a run with classes; got classes 0.")
 
 
 # Of what a file may give; `resume` may not.

@@ -79,7 +79,8 @@ def prepare(
     batch_size: int = 500,
     condition: dict[str, Any] | None = None,
     labels: int | Sequence[int] | Tensor | None = None,
-    weight: float = 1.0,
+    context: Tensor | None = None,
+    weight: float | None = None,
     **sampler: Any,
 ) -> Job:
     """The job of drawing n samples of a network, on its device.
@@ -88,7 +89,8 @@ def prepare(
         net, sigmas, shape: of a run (`run_folder.open_run`) or a checkpoint.
         condition: arguments of `conditions.conditioned`, or None.
         labels: of a network that knows classes: one for all samples or one for each, (n,); -1 for
-            none. weight: of classifier-free guidance; 0 is the class itself.
+            none. context: of one that knows contexts, (C,) or (n, C).
+        weight: of classifier-free guidance; 0 is the class itself. 1 unless given, 0 for contexts.
         sampler: fields of `SamplerOptions`.
 
     Raises:
@@ -105,8 +107,9 @@ def prepare(
     seed = random.draw_seed() if seed is None else seed
 
     under = Condition(lambda start, end: net, lambda first: None, {}, {})
-    if labels is not None:
-        condition = {**(condition or {}), "labels": labels, "weight": weight}
+    if labels is not None or context is not None:
+        told = {"labels": labels, "context": context, "weight": weight}
+        condition = {**(condition or {}), **told}
     if condition is not None:
         under = conditioned(net, shape, n=n, seed=seed, **condition)
 

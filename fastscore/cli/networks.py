@@ -26,11 +26,49 @@ def resolved(config: TrainConfig, data: Source) -> TrainConfig:
     network = values.setdefault("network", config.network or network_for(data.shape))
     if config.task == "score":
         found = {"mlp": _of_mlp, "ncsn": _of_ncsn, "unet": _of_unet}[network](config, data)
-        values = found | values
+        values = found | _told(config, network, data) | values
     config = TrainConfig(**values)
     if network == "unet" and not config.attention:
         _check_sight(config, max(data.shape[1:]))
     return config
+
+
+def _told(config, network, data):
+    """What the network is told beside x and σ: classes, or contexts, or nothing.
+
+    Raises:
+        ValueError: what is asked for is not there.
+    """
+    contexts = _contexts(data)
+    classes = config.classes
+    if contexts and classes:
+        raise ValueError("train: give either classes or context; the data have both.")
+    if network == "unet" and classes is None:
+        classes = 0 if contexts or data.labels is None else int(data.labels.max()) + 1
+    if classes:
+        _check_classes(config, data)
+    if not classes and not contexts and config.label_drop != 0.1:
+        raise ValueError(
+            "train: label_drop belongs to network unet on images with labels, or to contexts."
+        )
+    return {"classes": classes or 0, "context": contexts}
+
+
+def _contexts(data):
+    """The length of the contexts of `contexts.attached`."""
+    labels = data.labels
+    return labels.shape[1] if labels is not None and labels.dim() == 2 else 0
+
+
+def _check_classes(config, data):
+    if data.labels is None:
+        raise ValueError(f"train: classes needs labels; {config.data} has none.")
+    least = int(data.labels.max()) + 1
+    if config.classes and config.classes < least:
+        raise ValueError(
+            f"train: classes must be at least {least}, for the labels of {config.data}; "
+            f"got {config.classes}."
+        )
 
 
 def network_for(shape: tuple[int, ...]) -> str:
@@ -64,7 +102,6 @@ def _of_unet(config, data):
     side = max(data.shape[1:])
     levels = 2 + max(0, math.floor(math.log2(side / 40)) + 1)
     values = {
-        "classes": _classes(config, data),
         "data_mean": mean,
         "data_std": std,
         # They cover what takes an image apart and what nobody sees (docs/command_line.md).
@@ -99,22 +136,6 @@ def _check_sight(config, side):
             "image, so that it cannot know what noise as large as an image hides; give more "
             "multipliers, blocks, a larger patch, or attention."
         )
-
-
-def _classes(config, data):
-    """The number of classes that the labels have; 0 where there are no labels."""
-    if data.labels is None:
-        if config.classes or config.label_drop != 0.1:
-            name = "classes" if config.classes else "label_drop"
-            raise ValueError(f"train: {name} needs labels; {config.data} has none.")
-        return 0
-    least = int(data.labels.max()) + 1
-    if config.classes and config.classes < least:
-        raise ValueError(
-            f"train: classes must be at least {least}, for the labels of {config.data}; "
-            f"got {config.classes}."
-        )
-    return least
 
 
 def _moments(data):
@@ -157,7 +178,8 @@ def network(
     if config.task == "classifier":
         return models.NoiseClassifier(math.prod(shape), num_classes, **_mlp(config, sigmas))
     if config.network == "mlp":
-        return models.ScoreMLP(math.prod(shape), **_mlp(config, sigmas))
+        told = {"context": config.context or None}
+        return models.ScoreMLP(math.prod(shape), **_mlp(config, sigmas), **told)
     _check_images(config, shape)
     if config.network == "ncsn":
         return models.NCSN(shape[0], config.width, sigmas, image_size=shape[2])
@@ -186,6 +208,7 @@ def _unet(config, channels):
         attention=config.attention,
         patch=config.patch,
         num_classes=config.classes or None,
+        context=config.context or None,
         data_mean=config.data_mean,
         data_std=config.data_std,
     )
@@ -198,20 +221,23 @@ def with_labels(
     step: int,
     first_sample: int = 0,
 ) -> Callable[..., Tensor]:
-    """The network as a score of x and σ that is told the classes of a batch, all but some.
+    """The network as a score of x and σ that is told the classes or the contexts of a batch, all
+    but some.
 
-    Which labels are dropped is a function of the seed, the step and the number of the sample in the
-    whole batch: uniforms of stream CONDITION = 10 that are label_drop at most.
+    Which are dropped is a function of the seed, the step and the number of the sample in the whole
+    batch: where uniforms of stream CONDITION = 10 are label_drop at most.
 
     Args:
-        labels: int64 (B,). first_sample: number of the first in the batch of all processes.
+        labels: int64 (B,), or contexts (B, C). first_sample: number of the first in the batch of
+            all processes.
     """
-    if not config.classes:
+    if not config.classes and not config.context:
         return net
     key = {"seed": config.seed, "step": step, "stream": CONDITION, "offset": first_sample}
-    dropped = random.uniform(labels.shape, device=labels.device, **key) <= config.label_drop
+    dropped = random.uniform(labels.shape[:1], device=labels.device, **key) <= config.label_drop
+    told = {"context" if config.context else "label": labels, "dropped": dropped}
 
     def score(x, sigma):
-        return net(x, sigma, labels, dropped=dropped)
+        return net(x, sigma, **told)
 
     return score

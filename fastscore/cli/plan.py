@@ -40,6 +40,7 @@ class Plan(NamedTuple):
     def __str__(self) -> str:
         c = self.config
         told = f", told {c.classes} classes" if c.classes else ""
+        told = f", told contexts of {c.context}" if c.context else told
         kind = "classifier (mlp)" if c.task == "classifier" else c.network
         lines = [
             f"{kind} of width {c.width}, {_count(self.parameters)} parameters{told}, for "

@@ -209,7 +209,7 @@ def sample(options: _Merged[SampleOptions]) -> None:
     print(f"{job.n} samples: {options.out}{beside}")
     if "labels" in job.depends_on and not options.conditions.condition:
         print(
-            f"all classes in order, guided with weight {options.conditions.weight:g}; "
+            f"all classes in order, guided with weight {job.depends_on['weight']:g}; "
             "--condition class=none for samples of no class"
         )
 
@@ -222,7 +222,9 @@ def prepare(options: SampleOptions) -> draw.Job:
     else:
         net, sigmas, shape, _ = run_folder.open_run(options.run)
     conditions = of_all_classes(options.conditions, net)
-    under = open_conditions(conditions, options.run) if conditions.condition else None
+    under = None
+    if conditions.condition or conditions.context is not None:
+        under = open_conditions(conditions, options.run)
     return draw.prepare(
         net.to(_device()),
         sigmas,

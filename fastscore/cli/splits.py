@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastscore import datasets
+from fastscore.cli import contexts
 from fastscore.cli.config import TrainConfig
 from fastscore.cli.run_folder import CONFIG
 from fastscore.datasets import Source
@@ -37,6 +38,7 @@ def source(config: TrainConfig) -> Source:
     when it began.
     """
     data = datasets.open(config.data, skip_corrupt=config.skip_corrupt)
+    data = contexts.attached(data, config)
     if config.crop:
         return Cropped(data, config.crop)
     if data.units is None:
