@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastscore.cli import demo, metrics, progress, readers, run_folder, train
+from fastscore import guidance, sampling
+from fastscore.cli import demo, evaluate, metrics, progress, readers, run_folder, train
+from fastscore.cli.sampler_options import SamplerOptions
 from fastscore.datasets import named
 from fastscore.training import saves
 
@@ -49,6 +51,17 @@ def test_the_demo_trains_draws_each_class_and_judges(tmp_path, monkeypatch, caps
     for line in ("train: step 4 of 4", "digits: level 4 of 4", "demo: classifier: step 4 of 4"):
         assert line in told.err
 
+    # With guidance, without, and of no class.
+    few = functools.partial(evaluate.drawn_sets, steps_per_level=1)
+    monkeypatch.setattr(evaluate, "drawn_sets", few)
+    evaluate.evaluate(out, n=10, weight=3.0)
+    report = json.loads((out / "report.json").read_text())
+    sets = ("guided", "conditional", "unconditional", "held_out")
+    assert [name for name in report if name in sets] == list(sets) and report["weight"] == 3
+    assert [report[name]["n"] for name in sets] == [10, 10, 10, 500]
+    assert [("recognised" in report[name]) for name in sets] == [True, True, False, True]
+    assert "| | guided, w = 3 | conditional | unconditional |" in (out / "report.md").read_text()
+
     # Finished: nothing is trained, the same pictures are made again.
     weights = run_folder.read_weights(out)
     before = [(out / name).read_bytes() for name in PICTURES]
@@ -61,6 +74,42 @@ def test_the_demo_trains_draws_each_class_and_judges(tmp_path, monkeypatch, caps
     # Further, where more steps are asked for.
     demo.demo(out, steps=6)
     assert saves.of_run(out)[0].step == 6
+
+
+def test_samples_are_of_the_class_asked_for_and_led_by_the_weight(tmp_path, monkeypatch):
+    """What `evaluate` draws is `classifier_free` of the run's network, by name."""
+    monkeypatch.setattr(demo, "show", lambda out, check: None)
+    demo.demo(tmp_path / "run")
+    trained = run_folder.open_run(tmp_path / "run")
+    # At the start a UNet knows nothing of its labels.
+    with torch.no_grad():
+        trained.net.last.weight.normal_(generator=torch.Generator().manual_seed(0))
+        trained.net.requires_grad_(False)
+    sets = evaluate.drawn_sets(trained, 20, 5, 2.0, steps_per_level=2)
+    asked = torch.arange(20) // 2
+    assert torch.equal(sets["guided"].asked, asked) and sets["unconditional"].asked is None
+
+    scores = {
+        "guided": guidance.classifier_free(trained.net, asked, weight=2.0),
+        "conditional": guidance.classifier_free(trained.net, asked, weight=0.0),
+        "unconditional": trained.net,
+    }
+    options = SamplerOptions(steps_per_level=2).arguments(trained.sigmas, trained.net)
+    for name, score in scores.items():
+        expected = sampling.sample(score, shape=(20, 1, 28, 28), seed=5, **options)
+        assert torch.equal(sets[name].samples, expected), name
+    guided, conditional, unconditional = (sets[name].samples for name in scores)
+    assert not torch.equal(guided, conditional) and not torch.equal(conditional, unconditional)
+
+
+def test_a_weight_belongs_to_samples_of_a_run_that_knows_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "QUICK", {"width": 8, "depth": 1, "steps": 2, "held_out": 300})
+    monkeypatch.setattr(demo.evaluate, "evaluate", lambda out: None)
+    demo.demo(tmp_path / "quick", quick=True)
+    monkeypatch.undo()
+    for options in ({}, {"likelihood": True}):
+        with pytest.raises(ValueError, match="weight belongs to"):
+            evaluate.evaluate(tmp_path / "quick", n=2, weight=1.0, **options)
 
 
 def test_an_interrupted_demo_goes_on_where_it_was(tmp_path, monkeypatch):

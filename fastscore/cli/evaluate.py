@@ -101,12 +101,12 @@ def evaluate(
 
 
 def drawn_sets(
-    trained: run_folder.TrainedRun, n: int, seed: int, weight: float
+    trained: run_folder.TrainedRun, n: int, seed: int, weight: float, **sampler: Any
 ) -> dict[str, Drawn]:
     """Samples by name; of a network that knows classes with guidance, without, and of no class."""
     net, sigmas, shape, config = trained
     if not config.classes:
-        job = draw.prepare(net, sigmas, shape, n, seed=seed)
+        job = draw.prepare(net, sigmas, shape, n, seed=seed, **sampler)
         return {"samples": Drawn(draw.draw_shown("evaluate", job).samples)}
 
     asked = spread(range(config.classes), n)
@@ -117,7 +117,8 @@ def drawn_sets(
     }
     drawn = {}
     for name, options in sets.items():
-        job = draw.prepare(net, sigmas, shape, n, seed=seed, batch_size=_BATCH, **options)
+        options = {"seed": seed, "batch_size": _BATCH} | options | sampler
+        job = draw.prepare(net, sigmas, shape, n, **options)
         samples = draw.draw_shown(f"evaluate: {name}", job).samples
         drawn[name] = Drawn(samples, options.get("labels"))
     return drawn

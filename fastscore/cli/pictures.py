@@ -99,7 +99,7 @@ def save_labelled(
     axes.set_xticks([])
     if columns is not None:
         middles = [(k + 0.5) * (w + 1) * scale for k in range(count)]
-        axes.set_xticks(middles, columns, fontsize=10)
+        axes.set_xticks(middles, columns, fontsize=9)
         axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
