@@ -252,11 +252,15 @@ def signalled(data, out, rank, line, which):
         trained(data, out)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow, id="20-slow")])
+@pytest.mark.parametrize(
+    "count, seed",
+    [(2, 0), *(pytest.param(5, k, marks=pytest.mark.slow(minutes=1)) for k in range(1, 5))],
+    ids=["2", *(f"5-of-20-slow-{k}" for k in range(4))],
+)
 def test_a_signal_to_any_rank_ends_all_between_the_same_two_steps(
-    tmp_path, data, undisturbed, count
+    tmp_path, data, undisturbed, count, seed
 ):
-    rng, differing, heeded = random.Random(count), [], 0
+    rng, differing, heeded = random.Random(seed), [], 0
     for k in range(count):
         out, which = tmp_path / str(k), rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
         line = rng.randrange(500, 20000)

@@ -220,6 +220,41 @@ def test_on_a_device_that_is_asked_late_nothing_is_updated_either(where, monkeyp
         policy.look()
 
 
+def train_together(folder):
+    """On two processes, of 7 and 5 samples; one of them has a loss that is not finite."""
+    with ranks.joined() as together:
+        net = network()
+        called = together.wrapped(net)
+        batches = [cut(7, 5)[together.rank]]
+
+        def spoiling(net, batch, step):
+            found = loss(net, batch, step)
+            return found / 0 if (step, together.rank) == (7, 1) else found
+
+        with pytest.warns(UserWarning, match=r"step 7 is skipped \(1 of 1\): the loss is "):
+            *_, last = training.training_loop(called, batches, spoiling, steps=20, nonfinite=1)
+        found = {"net": weights(net), "ema": weights(last.ema)}
+        checkpoint.save(folder / str(together.rank), found)
+        del called, last
+
+
+@pytest.mark.processes
+def test_processes_of_unequal_batches_take_the_steps_of_one(tmp_path):
+    """And leave out the same one where one of them has to."""
+    assert ranked.run(2, train_together, tmp_path) == [0, 0]
+    net = network()
+
+    def spoiling(net, batch, step):
+        return loss(net, batch, step) / (0 if step == 7 else 1)
+
+    with pytest.warns(UserWarning, match="step 7 is skipped"):
+        *_, last = training.training_loop(net, cut(12), spoiling, steps=20, nonfinite=1)
+    for rank in "01":
+        found = checkpoint.load(tmp_path / rank)
+        torch.testing.assert_close(found["net"], weights(net), rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(found["ema"], weights(last.ema), rtol=1e-11, atol=1e-13)
+
+
 def sharded(net, mesh):
     from torch.distributed.fsdp import fully_shard
 

@@ -72,7 +72,7 @@ class TrainConfig:
             named images, an .npy file, or a table (.csv, .parquet); what a file does not say is
             said behind its name, such as faces:rgb, x.npz:channels-last:max=16 or
             x.csv:label=species.
-        out: run folder to create.
+        out: run folder to create; runs/digits unless given.
         network: mlp (residual ScoreMLP), ncsn (convolutional RefineNet) or unet (convolutional, and
             told the classes of the images where these have labels); unless given unet for images
             with a side of 16 or more, and mlp for others and where depth is given.
