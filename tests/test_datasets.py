@@ -321,6 +321,33 @@ def test_a_file_that_changes_while_a_run_reads_it_is_one_sentence(tmp_path):
         source.read(torch.tensor([11]))
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_of_any_number_of_workers_takes_a_source_as_its_data_set(tmp_path, workers):
+    source = datasets.open(KINDS["npz, with labels"](tmp_path), in_memory=False)
+    generator = torch.Generator().manual_seed(0)
+    loader = torch.utils.data.DataLoader(
+        source, batch_size=5, shuffle=True, num_workers=workers, generator=generator
+    )
+    images, labels = datasets.load(tmp_path / "x.npz")
+    found = [torch.cat(parts) for parts in zip(*loader)]
+    shuffled = [5, 4, 0, 9, 7, 8, 1, 10, 3, 11, 6, 2]   # of this seed
+    assert torch.equal(found[0], images[shuffled]) and torch.equal(found[1], labels[shuffled])
+    with pytest.raises(IndexError, match=r"must lie in 0\.\.11; got 12"):
+        source[12]
+
+
+def test_what_memory_does_not_hold_is_refused_where_it_would_be_whole(tmp_path, monkeypatch):
+    name = KINDS["folder, colour"](tmp_path)
+    config = TrainConfig(data=name, out=tmp_path / "run")
+    source = datasets.open(name, in_memory=False)
+    monkeypatch.setattr(memory, "available", lambda: N * 8 * 6 * 3 * 4 - 1)
+    with pytest.raises(ValueError, match=r"its 12 pictures, takes .* datasets\.open reads them as"):
+        datasets.load(name)
+    with pytest.raises(ValueError, match=r"what is training of it, as a whole, takes"):
+        splits.part(config, "training", source)
+
+
 # Runs
 
 

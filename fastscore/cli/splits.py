@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastscore import datasets
+from fastscore import datasets, memory
 from fastscore.cli import contexts
 from fastscore.cli.config import TrainConfig
 from fastscore.cli.run_folder import CONFIG
@@ -67,6 +67,9 @@ def part(
     """
     data = source(config) if data is None else datasets.open(data)
     chosen = dict(zip(("training", "held_out"), split(config, data)))[name]
+    memory.check(
+        4 * len(chosen) * math.prod(data.shape), f"{config.data}: what is {name} of it, as a whole,"
+    )
     return data.read(chosen), None if data.labels is None else data.labels[chosen]
 
 

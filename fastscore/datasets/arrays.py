@@ -154,7 +154,7 @@ class Archive:
     def read(self, name: str) -> np.ndarray:
         """The array, in memory."""
         stored = self.declared(name)
-        memory.check(stored.nbytes, f"{self.path}: {name}")
+        memory.check(stored.nbytes, f"{self.path}: its array {name}")
         try:
             with np.load(self.path, allow_pickle=False) as archive:
                 return archive[name]

@@ -1,5 +1,6 @@
 """Samples that are read by their numbers, wherever they lie."""
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,14 @@ class Source:
             ValueError: a number is not in 0 .. N - 1; a sample cannot be read.
         """
         return self._read(self._checked(indices))
+
+    def __getitem__(self, index: int) -> Tensor | tuple[Tensor, Tensor]:
+        """One sample, and its label if there are labels, as a DataLoader takes them."""
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"a sample's number must lie in 0..{len(self) - 1}; got {index}.")
+        sample = self.read(torch.tensor([index]))[0]
+        return sample if self.labels is None else (sample, self.labels[index])
 
     def _read(self, indices: Tensor) -> Tensor:
         raise NotImplementedError

@@ -64,6 +64,8 @@ from fastscore.images.rules import (
     unit,
 )
 
+_STREAMED = "; datasets.open reads them as they are wanted"
+
 
 def read(source: str | Path, *, slack: float = 0.0) -> np.ndarray:
     """One image, float32 (C, H, W), of a .png, .jpg or .npy file.
@@ -99,6 +101,9 @@ def read_folder(source: str | Path) -> np.ndarray:
     W)."""
     folder, reading = parse(source)
     files = pictures_of(folder)
+    first = picture(files[0], reading).array
+    needed = len(files) * first.size * (4 + first.itemsize)
+    memory.check(needed, f"{folder}, with its {len(files)} pictures,", _STREAMED)
     raws = [picture(file, reading) for file in files]
     for file, raw in zip(files, raws):
         check_alike((files[0], raws[0].array.shape), (file, raw.array.shape), reading, folder)
