@@ -337,6 +337,15 @@ def test_a_loader_of_any_number_of_workers_takes_a_source_as_its_data_set(tmp_pa
         source[12]
 
 
+def test_processes_of_one_machine_share_what_is_kept_in_memory(tmp_path, monkeypatch):
+    name = KINDS["folder, colour"](tmp_path)
+    nbytes = N * 8 * 6 * 3 * 4
+    monkeypatch.setattr(memory, "available", lambda: 4 * 3 * nbytes)
+    for processes, kept in (("", True), ("3", True), ("4", False), ("x", True), ("0", True)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert datasets.open(name).in_memory == kept
+
+
 def test_what_memory_does_not_hold_is_refused_where_it_would_be_whole(tmp_path, monkeypatch):
     name = KINDS["folder, colour"](tmp_path)
     config = TrainConfig(data=name, out=tmp_path / "run")

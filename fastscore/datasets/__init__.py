@@ -89,7 +89,8 @@ def open(
             label, or a dict of columns, as in torch.utils.data and Hugging Face's datasets); a
             `Source`, which is returned.
         in_memory: whether a folder or file is read now, as a whole; where it takes at most a
-            quarter of the free memory unless given. It changes no value.
+            quarter of the free memory unless given (of a process's part of it, under torchrun). It
+            changes no value.
         skip_corrupt: files of a folder that may be left out, with a warning, because they cannot be
             read. One more is refused.
         columns: names of the samples' and the labels' column (None: no labels) of items that are
@@ -171,7 +172,12 @@ def _opened_npz(source, path, in_memory):
 
 
 def _kept(in_memory, nbytes):
-    return nbytes <= memory.available() // _SHARE if in_memory is None else in_memory
+    if in_memory is not None:
+        return in_memory
+    # Of torchrun: the processes of this machine, each of which reads its own.
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "")
+    processes = max(1, int(beside)) if beside.isdecimal() else 1
+    return nbytes * processes <= memory.available() // _SHARE
 
 
 def _taken(stored):
