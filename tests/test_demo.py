@@ -2,6 +2,7 @@
 
 import functools
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -72,6 +73,7 @@ def test_the_demo_trains_draws_each_class_and_judges(tmp_path, monkeypatch, caps
     assert [(out / name).read_bytes() for name in PICTURES] == before
 
     # Further, where more steps are asked for.
+    monkeypatch.setattr(demo, "show", lambda out, check: None)
     demo.demo(out, steps=6)
     assert saves.of_run(out)[0].step == 6
 
@@ -110,6 +112,26 @@ def test_a_weight_belongs_to_samples_of_a_run_that_knows_classes(tmp_path, monke
     for options in ({}, {"likelihood": True}):
         with pytest.raises(ValueError, match="weight belongs to"):
             evaluate.evaluate(tmp_path / "quick", n=2, weight=1.0, **options)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_who_interrupts_a_demo_is_told_how_it_goes_on(tmp_path, monkeypatch, capsys, quick):
+    monkeypatch.setattr(demo, "QUICK", {"width": 8, "depth": 1, "steps": 4, "held_out": 300})
+    fit = train.fit
+
+    def terminated(*arguments):
+        for step, loss in (updates := fit(*arguments)):
+            if step == 1:
+                signal.raise_signal(signal.SIGTERM)
+            yield step, loss
+        updates.close()
+
+    monkeypatch.setattr(train, "fit", terminated)
+    with pytest.raises(SystemExit) as stop:
+        demo.demo(tmp_path / "run", quick=quick)
+    assert stop.value.code == 143
+    told = capsys.readouterr().out
+    assert "interrupted; the run is saved, go on with the same command" in told
 
 
 def test_an_interrupted_demo_goes_on_where_it_was(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ OPTIONS = {"network": "unet", "steps": 5000, "held_out": 500, "shift": 1, "label
 QUICK = {"held_out": 300}
 SAMPLER = {"steps_per_level": 4}
 EACH = 10   # digits of each class
+_AGAIN = "the same command"
 _COLUMNS = 10   # states of the path that are shown
 
 
@@ -45,10 +46,10 @@ def demo(
 
     config = TrainConfig(data=data, out=out, **options)
     if quick:
-        train.train(config)
+        train.run(config, again=_AGAIN)
         evaluate.evaluate(out)
     else:
-        train.run(config, show)
+        train.run(config, show, again=_AGAIN)
 
 
 def _check_data(out, data):

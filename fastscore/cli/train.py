@@ -22,14 +22,19 @@ from fastscore.training import files, ranks, signals
 
 def train(config: Annotated[TrainConfig, arg(name="")]) -> None:
     """Train a noise-conditional score network, or a classifier of noisy images."""
-    run(config, _draw_pictures)
+    run(config)
 
 
-def run(config: TrainConfig, draw_pictures: Callable[[Path, Callable], object]) -> None:
+def run(
+    config: TrainConfig,
+    draw_pictures: Callable[[Path, Callable], object] | None = None,
+    *,
+    again: str = "--resume",
+) -> None:
     """Train, then show what has been learnt, after Ctrl-C, too.
 
     draw_pictures: of a score network, called draw_pictures(out, check); check raises between states
-    and pictures where a signal leaves the rest out.
+    and pictures where a signal leaves the rest out. again: what an interrupted run goes on with.
     """
     with signals.stop_on_signals() as stop:
         with ranks.joined() as together:
@@ -40,11 +45,11 @@ def run(config: TrainConfig, draw_pictures: Callable[[Path, Callable], object]) 
             # Also of a signal after the last step: all end in the same way.
             stop.signal = together.ends(stop.signal)
         if stop and together.leads:
-            print("\ninterrupted; the run is saved, go on with --resume", flush=True)
+            print(f"\ninterrupted; the run is saved, go on with {again}", flush=True)
         # Whoever presses Ctrl-C wants to see what there is; a scheduler waits for the end.
         if together.leads and (not stop or stop.signal == signal.SIGINT):
             with distributed.alone():
-                _finish(config, out, stop, draw_pictures)
+                _finish(config, out, stop, draw_pictures or _draw_pictures)
         # Nothing is left that a restart would have to do.
         if together.leads and not stop:
             ranks.release(out)
