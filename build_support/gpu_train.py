@@ -28,7 +28,7 @@ from torch import Tensor
 from workloads import DEVICE, EMULATED
 
 import fastscore
-from fastscore import datasets, losses, models, schedules, training
+from fastscore import datasets, losses, models, sampling, schedules, training
 from fastscore.training import signals
 
 SIDE, IMAGES, BATCH = (8, 64, 4) if EMULATED else (32, 20_000, 128)
@@ -36,7 +36,7 @@ STEPS, RECORDED, TIMED, SAMPLES = (4, 2, 1, 4) if EMULATED else (20_000, 50, 10,
 NETWORK: dict[str, Any] = {"width": 128, "multipliers": (1, 2, 2), "attention": (1,)}
 if EMULATED:
     NETWORK = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (1,)}
-LEVELS = 4 if EMULATED else 40
+LEVELS = 4 if EMULATED else 60
 RATE, WARMUP, SEED = 3e-4, 200, 0
 SHARE = 0.8   # of the time, for training
 
@@ -84,13 +84,17 @@ class Job:
         self.source = source.to(DEVICE)
         self.layout = layout
         self.autocast = autocast
-        self.sigmas = schedules.geometric(8 * std, 0.04 * std, LEVELS).to(DEVICE)
+        # From beyond the largest distance between two images, as the mean of an image's pixels
+        # varies by many times the deviation of one.
+        self.sigmas = schedules.geometric(80 * std, 0.04 * std, LEVELS).to(DEVICE)
+        self.start = sampling.start_like(some, SAMPLES, sigma=80 * std, seed=SEED).to(DEVICE)
         torch.manual_seed(SEED)
         moments = {"data_mean": float(some.mean()), "data_std": std}
         net = models.UNet(2, source.shape[0], **moments, **NETWORK)
         self.net = net.to(DEVICE, memory_format=layout)
         self.optimizer = torch.optim.Adam(self.net.parameters(), RATE, fused=True)
-        self.ema = training.averaged(self.net, 0.999)
+        # Of the last tenth of the steps, however many there will be.
+        self.ema = training.power_averaged(self.net, 0.1)
 
     def steps(self, first: int, end: int) -> Iterator[training.Step]:
         options = {"steps": end, "first_step": first}
@@ -117,10 +121,9 @@ class Job:
         return state["step"]
 
     def samples(self) -> Tensor:
-        shape = (SAMPLES, *self.source.shape)
-        options = {"sampler": "probability_flow", "sigmas": self.sigmas, "seed": SEED}
+        options = {"sampler": "probability_flow", "sigmas": self.sigmas}
         with torch.no_grad():
-            return fastscore.sample(self.ema.eval(), shape=shape, **options).float().cpu()
+            return fastscore.sample(self.ema.eval(), x=self.start, **options).float().cpu()
 
 
 def peak() -> float | None:
