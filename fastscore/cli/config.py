@@ -111,6 +111,8 @@ class TrainConfig:
         weighting: of the noise levels: even, or for the unet edm (unless given), with levels below
             data_std more often and the loss at each multiplied by 1 + (σ/data_std)².
         ema_decay: decay of the averaged weights; 0.999 unless given.
+        ema_widths: of more averages, which each save keeps, as shares of the training; from two of
+            them, such as 0.05 0.1, sample --ema-width makes that of any width. None unless given.
         held_out: images kept away from training, for evaluation; 0 unless given. The run remembers
             which.
         flip: mirror half of the training images, left and right.
@@ -169,6 +171,9 @@ class TrainConfig:
     data_std: float | None = _of_network(float)
     weighting: str | None = _of_network(str)
     ema_decay: float | None = _unless_given(0.999)
+    ema_widths: tuple[float, ...] | None = field(
+        default=None, metadata={"default": (), "type": config_file.Floats}
+    )
     held_out: int | None = _unless_given(0)
     flip: Annotated[bool | None, _FLAG] = _unless_given(False)
     shift: int | None = _unless_given(0)
@@ -257,6 +262,11 @@ class TrainConfig:
             raise ValueError(f"train: budget must be positive and finite; got {self.budget}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"train: ema_decay must be in [0, 1); got {self.ema_decay}.")
+        for width in self.ema_widths:
+            if not 0.001 <= width <= 0.28:
+                raise ValueError(f"train: ema_widths must be in 0.001..0.28; got {width}.")
+        if len(set(self.ema_widths)) < len(self.ema_widths):
+            raise ValueError("train: ema_widths must differ; one is given twice.")
 
         sliced = self.loss.startswith("sliced")
         if not sliced and (self.projections, self.distribution) != (1, "rademacher"):

@@ -10,6 +10,13 @@ _MOST = 1 << 20   # bytes
 _OF_A_RUN = ("shape", "format")
 
 
+class Floats(tuple):
+    """The type of an option that is a list of numbers which need not be whole."""
+
+
+_LISTS = {tuple: (int,), Floats: (int, float)}
+
+
 def read(path: Path, types: dict[str, type]) -> dict[str, Any]:
     """The options that a file gives; the config.toml of a run is such a file, too.
 
@@ -62,11 +69,12 @@ def of_types(values: dict[str, Any], types: dict[str, type]) -> dict[str, Any]:
     options = dict(values)
     for name, value in options.items():
         kind = types[name]
-        if kind is tuple and type(value) is list and all(type(n) is int for n in value):
+        if kind in _LISTS and type(value) is list and all(type(n) in _LISTS[kind] for n in value):
             options[name] = tuple(value)
         elif issubclass(kind, Path) and type(value) is str:
             options[name] = Path(value)
         elif type(value) not in (kind, {float: int}.get(kind)):
-            wanted = {"Path": "str", "tuple": "list of int"}.get(kind.__name__, kind.__name__)
+            names = {"Path": "str", "tuple": "list of int", "Floats": "list of float"}
+            wanted = names.get(kind.__name__, kind.__name__)
             raise ValueError(f"{name} must be of type {wanted}")
     return options

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastscore import datasets, likelihood, losses, perturb, training
-from fastscore.cli import board, emphasis, metrics, networks, run_folder, splits
+from fastscore.cli import board, emphasis, metrics, networks, run_folder, splits, widths
 from fastscore.cli.board import Board
 from fastscore.cli.config import TrainConfig
 from fastscore.cli.validation import Validation
@@ -241,12 +241,15 @@ class Run:
             self.last, self.done, self.begun = run_folder.restore(*parts)
         self.policy.skipped = self.begun.pop("skipped", torch.zeros(0)).int().tolist()
         self.best = None if self.last is None else self.last.manifest().get("best")
+        self.averages = widths.begun(config, net, self.last)
         self._loss = None   # of the held-out images, after this step
 
     def step(self, done: int, sums: metrics.Metrics) -> None:
         """So many steps are done: write what is to be written after this one."""
         self.done = done
         self._loss = None
+        for average in self.averages:
+            average.update_parameters(self.net)
         ends = done == self.config.steps
         looks = self.config.held_out > 0 and (done % self.config.held_out_every == 0 or ends)
         if looks or ends or done % RECORD_EVERY == 0:
@@ -279,6 +282,7 @@ class Run:
         options = {"last": self.last, "seed": self.config.seed}
         options |= {"keep": self.config.keep, "best": self.best}
         options |= {"processes": self.together.size}
+        options["more"] = widths.contents(self.averages)
         parts = (self.net, self.ema, self.optimizer, self.done, state)
         self.last = run_folder.save(self.out, *parts, **options)
         if self.board is not None and self.config.task == "score":

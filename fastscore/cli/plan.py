@@ -171,7 +171,8 @@ def _check_disk(config, parameters):
     folder = Path(config.out).absolute()
     while not folder.exists():
         folder = folder.parent
-    needed, free = _kept(config) * _SAVED * parameters, shutil.disk_usage(folder).free
+    each = (_SAVED + 4 * len(config.ema_widths)) * parameters
+    needed, free = _kept(config) * each, shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
             f"train: {_kept(config)} saves of a network of {_count(parameters)} parameters "

@@ -194,6 +194,7 @@ def save(
     keep: int = 2,
     best: dict[str, Any] | None = None,
     processes: int = 1,
+    more: dict[str, bytes] | None = None,
 ) -> saves.Save:
     """Save the averaged weights, and everything that `restore` reads, as one.
 
@@ -201,7 +202,7 @@ def save(
         sums: what the metrics hold since the last record.
         last: the intact save before it. keep: how many are kept.
         best: step and loss of the save of the least held-out loss, which is kept beside them.
-        processes: how many trained it.
+        processes: how many trained it. more: further files of the save.
     """
     tensors = checkpoint.state_of(net, ema, optimizer, steps_done)
     tensors["state"] |= {f"metrics.{k}": v for k, v in sums.items()}
@@ -223,6 +224,7 @@ def save(
     if best is not None:
         about["best"] = best
         options["best"] = best["step"]
+    contents |= more or {}
     made = saves.commit(out, steps_done, contents, about=about, **options)
 
     # Of an earlier version, and older than this save.

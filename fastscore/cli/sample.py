@@ -12,7 +12,7 @@ import torch
 from tyro.conf import Positional, arg
 
 from fastscore import distributed, models, schedules
-from fastscore.cli import draw, pictures, rows, run_folder, splits
+from fastscore.cli import draw, pictures, rows, run_folder, splits, widths
 from fastscore.cli.conditions import ConditionOptions, of_all_classes, open_conditions
 from fastscore.cli.parts import Parts
 from fastscore.cli.sampler_options import SamplerOptions
@@ -114,6 +114,8 @@ class SampleOptions:
         batch_size: samples computed at a time; a job of several batches goes on where it was
             interrupted when the command is given again.
         path: a .png for the way of the first eight samples through the noise levels.
+        ema_width: of the averaged weights, a share of the training, for a run that was trained with
+            ema_widths.
     """
 
     run: Positional[Path]
@@ -126,6 +128,7 @@ class SampleOptions:
     first_sample: int = 0
     batch_size: int = 100
     path: Path | None = None
+    ema_width: float | None = None
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.batch_size < 1:
@@ -145,6 +148,8 @@ class SampleOptions:
                 raise ValueError(f"sample: {file} is a folder; it must be the name of a file.")
 
         if self.of_checkpoint:
+            if self.ema_width is not None:
+                raise ValueError(f"sample: ema_width is for run folders; {self.run} is none.")
             transformed = self.checkpoint.rescaled or self.checkpoint.logit_transform
             if self.conditions.condition and transformed:
                 raise ValueError(
@@ -221,6 +226,8 @@ def prepare(options: SampleOptions) -> draw.Job:
         sigmas, shape = net.sigmas, net.sample_shape
     else:
         net, sigmas, shape, _ = run_folder.open_run(options.run)
+        if options.ema_width is not None:
+            net = widths.network(options.run, net, options.ema_width)
     conditions = of_all_classes(options.conditions, net)
     under = None
     if conditions.condition or conditions.context is not None:
