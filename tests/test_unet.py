@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastscore
 from fastscore import losses
 from fastscore.models import unet
-from fastscore.models.unet import UNet, _to_channels, _to_places, _Upsample
+from fastscore.models.layout import to_channels, to_places
+from fastscore.models.unet import UNet, _Upsample
 
 SIDES = {1: (13,), 2: (7, 10), 3: (3, 5, 4)}
 OPTIONS = {"multipliers": (1, 2), "blocks": 1}
@@ -58,9 +59,9 @@ def test_edm_preconditioning_is_that_of_the_paper(sigma):
 @pytest.mark.parametrize("dim", SIDES)
 def test_patches_become_channels_and_places_again(dim, patch):
     x = torch.rand(2, 3, *(side * patch for side in SIDES[dim]))
-    h = _to_channels(x, patch)
+    h = to_channels(x, patch)
     assert h.shape == (2, 3 * patch**dim, *SIDES[dim])
-    assert torch.equal(_to_places(h, patch), x)
+    assert torch.equal(to_places(h, patch), x)
     if dim == 2:
         assert torch.equal(h, torch.nn.functional.pixel_unshuffle(x, patch))
 

@@ -85,6 +85,9 @@ class Archive:
         ValueError: it is no readable .npz file.
     """
 
+    stamp: str
+    members: dict[str, zipfile.ZipInfo]
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.stamp = stamp_of(path, images.check_regular(path))
@@ -164,6 +167,9 @@ class Archive:
 
 class Array(Source):
     """Images in one array of a file, which is read as they are wanted."""
+
+    reading: images.Reading
+    shape: tuple[int, ...]
 
     def __init__(
         self, stored: Stored, source: str | os.PathLike[str], labels: Tensor | None = None

@@ -102,6 +102,11 @@ class Cropped(Source):
         ValueError: the samples are no images, or smaller.
     """
 
+    shape: tuple[int, ...]
+    labels: Tensor | None
+    classes: tuple[str, ...] | None
+    in_memory: bool
+
     def __init__(self, source: Source, crop: int) -> None:
         if len(source.shape) != 3 or crop > min(source.shape[1:]):
             raise ValueError(

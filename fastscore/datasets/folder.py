@@ -43,6 +43,14 @@ class Folder(Source):
         workers: threads that decode; one for each processor, up to eight, unless given.
     """
 
+    folder: Path
+    reading: images.Reading
+    files: list[Path]
+    workers: int
+    shape: tuple[int, ...]
+    labels: Tensor | None
+    classes: tuple[str, ...] | None
+
     def __init__(
         self,
         source: str | os.PathLike[str],

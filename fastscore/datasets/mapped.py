@@ -28,6 +28,9 @@ class Mapped(Source):
             dicts; the usual ones unless given.
     """
 
+    shape: tuple[int, ...]
+    labels: Tensor | None
+
     def __init__(self, dataset: Any, columns: tuple[str, str | None] | None = None) -> None:
         self.dataset = dataset
         self._lock = threading.Lock()

@@ -98,6 +98,8 @@ class Source:
 class Tensors(Source):
     """Samples that lie in memory: float32 (N, *)."""
 
+    shape: tuple[int, ...]
+
     in_memory = True
 
     def __init__(
@@ -123,6 +125,12 @@ class Tensors(Source):
 
 class Subset(Source):
     """A part of a source, in an order of its own."""
+
+    shape: tuple[int, ...]
+    labels: Tensor | None
+    classes: tuple[str, ...] | None
+    units: Any
+    in_memory: bool
 
     def __init__(self, source: Source, indices: Tensor) -> None:
         self.source = source

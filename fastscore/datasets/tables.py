@@ -53,6 +53,9 @@ class Table(Source):
         units: of the columns; `to_units` is the way back.
     """
 
+    shape: tuple[int, ...]
+    samples: Tensor
+
     in_memory = True
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Which order of memory a convolutional network computes in."""
+"""Which order of memory a convolutional network computes in, and patches as channels."""
 
 from torch import Tensor
 
@@ -21,3 +21,25 @@ def channels_last(x: Tensor) -> Tensor:
 def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
     """y, in C order if x is: the inverse of `channels_last` at the end of a network."""
     return y.contiguous() if x.is_contiguous() else y
+
+
+def to_channels(x: Tensor, patch: int) -> Tensor:
+    """Patches (B, C, * p) as channels (B, C p^dim, *)."""
+    if patch == 1:
+        return x
+    dims = x.dim() - 2
+    sides = [n for side in x.shape[2:] for n in (side // patch, patch)]
+    x = x.reshape(*x.shape[:2], *sides)
+    x = x.permute(0, 1, *range(3, 3 + 2 * dims, 2), *range(2, 2 + 2 * dims, 2))
+    return x.flatten(1, 1 + dims)
+
+
+def to_places(x: Tensor, patch: int) -> Tensor:
+    """The inverse of `to_channels`."""
+    if patch == 1:
+        return x
+    dims = x.dim() - 2
+    x = x.unflatten(1, (-1, *[patch] * dims))   # (B, C, p..., *)
+    pairs = [d for k in range(dims) for d in (2 + dims + k, 2 + k)]
+    x = x.permute(0, 1, *pairs)
+    return x.reshape(*x.shape[:2], *(x.shape[2 + 2 * k] * patch for k in range(dims)))

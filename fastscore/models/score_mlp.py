@@ -29,7 +29,9 @@ class Trunk(nn.Module):
     activation: Callable[[Tensor], Tensor]
     log_range: tuple[float, float]
     sigma_range: tuple[float, float]
+    context_size: int | None
     embed: nn.Linear
+    context: nn.Linear
     first: nn.Linear
     blocks: nn.ModuleList
     last: nn.Linear
