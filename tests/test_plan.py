@@ -1,6 +1,7 @@
 """What `fastscore train` chooses by data and budget, says beforehand, and refuses to begin."""
 
 import contextlib
+import dataclasses
 import io
 import math
 import shutil
@@ -139,6 +140,12 @@ def test_networks_of_images_refuse_tables():
 # What is said, and how many steps there are
 
 
+def test_every_option_has_its_help():
+    for option in dataclasses.fields(TrainConfig):
+        if option.name != "file":
+            assert f"\n        {option.name}: " in TrainConfig.__doc__, option.name
+
+
 def made(**options):
     return plan.made(TrainConfig(**options), Ranks())
 
@@ -167,7 +174,9 @@ def test_the_plan_says_what_it_takes(images, tmp_path, tenth):
     assert found.parameters == sum(p.numel() for p in net.parameters())
     words = f"unet of width 8, {found.parameters} parameters, for 40 samples of 1x16x16"
     assert str(found).startswith(words)
-    assert "6000 steps of 4: 100 ms each, 10.0 minutes in all" in str(found)
+    # 200 calls for 64 images, each a third of 16 steps.
+    line = "6000 steps of 4: 100 ms each, 10.0 minutes in all, and 106.7 s for pictures;"
+    assert line in str(found)
     rough = made(data=str(images), out=tmp_path / "run", **SMALL, budget=1.0)
     assert str(rough).endswith("samples are rough below some 2000 steps: --budget 4 buys these")
     narrow = made(data=str(images), out=tmp_path / "run", depth=1, width=64)

@@ -80,12 +80,16 @@ class TrainConfig:
             sliced, sliced-vr (variance reduced) or exact (the whole trace: small images only).
         projections: random directions per image, of the sliced losses; 1 unless given.
         distribution: of the directions, rademacher (unless given), gaussian or sphere.
-        steps: number of updates; 9000 unless given, 2000 of a unet.
-        batch_size: images per update, of all processes together; 256 unless given, 32 of a unet.
+        steps: number of updates; unless given 9000 of an mlp, and of others as many as fit in the
+            budget.
+        budget: minutes that the training may take, by a measurement of a few steps, in place of
+            steps; 10 unless given or 0.
+        batch_size: images per update, of all processes together; 256 unless given, 32 of a unet,
+            64 of an ncsn.
         accumulate: parts of a process's share that go through the network one after another, to
             save memory; 1 unless given.
-        lr: Adam's learning rate, 2e-3 unless given, 3e-3 of a unet; it rises over 100 steps and
-            falls to zero along a cosine.
+        lr: Adam's learning rate, 2e-3 unless given, 3e-3 of a unet, 1e-3 of an ncsn; it rises over
+            100 steps and falls to zero along a cosine.
         levels: number of noise levels; 16 unless given, 50 of a unet.
         sigma_max: largest noise, in units of the [0, 1] pixel range; 1 unless given, of a unet 8
             times the standard deviation of the images.

@@ -19,6 +19,7 @@ _BUDGET = 10.0   # minutes
 _SAVED = 16   # bytes of a parameter in a save: its average, itself and Adam's two
 _TRAINED = 20   # bytes of a parameter in training: those and the gradient
 _MEASURED = 12   # steps at most, and three at least where they take less than ten seconds
+_PICTURES = 64
 _ROUGH = 2000   # steps of a convolutional network, below which samples are hardly more than strokes
 
 
@@ -47,10 +48,19 @@ class Plan(NamedTuple):
             f"{self.images} samples of {'x'.join(map(str, self.shape))}; {c.levels} noise levels "
             f"from {c.sigma_max:.3g} to {c.sigma_min:.3g}",
             f"{c.steps} steps of {c.batch_size}: {_time(self.seconds)} each, "
-            f"{_time(c.steps * self.seconds)} in all; {_bytes(self.memory)} of memory, "
-            f"{_bytes(self.disk)} of disk for {_kept(c)} saves",
+            f"{_time(c.steps * self.seconds)} in all{self._pictures()}; {_bytes(self.memory)} of "
+            f"memory, {_bytes(self.disk)} of disk for {_kept(c)} saves",
         ]
         return "\n".join([*lines, *self.remarks()])
+
+    def _pictures(self):
+        """What the samples at the end take, by a third of a step for one call of the network."""
+        c = self.config
+        if c.task != "score":
+            return ""
+        calls = max(200, c.levels) * (1 + (c.classes > 0)) if c.network == "unet" else 20 * c.levels
+        seconds = calls * _PICTURES / c.batch_size * self.seconds / 3
+        return f", and {_time(seconds)} for pictures" if seconds > 5 else ""
 
     def remarks(self) -> list[str]:
         """What stands against good samples, and the way out."""
