@@ -41,6 +41,8 @@ def _rank(rank, number, port, action, arguments, options):
         WORLD_SIZE=str(number),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        # As many as there are wanted, and the same bits everywhere.
+        CUDA_VISIBLE_DEVICES="",
     )
     import torch
 

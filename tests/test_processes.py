@@ -28,6 +28,13 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 SMALL = {"width": 16, "depth": 1, "levels": 3, "batch_size": 16, "steps": 60}
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Here, and in what torchrun starts."""
+    monkeypatch.setattr(ranks, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "x.npz"
@@ -151,7 +158,8 @@ def test_torchrun_trains_and_samples(tmp_path, data, undisturbed):
     done = children.run([*TORCHRUN, "-m", "fastscore", "train", *words], check=True)
     # The plan, once, and where things are.
     assert f"\nrun: {out}\npictures: " in done.stdout and done.stdout.count("\n") == 4
-    assert done.stderr.count("train: step 60 of 60") == 1
+    # None where it takes less than a second.
+    assert done.stderr.count("train: step 60 of 60") <= 1
     names = {"config.toml", "metrics.jsonl", "split.safetensors", "step-000000060"}
     pictures = {"levels.png", "loss.png", "samples.png"}
     assert {path.name for path in out.iterdir()} == names | pictures
