@@ -220,7 +220,7 @@ def test_a_resumed_class_conditional_run_ends_where_the_whole_one_ends(tmp_path)
 def test_samples_are_those_of_the_guided_score(opened, sampler):
     """Each with its own label, in batches of any size."""
     labels = torch.tensor([3, -1, 0, 9, 3])
-    options = {"seed": 4, "labels": labels, "weight": 2.0, **sampler}
+    options = {"seed": 4, "labels": labels, "weight": 2.0, "initial_law": "gaussian", **sampler}
     job = draw.prepare(*opened[:3], 5, batch_size=2, **options)
     guided = guidance.classifier_free(opened.net, labels, weight=2.0)
     whole = sampling.sample(guided, shape=(5, 1, 8, 8), seed=4, **job.sampler)
@@ -318,7 +318,7 @@ def test_an_interrupted_job_goes_on_and_another_is_refused(
     begun, states = [], sampling.states
 
     def interrupted(*arguments, **options):
-        if options["shape"][0]:
+        if len(options["x"]):
             begun.append(options["first_sample"])
             if len(begun) == 3:
                 raise KeyboardInterrupt

@@ -87,7 +87,8 @@ def test_samples_are_of_the_class_asked_for_and_led_by_the_weight(tmp_path, monk
     with torch.no_grad():
         trained.net.last.weight.normal_(generator=torch.Generator().manual_seed(0))
         trained.net.requires_grad_(False)
-    sets = evaluate.drawn_sets(trained, 20, 5, 2.0, steps_per_level=2)
+    law = {"steps_per_level": 2, "initial_law": "gaussian"}
+    sets = evaluate.drawn_sets(trained, 20, 5, 2.0, **law)
     asked = torch.arange(20) // 2
     assert torch.equal(sets["guided"].asked, asked) and sets["unconditional"].asked is None
 
@@ -96,7 +97,7 @@ def test_samples_are_of_the_class_asked_for_and_led_by_the_weight(tmp_path, monk
         "conditional": guidance.classifier_free(trained.net, asked, weight=0.0),
         "unconditional": trained.net,
     }
-    options = SamplerOptions(steps_per_level=2).arguments(trained.sigmas, trained.net)
+    options = SamplerOptions(**law).arguments(trained.sigmas, trained.net)
     for name, score in scores.items():
         expected = sampling.sample(score, shape=(20, 1, 28, 28), seed=5, **options)
         assert torch.equal(sets[name].samples, expected), name

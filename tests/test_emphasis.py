@@ -85,8 +85,8 @@ def test_at_the_temperature_of_a_unet_the_noise_is_what_sigma_says(steps):
         options = SamplerOptions(steps_per_level=steps, temperature=given, denoise=False)
         arguments = options.arguments(SIGMAS, net)
         assert arguments.pop("sampler") == "annealed_langevin"
-        law = arguments.pop("initial_law")
-        start = sampling.initial((n,), law=law, sigma=float(SIGMAS[0]), seed=1)
+        assert arguments.pop("initial_law") == "data"
+        start = sampling.initial((n,), law="gaussian", sigma=float(SIGMAS[0]), seed=1)
         *_, last = sampling.annealed_langevin(_of_a_point, start, seed=2, **arguments)
         variances[given] = float(last.x.double().square().mean() / SIGMAS[-1].double() ** 2)
     assert variances[None] == pytest.approx(1, abs=6 * math.sqrt(2 / n))

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastscore import distributed, memory, random, sampling
+from fastscore import distributed, memory, models, random, sampling
 from fastscore.cli import run_folder
 from fastscore.cli.conditions import Condition, conditioned
 from fastscore.cli.parts import Parts, digest_of_network
 from fastscore.cli.progress import Progress
-from fastscore.cli.sampler_options import SamplerOptions
+from fastscore.cli.sampler_options import DATA, SamplerOptions
 from fastscore.ops import checks
 
 FOLLOWED = 8   # samples whose path is shown
@@ -30,13 +30,15 @@ class Job(NamedTuple):
 
     score: called score(start, end), returns the score(x, sigma) of these samples of the job.
     hook: called hook(first_sample), returns `project` of a batch. states: how many a batch has.
-    to_images: from what the score knows to [0, 1]. shown: what is written beside the samples.
+    start: mean and standard deviation of the law DATA. to_images: from what the score knows to
+    [0, 1]. shown: what is written beside the samples.
     depends_on: what they depend on, by name.
     """
 
     score: Callable
     hook: Callable
     sampler: dict[str, Any]
+    start: tuple[float, float] | None
     states: int
     shape: tuple[int, int, int]
     device: torch.device
@@ -113,11 +115,7 @@ def prepare(
     if condition is not None:
         under = conditioned(net, shape, n=n, seed=seed, **condition)
 
-    # A run of no samples, which refuses what the sampler does before anything is kept.
-    key = {"seed": seed, "first_sample": first_sample, "device": device}
-    none = {"shape": (0, *shape), "project": under.hook(first_sample)}
-    sampling.states(under.score(0, 0), **none, **key, **arguments)
-
+    start = _start_law(net, sigmas) if arguments["initial_law"] == DATA else None
     depends_on = {
         **arguments,
         **under.depends_on,
@@ -129,10 +127,13 @@ def prepare(
         "n": n,
         "batch_size": batch_size,
     }
-    return Job(
+    if start is not None:
+        depends_on["start"] = start
+    job = Job(
         score=under.score,
         hook=under.hook,
         sampler=arguments,
+        start=start,
         states=options.states(sigmas),
         shape=tuple(shape),
         device=device,
@@ -144,6 +145,23 @@ def prepare(
         shown=under.shown,
         depends_on=depends_on,
     )
+    # A run of no samples, which refuses what the sampler does before anything is kept.
+    _states(job, 0, 0)
+    return job
+
+
+def _start_law(net, sigmas):
+    """Of images with noise of σ_1, as far as a UNet knows them: their mean and standard deviation.
+
+    Whatever all pixels share, their brightness, is in sum far larger than σ_1: from N(0, σ_1²)
+    flows and predictors never reach it, and Langevin steps take a while.
+    """
+    if not isinstance(net, models.UNet):
+        raise ValueError(
+            f"sample: initial_law {DATA} is for a UNet, which knows the mean of its data; "
+            "take uniform or gaussian."
+        )
+    return net.data_mean, math.hypot(net.data_std, float(sigmas[0]))
 
 
 def draw(
@@ -202,21 +220,27 @@ def _batch(job, number, done, parts):
         done(job.states)
         return found
 
-    first = job.first_sample + start
-    run = sampling.states(
-        job.score(start, end),
-        shape=(end - start, *job.shape),
-        project=job.hook(first),
-        seed=job.seed,
-        first_sample=first,
-        device=job.device,
-        **job.sampler,
-    )
+    run = _states(job, start, end)
     samples, path = followed(run, job.states, _followed_in(job, number), done)
     batch = {"samples": samples, "path": path}
     if parts is not None:
         parts.save(start, end, batch)
     return batch
+
+
+def _states(job, start, end):
+    """The run of these samples of a job."""
+    first = job.first_sample + start
+    options = {"shape": (end - start, *job.shape), **job.sampler}
+    key = {"seed": job.seed, "first_sample": first, "device": job.device}
+    if job.start is not None:
+        mean, std = job.start
+        del options["initial_law"]
+        options["x"] = mean + sampling.initial(
+            options.pop("shape"), law="gaussian", sigma=std, **key
+        )
+        del key["device"]
+    return sampling.states(job.score(start, end), project=job.hook(first), **options, **key)
 
 
 def followed(

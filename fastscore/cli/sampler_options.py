@@ -10,6 +10,7 @@ from fastscore import models, sampling
 from fastscore.sampling.sample import default_law
 
 SAMPLERS = ("annealed_langevin", "consistent_annealed", "predictor_corrector", "probability_flow")
+DATA = "data"   # the law of starts like images with noise of σ_1
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,10 @@ class SamplerOptions:
         corrector_steps: corrections at each level.
         snr: signal-to-noise ratio of a correction.
         method: of probability_flow, heun, euler or adaptive.
-        initial_law: of the starts, uniform in [0, 1] or gaussian, N(0, σ_1²); unless given,
-            gaussian where σ_1 > 1.146, and for predictor_corrector and probability_flow, else
-            uniform.
+        initial_law: of the starts, uniform in [0, 1], gaussian, N(0, σ_1²), or data, N(m, d² +
+            σ_1²) with the mean and the standard deviation of the training images, which a UNet
+            knows. Unless given, data for a UNet; gaussian where σ_1 > 1.146, and for
+            predictor_corrector and probability_flow; else uniform.
     """
 
     sampler: str = "annealed_langevin"
@@ -72,7 +74,8 @@ class SamplerOptions:
         return {name: value for name, value in options.items() if value is not None}
 
     def arguments(self, sigmas: Tensor, net: nn.Module | None = None) -> dict[str, Any]:
-        """The arguments of `sampling.states`, with the defaults of the command line for a network.
+        """The arguments of `sampling.states`, with the defaults of the command line for a network;
+        its initial_law may be DATA, which stands for a start that is drawn by the caller.
         """
         options = self.given()
         if self.sampler == "annealed_langevin":
@@ -83,7 +86,8 @@ class SamplerOptions:
                 if isinstance(net, models.UNet) and "temperature" not in options:
                     options["temperature"] = _exact_temperature(sigmas, options)
         # By name, because it belongs to the job that goes on.
-        options.setdefault("initial_law", default_law(self.sampler, float(sigmas[0])))
+        law = default_law(self.sampler, float(sigmas[0]))
+        options.setdefault("initial_law", DATA if isinstance(net, models.UNet) else law)
         return {"sampler": self.sampler, "sigmas": sigmas, **options}
 
     def states(self, sigmas: Tensor) -> int:
