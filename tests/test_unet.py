@@ -102,6 +102,40 @@ def test_upsampled_convolutions_are_those_of_the_doubled_image(dim, monkeypatch)
     assert counter.get_total_flops() * 3**dim == spared * 2**dim
 
 
+def counted(forward, calls):
+    def call(*inputs):
+        calls.append(inputs)
+        return forward(*inputs)
+
+    return call
+
+
+def replaced(part):
+    part.conv = torch.nn.Sequential(part.conv, torch.nn.Identity())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda part: part.conv.register_forward_hook(lambda _, inputs, y: 3 * y),
+        lambda part: part.conv.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],)),
+        lambda part: torch.nn.utils.parametrizations.weight_norm(part.conv),
+        replaced,
+    ],
+    ids=["hook", "hook before", "parametrization", "another module"],
+)
+def test_upsampling_calls_a_convolution_that_does_more_than_convolve(change, monkeypatch):
+    monkeypatch.setattr(unet, "_MANY", 1)
+    part = next(p for p in net_of().up if isinstance(p, _Upsample))
+    change(part)
+    h = torch.rand(2, 8 * 2, 5, 4, dtype=torch.float64)
+    expected = part.conv(F.interpolate(h, scale_factor=2, mode="nearest"))
+    calls = []
+    monkeypatch.setattr(part.conv, "forward", counted(part.conv.forward, calls))
+    torch.testing.assert_close(part(h), expected)
+    assert len(calls) == 1
+
+
 def test_labels_and_contexts_are_told_apart_and_dropped():
     net, x = net_of(num_classes=4, context=3), batch()
     context = torch.rand(3, 3, dtype=torch.float64)

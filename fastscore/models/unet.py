@@ -321,7 +321,7 @@ class _Upsample(nn.Module):
 
     def forward(self, x):
         places = x.shape[0] * math.prod(x.shape[2:])
-        if x.device.type != "cpu" or places < _MANY:
+        if x.device.type != "cpu" or places < _MANY or not _bare(self.conv):
             return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
         # Two of a kernel's three places along a side fall on the same place of x. Added up first,
@@ -330,6 +330,13 @@ class _Upsample(nn.Module):
         y = _TRANSPOSED[x.dim() - 3](x, _doubled(self.conv.weight), stride=2, padding=1)
         # oneDNN would take longer for the bias's gradient than for the weight's.
         return y + self.conv.bias.reshape(-1, *[1] * (x.dim() - 2))
+
+
+def _bare(conv):
+    """Whether a call does nothing but convolve: no hook, and no other module in its place, as of
+    parametrizations, sharding or adapters."""
+    hooks = conv._forward_pre_hooks, conv._forward_hooks, conv._backward_pre_hooks
+    return type(conv) in _CONVOLUTIONS and not (any(hooks) or conv._backward_hooks)
 
 
 def _doubled(weight):
