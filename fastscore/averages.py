@@ -53,6 +53,8 @@ def check_weights(op: str, model: torch.nn.Module) -> None:
 class Averaged(AveragedModel):
     """What `averaged` returns."""
 
+    _sharded: list[torch.nn.Module] = []   # under fully_shard
+
     def __init__(
         self, model: torch.nn.Module, decay: float, into: torch.nn.Module | None = None
     ) -> None:
@@ -60,6 +62,8 @@ class Averaged(AveragedModel):
         self.n_averaged = self.n_averaged.new_zeros((), device=home())
         self.module = copied(_inner(model)) if into is None else _taken(into, _inner(model))
         self.decay = decay
+        # Modules beside the module tree, which has them already.
+        self._sharded = [m for m in self.module.modules() if _is_sharded(m)]
         for i, p in enumerate(self.module.parameters()):
             if _narrow(p):
                 self.register_buffer(f"{PREFIX}{i}", p.detach().float())
@@ -72,9 +76,8 @@ class Averaged(AveragedModel):
         groups = defaultdict(lambda: ([], []))
 
         # One that was called without a backward pass since may hold whole weights for a while.
-        for module in self.module.modules():
-            if _is_sharded(module):
-                module.reshard()
+        for module in self._sharded:
+            module.reshard()
 
         parameters = list(model.parameters())
         if len(parameters) != len(list(self.module.parameters())):

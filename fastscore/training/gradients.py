@@ -20,6 +20,8 @@ class Update:
 
     def __init__(self, model: nn.Module, batches: int) -> None:
         self.model = model
+        # Once: a walk through a small network's modules takes longer than the norm of its gradient.
+        self.parameters = list(model.parameters())
         self.batches = batches
         self.group = _group(model)
         self.is_mean = batches == 1 and self.group is None
@@ -51,7 +53,7 @@ class Update:
         """The mean loss and the norm of its gradient, the same on all processes."""
         value, count = self._value, self._count
         self._value, self._count = None, 0
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grads = [p.grad for p in self.parameters if p.grad is not None]
         if not self.is_mean:
             value = self._scaled(value, count, [local(g) for g in grads])
         return value, _norm(grads)
@@ -72,9 +74,9 @@ class Update:
         return shared[0] / shared[1]
 
 
-def clip(model: nn.Module, largest: float, norm: Tensor) -> None:
+def clip(parameters: list[Tensor], largest: float, norm: Tensor) -> None:
     """Scale the gradients down to this norm if theirs is larger."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
+    parameters = [p for p in parameters if p.grad is not None]
     if not any(map(_is_sharded, parameters)):
         torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     elif parameters:

@@ -185,7 +185,7 @@ def _loop(model, loader, loss, steps, options):
         value, norm = update.finish()
         if policy.allows(step, value, norm, losses, seen):
             if options.grad_clip is not None:
-                gradients.clip(model, options.grad_clip, norm)
+                gradients.clip(update.parameters, options.grad_clip, norm)
             policy.update(optimizer)
             options.ema.update_parameters(model)
         if options.scheduler is not None:
