@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fastscore import cli, datasets, memory, models
-from fastscore.cli import draw, networks, pictures, plan, run_folder, splits, train
+from fastscore.cli import draw, emphasis, networks, pictures, plan, run_folder, splits, train
 from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
 from fastscore.models import unet
@@ -84,6 +84,45 @@ def test_the_network_follows_from_the_data(shape, options, chosen):
     config = resolved(shape, **options)
     assert {name: getattr(config, name) for name in chosen} == chosen
     assert networks.resolved(config, source(*shape)) == config
+
+
+def bright(n=300, side=16, channels=3):
+    """Images that differ in how bright they are as a whole, and a little in each pixel."""
+    generator = torch.Generator().manual_seed(0)
+    level = torch.rand(n, 1, 1, 1, generator=generator)
+    noise = 0.05 * torch.randn(n, channels, side, side, generator=generator)
+    return level.expand(-1, channels, side, side) + noise
+
+
+def test_noise_hides_how_bright_an_image_is():
+    """σ_max is twice the deviation of whole images; samples then forget the start's brightness."""
+    x = bright()
+    config = networks.resolved(TrainConfig(data="x.npz"), datasets.open(x))
+    dim = math.prod(x.shape[1:])
+    spread = math.sqrt(dim) * float(x.mean((1, 2, 3)).std(correction=0))
+    assert config.sigma_max == pytest.approx(2 * spread, rel=0.01)
+    assert config.sigma_max > 3 * 8 * config.data_std
+
+    # What is left of the start after four steps a level, in closed form along that direction.
+    for sigma_max, least, most in ((config.sigma_max, 0, 0.12), (8 * config.data_std, 0.6, 1)):
+        left = 1.0
+        ends = math.log10(sigma_max), math.log10(config.sigma_min)
+        for sigma in torch.logspace(*ends, config.levels).tolist():
+            left *= (1 - 0.1 * sigma**2 / (spread**2 + sigma**2)) ** 4
+        assert least < left < most
+
+
+def test_levels_that_hide_whole_images_are_trained_on():
+    """A quarter of all samples spread over all levels; the normal law alone has 10⁻⁴ there."""
+    config = networks.resolved(TrainConfig(data="x.npz"), datasets.open(bright()))
+    _, sigmas = networks.build(config, (3, 16, 16))
+    shares = emphasis.shares(config, sigmas)
+    assert float(shares.sum()) == pytest.approx(1, abs=1e-12)
+    assert float(shares.min()) >= 0.25 / config.levels
+    near = networks.resolved(TrainConfig(data="x.npz"), source(1, 16, 16))
+    _, sigmas = networks.build(near, (1, 16, 16))
+    assert near.sigma_max == pytest.approx(8 * near.data_std, rel=1e-3)
+    assert float(emphasis.shares(near, sigmas).min()) < 0.2 / near.levels
 
 
 def test_the_ladder_of_a_table_begins_at_its_largest_distance():

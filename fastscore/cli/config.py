@@ -92,7 +92,7 @@ class TrainConfig:
             100 steps and falls to zero along a cosine.
         levels: number of noise levels; 16 unless given, 50 of a unet.
         sigma_max: largest noise, in units of the [0, 1] pixel range; 1 unless given, of a unet 8
-            times the standard deviation of the images.
+            times the standard deviation of the images, or twice that of whole images.
         sigma_min: smallest noise; 0.01 unless given, of a unet 1/25 of that standard deviation.
         width: width of the mlp (unless given 256, or more where the samples have more values), ngf
             of the ncsn (32), or channels of the unet's first level (32, or 64 with a GPU).

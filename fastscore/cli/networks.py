@@ -92,6 +92,20 @@ def _of_mlp(config, data):
     return values | {"levels": max(16, levels)}
 
 
+def _largest_noise(data, std):
+    """8 standard deviations of all values; or twice that of whole images along the direction in
+    which they differ most, where it is more.
+
+    Photographs differ most in how bright they are as a whole. Noise that does not hide it leaves
+    samples as bright as the start, which knows nothing of the data.
+    """
+    x = data.read(_places(len(data), 1000)).flatten(1).double()
+    x = x - x.mean(0)
+    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
+    spread = math.sqrt(float(torch.linalg.eigvalsh(gram)[-1]) / len(x))
+    return 2 * spread if spread > 8 * std else 8 * std
+
+
 def _of_ncsn(config, data):
     return {}
 
@@ -105,7 +119,7 @@ def _of_unet(config, data):
         "data_mean": mean,
         "data_std": std,
         # They cover what takes an image apart and what nobody sees (docs/command_line.md).
-        "sigma_max": _rounded(8 * std),
+        "sigma_max": _rounded(_largest_noise(data, std)),
         "sigma_min": _rounded(std / 25),
         "multipliers": (1, *[2] * (levels - 1)),
         "patch": 2 if side <= 128 else 4,
