@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastscore.messages import shown
 from fastscore.models import conditions
-from fastscore.models.layout import channels_last, laid_out_as
+from fastscore.models.layout import channels_last, laid_out_as, to_channels, to_places
 from fastscore.ops import checks, group_norm_modulate
 from fastscore.scalars import DEPTH, SIZE, named
 
@@ -70,6 +70,25 @@ class UNet(nn.Module):
     >>> net(torch.full((2, 1, 7, 9), 0.5), 2.0, label=torch.tensor([3, -1])).shape
     torch.Size([2, 1, 7, 9])
     """
+
+    dim: int
+    channels: int
+    patch: int
+    multiple: int
+    num_classes: int | None
+    context_size: int | None
+    data_mean: float
+    data_std: float
+    embed: nn.Linear
+    classes: nn.Embedding
+    context: nn.Linear
+    mix: nn.Linear
+    first: nn.Module
+    down: nn.ModuleList
+    middle: nn.ModuleList
+    up: nn.ModuleList
+    norm: nn.GroupNorm
+    last: nn.Module
 
     def __init__(
         self,
@@ -195,7 +214,7 @@ class UNet(nn.Module):
         if any(padding):
             padded = F.pad(u, [n for side in reversed(padding) for n in (0, side)])
 
-        h = self.first(channels_last(_to_channels(padded, self.patch)))
+        h = self.first(channels_last(to_channels(padded, self.patch)))
         skips = [h]
         for part in self.down:
             h = part(h, e) if isinstance(part, _Block) else part(h)
@@ -205,7 +224,7 @@ class UNet(nn.Module):
         for part in self.up:
             h = part(torch.cat([h, skips.pop()], 1), e) if isinstance(part, _Block) else part(h)
 
-        h = _to_places(self.last(_activated(self.norm, h)), self.patch)
+        h = to_places(self.last(_activated(self.norm, h)), self.patch)
         if any(padding):
             h = h[(..., *(slice(side) for side in sides))]
         return laid_out_as(h, u)
@@ -364,28 +383,6 @@ def _norm(channels):
 def _zero(layer):
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
-
-
-def _to_channels(x, patch):
-    """Patches (B, C, * p) as channels (B, C p^dim, *)."""
-    if patch == 1:
-        return x
-    dims = x.dim() - 2
-    sides = [n for side in x.shape[2:] for n in (side // patch, patch)]
-    x = x.reshape(*x.shape[:2], *sides)
-    x = x.permute(0, 1, *range(3, 3 + 2 * dims, 2), *range(2, 2 + 2 * dims, 2))
-    return x.flatten(1, 1 + dims)
-
-
-def _to_places(x, patch):
-    """Back from channels."""
-    if patch == 1:
-        return x
-    dims = x.dim() - 2
-    x = x.unflatten(1, (-1, *[patch] * dims))   # (B, C, p..., *)
-    pairs = [d for k in range(dims) for d in (2 + dims + k, 2 + k)]
-    x = x.permute(0, 1, *pairs)
-    return x.reshape(*x.shape[:2], *(x.shape[2 + 2 * k] * patch for k in range(dims)))
 
 
 def _integers(name, values, least, most):
