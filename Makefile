@@ -49,11 +49,13 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/* build_suppor
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -q -e '.[test]'
 	touch $(STAMP)
 
-# Ops, losses and samplers; networks of the field and what a call costs the host, on one thread each; then the pages' tables.
+# Ops, losses and samplers; networks of the field, steps of training and what a call costs the host, on one thread each; then the
+# pages' tables.
 RESULTS := benchmarks/results
 bench: $(STAMP)
-	$(BIN)/python -m pytest -q benchmarks --ignore=benchmarks/bench_networks.py --ignore=benchmarks/bench_host.py --results $(RESULTS)/cpu.json
+	$(BIN)/python -m pytest -q benchmarks --ignore=benchmarks/bench_networks.py --ignore=benchmarks/bench_host.py --ignore=benchmarks/bench_training.py --results $(RESULTS)/cpu.json
 	$(BIN)/python -m pytest -q benchmarks/bench_networks.py --threads 1 --results $(RESULTS)/networks.json
+	$(BIN)/python -m pytest -q benchmarks/bench_training.py --threads 1 --results $(RESULTS)/training.json
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q benchmarks/bench_host.py --threads 1 --results $(RESULTS)/host.json
 	$(BIN)/python docs/tables.py
 

@@ -124,12 +124,13 @@ def compare(request, device):
     from_memory: the calls, each a functools.partial of its tensors, do not find them in a GPU's L2.
     """
 
-    def run(op, like, total_bytes, calls, ceiling=None, from_memory=False):
+    def run(op, like, total_bytes, calls, ceiling=None, from_memory=False, figures=None):
         smoke = request.config.option.smoke
         calls = calls | {"ceiling": ceiling or copy_of(total_bytes, device)}
         row = Row(
             op, list(like.shape), str(like.dtype).removeprefix("torch."), like.numel(), total_bytes
         )
+        row.figures = figures or {}
         clock = clocked(request.config)
         if from_memory:
             assert all(isinstance(call, functools.partial) for call in calls.values()), calls

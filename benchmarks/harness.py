@@ -38,6 +38,8 @@ class Row:
     replayed: dict = field(default_factory=dict)
     # Of the tensors, taken in turn: with several, no call finds its own in the L2.
     copies: int = 1
+    # Of each competitor, whatever else is measured of it.
+    figures: dict = field(default_factory=dict)
 
     @property
     def ours(self):

@@ -112,7 +112,45 @@ def networks() -> str:
     return f"{machine(report)}\n\n{table}"
 
 
-TABLES = {"speed": speed, "cpu": cpu, "networks": networks}
+def training() -> str:
+    """A step beside the peer's, and where the time goes."""
+    report = results("training.json")
+    head = [
+        "network",
+        "batch",
+        "images a second",
+        "vs peer",
+        "per product",
+        "peak memory",
+        "convolutions",
+        "norms, activations",
+        "rest",
+    ]
+    lines = []
+
+    for row in report["rows"]:
+        name = row["op"].removeprefix("training step, ").removesuffix(", 1 thread")
+        shape = "×".join(map(str, row["shape"]))
+        seconds, figures = row["seconds"], row["figures"]
+        ours, peer = figures["cpp"], figures["eager"]
+        gain = seconds["eager"] / seconds["cpp"]
+        each = gain * ours["products"] / peer["products"]
+        memory = f"{ours['peak'] / 2**20:.0f}\u00a0MiB, {times(ours['peak'] / peer['peak'])}"
+        speed = f"{row['shape'][0] / seconds['cpp']:.0f}"
+        shares = [f"{a:.0%} ({b:.0%})" for a, b in zip(parts(ours), parts(peer))]
+        lines.append([name, shape, speed, times(gain), times(each), memory, *shares])
+
+    return f"{machine(report)}\n\n{markdown(head, lines)}"
+
+
+def parts(figures: dict) -> list[float]:
+    """Shares of the processor's time: convolutions, norms and activations, the rest."""
+    whole = figures["parts"]["whole"]
+    known = [figures["parts"][part] / whole for part in ("convolutions", "norms and activations")]
+    return [*known, max(0.0, 1 - sum(known))]
+
+
+TABLES = {"speed": speed, "cpu": cpu, "networks": networks, "training": training}
 
 
 def updated(text: str) -> str:
