@@ -84,3 +84,20 @@ def test_other_tensors_and_channels_last_ones_stay_as_they_are():
     x = torch.rand(2, 3, 5, 4).contiguous(memory_format=torch.channels_last)
     assert layout.channels_last(x).data_ptr() == x.data_ptr()
     assert layout.laid_out_as(x, x) is x
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda x: x[..., 2:10],
+        lambda x: x[..., ::2],
+        lambda x: x[:1, ..., :8].expand(2, -1, -1, -1),
+        lambda x: x[..., :8].transpose(2, 3),
+    ],
+    ids=["crop", "every other", "expanded", "transposed"],
+)
+def test_scores_of_images_in_neither_order_are_in_the_plain_one(make, cut):
+    """A view of them, as (B, d), has always been possible."""
+    x = cut(torch.rand(2, 3, 8, 16, dtype=torch.float64))
+    s = make(3)(x, torch.tensor([1.0, 0.1], dtype=torch.float64))
+    assert s.is_contiguous()

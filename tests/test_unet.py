@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastscore
 from fastscore import losses
-from fastscore.models import unet
+from fastscore.models import upsample
 from fastscore.models.layout import to_channels, to_places
-from fastscore.models.unet import UNet, _Upsample
+from fastscore.models.unet import UNet
+from fastscore.models.upsample import Upsample
 
 SIDES = {1: (13,), 2: (7, 10), 3: (3, 5, 4)}
 OPTIONS = {"multipliers": (1, 2), "blocks": 1}
@@ -81,7 +82,7 @@ def test_sides_of_any_length_and_samples_alone(dim, patch):
 def test_upsampled_convolutions_are_those_of_the_doubled_image(dim, monkeypatch):
     """Values and gradients, of either path; float64."""
     net, x = net_of(dim), batch(dim)
-    part = next(p for p in net.up if isinstance(p, _Upsample))
+    part = next(p for p in net.up if isinstance(p, Upsample))
     h = torch.rand(2, part.conv.in_channels, *SIDES[dim], dtype=torch.float64, requires_grad=True)
     inputs = h, part.conv.weight, part.conv.bias
     doubled = part.conv(F.interpolate(h, scale_factor=2, mode="nearest"))
@@ -90,12 +91,12 @@ def test_upsampled_convolutions_are_those_of_the_doubled_image(dim, monkeypatch)
     score = net(x, 0.5)
 
     for many in (1, 2**60):
-        monkeypatch.setattr(unet, "_MANY", many)
+        monkeypatch.setattr(upsample, "_MANY", many)
         taken = part(h)
         found = [taken, *torch.autograd.grad(taken, inputs, g)]
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(net(x, 0.5), score, rtol=1e-12, atol=1e-12)
-    monkeypatch.setattr(unet, "_MANY", 1)
+    monkeypatch.setattr(upsample, "_MANY", 1)
     with FlopCounterMode(display=False) as counter:
         part(h)
     spared = 2 * len(h) * part.conv.weight.numel() * math.prod(2 * n for n in SIDES[dim])
@@ -121,12 +122,21 @@ def replaced(part):
         lambda part: part.conv.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],)),
         lambda part: torch.nn.utils.parametrizations.weight_norm(part.conv),
         replaced,
+        lambda part: vars(part.conv).update(
+            padding_mode="circular", _reversed_padding_repeated_twice=[1] * 4
+        ),
+        lambda part: vars(part.conv).update(dilation=(2, 2), padding=(2, 2)),
+        lambda part: vars(part.conv).update(forward=tripled(part.conv.forward)),
+        lambda part: setattr(part.conv, "bias", None),
     ],
-    ids=["hook", "hook before", "parametrization", "another module"],
+    ids=[
+        "hook", "hook before", "parametrization", "another module", "circular", "dilation",
+        "forward", "no bias",
+    ],
 )
 def test_upsampling_calls_a_convolution_that_does_more_than_convolve(change, monkeypatch):
-    monkeypatch.setattr(unet, "_MANY", 1)
-    part = next(p for p in net_of().up if isinstance(p, _Upsample))
+    monkeypatch.setattr(upsample, "_MANY", 1)
+    part = next(p for p in net_of().up if isinstance(p, Upsample))
     change(part)
     h = torch.rand(2, 8 * 2, 5, 4, dtype=torch.float64)
     expected = part.conv(F.interpolate(h, scale_factor=2, mode="nearest"))
@@ -134,6 +144,34 @@ def test_upsampling_calls_a_convolution_that_does_more_than_convolve(change, mon
     monkeypatch.setattr(part.conv, "forward", counted(part.conv.forward, calls))
     torch.testing.assert_close(part(h), expected)
     assert len(calls) == 1
+
+
+def tripled(forward):
+    return lambda x: 3 * forward(x)
+
+
+def test_upsampling_calls_the_hooks_of_all_modules(monkeypatch):
+    monkeypatch.setattr(upsample, "_MANY", 1)
+    part = next(p for p in net_of().up if isinstance(p, Upsample))
+    h = torch.rand(2, 8 * 2, 5, 4, dtype=torch.float64)
+    plain = part(h)
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, y: 3 * y if module is part.conv else None
+    )
+    try:
+        torch.testing.assert_close(part(h), 3 * plain)
+    finally:
+        handle.remove()
+
+
+def test_upsampling_has_the_dtype_of_autocast(monkeypatch):
+    part = next(p for p in net_of().float().up if isinstance(p, Upsample))
+    h = torch.rand(2, 8 * 2, 5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        few = part(h)
+        monkeypatch.setattr(upsample, "_MANY", 1)
+        many = part(h)
+    assert few.dtype == many.dtype == torch.bfloat16
 
 
 def test_labels_and_contexts_are_told_apart_and_dropped():

@@ -19,8 +19,10 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def laid_out_as(y: Tensor, x: Tensor) -> Tensor:
-    """y, in C order if x is: the inverse of `channels_last` at the end of a network."""
-    return y.contiguous() if x.is_contiguous() else y
+    """y, in C order unless x has its channels last: the inverse of `channels_last` at the end of a
+    network."""
+    kept = x.dim() == 4 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    return y if kept else y.contiguous()
 
 
 def to_channels(x: Tensor, patch: int) -> Tensor:

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from fastscore.messages import shown
 from fastscore.models import conditions
 from fastscore.models.layout import channels_last, laid_out_as, to_channels, to_places
+from fastscore.models.upsample import Upsample
 from fastscore.ops import checks, group_norm_modulate
 from fastscore.scalars import DEPTH, SIZE, named
 
 _NAME = "UNet"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 _PRECONDITIONINGS = ("edm", "noise")
 _FREQUENCIES = 32
-_MANY = 512  # places of a batch, from which the convolution costs more than its kernel's sums
 _SMALLEST = 1e-30  # sigma; 1/σ is finite in float32
 
 
@@ -166,7 +165,7 @@ class UNet(nn.Module):
                 self.up.append(block(c + kept.pop(), widths[level], level))
                 c = widths[level]
             if level:
-                self.up.append(_Upsample(conv(c, c, 3, padding=1)))
+                self.up.append(Upsample(conv(c, c, 3, padding=1)))
 
         self.norm = _norm(c)
         self.last = conv(c, inside, 3, padding=1)
@@ -329,43 +328,6 @@ class _Attention(nn.Module):
         )
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return x + self.projection(h).transpose(1, 2).reshape(x.shape)
-
-
-class _Upsample(nn.Module):
-    """A convolution of the image with every place doubled along each side."""
-
-    def __init__(self, conv):
-        super().__init__()
-        self.conv = conv
-
-    def forward(self, x):
-        places = x.shape[0] * math.prod(x.shape[2:])
-        if x.device.type != "cpu" or places < _MANY or not _bare(self.conv):
-            return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-        # Two of a kernel's three places along a side fall on the same place of x. Added up first,
-        # they are a kernel of four that is transposed with stride 2: 4/9 of an image's products,
-        # and no doubled image, which the convolution would keep for its backward pass.
-        y = _TRANSPOSED[x.dim() - 3](x, _doubled(self.conv.weight), stride=2, padding=1)
-        # oneDNN would take longer for the bias's gradient than for the weight's.
-        return y + self.conv.bias.reshape(-1, *[1] * (x.dim() - 2))
-
-
-def _bare(conv):
-    """Whether a call does nothing but convolve: no hook, and no other module in its place, as of
-    parametrizations, sharding or adapters."""
-    hooks = conv._forward_pre_hooks, conv._forward_hooks, conv._backward_pre_hooks
-    return type(conv) in _CONVOLUTIONS and not (any(hooks) or conv._backward_hooks)
-
-
-def _doubled(weight):
-    """(out, in, 3, ...) for the doubled image as (in, out, 4, ...) for `conv_transpose`."""
-    sides = range(2, weight.dim())
-    weight = weight.transpose(0, 1).flip(tuple(sides))
-    for side in sides:
-        nothing = torch.zeros_like(weight.narrow(side, 0, 1))
-        weight = torch.cat([weight, nothing], side) + torch.cat([nothing, weight], side)
-    return weight
 
 
 def _activated(norm, x, scale=None, shift=None):
