@@ -360,3 +360,19 @@ def test_training_ends_with_pictures_of_each_class_in_turn(tmp_path, fastscore, 
     assert seen[0].tolist() == [i % 10 for i in range(64)]
     with Image.open(io.BytesIO((tmp_path / "run" / "samples.png").read_bytes())) as grid:
         assert min(grid.size) > 8 * 8
+
+
+@pytest.mark.parametrize("options", [{"task": "classifier", "depth": 1}, {"network": "unet"}])
+def test_a_class_may_be_held_out_alone(tmp_path, options):
+    """The first look at the held-out loss was an error."""
+    held_out = datasets.split(20, 5, seed=0)[1]
+    labels = np.zeros(20, np.int64)
+    labels[held_out[0]] = 2
+    images = np.random.default_rng(0).random((20, 1, 16, 16), np.float32)
+    np.savez(tmp_path / "x.npz", images=images, labels=labels)
+    options = {**options, "width": 8, "levels": 3, "batch_size": 4, "steps": 2}
+    config = TrainConfig(
+        data=f"{tmp_path / 'x.npz'}:channels-first", out=tmp_path / "run", held_out=5,
+        held_out_every=1, **options,
+    )
+    assert len(list(fit(config))) == 2

@@ -54,9 +54,10 @@ def fit(config: TrainConfig, together: Ranks | None = None) -> Iterator[tuple[in
     if config.tensorboard:
         board.check()
     training_part, held_out = (data.subset(part) for part in splits.split(config, data))
-    classes = None if data.labels is None else int(training_part.labels.max()) + 1
+    # Of all samples: those that are held out may have a class that no other has.
+    classes = None if data.labels is None else int(data.labels.max()) + 1
     if not config.resume:
-        config = networks.resolved(config, training_part)
+        config = networks.resolved(config, training_part, data)
     if config.batch_size % (together.size * config.accumulate):
         raise ValueError(
             f"train: batch_size must be a multiple of processes x accumulate, {together.size} x "

@@ -15,8 +15,10 @@ CONDITION = 10   # the stream that drops labels
 _LOOKED_AT = 10_000   # samples whose mean and standard deviation stand for all
 
 
-def resolved(config: TrainConfig, data: Source) -> TrainConfig:
+def resolved(config: TrainConfig, data: Source, whole: Source | None = None) -> TrainConfig:
     """The options of a new run with everything that follows from its training data.
+
+    whole: with what is held out, which may have a class that no other sample has.
 
     Raises:
         ValueError: labels that are asked for are not there, or more than are asked for; the network
@@ -26,7 +28,7 @@ def resolved(config: TrainConfig, data: Source) -> TrainConfig:
     network = values.setdefault("network", config.network or network_for(data.shape))
     if config.task == "score":
         found = {"mlp": _of_mlp, "ncsn": _of_ncsn, "unet": _of_unet}[network](config, data)
-        values = found | _told(config, network, data) | values
+        values = found | _told(config, network, whole or data) | values
     config = TrainConfig(**values)
     if network == "unet" and not config.attention:
         _check_sight(config, max(data.shape[1:]))

@@ -92,8 +92,8 @@ def made(config: TrainConfig, together: Ranks) -> Plan:
     part = data.subset(splits.split(config, data)[0])
     if config.task == "classifier" and part.labels is None:
         raise ValueError(f"train: a classifier needs labels; {config.data} has none.")
-    config = networks.resolved(config, part)
-    classes = None if part.labels is None else int(part.labels.max()) + 1
+    config = networks.resolved(config, part, data)
+    classes = None if data.labels is None else int(data.labels.max()) + 1
 
     shape, images = part.shape, len(part)
     parameters = _parameters(config, shape, classes)
