@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
         "TRITON_INTERPRET", "1"
     )
 
+import commands
 import pytest
 
 import fastscore
@@ -179,3 +180,9 @@ def backend(request):
         pytest.skip(reason)
     with fastscore.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(name="fastscore")
+def command_in_this_process():
+    """The command in this process: fastscore(*words) returns (exit status, stdout, stderr)."""
+    return commands.command

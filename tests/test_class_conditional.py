@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastscore import cli, datasets, guidance, losses, models, random, sampling
+from fastscore import datasets, guidance, losses, models, random, sampling
 from fastscore.cli import conditions, draw, networks, run_folder
 from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit, objective
@@ -38,22 +38,6 @@ def opened(folder):
     for p in run.net.parameters():
         p += 0.1 * torch.randn(p.shape, generator=generator)
     return run
-
-
-@pytest.fixture
-def fastscore(monkeypatch, capsys):
-    """The command in this process: (exit status, stdout, stderr)."""
-
-    def command(*words):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["fastscore", *map(str, words)])
-        try:
-            code = cli.main() or 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return command
 
 
 def images(path):

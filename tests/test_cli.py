@@ -1,18 +1,17 @@
 """The command line: a small run, resuming, and one-sentence errors that leave nothing behind."""
 
 import contextlib
-import io
 import json
 import signal
-import subprocess
 import sys
 
 import children
 import numpy as np
 import pytest
 import torch
+from commands import run_here
 
-from fastscore import cli, datasets, sampling
+from fastscore import datasets, sampling
 from fastscore.cli import draw, metrics, run_folder, sample, train
 from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
@@ -23,23 +22,6 @@ from fastscore.training import checkpoint
 
 def run(*arguments):
     return children.run([sys.executable, "-m", "fastscore", *arguments])
-
-
-def run_here(*arguments):
-    """The same without a process of its own, whose imports take seconds."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        patch.setattr(sys, "argv", ["fastscore", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 SMALL = ("--steps", "200", "--width", "32", "--depth", "1", "--levels", "4")

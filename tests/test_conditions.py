@@ -1,13 +1,13 @@
 """`sample --condition` and `train --task classifier`: what is observed, drawn and refused."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
+from commands import command
 
-from fastscore import cli, datasets, random
+from fastscore import datasets, random
 from fastscore.cli import conditions, draw, evaluate, observations, run_folder, splits
 from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
@@ -16,18 +16,7 @@ TINY = {"width": 32, "depth": 1, "levels": 4, "batch_size": 64, "held_out": 300}
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """The command in this process: (exit code, stdout, stderr)."""
-
-    def command(*arguments):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["fastscore", *map(str, arguments)])
-        try:
-            code = cli.main() or 0
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
-
+def run():
     return command
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_cli import run_here
+from commands import run_here
 from test_saves import Run, in_old_form
 
 from fastscore import training

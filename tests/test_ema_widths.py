@@ -1,13 +1,12 @@
 """`train --ema-widths` keeps averages in the saves; `sample --ema-width` makes one of another
 width."""
 
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from fastscore import cli, training
+from fastscore import training
 from fastscore.cli import draw, run_folder, widths
 from fastscore.cli import fit as fitting
 from fastscore.cli.config import TrainConfig
@@ -28,20 +27,6 @@ def trained(out, **options):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("runs") / "run", ema_widths=(0.05, 0.1), keep=12)
-
-
-@pytest.fixture
-def fastscore(monkeypatch, capsys):
-    def command(*words):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["fastscore", *map(str, words)])
-        try:
-            code = cli.main() or 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return command
 
 
 def weights(net):

@@ -12,8 +12,8 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from commands import run_here
 from killing import Around
-from test_cli import run_here
 from test_saves import Run, begun, going_on, lines
 
 from fastscore.cli import draw, pictures, run_folder, sample

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from test_cli import run_here
+from commands import run_here
 
 from fastscore.cli import run_folder
 from fastscore.cli.config import TrainConfig

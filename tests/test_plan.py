@@ -1,18 +1,16 @@
 """What `fastscore train` chooses by data and budget, says beforehand, and refuses to begin."""
 
-import contextlib
 import dataclasses
-import io
 import math
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
+from commands import command
 from PIL import Image
 
-from fastscore import cli, datasets, memory, models
+from fastscore import datasets, memory, models
 from fastscore.cli import draw, emphasis, networks, pictures, plan, run_folder, splits, train
 from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
@@ -20,22 +18,6 @@ from fastscore.models import unet
 from fastscore.training.ranks import Ranks
 
 SMALL = {"width": 8, "levels": 3, "batch_size": 4}
-
-
-def command(*words):
-    """The command in this process: (exit status, stdout, stderr)."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        patch.setattr(sys, "argv", ["fastscore", *map(str, words)])
-        try:
-            code = cli.main() or 0
-        except SystemExit as stop:
-            code = stop.code or 0
-    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import children
 import numpy as np
 import pytest
 import torch
-from test_cli import run_here
+from commands import run_here
 
 from fastscore.cli import fit as fitting
 from fastscore.cli import held_out, metrics, pictures, progress, run_folder, train

@@ -1,12 +1,11 @@
 """`train` on an .npz with contexts, and `sample --context`."""
 
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from fastscore import cli, guidance, models, random, sampling
+from fastscore import guidance, models, random, sampling
 from fastscore.cli import conditions, contexts, draw, networks, run_folder, splits
 from fastscore.cli.config import TrainConfig
 from fastscore.cli.fit import fit
@@ -30,22 +29,6 @@ def folder(tmp_path_factory):
     data = moved(tmp / "x.npz")
     list(fit(TrainConfig(**SMALL, data=data, out=tmp / "run", steps=1000, held_out=100)))
     return tmp / "run"
-
-
-@pytest.fixture
-def fastscore(monkeypatch, capsys):
-    """The command in this process: (exit status, stdout, stderr)."""
-
-    def command(*words):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["fastscore", *map(str, words)])
-        try:
-            code = cli.main() or 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return command
 
 
 def images(path):
