@@ -137,13 +137,14 @@ class TrainConfig:
         grad_clip: largest norm of the gradient; 0, unless given: it is not clipped.
         skip: updates that may be skipped because their loss or gradient is not finite; 0 unless
             given: the run stops at the first.
-        keep: saves that are kept, at least 2; 2 unless given. That of the least held-out loss is
-            kept beside them.
+        keep: saves that are kept, at least 2; 2 unless given. Beside them is kept the one of the
+            least held-out loss, of those saves at whose step it was looked at.
         held_out_every: steps between two looks at the loss of the held-out images; 500 unless
             given.
         tensorboard: records and samples for TensorBoard in the run's folder, too.
         resume: go on with the run in `out`, with its options; steps, skip, keep, held_out_every and
-            tensorboard may be others.
+            tensorboard may be others. With more steps the learning rate follows the longer cosine,
+            so a finished run does not end as a longer one would have.
         file: TOML file of options; those that are given beside it come first.
     """
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastscore.cli import draw, evaluate, metrics, pictures, run_folder, splits, train
+from fastscore.cli import draw, evaluate, pictures, run_folder, splits, train
 from fastscore.cli.config import TrainConfig
 
 # Of the U-Net, 5 minutes on two cores.
@@ -65,11 +65,7 @@ def show(out: Path, check: Callable[[], object]) -> None:
 
     check: called between states and pictures, to leave the rest out.
     """
-    net, sigmas, shape, config = run_folder.open_run(out)
-    records = metrics.read(out)
-    if records:
-        told = config.loss, config.weighting
-        pictures.save_loss_curve(out / "loss.png", records, sigmas.tolist(), *told)
+    net, sigmas, shape, config = train.with_loss_curve(out)
     check()
 
     # Each class in turn, so that the first eight, whose path is shown, are of eight classes.

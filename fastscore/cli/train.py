@@ -105,16 +105,22 @@ def _show_progress(updates, config, stop, together):
                 return
 
 
+def with_loss_curve(out: Path) -> run_folder.TrainedRun:
+    """A run, whose loss of each level is drawn in its folder."""
+    trained = run_folder.open_run(out)
+    records = metrics.read(out)
+    if records:
+        told = trained.config.loss, trained.config.weighting
+        pictures.save_loss_curve(out / "loss.png", records, trained.sigmas.tolist(), *told)
+    return trained
+
+
 def _draw_pictures(out, check):
     """Of a score network: the loss of each level, 64 samples and the path of the first eight.
 
     check: called between states and pictures, to leave the rest out.
     """
-    net, sigmas, shape, config = run_folder.open_run(out)
-    records = metrics.read(out)
-    if records:
-        told = config.loss, config.weighting
-        pictures.save_loss_curve(out / "loss.png", records, sigmas.tolist(), *told)
+    net, sigmas, shape, config = with_loss_curve(out)
     check()
     # Of a run that knows classes, each in turn.
     labels = torch.arange(64) % config.classes if config.classes else None
