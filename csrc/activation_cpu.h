@@ -83,8 +83,8 @@ FS_INLINE void activate(int kind, V u, V* y, V* d1, V* d2, V* d3 = nullptr) {
       const V below = where(u > 0, zero, u), e = expm1_negative(below);   // NaN is not above 0
       if (y) *y = where(u > 0, u, e);
       if (d1) *d1 = e + 1;
-      if (d2) *d2 = where(u > 0, zero, e + 1);
-      if (d3) *d3 = where(u > 0, zero, e + 1);
+      if (d2) *d2 = where(u >= 0, zero, e + 1);   // PyTorch's at the jump
+      if (d3) *d3 = where(u >= 0, zero, e + 1);
       return;
     }
     case kSilu: {

@@ -161,7 +161,7 @@ def times_slope(slope, g, KIND: tl.constexpr):
 def curvature(u, KIND: tl.constexpr):
     """f''(u) of those that bend."""
     if KIND == ELU:
-        return tl.where(u > 0, 0.0, tl.exp(tl.where(u > 0, 0.0, u)))
+        return tl.where(u >= 0, 0.0, tl.exp(tl.where(u > 0, 0.0, u)))   # PyTorch's at the jump
     elif KIND == SILU:
         s = sigmoid(u)
         return s * (1.0 - s) * (u * (1.0 - s - s) + 2.0)

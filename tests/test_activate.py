@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastscore import backend as backends
-from fastscore.ops.activate import activate_dual
+from fastscore.ops.activate import activate_dual, activate_jet
 from fastscore.ops.activations import ACTIVATIONS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -105,6 +105,28 @@ def test_the_whole_range(backend, name):
     # PyTorch's gelu(inf) is NaN in float32
     for got in activate_dual(beyond[None], name) if backend != "reference" else ():
         assert torch.equal(got[:1].double(), expected[:1]) and bool(got[1].isnan())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_slopes_at_zero_are_those_of_double_backprop(backend, name):
+    """elu's second slope jumps there, where the normalised pixels of a blank image are."""
+    u = torch.tensor([0.0, -0.0])
+    s = torch.stack([u, torch.full_like(u, 2), torch.full_like(u, -3)])
+    g = torch.arange(1.0, 7).reshape(3, 2)
+    expected = exact_gradient(name, s.double(), g.double())
+    leaf = s.clone().requires_grad_()
+    found = torch.autograd.grad(activate_dual(leaf, name), leaf, g)[0]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+
+    # (value, tangent, and f'' t² of a second-order number) at 0.
+    jet = torch.stack([u, torch.full_like(u, 2), torch.zeros_like(u)])
+    x = u.double().requires_grad_()
+    slope = torch.autograd.grad(function(name)(x).sum(), x, create_graph=True)[0]
+    bend = torch.zeros_like(x)
+    if slope.requires_grad:
+        bend = torch.autograd.grad(slope.sum(), x)[0]
+    found = activate_jet(jet, 1, name)[2]
+    torch.testing.assert_close(found.double(), 4 * bend, rtol=1e-6, atol=1e-6)
 
 
 def test_any_layout(backend):

@@ -28,7 +28,8 @@ def _identity(u):
 
 def _elu(u):
     e = u.clamp(max=0).exp()
-    return torch.where(u > 0, torch.ones_like(u), e), torch.where(u > 0, torch.zeros_like(u), e)
+    # At 0, where the second slope jumps, it is PyTorch's: that of u > 0.
+    return torch.where(u >= 0, torch.ones_like(u), e), torch.where(u >= 0, torch.zeros_like(u), e)
 
 
 def _silu(u):
